@@ -1,0 +1,94 @@
+"""Memory of a cold load plus reading every byte: stock, patched, patched with O_DIRECT.
+
+    python benchmarks/peak_memory.py [PATH ...] [--rounds 3] [--json FILE]
+
+Fresh processes; without PATH a synthetic checkpoint is used. File-mapped memory can be
+dropped by the kernel and is shared between processes; anonymous memory cannot and is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastst_patch.bench import (
+    files,
+    guarded,
+    machine,
+    residency,
+    synthetic_checkpoint,
+    write_json,
+)
+from fastst_patch.bench.files import CheckpointFile
+from fastst_patch.bench.job import LoadJob, Sample, run_load
+
+CONTENDERS: dict[str, tuple[str, dict[str, str]]] = {
+    "stock": ("stock", {}),
+    "patched": ("patched", {}),
+    "patched, io=direct": ("patched", {"io": "direct"}),
+}
+COLUMNS = {  # key in Sample.memory: heading
+    "peak_rss": "peak RSS",
+    "rss": "RSS",
+    "pss": "PSS",
+    "pss_anonymous": "anonymous",
+    "pss_file": "file-mapped",
+}
+
+
+def measure(measured_files: Sequence[CheckpointFile], rounds: int) -> dict[str, list[Sample]]:
+    paths = tuple(file.path for file in measured_files)
+    orders = tuple(file.order for file in measured_files)
+    measured: dict[str, list[Sample]] = {name: [] for name in CONTENDERS}
+    for number in range(rounds):
+        for name in list(CONTENDERS) if number % 2 == 0 else list(CONTENDERS)[::-1]:
+            loader, options = CONTENDERS[name]
+            state = residency.prepare("cold", paths)
+            if state.verified is False:
+                print(f"{name}: the files were {state.fraction:.0%} cached", file=sys.stderr)
+            measured[name].append(run_load(LoadJob(loader, "cpu", paths, orders, options)))
+    return measured
+
+
+def medians(samples: Sequence[Sample]) -> dict[str, float]:
+    """Of each kind of memory: what the load added to a process that had imported torch."""
+    return {
+        key: statistics.median(one.memory[key] - one.memory_before[key] for one in samples)
+        for key in COLUMNS
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("paths", nargs="*", metavar="PATH")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dir", help="where to write the synthetic checkpoint")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        paths: list[str] = args.paths
+        if not paths:
+            paths = [str(stack.enter_context(synthetic_checkpoint(args.dir)))]
+        measured_files = files.expand(paths)
+        environment = machine.environment(Path(measured_files[0].path))
+        measured = measure(measured_files, args.rounds)
+    total = sum(file.tensor_bytes for file in measured_files)
+    added = {name: medians(samples) for name, samples in measured.items()}
+    taken = {name: samples[0].path for name, samples in measured.items()}
+    print(f"{total / 1e9:.2f} GB of tensors; GB added by loading and reading them, medians of "
+          f"{args.rounds} rounds")  # fmt: skip
+    print(f"{'loader':20}" + "".join(f"{heading:>13}" for heading in COLUMNS.values()) + "  path")
+    for name, row in added.items():
+        print(f"{name:20}{''.join(f'{row[key] / 1e9:13.2f}' for key in COLUMNS)}  {taken[name]}")
+    if args.json:
+        results = {name: {**added[name], "path": taken[name]} for name in added}
+        write_json(args.json, {"environment": environment, "bytes": total, "results": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded("peak_memory", main))

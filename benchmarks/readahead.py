@@ -1,0 +1,80 @@
+"""`fastst-patch bench` under two read-ahead settings of the disk, default and O_DIRECT.
+
+    sudo python benchmarks/readahead.py [PATH] [--kb 128 8192] [--repeat 5] --json FILE
+
+Cold loads by mmap depend on the read-ahead more than on the disk: 128 KiB is the kernel's
+default, some distributions and clouds set megabytes. Writes the setting, which needs root,
+and restores it whatever happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastst_patch import cli
+from fastst_patch.bench import guarded, machine, synthetic_checkpoint, write_json
+from fastst_patch.bench.errors import EXIT_INTERRUPTED, UsageError
+
+MODES = ("auto", "direct")
+
+
+@contextlib.contextmanager
+def read_ahead(setting: Path, kb: int) -> Iterator[None]:
+    """Change the read-ahead of a device for the duration of a ``with`` block."""
+    before = setting.read_text(encoding="ascii")
+    try:
+        setting.write_text(f"{kb}\n", encoding="ascii")
+        yield
+    finally:
+        setting.write_text(before, encoding="ascii")
+
+
+def bench(path: Path, mode: str, repeat: int, max_seconds: float) -> tuple[int, dict[str, object]]:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        status = cli.main([
+            "bench", str(path), "--cache", "cold", "--io", mode, "--json", str(report),
+            "--repeat", str(repeat), "--max-seconds", str(max_seconds),
+        ])  # fmt: skip
+        if status == EXIT_INTERRUPTED:  # the bench has said so; nor is there a next one
+            raise KeyboardInterrupt
+        return status, json.loads(report.read_text()) if report.exists() else {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", nargs="?", metavar="PATH", help="a file; else a synthetic one")
+    parser.add_argument("--kb", type=int, nargs="+", default=[128, 8192], help="settings to try")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--max-seconds", type=float, default=240.0, help="for each of the runs")
+    parser.add_argument("--dir", help="where to write the synthetic checkpoint")
+    parser.add_argument("--json", metavar="FILE", required=True)
+    args = parser.parse_args()
+    runs: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        path = Path(args.path) if args.path else stack.enter_context(synthetic_checkpoint(args.dir))
+        setting = machine.read_ahead_file(path)
+        if setting is None:
+            raise UsageError(f"{path}: its file system has no read-ahead setting")
+        if not os.access(setting, os.W_OK):
+            raise UsageError(f"{setting}: not writable; run this as root, outside containers")
+        for kb in args.kb:
+            with read_ahead(setting, kb):
+                for mode in MODES:
+                    print(f"\n=== read-ahead {kb} KiB, io={mode}", flush=True)
+                    status, report = bench(path, mode, args.repeat, args.max_seconds)
+                    runs.append({"read_ahead_kb": kb, "io": mode, "exit": status, **report})
+    write_json(args.json, {"runs": runs})
+    return max(int(run["exit"]) for run in runs)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded("readahead", main))

@@ -1,0 +1,67 @@
+"""fastst_patch: programs that read safetensors load at the speed of their hardware.
+
+    import fastst_patch
+    fastst_patch.patch()          # or: with fastst_patch.patched(): ...
+
+Importing this package is cheap and imports no torch. See the README for options and limits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import engine as _engine
+from .config import Config, config, config_context, environment_enabled
+from .errors import FallbackWarning, FaststError, OptionError, UntestedVersionWarning
+from .handle import load_file, load_model, safe_open
+from .patcher import (
+    PatchReport,
+    TargetStatus,
+    get_original,
+    is_patched,
+    patch,
+    patch_map,
+    patched,
+    unpatch,
+)
+from .report import LoadReport, Profile, profile, totals
+
+__all__ = [
+    "Config",
+    "FallbackWarning",
+    "FaststError",
+    "LoadReport",
+    "OptionError",
+    "PatchReport",
+    "Profile",
+    "TargetStatus",
+    "UntestedVersionWarning",
+    "config",
+    "config_context",
+    "get_original",
+    "is_patched",
+    "load_file",
+    "load_model",
+    "patch",
+    "patch_map",
+    "patched",
+    "profile",
+    "safe_open",
+    "stats",
+    "unpatch",
+]
+
+
+def stats() -> dict[str, Any]:
+    """Totals since the start of the process.
+
+    Returns:
+        ``"paths"``: per path (``mmap``, ``direct``, ``stock``, ...) the number of loads,
+        tensors, bytes and the seconds spent in our calls; ``"fallbacks"``: how often each
+        reason sent a load to stock; ``"native"``: what the engine holds and has moved.
+    """
+    return {**totals(), "native": _engine.counters()}
+
+
+if environment_enabled():
+    patch()

@@ -1,0 +1,174 @@
+"""`fastst-patch bench`: stock against patched safetensors on this machine, with ceilings."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from .errors import EXIT_FAILED, EXIT_INTERRUPTED, BenchError, UsageError
+
+if TYPE_CHECKING:
+    from .files import CheckpointFile
+    from .runner import Outcome
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the bench as the command line says; return the exit status."""
+    return guarded("fastst-patch bench", lambda: _bench(args))
+
+
+def guarded(name: str, run: Callable[[], int]) -> int:
+    """Turn what a user can cause or mend into a line on stderr and an exit status."""
+    try:
+        with ending_on_signals():
+            return run()
+    except BenchError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind the stack, so that the test checkpoint is removed."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from . import machine, plot, results, runner, table
+
+    _refuse_early(args)
+    if args.plot:
+        plot.require_matplotlib()  # before minutes of measuring, not after
+    caches = ("cold", "warm") if args.cache == "both" else (args.cache,)
+    with _measured_files(args.paths, args.dir) as files:
+        _require_cache_possible(files, caches)
+        plan = runner.Plan(
+            files, args.device, caches, args.repeat, args.max_seconds, patch_options(args)
+        )
+        environment = machine.environment(files[0].path)
+        outcome = runner.race(plan)
+    first = outcome.runs[caches[0], "stock"][0].sample
+    environment |= first.versions
+    if args.device != "cpu":
+        environment["gpu"] = first.device_name
+    print(table.render(outcome, environment))
+    if args.json:
+        write_json(args.json, results.to_json(outcome, environment))
+    if args.plot:
+        plot.draw(outcome, environment, args.plot)
+    return _verdict(outcome)
+
+
+def patch_options(args: argparse.Namespace) -> dict[str, object]:
+    """Return the keyword arguments for patch(): -o wins over --io."""
+    short = {} if args.io is None else {"io": args.io}
+    return {**short, **dict(args.options)}
+
+
+def _refuse_early(args: argparse.Namespace) -> None:
+    """Raise for what is known to be impossible before anything is written or measured."""
+    from fastst_patch import OptionError, config_context, engine
+
+    reason = engine.native_error()
+    if reason is not None:
+        raise BenchError(
+            f"the native extension cannot be used ({reason}), so there is nothing to compare; "
+            "`fastst-patch doctor` tells more"
+        )
+    try:
+        with config_context(**patch_options(args)):
+            pass  # only to see that it accepts them
+    except OptionError as error:
+        raise UsageError(str(error)) from error
+    for output in filter(None, (args.json, args.plot)):
+        if not Path(output).absolute().parent.is_dir():
+            raise UsageError(f"{output}: its folder does not exist")
+    if args.device != "cpu":
+        from .job import CHILD, run_json
+
+        answer = run_json(CHILD, {"kind": "cuda", "device": args.device}, "asking torch for CUDA")
+        if not answer["usable"]:
+            raise UsageError(f"--device {args.device}: torch cannot use it: {answer['reason']}")
+
+
+@contextlib.contextmanager
+def _measured_files(paths: Sequence[str], directory: str | None) -> Iterator[list[CheckpointFile]]:
+    from . import files
+
+    if paths:
+        yield files.expand(paths)
+        return
+    with synthetic_checkpoint(directory) as path:
+        yield [files.describe(path)]
+
+
+@contextlib.contextmanager
+def synthetic_checkpoint(directory: str | None) -> Iterator[Path]:
+    """Hold a model-like file sized to this machine; a bar shows while it is written."""
+    from tqdm import tqdm
+
+    from . import checkpoint
+
+    place = checkpoint.pick_directory(directory)
+    specs = checkpoint.transformer_specs(checkpoint.budget(place))
+    total = sum(spec.nbytes for spec in specs)
+    with contextlib.ExitStack() as stack:
+        bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False,
+                   desc=f"writing a test checkpoint in {place}")  # fmt: skip
+        with bar:
+            path = stack.enter_context(checkpoint.temporary_checkpoint(place, specs, bar.update))
+        yield path
+
+
+def _require_cache_possible(files: Sequence[CheckpointFile], caches: Sequence[str]) -> None:
+    from . import machine
+
+    for file in files:
+        held_by = machine.filesystem(file.path)
+        if held_by.in_memory and "cold" in caches:
+            raise UsageError(f"{file.path}: lies on {held_by.type}, which is memory and never "
+                             "cold: use --cache warm, or a copy on a disk")  # fmt: skip
+    total, available = sum(file.file_bytes for file in files), machine.memory_available()
+    if "warm" in caches and total > available:
+        raise UsageError(
+            f"{total / 1e9:.1f} GB of files do not fit the {available / 1e9:.1f} GB of memory "
+            "available, so they cannot be warm: use --cache cold, or fewer files"
+        )
+
+
+def write_json(file_name: str, value: object) -> None:
+    """Write indented JSON, or raise a line that names the file."""
+    try:
+        Path(file_name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{file_name}: cannot write: {error.strerror}") from error
+
+
+def _verdict(outcome: Outcome) -> int:
+    if outcome.verified is not False:
+        return 0
+    print(
+        "fastst-patch bench: a run did not find the page cache as it should be, see the table; "
+        "is another program using these files, or is memory short?",
+        file=sys.stderr,
+    )
+    return EXIT_FAILED

@@ -1,0 +1,164 @@
+"""An Outcome -> rows and numbers: for the table, the chart and the JSON file alike."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import ceilings, residency, stats
+from .ceilings import Ceiling
+from .runner import LOADERS, Outcome, Run
+from .stats import Summary
+
+
+@dataclass(frozen=True)
+class Row:
+    """One loader under one cache state, over all rounds."""
+
+    loader: str
+    device: str
+    cache: str
+    files: int
+    tensors: int
+    bytes: int
+    load_s: Summary
+    touch_s: Summary
+    total_s: Summary
+    ratio_to_stock: Summary  # of load plus touch, paired by round
+    ceiling: str | None
+    ceiling_fraction: float | None
+    path: str
+    fallbacks: tuple[str, ...]
+    verified: bool | None
+    runs: tuple[Run, ...]
+
+    @property
+    def gb_per_s(self) -> float:
+        """Bytes over the median of load plus touch."""
+        return self.bytes / self.total_s.median / 1e9
+
+
+def rows(outcome: Outcome) -> list[Row]:
+    """Return the rows in the order of the table."""
+    speeds = {one.name: gb_per_s(one) for one in outcome.ceilings if one.seconds}
+    return [
+        _row(outcome, cache, loader, speeds) for cache in outcome.plan.caches for loader in LOADERS
+    ]
+
+
+def gb_per_s(ceiling: Ceiling) -> float:
+    """Return the bytes over the median of the rounds."""
+    return ceiling.bytes / statistics.median(ceiling.seconds) / 1e9
+
+
+def binding_ceiling(cache: str, path: str, device: str, speeds: Mapping[str, float]) -> str | None:
+    """Name the narrowest place on the way the bytes took; None if it was not measured."""
+    if "direct" in path:
+        source = ceilings.DIRECT
+    else:
+        source = ceilings.COLD_BUFFERED if cache == "cold" else ceilings.PAGE_CACHE
+    on_the_way = [source] if device == "cpu" else [source, ceilings.HOST_TO_DEVICE]
+    if not all(name in speeds for name in on_the_way):
+        return None
+    return min(on_the_way, key=speeds.__getitem__)
+
+
+def _row(outcome: Outcome, cache: str, loader: str, speeds: Mapping[str, float]) -> Row:
+    plan = outcome.plan
+    runs = outcome.runs[cache, loader]
+    samples = [run.sample for run in runs]
+    totals = [sample.total_s for sample in samples]
+    total_s = stats.summarize(totals)
+    path = "; ".join(dict.fromkeys(sample.path for sample in samples))
+    binding = binding_ceiling(cache, path, plan.device, speeds)
+    speed = samples[0].bytes / total_s.median / 1e9
+    return Row(
+        loader=loader,
+        device=plan.device,
+        cache=cache,
+        files=len(plan.files),
+        tensors=samples[0].tensors,
+        bytes=samples[0].bytes,
+        load_s=stats.summarize([sample.load_s for sample in samples]),
+        touch_s=stats.summarize([sample.touch_s for sample in samples]),
+        total_s=total_s,
+        ratio_to_stock=stats.paired_ratio(
+            totals, [run.sample.total_s for run in outcome.runs[cache, "stock"]]
+        ),
+        ceiling=binding,
+        ceiling_fraction=speed / speeds[binding] if binding else None,
+        path=path,
+        fallbacks=tuple(sorted({reason for one in samples for reason in one.fallbacks})),
+        verified=residency.weakest(run.verified for run in runs),
+        runs=tuple(runs),
+    )
+
+
+def to_json(outcome: Outcome, environment: Mapping[str, object]) -> dict[str, Any]:
+    """Return everything measured, raw numbers included."""
+    plan = outcome.plan
+    return {
+        "environment": dict(environment),
+        "files": [
+            {"name": file.name, "bytes": file.file_bytes, "tensors": len(file.order)}
+            for file in plan.files
+        ],
+        "options": dict(plan.options),
+        "rounds": {"asked": plan.rounds, "done": outcome.rounds},
+        "spread": stats.SPREAD,
+        "verified": outcome.verified,
+        "ceilings": {one.name: _ceiling_json(one) for one in outcome.ceilings},
+        "results": [_row_json(row) for row in rows(outcome)],
+    }
+
+
+def _ceiling_json(ceiling: Ceiling) -> dict[str, Any]:
+    if not ceiling.seconds:
+        return {"gb_per_s": None, "seconds": [], "unavailable": ceiling.unavailable}
+    return {
+        "gb_per_s": gb_per_s(ceiling),
+        "seconds": ceiling.seconds,
+        "median_s": statistics.median(ceiling.seconds),
+        "bytes": ceiling.bytes,
+        "variant": ceiling.chosen,
+        "verified": ceiling.verified,
+    }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    samples = [run.sample for run in row.runs]
+    return {
+        "loader": row.loader,
+        "device": row.device,
+        "cache": row.cache,
+        "files": row.files,
+        "tensors": row.tensors,
+        "bytes": row.bytes,
+        "seconds": [sample.total_s for sample in samples],
+        "median_s": row.total_s.median,
+        "spread_s": row.total_s.spread,
+        "load_s": row.load_s.median,
+        "touch_s": row.touch_s.median,
+        "load_seconds": [sample.load_s for sample in samples],
+        "touch_seconds": [sample.touch_s for sample in samples],
+        "gb_per_s": row.gb_per_s,
+        "ratio_to_stock": row.ratio_to_stock.median,
+        "ratio_to_stock_spread": row.ratio_to_stock.spread,
+        "ceiling": row.ceiling,
+        "ceiling_fraction": row.ceiling_fraction,
+        "path": row.path,
+        "fallbacks": list(row.fallbacks),
+        "verified": row.verified,
+        "residency": [
+            {
+                "probe": run.prepared.probe,
+                "before_start": run.prepared.fraction,
+                "before_clock": run.sample.resident_before,
+            }
+            for run in row.runs
+        ],
+        "peak_rss": max(sample.memory.get("peak_rss", 0) for sample in samples),
+        "digests": list(samples[0].digests),
+    }

@@ -1,0 +1,136 @@
+"""Races stock against patched: fresh processes, alternating, in proven cache states."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from . import ceilings, residency
+from .ceilings import Ceiling
+from .errors import BenchError
+from .files import CheckpointFile
+from .job import LoadJob, Sample, run_load
+from .residency import CacheState
+
+LOADERS = ("stock", "patched")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to race, and for how long."""
+
+    files: Sequence[CheckpointFile]
+    device: str = "cpu"
+    caches: Sequence[str] = ("cold", "warm")
+    rounds: int = 5
+    max_seconds: float = 240.0
+    options: Mapping[str, object] = field(default_factory=dict)  # for patch()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files' absolute paths."""
+        return tuple(file.path for file in self.files)
+
+    @property
+    def direct_wanted(self) -> bool:
+        """Whether the options ask for O_DIRECT, whatever the cache state."""
+        return self.options.get("io") == "direct" or self.options.get("page_cache") == "drop"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sample and the cache state it was prepared in."""
+
+    sample: Sample
+    prepared: CacheState
+
+    @property
+    def verified(self) -> bool | None:
+        """By this process before the child started, and by the child before its clock did."""
+        if self.sample.resident_before is None:
+            return self.prepared.verified
+        inside = residency.satisfies(self.prepared.cache, self.sample.resident_before)
+        return residency.weakest([self.prepared.verified, inside])
+
+
+@dataclass
+class Outcome:
+    """Everything measured so far."""
+
+    plan: Plan
+    runs: dict[tuple[str, str], list[Run]]  # by (cache, loader); one a round
+    ceilings: list[Ceiling]
+    rounds: int = 0
+
+    @property
+    def verified(self) -> bool | None:
+        """Whether every run and ceiling found the cache as it should be."""
+        verdicts = [run.verified for runs in self.runs.values() for run in runs]
+        return residency.weakest(verdicts + [ceiling.verified for ceiling in self.ceilings])
+
+
+def race(plan: Plan) -> Outcome:
+    """Run all rounds, or as many as the time cap allows, at least one."""
+    beside = ceilings.plan(plan.caches, plan.device, plan.direct_wanted)
+    runs: dict[tuple[str, str], list[Run]] = {
+        (cache, loader): [] for cache in plan.caches for loader in LOADERS
+    }
+    outcome = Outcome(plan, runs, [one for group in beside.values() for one in group])
+    steps = len(runs) + len(outcome.ceilings)
+    begin, longest = time.monotonic(), 0.0
+    # disable=None: no bar where stderr is no terminal.
+    with tqdm(total=plan.rounds * steps, unit="run", disable=None, leave=False) as bar:
+        for number in range(plan.rounds):
+            started = time.monotonic()
+            if number and started - begin + longest > plan.max_seconds:
+                break
+            _round(outcome, number, beside, bar)
+            outcome.rounds += 1
+            longest = max(longest, time.monotonic() - started)
+    return outcome
+
+
+def _round(outcome: Outcome, number: int, beside: dict[str, list[Ceiling]], bar: tqdm) -> None:
+    # Whoever goes second finds the disk and the allocator as the first left them.
+    order = LOADERS if number % 2 == 0 else LOADERS[::-1]
+    for cache, measured_beside in beside.items():
+        for loader in order:
+            bar.set_description(f"round {number + 1}: {loader}, {cache}")
+            run = _run(outcome.plan, loader, cache)
+            outcome.runs[cache, loader].append(run)
+            _require_equal(outcome, run.sample, loader, cache)
+            bar.update()
+        for ceiling in measured_beside:
+            bar.set_description(f"round {number + 1}: {ceiling.name}")
+            ceiling.measure(outcome.plan.paths)
+            bar.update()
+
+
+def _run(plan: Plan, loader: str, cache: str) -> Run:
+    state = residency.prepare(cache, plan.paths)
+    job = LoadJob(
+        loader=loader,
+        device=plan.device,
+        paths=plan.paths,
+        orders=tuple(file.order for file in plan.files),
+        options=plan.options if loader == "patched" else {},
+        probe=state.probe_is_harmless,
+    )
+    return Run(run_load(job), state)
+
+
+def _require_equal(outcome: Outcome, sample: Sample, loader: str, cache: str) -> None:
+    """Compare with what the first load of all gave. A fast wrong loader is worthless."""
+    first_runs = (runs[0] for runs in outcome.runs.values() if runs)
+    expected = next(first_runs).sample.digests
+    pairs = zip(outcome.plan.files, expected, sample.digests, strict=True)
+    unequal = [file.path for file, one, other in pairs if one != other]
+    if unequal:
+        raise BenchError(
+            f"{', '.join(unequal)}: the {loader} loader ({cache} cache) gave tensors that "
+            "differ from those loaded before (keys, dtypes, shapes, strides or bytes). Unless "
+            "the file was changed meanwhile, this is a bug: please report it"
+        )

@@ -1,0 +1,129 @@
+"""The table a person reads: plain text, about 120 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from . import ceilings, results
+from .results import Row
+from .runner import Outcome
+from .stats import SPREAD, Summary
+
+_HEADINGS = (
+    "loader", "device", "cache", "files", "tensors", "GB", "load s", "touch s", "GB/s",
+    "time/stock", "of ceiling", "path",
+)  # fmt: skip
+_LEFT = {"loader", "device", "cache", "of ceiling", "path"}
+_SHORT = {
+    ceilings.DIRECT: "O_DIRECT",
+    ceilings.COLD_BUFFERED: "cold buffered",
+    ceilings.PAGE_CACHE: "page cache",
+    ceilings.HOST_TO_DEVICE: "bus",
+}
+
+
+def render(outcome: Outcome, environment: Mapping[str, object]) -> str:
+    """Return conditions, rows, ceilings and notes as one text."""
+    rows = results.rows(outcome)
+    parts = [_conditions(environment), "", *_grid(rows), "", *_ceilings(outcome)]
+    return "\n".join([*parts, "", *_notes(outcome, rows)])
+
+
+def _conditions(environment: Mapping[str, object]) -> str:
+    memory = environment.get("memory")
+    memory_text = f"{memory / 1e9:.0f} GB" if isinstance(memory, int) else "memory unknown"
+    read_ahead = environment.get("read_ahead_kb")
+    read_ahead_text = "unknown" if read_ahead is None else f"{read_ahead} KiB"
+    return (
+        f"{environment['cpu']}, {environment['cpus']} CPUs, {memory_text}; "
+        f"{environment['kernel']}\n"
+        f"{environment['fs']} on {environment['block_device']}, read-ahead {read_ahead_text}; "
+        f"Python {environment['python']}, torch {environment['torch']}, "
+        f"safetensors {environment['safetensors']}, fastst-patch {environment['fastst_patch']}"
+    )
+
+
+def _grid(rows: Sequence[Row]) -> list[str]:
+    cells = [_HEADINGS, *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        padded = (
+            cell.ljust(width) if heading in _LEFT else cell.rjust(width)
+            for cell, width, heading in zip(line, widths, _HEADINGS, strict=True)
+        )
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    fraction = "-"
+    if row.ceiling and row.ceiling_fraction is not None:
+        fraction = f"{row.ceiling_fraction:4.0%} {_SHORT[row.ceiling]}"
+    return (
+        row.loader,
+        row.device,
+        row.cache + ("" if row.verified else "?" if row.verified is None else "!"),
+        str(row.files),
+        str(row.tensors),
+        f"{row.bytes / 1e9:.2f}",
+        with_spread(row.load_s),
+        with_spread(row.touch_s) if row.touch_s.median else "-",
+        f"{row.gb_per_s:.2f}",
+        "1" if row.loader == "stock" else with_spread(row.ratio_to_stock, 2),
+        fraction,
+        row.path,
+    )
+
+
+def with_spread(summary: Summary, decimals: int | None = None) -> str:
+    """Format three or so significant digits, and the spread with as many decimals."""
+    if decimals is None:
+        decimals = next(
+            (n for n, least in enumerate((100, 10, 0.5, 0.05)) if summary.median >= least), 4
+        )
+    text = f"{summary.median:.{decimals}f}"
+    return text if summary.spread is None else f"{text} ±{summary.spread:.{decimals}f}"
+
+
+def _ceilings(outcome: Outcome) -> list[str]:
+    lines = ["ceilings, measured in the same rounds:"]
+    width = max(len(one.name) for one in outcome.ceilings)
+    for one in outcome.ceilings:
+        name = one.name.ljust(width)
+        if not one.seconds:
+            lines.append(f"  {name}  not available: {one.unavailable}")
+            continue
+        mark = "" if one.verified else "  (cache state not verified)"
+        lines.append(f"  {name}  {results.gb_per_s(one):6.2f} GB/s  {one.chosen}{mark}")
+    return lines
+
+
+def _rounds(count: int) -> str:
+    return "one round" if count == 1 else f"medians of {count} alternating rounds, ± {SPREAD},"
+
+
+def _notes(outcome: Outcome, rows: Sequence[Row]) -> list[str]:
+    plan = outcome.plan
+    notes = [
+        f"{_rounds(outcome.rounds)} in fresh processes; GB = 1e9 bytes;",
+        "GB/s = bytes / (load + touch); touch reads every byte once; "
+        "time/stock is the median of the rounds' own ratios.",
+    ]
+    if any(row.ceiling == ceilings.PAGE_CACHE and row.device == "cpu" for row in rows):
+        notes.append("A map copies nothing, so it can pass the page-cache read, which copies.")
+    if outcome.rounds < plan.rounds:
+        notes.append(
+            f"Stopped at the time cap of {plan.max_seconds:g} s (--max-seconds): "
+            f"{outcome.rounds} of {plan.rounds} rounds done."
+        )
+    for row in rows:
+        for reason in row.fallbacks:
+            notes.append(f"{row.loader}, {row.cache}: fell back: {reason}")
+    verdict = outcome.verified
+    if verdict is None:
+        notes.append("?: this kernel does not tell what is in the page cache; not verified.")
+    elif not verdict:
+        notes.append("!: a run did not find the cache in the state its row names: not valid.")
+    return notes

@@ -1,0 +1,91 @@
+"""The `fastst-patch` command. Commands import what they need, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from importlib import metadata
+
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    args = _parser().parse_args(argv)
+    if args.command == "doctor":
+        from . import doctor
+
+        return doctor.main(args.paths, args.json)
+    from . import bench
+
+    return bench.main(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastst-patch", description="Loads safetensors files at the speed of the hardware."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_bench(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time stock against patched safetensors on this machine",
+        description="Times stock against patched safetensors: fresh processes, alternating, "
+        "with the page cache proven cold or warm, beside what the hardware can give at most.",
+    )
+    parser.add_argument("paths", nargs="*", metavar="PATH",
+                        help="safetensors files or model folders; without any, a synthetic "
+                        "checkpoint is written and removed")  # fmt: skip
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda[:N]")
+    parser.add_argument("--cache", choices=("cold", "warm", "both"), default="both")
+    parser.add_argument("--repeat", type=_positive_int, default=5, metavar="N", help="rounds")
+    parser.add_argument("--max-seconds", type=float, default=240.0, metavar="S",
+                        help="begin no round that would end later (%(default)g)")  # fmt: skip
+    parser.add_argument("--dir", metavar="DIR", help="where to write the synthetic checkpoint")
+    parser.add_argument("--io", metavar="MODE", dest="io", help="short for -o io=MODE")
+    parser.add_argument("-o", "--option", type=option, action="append", default=[],
+                        metavar="NAME=VALUE", dest="options",
+                        help="an option for patch(), such as -o threads=4; repeatable")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there")
+    parser.add_argument("--plot", metavar="FILE", help="draw a chart (extra: fastst-patch[plot])")
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("doctor", help="tell what works here, and what not and why")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="files or folders to look at")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _device(text: str) -> str:
+    if not _DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda[:N]")
+    return text
+
+
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def option(text: str) -> tuple[str, str]:
+    """Split NAME=VALUE, an option for patch()."""
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value  # patch() reads text, as it does from the environment
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fastst-patch")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,289 @@
+"""Options: what they are, where they come from, which are in force.
+
+Precedence: keyword of ``patch()``, ``patched()`` or ``config_context()`` > environment
+(``FASTST_<NAME>``) > default. Options are process-wide, since loader threads do not inherit
+context variables; layers may be pushed and popped by any thread in any order. This is the
+only module that reads ``os.environ``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .errors import OptionError
+
+__all__ = ["Config", "config", "config_context", "current", "environment_targets", "pop", "push"]
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_SIZE_SUFFIXES = {
+    "": 1, "b": 1, "k": KIB, "kb": 1000, "kib": KIB, "m": MIB, "mb": 1000**2, "mib": MIB,
+    "g": GIB, "gb": 1000**3, "gib": GIB,
+}  # fmt: skip
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("0", "false", "no", "off", "")
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+_IO = ("auto", "mmap", "buffered", "direct", "gds")
+_PAGE_CACHE = ("auto", "keep", "drop")
+_TENSORS = ("auto", "dlpack", "owned")
+_FALLBACK = ("auto", "warn", "error")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The options in force when a file is opened. Sizes are in bytes.
+
+    Attributes:
+        io: how bytes are moved. ``auto`` maps the file and reads ahead in parallel; ``mmap``
+            maps it and leaves reading to the kernel, as stock does; ``buffered`` reads through
+            the page cache into memory of our own; ``direct`` does so with O_DIRECT; ``gds``
+            is not available yet.
+        page_cache: ``auto`` and ``keep`` leave the file cached; ``drop`` leaves it uncached,
+            which makes ``io="auto"`` read with O_DIRECT.
+        threads: most workers on one load, 1 to 64; 0 chooses by CPUs.
+        chunk_bytes: bytes one worker handles at a time, 64 KiB to 64 MiB.
+        pinned_bytes: not available yet (CUDA).
+        device_memory_budget: not available yet (CUDA).
+        tensors: ``dlpack`` places tensors in shared arenas, each with storage of its own;
+            ``owned`` gives each an allocation of its own from torch; ``auto`` is ``dlpack``.
+        fallback: when a call goes to stock: ``auto`` reports it, ``warn`` also warns,
+            ``error`` raises FaststError.
+        verify: load with stock too and compare every byte; on a difference stock's result
+            is returned and an error logged.
+        progress: show a tqdm bar with GB/s; a load then returns when its bytes are there.
+        log_level: level of the ``fastst_patch`` logger, with output to stderr.
+        small_file_bytes: files of at most this size go to stock. 0, because the fast path was
+            faster on every size tried, down to three tensors in 1 KB.
+    """
+
+    io: str = "auto"
+    page_cache: str = "auto"
+    threads: int = 0
+    chunk_bytes: int = 4 * MIB
+    pinned_bytes: int | None = None
+    device_memory_budget: int | None = None
+    tensors: str = "auto"
+    fallback: str = "auto"
+    verify: bool = False
+    progress: bool = False
+    log_level: str | None = None
+    small_file_bytes: int = 0
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
+    if isinstance(value, str) and value.lower() in allowed:
+        return value.lower()
+    raise OptionError(f"option {name}={value!r}: allowed are {', '.join(allowed)}")
+
+
+def _boolean(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
+        return value.lower() in _TRUE
+    raise OptionError(f"option {name}={value!r}: allowed are True and False (or 1 and 0)")
+
+
+def _size(name: str, value: object, low: int, high: int) -> int:
+    number: int | None = None
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, str):
+        text = value.strip().lower().replace("_", "")
+        digits = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
+        factor = _SIZE_SUFFIXES.get(text[len(digits) :].strip())
+        if digits.isdecimal() and factor is not None:
+            number = int(digits) * factor
+    if number is None or not low <= number <= high:
+        raise OptionError(
+            f"option {name}={value!r}: allowed are whole numbers from {low} to {high}"
+            " (sizes may end in KiB, MiB or GiB)"
+        )
+    return number
+
+
+def _not_yet(name: str, value: object) -> None:
+    if value is not None and value != "":
+        raise OptionError(
+            f"option {name}={value!r}: not available yet, it arrives with the CUDA engine;"
+            " leave it unset"
+        )
+
+
+def _log_level(name: str, value: object) -> str | None:
+    if value is None or value == "":
+        return None
+    return _choice(name, value, _LOG_LEVELS)
+
+
+def _io(name: str, value: object) -> str:
+    if _choice(name, value, _IO) == "gds":
+        raise OptionError(
+            f"option {name}='gds': not available yet, it arrives with the CUDA engine;"
+            " allowed now are auto, mmap, buffered, direct"
+        )
+    return _choice(name, value, _IO)
+
+
+_VALIDATORS = {
+    "io": _io,
+    "page_cache": lambda name, value: _choice(name, value, _PAGE_CACHE),
+    "threads": lambda name, value: _size(name, value, 0, 64),
+    "chunk_bytes": lambda name, value: _size(name, value, 64 * KIB, 64 * MIB),
+    "pinned_bytes": _not_yet,
+    "device_memory_budget": _not_yet,
+    "tensors": lambda name, value: _choice(name, value, _TENSORS),
+    "fallback": lambda name, value: _choice(name, value, _FALLBACK),
+    "verify": _boolean,
+    "progress": _boolean,
+    "log_level": _log_level,
+    "small_file_bytes": lambda name, value: _size(name, value, 0, 1 << 62),
+}
+
+
+def _validated(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for name, value in options.items():
+        if name not in _VALIDATORS:
+            raise OptionError(f"unknown option {name!r}: allowed are {', '.join(_VALIDATORS)}")
+        label = prefix + name.upper() if prefix else name
+        result[name] = _VALIDATORS[name](label, value)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _check_together(result: Config) -> Config:
+    if result.io == "mmap" and result.page_cache == "drop":
+        raise OptionError(
+            "options io='mmap' and page_cache='drop' exclude each other: mapped tensors live in"
+            " the page cache; use io='auto', 'buffered' or 'direct'"
+        )
+    if result.tensors == "owned" and result.io == "mmap":
+        raise OptionError(
+            "options io='mmap' and tensors='owned' exclude each other: mapped tensors share the"
+            " file's map; use io='auto', 'buffered' or 'direct'"
+        )
+    return result
+
+
+def _environment() -> dict[str, Any]:
+    found = {
+        name: os.environ[f"FASTST_{name.upper()}"]
+        for name in _VALIDATORS
+        if f"FASTST_{name.upper()}" in os.environ
+    }
+    return _validated(found, "FASTST_")
+
+
+def environment_enabled() -> bool | None:
+    """``FASTST_ENABLED``: False forbids patching, True patches on import, None is silent."""
+    value = os.environ.get("FASTST_ENABLED")
+    return None if value is None else _boolean("FASTST_ENABLED", value)
+
+
+def environment_targets() -> tuple[str, ...] | None:
+    """``FASTST_TARGETS``: comma-separated names for ``patch()`` called without any."""
+    value = os.environ.get("FASTST_TARGETS")
+    if value is None:
+        return None
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+# ---- layers ----
+
+_lock = threading.RLock()
+_layers: list[tuple[object, dict[str, Any]]] = []
+_current: Config | None = None
+_handler: logging.Handler | None = None
+
+
+def _apply_log_level(level: str | None) -> None:
+    global _handler  # noqa: PLW0603 - one handler for the process
+    logger = logging.getLogger("fastst_patch")
+    if level is None:
+        if _handler is not None:
+            logger.removeHandler(_handler)
+            logger.setLevel(logging.NOTSET)
+            _handler = None
+        return
+    logger.setLevel(level.upper())
+    if _handler is None:
+        _handler = logging.StreamHandler()
+        _handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger.addHandler(_handler)
+
+
+def _resolve() -> Config:
+    global _current  # noqa: PLW0603 - the one value in force
+    merged = _environment()
+    for _, options in _layers:
+        merged.update(options)
+    result = _check_together(Config(**merged))
+    if _current is None or _current.log_level != result.log_level:
+        _apply_log_level(result.log_level)
+    _current = result
+    return result
+
+
+def push(options: Mapping[str, Any]) -> object:
+    """Put options on top of those in force.
+
+    Returns:
+        A token for `pop`.
+
+    Raises:
+        OptionError: a name or value is not allowed; nothing has changed then.
+    """
+    token = object()
+    with _lock:
+        layer = (token, _validated(options))
+        _layers.append(layer)
+        try:
+            _resolve()
+        except OptionError:
+            _layers.remove(layer)
+            raise
+    return token
+
+
+def pop(token: object) -> None:
+    """Take a layer away again, wherever it lies; a token already popped is ignored."""
+    with _lock:
+        _layers[:] = [layer for layer in _layers if layer[0] is not token]
+        _resolve()
+
+
+def current() -> Config:
+    """The options in force, without looking at the environment again."""
+    return _current or config()
+
+
+def config() -> Config:
+    """The options in force now, the environment re-read.
+
+    Raises:
+        OptionError: the environment holds a bad value.
+    """
+    with _lock:
+        return _resolve()
+
+
+@contextlib.contextmanager
+def config_context(**options: Any) -> Iterator[Config]:
+    """Use options for the duration of a ``with`` block, in the whole process.
+
+    Raises:
+        OptionError: a name or value is not allowed.
+    """
+    token = push(options)
+    try:
+        yield current()
+    finally:
+        pop(token)

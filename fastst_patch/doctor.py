@@ -1,0 +1,269 @@
+"""``fastst-patch doctor``: what there is here, what ``patch()`` would do, and what not, and why.
+
+CUDA is looked at in a child process, because initialising it would break children that this
+process forks later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import engine, patcher, stock
+from .config import config
+from .errors import Doubt, OptionError
+
+__all__ = ["examine", "main"]
+
+_PACKAGES = (
+    "fastst-patch", "safetensors", "torch", "wrapt", "cffi", "numpy", "transformers",
+    "diffusers", "accelerate", "sentence-transformers", "peft", "huggingface-hub",
+)  # fmt: skip
+
+_FILE_SYSTEMS = {
+    0xEF53: "ext2/3/4", 0x58465342: "xfs", 0x9123683E: "btrfs", 0x01021994: "tmpfs",
+    0x6969: "nfs", 0x65735546: "fuse", 0x0BD00BD0: "lustre", 0x794C7630: "overlayfs",
+    0x2FC12FC1: "zfs", 0xFF534D42: "cifs", 0xFE534D42: "smb2", 0xF2F52010: "f2fs",
+}  # fmt: skip
+_NETWORKED = {"nfs", "fuse", "lustre", "cifs", "smb2"}
+
+_LIBRARIES = {
+    "libcuda.so.1": "CUDA driver",
+    "libcufile.so.0": "GPU Direct Storage",
+    "libamdhip64.so": "ROCm",
+}
+
+_PROBE = """
+import ctypes, json, sys
+found = {}
+for name in sys.argv[1:]:
+    try:
+        ctypes.CDLL(name)
+        found[name] = None
+    except OSError as error:
+        found[name] = str(error)
+gpus = []
+try:
+    import torch
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            gpus.append({"name": p.name, "memory_bytes": p.total_memory})
+    reason = None if gpus else (
+        "this torch is built without CUDA" if torch.version.cuda is None and not torch.version.hip
+        else "torch sees no usable GPU")
+except Exception as error:
+    reason = f"torch cannot tell: {error}"
+print(json.dumps({"libraries": found, "gpus": gpus, "gpu_reason": reason}))
+"""
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _accelerators() -> dict[str, Any]:
+    command = [sys.executable, "-c", _PROBE, *_LIBRARIES]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        return {"libraries": {}, "gpus": [], "gpu_reason": f"the probe failed: {error}"}
+    return result
+
+
+def _huge_pages() -> str:
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+    except OSError:
+        return "not offered by this kernel"
+    return text[text.index("[") + 1 : text.index("]")] if "[" in text else text.strip()
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "cpus_usable": round(engine.cpu_limit(), 2),
+        "workers_per_load": engine.io_threads(0),
+        "memory_headroom_bytes": engine.memory_headroom() if engine.native_file() else None,
+        "transparent_huge_pages": _huge_pages(),
+    }
+
+
+def _file_system(path: str) -> dict[str, Any]:
+    """What can be done with files beside ``path``; looks at it without reading its data."""
+    folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+    result: dict[str, Any] = {"path": path}
+    try:
+        if os.path.isfile(path):
+            result.update(_probe_file(path))
+            return result
+        with tempfile.NamedTemporaryFile(dir=folder) as scratch:
+            scratch.write(b"\0" * 8192)
+            scratch.flush()
+            result.update(_probe_file(scratch.name))
+    except (OSError, Doubt) as error:
+        result["error"] = f"{error} (give a model file of that folder, or a folder you may write)"
+    return result
+
+
+def _probe_file(path: str) -> dict[str, Any]:
+    file = engine.open_file(path)
+    magic = file.fs_magic
+    kind = _FILE_SYSTEMS.get(magic, f"type {magic:#x}")
+    resident, probe = file.residency(0, file.size)
+    try:
+        os.close(os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0)))
+        direct: str | None = None
+    except OSError as error:
+        direct = os.strerror(error.errno or 0)
+    return {
+        "file_system": kind,
+        "networked": kind in _NETWORKED,
+        "bytes": file.size,
+        "cached_bytes": resident,
+        "residency_probe": probe,
+        "o_direct": "works" if direct is None else f"refused: {direct}",
+    }
+
+
+def _patching() -> dict[str, Any]:
+    """What ``patch()`` would replace. Patches for a moment, and puts everything back."""
+    import safetensors.torch  # noqa: F401 - its targets are only there once it is imported
+
+    with patcher.patched() as report:
+        targets = [dataclasses.asdict(status) for status in report.targets.values()]
+    return {
+        "possible": report.reason is None,
+        "reason": report.reason,
+        "targets": targets,
+        "left_to_stock": {
+            "device other than cpu": "the CUDA engine is not there yet",
+            "framework other than torch": "numpy, tf, jax, mlx, paddle: stock does it",
+            'backend="pread"': "stock's stricter indexing and copies are kept",
+            "safetensors.torch.load(bytes)": "no file is read",
+            f"files up to {config().small_file_bytes} bytes": "stock opens them faster",
+            "a torch mode, default device or inference mode": "tensors must come out its way",
+        },
+    }
+
+
+def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything ``doctor`` knows, as data.
+
+    Args:
+        paths: files or folders whose file systems are of interest; the current folder and
+            the temporary one when empty.
+    """
+    native = {"loaded": engine.native_file(), "reason": engine.native_error()}
+    try:
+        options: dict[str, Any] = dataclasses.asdict(config())
+    except OptionError as error:
+        options = {"error": str(error)}
+    result: dict[str, Any] = {
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "tested": {name: list(bounds) for name, bounds in patcher.TESTED.items()},
+        "safetensors_module": str(stock.safe_open.__module__),
+        "native": native,
+        "options": options,
+        "machine": _machine(),
+        **_accelerators(),
+    }
+    if native["reason"] is None:
+        chosen = list(paths) or [os.getcwd(), tempfile.gettempdir()]
+        result["paths"] = [_file_system(path) for path in chosen]
+        if "error" not in options:
+            result["patch"] = _patching()
+    return result
+
+
+# ---- text ----
+
+
+def _gib(nbytes: int | None) -> str:
+    return "unknown" if nbytes is None else f"{nbytes / (1 << 30):.1f} GiB"
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    machine, native = found["machine"], found["native"]
+    installed = [f"{name} {v}" for name, v in found["versions"].items() if v]
+    ranges = [f"{name} {low} to {high}" for name, (low, high) in found["tested"].items()]
+    lines = [
+        f"python {found['python']}; " + ", ".join(installed),
+        "tested with " + ", ".join(ranges),
+        f"native engine: loaded from {native['loaded']}"
+        if native["reason"] is None
+        else f"native engine: NOT LOADED, stock is used: {native['reason']}",
+        f"machine: {machine['machine']}, Linux {machine['kernel']}, {machine['cpus_usable']:g} CPUs"
+        f" usable, {machine['workers_per_load']} workers a load,"
+        f" {_gib(machine['memory_headroom_bytes'])} of memory to take,"
+        f" huge pages: {machine['transparent_huge_pages']}",
+    ]
+    for gpu in found["gpus"]:
+        lines.append(f"GPU: {gpu['name']}, {_gib(gpu['memory_bytes'])}")
+    if found["gpu_reason"]:
+        lines.append(f"GPU: none ({found['gpu_reason']})")
+    for name, reason in found["libraries"].items():
+        lines.append(f"{_LIBRARIES[name]} ({name}): " + ("found" if reason is None else reason))
+    if "error" in found["options"]:
+        lines.append(f"options: {found['options']['error']}")
+    else:
+        lines.append("options: " + ", ".join(f"{k}={v}" for k, v in found["options"].items()))
+    return lines
+
+
+def _path_lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for entry in found.get("paths", []):
+        if "error" in entry:
+            lines.append(f"{entry['path']}: {entry['error']}")
+            continue
+        lines.append(
+            f"{entry['path']}: {entry['file_system']}, O_DIRECT {entry['o_direct']}, page cache"
+            f" seen through {entry['residency_probe']}"
+        )
+    return lines
+
+
+def _patch_lines(found: dict[str, Any]) -> list[str]:
+    patching = found.get("patch")
+    if patching is None:
+        return ["patch() would do nothing"]
+    if not patching["possible"]:
+        return [f"patch() would do nothing: {patching['reason']}"]
+    lines = ["patch() would replace:"]
+    for status in patching["targets"]:
+        state = "yes" if status["patched"] else f"no, {status['reason']}"
+        lines.append(f"  {status['name']}: {state} ({status['summary']})")
+        if status["aliases"]:
+            lines.append(f"    and {', '.join(status['aliases'])}")
+    lines.append("left to stock:")
+    lines += [f"  {what}: {why}" for what, why in patching["left_to_stock"].items()]
+    return lines
+
+
+def main(paths: Sequence[str] = (), as_json: bool = False) -> int:
+    """Print what `examine` found; 0 when the fast path can be taken here, else 1."""
+    found = examine(paths)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n".join(_lines(found) + _path_lines(found) + _patch_lines(found)))
+    return 0 if found["native"]["reason"] is None and "error" not in found["options"] else 1

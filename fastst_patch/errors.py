@@ -1,0 +1,33 @@
+"""Exceptions and warnings of the public API.
+
+Bad *files* raise what stock safetensors raises; the classes here are for bad options, for
+``fallback="error"`` and for results that ``verify`` found to differ.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FallbackWarning", "FaststError", "OptionError", "UntestedVersionWarning"]
+
+
+class FaststError(Exception):
+    """Base class of every error that fastst_patch itself raises."""
+
+
+class OptionError(FaststError, ValueError):
+    """An option has a bad name or value; the message names it and what is allowed."""
+
+
+class FallbackWarning(UserWarning):
+    """A call went to stock safetensors; the message says why (``fallback="warn"``)."""
+
+
+class UntestedVersionWarning(UserWarning):
+    """An installed dependency is outside the range that the tests cover."""
+
+
+class Doubt(Exception):  # noqa: N818 - internal control flow, not an error
+    """The fast path cannot be sure to equal stock here: ask stock. Never leaves the package."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

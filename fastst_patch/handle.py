@@ -1,0 +1,529 @@
+"""Stock-compatible handle, slice, ``load_file`` and ``load_model``.
+
+The rule everywhere: do it ourselves only when the outcome is certainly stock's, else let stock
+do it with the caller's own arguments. Stock is reached lazily through the descriptor we hold,
+so it sees the very file that was opened, even when the path means another one by now.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+import time
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from . import engine, stock, tensors
+from .config import Config, current
+from .errors import Doubt, FallbackWarning, FaststError
+from .layout import DTYPE_NAMES
+from .opened import OpenedFile, open_checked
+from .report import LoadReport, emit
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FastHandle", "FastSlice", "load_file", "load_model", "open_handle", "safe_open"]
+
+_TORCH = ("pt", "torch", "pytorch")
+_F4 = DTYPE_NAMES.index("F4")
+
+
+# ---- deciding ----
+
+
+def _path_of(filename: object) -> str:
+    path = filename if type(filename) is str else None
+    if path is None and isinstance(filename, (str, os.PathLike)):
+        path = os.fspath(filename)
+    if not isinstance(path, str):
+        raise Doubt("the file name is no str")
+    return path
+
+
+def _check_device(device: object) -> None:
+    if device is None or (type(device) is str and device == "cpu"):
+        return
+    if isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda")):
+        raise Doubt(f"device {device!r}: CUDA is not accelerated yet")
+    raise Doubt(f"device {device!r} is not accelerated")
+
+
+def _check_call(path: str, framework: object, device: object, backend: object) -> None:
+    error = engine.native_error()
+    if error is not None:
+        raise Doubt(error)
+    if framework not in _TORCH:
+        raise Doubt(f"framework {framework!r} is not accelerated")
+    if backend != "mmap":
+        raise Doubt(f"backend {backend!r} is not accelerated")
+    _check_device(device)
+    if not tensors.ordinary_mode():
+        raise Doubt("a torch mode or default device is in force")
+
+
+class SmallFile(Doubt):
+    """Stock is faster on a file this small: not a shortcoming, so never warned about."""
+
+
+def _open(path: str, config: Config) -> OpenedFile:
+    limit = config.small_file_bytes
+    if limit:
+        try:
+            size = os.stat(path).st_size
+        except (OSError, ValueError) as error:
+            raise Doubt("the file cannot be looked at") from error
+        if size <= limit:
+            raise SmallFile("the file is small")
+    try:
+        file, layout = open_checked(path)
+    except (OSError, MemoryError) as error:
+        raise Doubt(f"opening failed: {error}") from error
+    return OpenedFile(file, layout, config)
+
+
+def _fell_back(config: Config, call: str, path: str, reason: Doubt) -> None:
+    """Warn or raise as the ``fallback`` option says. Stock has accepted the call by now."""
+    if isinstance(reason, SmallFile) or config.fallback == "auto":
+        return
+    text = f"{call} of {path} was left to stock safetensors: {reason.reason}"
+    if config.fallback == "error":
+        raise FaststError(text)
+    warnings.warn(text, FallbackWarning, stacklevel=4)
+
+
+def _report_stock(call: str, file: object, device: object, reason: Doubt, **counts: Any) -> None:
+    emit(
+        LoadReport(
+            call,
+            str(file),
+            str("cpu" if device is None else device),
+            "stock",
+            counts.get("nbytes", 0),
+            counts.get("tensors", 0),
+            counts.get("seconds", 0.0),
+            None,
+            reason.reason,
+        )
+    )
+
+
+# ---- load_file ----
+
+
+def _bind_load_file(
+    filename: Any, device: Any = "cpu", *, backend: Any = "mmap"
+) -> tuple[Any, Any, Any]:
+    return filename, device, backend
+
+
+def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """``safetensors.torch.load_file``, faster: same arguments, results and exceptions."""
+    config, started = current(), time.perf_counter()
+    try:
+        if "backend" in kwargs and not stock.BACKENDS:
+            raise Doubt("this safetensors has no backend argument")
+        try:
+            filename, device, backend = _bind_load_file(*args, **kwargs)
+        except TypeError:
+            raise Doubt("the arguments are not load_file's") from None
+        path = _path_of(filename)
+        _check_call(path, "pt", device, backend)
+        opened = _open(path, config)
+        result = _load_opened(opened)
+    except Doubt as doubt:
+        return _stock_load_file(config, started, doubt, args, kwargs)
+    account = opened.account
+    emit(
+        LoadReport(
+            "load_file",
+            path,
+            "cpu",
+            account.path,
+            account.bytes,
+            account.tensors,
+            time.perf_counter() - started,
+            account.resident,
+            account.note,
+        )
+    )
+    if config.verify:
+        return _verified(config, path, result, stock.load_file(*args, **kwargs))
+    return result
+
+
+def _load_opened(opened: OpenedFile) -> dict[str, torch.Tensor]:
+    try:
+        result = opened.all_tensors()
+    except MemoryError as error:
+        raise Doubt(f"not enough memory: {error}") from error
+    if "offset_keys" not in stock.HANDLE_METHODS:  # before 0.6 load_file followed keys()
+        return {name: result[name] for name in opened.layout.sorted_names}
+    return result
+
+
+def _stock_load_file(
+    config: Config, started: float, doubt: Doubt, args: Any, kwargs: Any
+) -> dict[str, torch.Tensor]:
+    result: dict[str, torch.Tensor] = stock.load_file(*args, **kwargs)
+    filename = args[0] if args else kwargs.get("filename")
+    _fell_back(config, "load_file", str(filename), doubt)
+    device = args[1] if len(args) > 1 else kwargs.get("device", "cpu")
+    nbytes = 0 if isinstance(doubt, SmallFile) else sum(t.nbytes for t in result.values())
+    seconds = time.perf_counter() - started
+    _report_stock(
+        "load_file", filename, device, doubt, nbytes=nbytes, tensors=len(result), seconds=seconds
+    )
+    return result
+
+
+def _verified(
+    config: Config,
+    path: str,
+    ours: dict[str, torch.Tensor],
+    theirs: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    wrong = [] if list(ours) == list(theirs) else ["the names or their order"]
+    wrong += [name for name, tensor in theirs.items() if not _same(ours.get(name), tensor)]
+    if not wrong:
+        return ours
+    _complain(config, path, wrong[0])
+    return theirs
+
+
+def _complain(config: Config, path: str, what: str) -> None:
+    text = f"verify: {path}: {what} differs from stock's; stock's is used. Please report this."
+    if config.fallback == "error":
+        raise FaststError(text)
+    import logging
+
+    logging.getLogger("fastst_patch").error(text)
+
+
+def _same(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
+    import torch
+
+    if ours is None or ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    if theirs.numel() == 0:
+        return True
+    raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (ours, theirs)]
+    return torch.equal(raw[0], raw[1])
+
+
+def load_model(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
+    """``safetensors.torch.load_model``, faster: stock's own code over our ``load_file``."""
+    result: tuple[list[str], list[str]] = stock.load_model(load_file, *args, **kwargs)
+    return result
+
+
+# ---- safe_open ----
+
+
+def _bind_safe_open(
+    filename: Any, framework: Any, device: Any = "cpu", *, backend: Any = "mmap"
+) -> tuple[Any, Any, Any, Any]:
+    return filename, framework, device, backend
+
+
+def open_handle(stock_class: Any, path_of: Any, args: Any, kwargs: Any) -> Any:
+    """A fast handle where it equals stock's, else stock's own.
+
+    Args:
+        stock_class: ``safe_open`` or ``_safe_open_handle``, called on any doubt.
+        path_of: from their first argument to a path.
+        args: as the caller gave them.
+        kwargs: as the caller gave them.
+    """
+    config, started = current(), time.perf_counter()
+    filename: Any = args[0] if args else kwargs.get("filename", kwargs.get("f"))
+    device: Any = None
+    try:
+        if "backend" in kwargs and not stock.BACKENDS:
+            raise Doubt("this safetensors has no backend argument")
+        try:
+            filename, framework, device, backend = _bind_safe_open(*args, **kwargs)
+        except TypeError:
+            raise Doubt("the arguments are not safe_open's") from None
+        path = path_of(filename)
+        _check_call(path, framework, device, backend)
+        return FastHandle(stock_class, _open(path, config), started)
+    except Doubt as doubt:
+        handle = stock_class(*args, **kwargs)
+        _fell_back(config, "safe_open", str(filename), doubt)
+        _report_stock("safe_open", filename, device, doubt, seconds=time.perf_counter() - started)
+        return handle
+
+
+def safe_open(*args: Any, **kwargs: Any) -> Any:
+    """``safetensors.safe_open``, faster: same arguments, methods, results and exceptions."""
+    return open_handle(stock.safe_open, _path_of, args, kwargs)
+
+
+def path_of_file_object(file: Any) -> str:
+    """What ``_safe_open_handle`` opens for a file object: the file at its name."""
+    _ = file.fileno
+    return _path_of(file.name)
+
+
+@functools.cache
+def _closed_stock(stock_class: Any) -> Any:
+    """A stock handle that is closed: the words for everything done to a closed handle."""
+    import tempfile
+
+    with tempfile.NamedTemporaryFile() as file:
+        file.write((8).to_bytes(8, "little") + b"{}      ")
+        file.flush()
+        handle = stock_class(file if stock_class is stock.safe_open_handle else file.name, "pt")
+    handle.__exit__(None, None, None)
+    return handle
+
+
+class FastHandle:
+    """Answers like a stock ``safe_open`` handle; whatever it does not know stock is asked.
+
+    Closing forgets the file; tensors and slices handed out stay valid. Never closed, it goes
+    with its last reference. Usable from many threads at once.
+    """
+
+    __slots__ = ("__weakref__", "_opened", "_seconds", "_stock_class", "_stock_handle")
+
+    def __init__(self, stock_class: Any, opened: OpenedFile, started: float) -> None:
+        self._stock_class = stock_class
+        self._opened: OpenedFile | None = opened
+        self._stock_handle: Any = None
+        self._seconds = time.perf_counter() - started
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # isinstance(handle, safe_open) holds, as with stock's
+        return self._stock_class
+
+    # ---- asking stock ----
+
+    def _stock(self) -> Any:
+        opened = self._opened
+        if opened is None:
+            return _closed_stock(self._stock_class)
+        if self._stock_handle is None:
+            self._stock_handle = _stock_over(opened)
+        return self._stock_handle
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for what this class lacks: a version's news, or a misspelling.
+        return getattr(self._stock(), name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Handles cannot be pickled; stock says so in its own words."""
+        return self._stock().__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:
+        """As stock's, with our address."""
+        return f"<{self._stock_class.__module__}.safe_open object at {id(self):#x}>"
+
+    # ---- the interface ----
+
+    def keys(self, *args: Any, **kwargs: Any) -> Any:
+        """Names of the tensors, sorted."""
+        if self._opened is None or args or kwargs:
+            return self._stock().keys(*args, **kwargs)
+        return list(self._opened.layout.sorted_names)
+
+    def metadata(self, *args: Any, **kwargs: Any) -> Any:
+        """The header's free-form metadata, or None."""
+        if self._opened is None or args or kwargs:
+            return self._stock().metadata(*args, **kwargs)
+        found = self._opened.layout.metadata
+        return None if found is None else dict(found)
+
+    def get_tensor(self, *args: Any, **kwargs: Any) -> Any:
+        """The tensor of a name."""
+        opened = self._opened
+        i = None if opened is None else _number(opened, args, kwargs)
+        if opened is None or i is None:
+            return self._stock().get_tensor(*args, **kwargs)
+        started = time.perf_counter()
+        try:
+            if not tensors.ordinary_mode():
+                raise Doubt("a torch mode or default device is in force")
+            result = opened.tensor(i)
+        except (Doubt, MemoryError) as doubt:
+            return self._left_to_stock("get_tensor", doubt, args, kwargs)
+        self._seconds += time.perf_counter() - started
+        if opened.config.verify:
+            return self._verified_tensor(opened, result, args, kwargs)
+        return result
+
+    def get_slice(self, *args: Any, **kwargs: Any) -> Any:
+        """A view that reads when indexed."""
+        opened = self._opened
+        i = None if opened is None else _number(opened, args, kwargs)
+        if opened is None or i is None or opened.layout.dtype(i) == _F4:
+            return self._stock().get_slice(*args, **kwargs)
+        return FastSlice(opened, i)
+
+    def __enter__(self) -> FastHandle:
+        """Return the handle itself."""
+        return self
+
+    def __exit__(self, *args: Any, **kwargs: Any) -> None:
+        """Close; may be repeated."""
+        if len(args) != 3 or kwargs:
+            _closed_stock(self._stock_class).__exit__(*args, **kwargs)
+        self._close()
+
+    def __del__(self) -> None:
+        self._close()
+
+    # ---- inside ----
+
+    def _close(self) -> None:
+        opened, self._opened, self._stock_handle = self._opened, None, None
+        if opened is None:
+            return
+        account = opened.account
+        emit(
+            LoadReport(
+                "safe_open",
+                opened.file.path,
+                "cpu",
+                account.path,
+                account.bytes,
+                account.tensors,
+                self._seconds,
+                account.resident,
+                account.note,
+            )
+        )
+
+    def _left_to_stock(self, method: str, doubt: Exception, args: Any, kwargs: Any) -> Any:
+        opened = self._opened
+        result = getattr(self._stock(), method)(*args, **kwargs)
+        if opened is not None:
+            reason = doubt if isinstance(doubt, Doubt) else Doubt(f"not enough memory: {doubt}")
+            opened.account.note = reason.reason
+            _fell_back(opened.config, method, opened.file.path, reason)
+        return result
+
+    def _verified_tensor(self, opened: OpenedFile, ours: Any, args: Any, kwargs: Any) -> Any:
+        theirs = self._stock().get_tensor(*args, **kwargs)
+        if _same(ours, theirs):
+            return ours
+        _complain(opened.config, opened.file.path, f"tensor {args or kwargs}")
+        return theirs
+
+
+def _offset_keys(self: FastHandle, *args: Any, **kwargs: Any) -> Any:
+    """Names of the tensors in file order."""
+    opened = self._opened
+    if opened is None or args or kwargs:
+        return self._stock().offset_keys(*args, **kwargs)
+    return list(opened.layout.names)
+
+
+def _get_tensors(self: FastHandle, *args: Any, **kwargs: Any) -> Any:
+    """Every tensor by name, in file order."""
+    opened = self._opened
+    if opened is None or args or kwargs:
+        return self._stock().get_tensors(*args, **kwargs)
+    started = time.perf_counter()
+    try:
+        if not tensors.ordinary_mode():
+            raise Doubt("a torch mode or default device is in force")
+        result = opened.all_tensors()
+    except (Doubt, MemoryError) as doubt:
+        return self._left_to_stock("get_tensors", doubt, args, kwargs)
+    self._seconds += time.perf_counter() - started
+    if opened.config.verify:
+        return _verified(
+            opened.config, opened.file.path, result, self._stock().get_tensors(*args, **kwargs)
+        )
+    return result
+
+
+# Methods that came with later versions exist on our handle when they exist on stock's.
+for _name, _method in (("offset_keys", _offset_keys), ("get_tensors", _get_tensors)):
+    if _name in stock.HANDLE_METHODS:
+        setattr(FastHandle, _name, _method)
+
+
+def _number(opened: OpenedFile, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The tensor that get_tensor/get_slice arguments name; None when stock must say."""
+    if len(args) == 1 and not kwargs:
+        name = args[0]
+    elif not args and len(kwargs) == 1:
+        name = kwargs.get("name")
+    else:
+        return None
+    return opened.layout.index.get(name) if type(name) is str else None
+
+
+def _stock_over(opened: OpenedFile) -> Any:
+    """A stock handle over the very file that is open here."""
+    link = f"/proc/self/fd/{opened.file.fd}"
+    return stock.safe_open(link if os.path.exists(link) else opened.file.path, "pt")
+
+
+class FastSlice:
+    """Answers like stock's slice: the shape, the dtype, and reading when indexed.
+
+    Stays valid when its handle is closed.
+    """
+
+    __slots__ = ("_i", "_opened")
+
+    def __init__(self, opened: OpenedFile, i: int) -> None:
+        self._opened = opened
+        self._i = i
+
+    def _stock(self) -> Any:
+        return _stock_over(self._opened).get_slice(self._opened.layout.names[self._i])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stock(), name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Slices cannot be pickled; stock says so in its own words."""
+        return self._stock().__reduce_ex__(protocol)
+
+    def get_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """Shape of the whole tensor."""
+        if args or kwargs:
+            return self._stock().get_shape(*args, **kwargs)
+        return self._opened.layout.shape(self._i)
+
+    def get_dtype(self, *args: Any, **kwargs: Any) -> Any:
+        """Safetensors name of the dtype, such as ``BF16``."""
+        if args or kwargs:
+            return self._stock().get_dtype(*args, **kwargs)
+        return DTYPE_NAMES[self._opened.layout.dtype(self._i)]
+
+    def __getitem__(self, index: Any) -> Any:
+        """Index as torch does."""
+        opened = self._opened
+        try:
+            if not tensors.ordinary_mode():
+                raise Doubt("a torch mode or default device is in force")
+            if not opened.mapped:
+                found = _leading_rows(index, opened.layout.shape(self._i))
+                if found is not None:
+                    start, stop, rest = found
+                    return opened.rows(self._i, start, stop)[rest]
+            return opened.tensor(self._i)[index]
+        except Doubt:
+            return self._stock()[index]
+
+
+def _leading_rows(index: Any, shape: list[int]) -> tuple[int, int, Any] | None:
+    """Rows that an index with a leading plain slice needs, and what is left to index."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    if not isinstance(first, slice) or not shape:
+        return None
+    try:
+        start, stop, step = first.indices(shape[0])
+        if step <= 0 or (first.step is not None and operator.index(first.step) != 1):
+            return None
+    except (TypeError, ValueError):
+        return None
+    rest = (slice(None), *index[1:]) if isinstance(index, tuple) else slice(None)
+    return start, max(start, stop), rest

@@ -1,0 +1,129 @@
+"""Where tensors are in a file, and where their bytes shall go. Pure: no I/O, no torch.
+
+``FileLayout`` (what is in a file) and ``LoadPlan`` (which bytes go where) are immutable and
+may be shared between threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+__all__ = ["ARENA_ALIGNMENT", "DTYPE_NAMES", "FileLayout", "LoadPlan", "plan_arena", "plan_rows"]
+
+ARENA_ALIGNMENT = 256
+"""Bytes. Files promise 8; transformers' grouped matmul wants 16 and kernels up to 128."""
+
+# In the order of enum fst_dtype.
+DTYPE_NAMES = (
+    "BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0",
+    "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64",
+    "F64", "I64", "U64",
+)  # fmt: skip
+
+_FIELDS = 4  # 64-bit words in struct fst_tensor: begin, end, dims index, ndim | dtype << 32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FileLayout:
+    """What a validated header says. Tensors are numbered in offset order.
+
+    Attributes:
+        names: of the tensors, in offset order.
+        index: name -> number.
+        data_begin: file offset of the first tensor's bytes.
+        data_bytes: of all tensors together.
+        metadata: the header's ``__metadata__``, or None.
+        dtypes: bit ``1 << k`` is set when ``DTYPE_NAMES[k]`` occurs.
+        odd_f4: some F4 tensor has no even last dimension, which stock refuses.
+        owner: what keeps the memory behind the views below alive.
+    """
+
+    names: tuple[str, ...]
+    index: Mapping[str, int]
+    data_begin: int
+    data_bytes: int
+    metadata: Mapping[str, str] | None
+    dtypes: int
+    odd_f4: bool
+    owner: object
+    _records: memoryview
+    _dims: memoryview
+
+    @cached_property
+    def sorted_names(self) -> tuple[str, ...]:
+        """Names as stock's ``keys()`` orders them: by UTF-8 bytes, which is by code point."""
+        return tuple(sorted(self.names))
+
+    def extent(self, i: int) -> tuple[int, int]:
+        """File offsets of tensor i's first byte and of the byte behind its last."""
+        at = i * _FIELDS
+        return self.data_begin + self._records[at], self.data_begin + self._records[at + 1]
+
+    def nbytes(self, i: int) -> int:
+        """Length of tensor i in bytes."""
+        at = i * _FIELDS
+        return int(self._records[at + 1] - self._records[at])
+
+    def shape(self, i: int) -> list[int]:
+        """Shape of tensor i as the header has it (F4 counts halves of bytes)."""
+        first, tail = self._records[i * _FIELDS + 2], self._records[i * _FIELDS + 3]
+        return self._dims[first : first + (tail & 0xFFFFFFFF)].tolist()
+
+    def dtype(self, i: int) -> int:
+        """Index into ``DTYPE_NAMES`` of tensor i's dtype."""
+        return int(self._records[i * _FIELDS + 3] >> 32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadPlan:
+    """Which bytes of a file go where in an arena.
+
+    Attributes:
+        tensors: numbers of the tensors planned, in offset order.
+        offsets: 64-bit arena offset of each.
+        segments: flat triples (file offset, bytes, arena offset), by file offset, neighbours
+            merged where they are neighbours on both sides.
+        arena_bytes: size of the arena.
+        data_bytes: to be read.
+    """
+
+    tensors: array[int]
+    offsets: array[int]
+    segments: array[int]
+    arena_bytes: int
+    data_bytes: int
+
+
+def plan_arena(layout: FileLayout, tensors: Iterable[int] | None = None) -> LoadPlan:
+    """Place tensors (all when None) one behind another at `ARENA_ALIGNMENT` boundaries."""
+    chosen = array("Q", range(len(layout.names)) if tensors is None else sorted(tensors))
+    offsets, segments = array("Q"), array("Q")
+    place = data_bytes = 0
+    file_end = arena_end = -1
+    for i in chosen:
+        begin, end = layout.extent(i)
+        length = end - begin
+        offsets.append(place)
+        if length == 0:
+            continue
+        if begin == file_end and place == arena_end:
+            segments[-2] += length
+        else:
+            segments.extend((begin, length, place))
+        file_end, arena_end = end, place + length
+        data_bytes += length
+        place = -(-arena_end // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
+    return LoadPlan(chosen, offsets, segments, max(place, 1), data_bytes)
+
+
+def plan_rows(layout: FileLayout, i: int, start: int, stop: int) -> tuple[int, int]:
+    """Byte range, within tensor i, of rows start..stop of its first dimension.
+
+    The tensor must have at least one dimension of length ``>= stop >= start >= 0``.
+    """
+    rows = layout.shape(i)[0]
+    per_row = layout.nbytes(i) // rows if rows else 0
+    return start * per_row, stop * per_row

@@ -1,0 +1,287 @@
+"""One opened file on its way to CPU tensors: the data paths behind handles and load_file.
+
+=================  ==========================================================================
+path               what happens
+=================  ==========================================================================
+mmap               private zero-copy map; nothing is copied
+mmap+readahead     the same, and workers pull what is not cached, in the order of use
+buffered, direct   parallel reads into one huge-page arena, tensors at 256-byte boundaries
+owned              parallel reads into one torch allocation per tensor
+=================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from . import engine, tensors
+from .config import Config
+from .layout import FileLayout, plan_arena, plan_rows
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["OpenedFile", "open_checked"]
+
+MIB = 1 << 20
+WORKERS_FROM = 1 * MIB
+"""Bytes from which a load is worth waking workers for; a thread costs about 30 us."""
+
+AHEAD = 64 * MIB
+"""How far read-ahead runs in front of a handle that is walked in file order."""
+
+RESERVE = 512 * MIB
+"""Read-ahead stops when less memory than this (or a tenth of what was free) is left."""
+
+
+@dataclasses.dataclass
+class Account:
+    """What one call or handle has moved so far; becomes its LoadReport."""
+
+    path: str = "mmap"
+    bytes: int = 0
+    tensors: int = 0
+    resident: float | None = None
+    note: str | None = None
+
+
+def open_checked(path: str) -> tuple[engine.File, FileLayout]:
+    """Open a file and validate its header.
+
+    Raises:
+        Doubt: stock must look at it.
+        OSError, MemoryError: it cannot be read; stock says so in its own words.
+    """
+    file = engine.open_file(path)
+    return file, engine.read_layout(file)
+
+
+class OpenedFile:
+    """State shared by a handle and its slices. Usable from any thread.
+
+    Holds the descriptor and, from the first tensor on, the map; tensors handed out hold the
+    map themselves and outlive this object.
+    """
+
+    def __init__(self, file: engine.File, layout: FileLayout, config: Config) -> None:
+        self.file = file
+        self.layout = layout
+        self.config = config
+        self.account = Account(path=self._path_name())
+        self._lock = threading.Lock()
+        self._map: engine.Arena | None = None
+        self._jobs: list[engine.Job] = []
+        self._covered = array("Q")  # flat (begin, end) of extents already looked after
+        self._last_end = -1
+
+    # ---- which path ----
+
+    def _path_name(self) -> str:
+        config = self.config
+        if config.tensors == "owned":
+            return "owned"
+        if config.io in ("buffered", "direct"):
+            return config.io
+        return "direct" if config.page_cache == "drop" else "mmap"
+
+    @property
+    def mapped(self) -> bool:
+        """Whether tensors are views of the file's map."""
+        return self.account.path.startswith("mmap")
+
+    @property
+    def _direct(self) -> bool:
+        return self.config.io == "direct" or (
+            self.config.io == "auto" and self.config.page_cache == "drop"
+        )
+
+    # ---- tensors ----
+
+    def tensor(self, i: int) -> torch.Tensor:
+        """Tensor i, usable at once.
+
+        Raises:
+            Doubt: stock must do it.
+            OSError, MemoryError, SafetensorError: its bytes could not be read.
+        """
+        tensors.check(self.layout, i)
+        if self.mapped:
+            self._look_ahead(i)
+            result = tensors.import_batch(self.map(), self.layout, array("Q", (i,)))[0]
+        else:
+            result = self._read([i])[0]
+        self.account.tensors += 1
+        self.account.bytes += self.layout.nbytes(i)
+        return result
+
+    def all_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name, in offset order. Raises as `tensor`."""
+        layout = self.layout
+        tensors.check(layout)
+        if not layout.names:
+            return {}
+        if self.mapped:
+            arena = self.map()
+            self._read_ahead_all(arena)
+            made = tensors.import_batch(arena, layout)
+        else:
+            made = self._read(range(len(layout.names)))
+        self.account.tensors += len(made)
+        self.account.bytes += layout.data_bytes
+        return dict(zip(layout.names, made, strict=True))
+
+    def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of tensor i's first dimension, read alone; not for mapped files."""
+        tensors.check(self.layout, i)
+        result = tensors.empty(self.layout, i, stop - start)
+        first, last = plan_rows(self.layout, i, start, stop)
+        begin = self.layout.extent(i)[0] + first
+        self._fill([(begin, last - first, result)])
+        self.account.tensors += 1
+        self.account.bytes += last - first
+        return result
+
+    # ---- mapped ----
+
+    def map(self) -> engine.Arena:
+        """The file's private map, made on first use.
+
+        Raises:
+            MemoryError, OSError: the map was refused.
+        """
+        found = self._map
+        if found is None:
+            with self._lock:
+                found = self._map
+                if found is None:
+                    found = self._map = engine.map_arena(self.file)
+        return found
+
+    def _read_ahead_all(self, arena: engine.Arena) -> None:
+        layout = self.layout
+        if self.config.io == "mmap" or layout.data_bytes < WORKERS_FROM:
+            return
+        self._note_residency(layout.data_begin, layout.data_bytes)
+        # Where samples find everything cached, one worker makes sure of the rest.
+        threads = 1 if self.account.resident == 1.0 else engine.io_threads(self.config.threads)
+        self._start(arena, layout.data_begin, layout.data_bytes, threads)
+        self._covered = array("Q", (0, self.file.size))
+        if self.config.progress:
+            with _progress_bar(self.file.path, layout.data_bytes) as advance:
+                self._jobs[-1].wait(advance)
+
+    def _look_ahead(self, i: int) -> None:
+        """Bring in tensor i's extent, and what follows when the file is walked in order."""
+        begin, end = self.layout.extent(i)
+        covered = self._covered
+        if self.config.io == "mmap" or begin == end:
+            return
+        if covered and covered[-2] <= begin and end <= covered[-1]:
+            self._last_end = end
+            return
+        sequential = begin == self._last_end
+        self._last_end = end
+        if end - begin < WORKERS_FROM and not sequential:
+            return  # a few faults; the kernel's own read-ahead does it
+        target = max(end, begin + AHEAD) if sequential else end
+        self._cover(begin, min(target, self.file.size))
+
+    def _cover(self, begin: int, end: int) -> None:
+        """Start read-ahead of an extent unless it is cached."""
+        self._covered = array("Q", (begin, end))
+        resident, probe = self.file.residency(begin, end - begin)
+        if self.account.resident is None and probe != "none":
+            self.account.resident = resident / (end - begin)
+        if resident < end - begin:
+            self.account.path = "mmap+readahead"
+            self._start(self.map(), begin, end - begin, engine.io_threads(self.config.threads))
+
+    def _note_residency(self, begin: int, nbytes: int) -> None:
+        """Sample how much is cached, for the report; workers look at every chunk themselves."""
+        samples, size = 16, min(nbytes, 256 << 10)
+        step = max((nbytes - size) // (samples - 1), 1)
+        resident = looked = 0
+        for k in range(samples):
+            found, probe = self.file.residency(min(begin + k * step, begin + nbytes - size), size)
+            if probe == "none":
+                return
+            resident, looked = resident + found, looked + size
+        self.account.resident = resident / looked
+        if resident < looked:
+            self.account.path = "mmap+readahead"
+
+    def _start(self, arena: engine.Arena, begin: int, nbytes: int, threads: int) -> None:
+        headroom = engine.memory_headroom()
+        job = engine.prefetch(
+            self.file,
+            arena,
+            array("Q", (begin, nbytes, 0)),
+            threads=threads,
+            chunk_bytes=self.config.chunk_bytes,
+            reserve_bytes=min(RESERVE, headroom // 10) if headroom is not None else 0,
+        )
+        self._jobs = [job]  # earlier ones run on by themselves
+
+    # ---- read into memory of our own ----
+
+    def _read(self, wanted: Iterable[int]) -> list[torch.Tensor]:
+        if self.config.tensors == "owned":
+            made = [(i, tensors.empty(self.layout, i)) for i in wanted]
+            self._fill([(self.layout.extent(i)[0], self.layout.nbytes(i), t) for i, t in made])
+            return [tensor for _, tensor in made]
+        plan = plan_arena(self.layout, wanted)
+        arena = engine.alloc_arena(plan.arena_bytes)
+        self._run(arena, plan.segments, plan.data_bytes)
+        return tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
+
+    def _fill(self, places: list[tuple[int, int, torch.Tensor]]) -> None:
+        """Read (file offset, bytes) into tensors that already exist."""
+        places = [place for place in places if place[1]]
+        if not places:
+            return
+        base = min(tensor.data_ptr() for _, _, tensor in places)
+        top = max(tensor.data_ptr() + nbytes for _, nbytes, tensor in places)
+        segments = array("Q")
+        for begin, nbytes, tensor in sorted(places, key=lambda place: place[0]):
+            segments.extend((begin, nbytes, tensor.data_ptr() - base))
+        total = sum(nbytes for _, nbytes, _ in places)
+        self._run(engine.borrow_arena(base, top - base), segments, total)
+
+    def _run(self, arena: engine.Arena, segments: array[int], nbytes: int) -> None:
+        job = engine.read(
+            self.file,
+            arena,
+            segments,
+            threads=engine.io_threads(self.config.threads),
+            chunk_bytes=self.config.chunk_bytes,
+            direct=self._direct,
+            drop_cache=self.config.page_cache == "drop",
+        )
+        if self.config.progress:
+            with _progress_bar(self.file.path, nbytes) as advance:
+                stats = job.wait(advance)
+        else:
+            stats = job.wait()
+        if self._direct and stats.direct_errno:
+            if self.account.path == "direct":
+                self.account.path = "buffered"
+            self.account.note = f"O_DIRECT was refused ({os.strerror(stats.direct_errno)})"
+
+
+@contextmanager
+def _progress_bar(path: str, nbytes: int) -> Iterator[Callable[[engine.JobStats], None]]:
+    from tqdm import tqdm
+
+    bar: Any = tqdm(total=nbytes, unit="B", unit_scale=True, desc=os.path.basename(path))
+
+    def advance(stats: engine.JobStats) -> None:
+        bar.update(stats.bytes_done - bar.n)
+
+    with bar:
+        yield advance

@@ -1,0 +1,126 @@
+"""What happened: one LoadReport per load, totals, profiles, log lines.
+
+Silent by default: the ``fastst_patch`` logger has a NullHandler. INFO is one line per load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["LoadReport", "Profile", "emit", "profile", "totals"]
+
+_log = logging.getLogger("fastst_patch")
+_log.addHandler(logging.NullHandler())
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """One finished call, or one handle from opening to closing.
+
+    Attributes:
+        call: ``load_file`` or ``safe_open``.
+        file: path as the caller gave it.
+        device: where the tensors are.
+        path: ``mmap`` (bytes were cached), ``mmap+readahead`` (some were not; workers fetch
+            them while the tensors are already out), ``buffered``, ``direct``, ``owned``, or
+            ``stock``.
+        bytes: of the tensors handed out.
+        tensors: how many were handed out.
+        seconds: spent in our calls. For mapped tensors this is not the time to read them.
+        resident: fraction of the file found in the page cache, 0 to 1; None if not looked at.
+        fallback_reason: why stock did it, or why O_DIRECT gave way to the page cache.
+    """
+
+    call: str
+    file: str
+    device: str
+    path: str
+    bytes: int
+    tensors: int
+    seconds: float
+    resident: float | None = None
+    fallback_reason: str | None = None
+
+    @property
+    def gb_per_s(self) -> float:
+        """1e9 bytes per second of `seconds`; 0.0 when nothing was handed out."""
+        return self.bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
+
+    def __str__(self) -> str:
+        """The INFO line."""
+        text = (
+            f"{self.call} {self.file}: {self.bytes / 1e9:.3f} GB in {self.tensors} tensors,"
+            f" {self.seconds:.4f} s, {self.gb_per_s:.2f} GB/s, path {self.path}"
+        )
+        if self.path.startswith("mmap"):
+            text += " (mapped, not copied"
+            text += f"; {self.resident:.0%} was cached)" if self.resident is not None else ")"
+        if self.fallback_reason is not None:
+            text += f", because {self.fallback_reason}"
+        return text
+
+
+class Profile:
+    """Reports collected by `profile`, in the order in which loads finished."""
+
+    def __init__(self) -> None:
+        self.reports: list[LoadReport] = []
+
+    def __str__(self) -> str:
+        """One line per load."""
+        return "\n".join(str(report) for report in self.reports) or "no safetensors loads"
+
+
+_lock = threading.Lock()
+_paths: dict[str, Counter[str]] = {}
+_seconds: dict[str, float] = {}
+_fallbacks: Counter[str] = Counter()
+_profiles: list[Profile] = []
+
+
+def emit(report: LoadReport) -> None:
+    """Count a report, hand it to open profiles, log it."""
+    with _lock:
+        totals_of_path = _paths.setdefault(report.path, Counter())
+        totals_of_path.update(loads=1, bytes=report.bytes, tensors=report.tensors)
+        _seconds[report.path] = _seconds.get(report.path, 0.0) + report.seconds
+        if report.fallback_reason is not None:
+            _fallbacks[report.fallback_reason] += 1
+        profiles = list(_profiles)
+    for open_profile in profiles:
+        open_profile.reports.append(report)
+    if _log.isEnabledFor(logging.INFO):
+        _log.info("%s", report)
+
+
+def totals() -> dict[str, Any]:
+    """Totals since the start of the process.
+
+    Returns:
+        ``{"paths": {path: {"loads", "bytes", "tensors", "seconds"}},
+        "fallbacks": {reason: count}}``.
+    """
+    with _lock:
+        paths = {
+            path: {**counts, "seconds": _seconds[path]} for path, counts in _paths.items()
+        }
+        return {"paths": paths, "fallbacks": dict(_fallbacks)}
+
+
+@contextlib.contextmanager
+def profile() -> Iterator[Profile]:
+    """Collect the reports of every load that finishes inside the ``with`` block, any thread."""
+    collected = Profile()
+    with _lock:
+        _profiles.append(collected)
+    try:
+        yield collected
+    finally:
+        with _lock:
+            _profiles.remove(collected)

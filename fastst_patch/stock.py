@@ -1,0 +1,90 @@
+"""The installed safetensors, as it was before anybody patched it.
+
+Everything that asks stock goes through here, so that no wrapper of ours is ever called by
+ourselves. Importing safetensors does not import torch; ``safetensors.torch`` does, and is
+only touched by functions that need it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import safetensors
+
+__all__ = ["HANDLE_METHODS", "SafetensorError", "load_file", "load_model", "original", "safe_open"]
+
+
+def _unwrapped(value: Any) -> Any:
+    """What a wrapt proxy of ours (or anybody's) stands for."""
+    while hasattr(type(value), "__wrapped__") and hasattr(value, "__wrapped__"):
+        value = value.__wrapped__
+    return value
+
+
+SafetensorError: type[Exception] = safetensors.SafetensorError
+safe_open: Any = _unwrapped(safetensors.safe_open)
+safe_open_handle: Any = _unwrapped(getattr(safetensors, "_safe_open_handle", None))
+
+HANDLE_METHODS = frozenset(name for name in dir(safe_open) if not name.startswith("_"))
+"""Public methods of the installed version's handle; ours has no others."""
+
+BACKENDS = "backend" in str(getattr(safe_open, "__text_signature__", ""))
+"""Whether this version knows ``backend=`` (0.8 and later)."""
+
+
+@functools.cache
+def original(target: str) -> Any:
+    """The unpatched object behind a dotted name such as ``safetensors.torch.load_file``.
+
+    Raises:
+        AttributeError: the installed safetensors has no such name.
+        ImportError: its module cannot be imported.
+    """
+    module_name, _, name = target.rpartition(".")
+    return _unwrapped(getattr(importlib.import_module(module_name), name))
+
+
+def loads(header: bytes, nbytes: int) -> bool:
+    """Whether stock loads tensor ``x`` of a file with this header and zeros behind it."""
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(len(header).to_bytes(8, "little") + header + b"\0" * nbytes)
+        file.flush()
+        try:
+            with safe_open(file.name, "pt") as opened:
+                opened.get_tensor("x")
+        except Exception:  # whatever it raises, the user shall see it from stock
+            return False
+    return True
+
+
+def load_file(*args: Any, **kwargs: Any) -> Any:
+    """Stock's ``safetensors.torch.load_file``, whatever it looks up while we are patched in."""
+    return _with_globals("safetensors.torch.load_file", safe_open=safe_open)(*args, **kwargs)
+
+
+def load_model(fast_load_file: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stock's ``safetensors.torch.load_model`` with another ``load_file`` inside."""
+    function = _with_globals("safetensors.torch.load_model", load_file=fast_load_file)
+    return function(*args, **kwargs)
+
+
+def _with_globals(target: str, **replaced: Any) -> Callable[..., Any]:
+    """The stock function, seeing some other globals: its own code decides everything else."""
+    function = original(target)
+    if not inspect.isfunction(function):
+        return function  # type: ignore[no-any-return]
+    copy = type(function)(
+        function.__code__,
+        {**function.__globals__, **replaced},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

@@ -1,0 +1,230 @@
+"""DLPack to torch: how this torch takes each safetensors dtype, and tensors in batches.
+
+Which dtypes torch's DLPack importer knows depends on its version, so each is tried once on a
+one-element tensor; what it does not take goes in as bytes and is viewed, which is what stock
+does for every tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from array import array
+from typing import TYPE_CHECKING
+
+from . import engine, stock
+from .errors import Doubt
+from .layout import DTYPE_NAMES, FileLayout
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["empty", "import_batch", "ordinary_mode"]
+
+# name -> (torch attribute, DLPack type code, bits); codes as in DLPack 1.3's DLDataTypeCode.
+_TORCH = {
+    "BOOL": ("bool", 6, 8),
+    "F4": ("float4_e2m1fn_x2", None, 8),
+    "U8": ("uint8", 1, 8),
+    "I8": ("int8", 0, 8),
+    "F8_E5M2": ("float8_e5m2", 12, 8),
+    "F8_E4M3": ("float8_e4m3fn", 10, 8),
+    "F8_E8M0": ("float8_e8m0fnu", 14, 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 11, 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 13, 8),
+    "I16": ("int16", 0, 16),
+    "U16": ("uint16", 1, 16),
+    "F16": ("float16", 2, 16),
+    "BF16": ("bfloat16", 4, 16),
+    "I32": ("int32", 0, 32),
+    "U32": ("uint32", 1, 32),
+    "F32": ("float32", 2, 32),
+    "C64": ("complex64", 5, 64),
+    "F64": ("float64", 2, 64),
+    "I64": ("int64", 0, 64),
+    "U64": ("uint64", 1, 64),
+}
+_F4, _F32 = DTYPE_NAMES.index("F4"), DTYPE_NAMES.index("F32")
+
+# What every supported safetensors loads; whether the installed one knows the others is asked.
+_ALWAYS = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
+
+
+def _importer() -> tuple[int, int, object]:
+    """Addresses for `engine.import_tensors`, and the object that keeps the second alive."""
+    import ctypes
+
+    import torch
+
+    from_dlpack = torch._C._from_dlpack
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return 0, id(from_dlpack), from_dlpack
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    address = get_pointer(capsule, b"dlpack_exchange_api")
+    version = ctypes.c_uint32.from_address(address).value if address else 0
+    return (address if version == 1 else 0), id(from_dlpack), from_dlpack
+
+
+def _header_of_one(k: int) -> bytes:
+    """Header of a file with one element of a dtype (two of F4, which share a byte)."""
+    name, shape = DTYPE_NAMES[k], "[2]" if k == _F4 else "[1]"
+    offsets = f"[0,{_bytes_of(k)}]"
+    return f'{{"x":{{"dtype":"{name}","shape":{shape},"data_offsets":{offsets}}}}}'.encode()
+
+
+def _bytes_of(k: int) -> int:
+    return _TORCH[DTYPE_NAMES[k]][2] // 8
+
+
+class _Dtypes:
+    """What one torch takes, found by trying each dtype when it is first met."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._lock = threading.Lock()
+        self._tried = self._loadable = 0
+        self._entries = [engine.DlDtype()] * len(DTYPE_NAMES)
+        self.by_bytes = 0
+        self.table = engine.dl_table(self._entries)
+        self.torch: list[torch.dtype | None] = [
+            getattr(torch, _TORCH[name][0], None) if name in _TORCH else None
+            for name in DTYPE_NAMES
+        ]
+        exchange, callable_id, self._keep = _importer()
+        self.importer = (exchange, callable_id)
+        if exchange and self._try(_F32).as_bytes:  # not as announced: torch's own callable
+            self.importer = (0, callable_id)
+
+    def all_loadable(self, used: int) -> bool:
+        """Whether both this torch and stock take every dtype of a bit set."""
+        if used & ~self._tried:
+            with self._lock:
+                self._try_all(used & ~self._tried)
+        return not used & ~self._loadable
+
+    def _try_all(self, kinds: int) -> None:
+        for k, name in enumerate(DTYPE_NAMES):
+            if not kinds >> k & 1:
+                continue
+            entry = self._try(k)
+            if entry.known and (name in _ALWAYS or stock.loads(_header_of_one(k), _bytes_of(k))):
+                self._entries[k] = entry
+                self._loadable |= 1 << k
+                self.by_bytes |= entry.as_bytes << k
+        self.table = engine.dl_table(self._entries)
+        self._tried |= kinds  # last: other threads look at it without the lock
+
+    def _try(self, k: int) -> engine.DlDtype:
+        dtype = self.torch[k]
+        if dtype is None:
+            return engine.DlDtype()
+        _, code, bits = _TORCH[DTYPE_NAMES[k]]
+        if code is not None:
+            entry = engine.DlDtype(code, bits, False, True)
+            try:
+                if self._import_one(k, entry).dtype == dtype:
+                    return entry
+            except Doubt:
+                pass
+        return engine.DlDtype(1, 8, True, True)
+
+    def _import_one(self, k: int, entry: engine.DlDtype) -> torch.Tensor:
+        header = _header_of_one(k)
+        layout = engine.parse_header(header, 8 + len(header) + _bytes_of(k))
+        entries = [engine.DlDtype()] * len(DTYPE_NAMES)
+        entries[k] = entry
+        tensors = engine.import_tensors(
+            engine.alloc_arena(64),
+            layout,
+            engine.dl_table(entries),
+            self.importer,
+            offsets=array("Q", [0]),
+        )
+        result: torch.Tensor = tensors[0]
+        return result
+
+
+@functools.cache
+def _dtypes() -> _Dtypes:
+    return _Dtypes()
+
+
+def _storage_shape(layout: FileLayout, i: int) -> list[int]:
+    shape = layout.shape(i)
+    if layout.dtype(i) == _F4:
+        shape[-1] //= 2
+    return shape
+
+
+def check(layout: FileLayout, i: int | None = None) -> None:
+    """Make sure that this torch can hold tensor i, or every tensor of a file.
+
+    Raises:
+        Doubt: it cannot, or stock refuses the tensor.
+    """
+    used = layout.dtypes if i is None else 1 << layout.dtype(i)
+    if not _dtypes().all_loadable(used):
+        raise Doubt("this torch or this safetensors lacks a dtype of the file")
+    if used & (1 << _F4) and layout.odd_f4:
+        raise Doubt("an F4 tensor has an odd last dimension")
+
+
+def import_batch(
+    arena: engine.Arena,
+    layout: FileLayout,
+    tensors: array[int] | None = None,
+    offsets: array[int] | None = None,
+) -> list[torch.Tensor]:
+    """Make tensors over an arena, each with storage of exactly its own size.
+
+    The tensors own the arena together: it lives as long as any of them, whatever else is
+    closed or collected.
+
+    Args:
+        arena: holds their bytes.
+        layout: describes them.
+        tensors: their numbers; all when None.
+        offsets: where each begins in the arena; at its file offset when None.
+
+    Raises:
+        Doubt: stock must do it (see `check`).
+    """
+    if tensors is None:
+        check(layout)
+    dtypes = _dtypes()
+    result: list[torch.Tensor] = engine.import_tensors(
+        arena, layout, dtypes.table, dtypes.importer, tensors=tensors, offsets=offsets
+    )
+    if layout.dtypes & dtypes.by_bytes:
+        for at, i in enumerate(range(len(result)) if tensors is None else tensors):
+            kind = layout.dtype(i)
+            if dtypes.by_bytes >> kind & 1:
+                dtype = dtypes.torch[kind]
+                assert dtype is not None  # what torch lacks is no tensor by now
+                result[at] = result[at].view(dtype).reshape(_storage_shape(layout, i))
+    return result
+
+
+def empty(layout: FileLayout, i: int, rows: int | None = None) -> torch.Tensor:
+    """An allocation of torch's own for tensor i, or for some rows of its first dimension."""
+    import torch
+
+    shape = _storage_shape(layout, i)
+    if rows is not None:
+        shape[0] = rows
+    return torch.empty(shape, dtype=_dtypes().torch[layout.dtype(i)])
+
+
+def ordinary_mode() -> bool:
+    """Whether tensors made now are plain: no torch mode or default device changes them."""
+    import torch
+
+    c = torch._C
+    return (
+        c._len_torch_function_stack() == 0
+        and c._len_torch_dispatch_stack() == 0
+        and not torch.is_inference_mode_enabled()
+    )

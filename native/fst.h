@@ -1,0 +1,256 @@
+/* fst.h - the public C interface of fastst-patch's native engine.
+ *
+ * The region between "cdef-begin" and "cdef-end" is, word for word, what
+ * build_native.py hands to cffi: there is no second declaration to keep in step.
+ *
+ * What memory looks like, and who owns it:
+ *
+ *      fst_file ----- open descriptor, refcounted; closed with its last reference
+ *        |  held by: a Python handle while open, a running job
+ *        v
+ *      fst_arena ---- bytes that tensors live in, refcounted; one of
+ *        |              a private map of a whole file     (fst_arena_map)
+ *        |              anonymous huge-page memory        (fst_arena_alloc)
+ *        |              somebody else's memory            (fst_arena_borrow)
+ *        |  held by: a Python handle, every batch of tensors, a running job
+ *        v
+ *      batch -------- one block of DLPack structs made by one fst_tensors_import;
+ *        |            holds one arena reference until its last tensor dies
+ *        v
+ *      torch.Tensor - own storage of exactly its size; its deleter (C, needs no
+ *                     GIL, takes no lock of ours) drops one count of the batch
+ *
+ *      fst_job ------ chunks of work for the pool: reads into an arena, or
+ *                     read-ahead beside a map. Holds file and arena until the last
+ *                     chunk in flight is finished, whatever its owner does.
+ *
+ * Every create/open pairs with a release that accepts NULL. Functions return an
+ * fst_code and, on anything but FST_OK or FST_PENDING, fill *err (never NULL).
+ * Thread safety: all functions may be called from any thread; one fst_layout is
+ * read-only after parsing. After fork() the child sees its jobs as cancelled and
+ * starts a pool of its own on first use.
+ */
+#ifndef FST_H
+#define FST_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cdef-begin */
+
+/* ---- errors ------------------------------------------------------------- */
+
+enum fst_code {
+    FST_OK = 0,
+    FST_PENDING = 1,     /* a wait ran into its time limit: call again */
+    FST_DOUBT = 2,       /* not certainly a file stock accepts: ask stock */
+    FST_E_SYS = 3,       /* a system call failed: sys_errno says how */
+    FST_E_NOMEM = 4,     /* no memory for what was asked */
+    FST_E_TRUNCATED = 5, /* the file ended before the bytes its header promises */
+    FST_E_CANCELLED = 6, /* the job was cancelled, or the process forked */
+    FST_E_INVALID = 7,   /* an argument is out of range */
+    FST_E_PYTHON = 8     /* a Python exception is set in the calling thread */
+};
+
+typedef struct fst_error {
+    int code;
+    int sys_errno;
+    char message[480]; /* names the file, the offset and the cause */
+} fst_error;
+
+/* ---- files -------------------------------------------------------------- */
+
+typedef struct fst_file fst_file;
+
+typedef struct fst_file_info {
+    uint64_t size; /* bytes */
+    uint64_t dev;
+    uint64_t ino;
+    uint64_t fs_magic; /* statfs f_type */
+    int fd;            /* borrowed: valid while the file is held */
+} fst_file_info;
+
+/* Opens a regular file read-only. Anything else (a directory, a pipe, an absent
+ * file) is FST_DOUBT or FST_E_SYS, and nothing stays open. */
+int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err);
+void fst_file_release(fst_file *file);
+/* Reads exactly length bytes at offset, through the page cache. */
+int fst_file_read(fst_file *file, uint64_t offset, void *to, uint64_t length, fst_error *err);
+
+enum fst_probe { FST_PROBE_NONE = 0, FST_PROBE_CACHESTAT = 1, FST_PROBE_NOWAIT = 2, FST_PROBE_MINCORE = 3 };
+/* How many bytes of the extent are in the page cache, and which probe told:
+ * FST_PROBE_NONE means unknown (*resident is 0 then). Never blocks on I/O. */
+int fst_file_residency(fst_file *file, uint64_t offset, uint64_t length, uint64_t *resident,
+                       int *probe);
+
+/* ---- header ------------------------------------------------------------- */
+
+enum fst_dtype {
+    FST_BOOL, FST_F4, FST_F6_E2M3, FST_F6_E3M2, FST_U8, FST_I8, FST_F8_E5M2, FST_F8_E4M3,
+    FST_F8_E8M0, FST_F8_E4M3FNUZ, FST_F8_E5M2FNUZ, FST_I16, FST_U16, FST_F16, FST_BF16, FST_I32,
+    FST_U32, FST_F32, FST_C64, FST_F64, FST_I64, FST_U64, FST_DTYPES
+};
+
+typedef struct fst_tensor {
+    uint64_t begin; /* bytes, from the first byte after the header */
+    uint64_t end;
+    uint64_t dims_index; /* first of ndim entries in fst_layout_view.dims */
+    uint32_t ndim;
+    uint32_t dtype; /* enum fst_dtype */
+} fst_tensor;
+
+typedef struct fst_layout fst_layout;
+
+typedef struct fst_layout_view { /* borrowed from the layout */
+    uint64_t count;
+    uint64_t data_begin; /* file offset of the first tensor's bytes */
+    const fst_tensor *tensors; /* ordered by (begin, end, place in the header) */
+    const int64_t *dims;
+    uint64_t dims_count;
+    const char *names; /* UTF-8, unescaped, same order, each ended by one NUL */
+    uint64_t names_bytes;
+    const char *metadata; /* the JSON of "__metadata__", NULL when there is none */
+    uint64_t metadata_bytes;
+    uint32_t dtypes; /* bit 1 << enum fst_dtype for each dtype that occurs */
+    uint32_t odd_f4; /* some F4 tensor has no even last dimension: stock refuses it */
+} fst_layout_view;
+
+/* Parses the JSON header (without its 8-byte length) of a file of file_size bytes
+ * and validates it as strictly as stock. FST_DOUBT on anything invalid or merely
+ * unusual: the message says what. Copies what it needs. */
+int fst_layout_parse(const char *header, uint64_t header_bytes, uint64_t file_size,
+                     fst_layout **out, fst_layout_view *view, fst_error *err);
+/* Reads a file's header and returns FST_PENDING when its bytes equal those of cached
+ * (may be NULL), which then is its layout; else parses it into *out, FST_OK. */
+int fst_layout_read(fst_file *file, fst_layout *cached, fst_layout **out, fst_layout_view *view,
+                    fst_error *err);
+void fst_layout_release(fst_layout *layout);
+
+/* ---- arenas ------------------------------------------------------------- */
+
+typedef struct fst_arena fst_arena;
+
+/* Private, writable map of the whole file: writes never reach the file. */
+int fst_arena_map(fst_file *file, fst_arena **out, fst_error *err);
+/* Zeroed anonymous memory, 2 MiB aligned, transparent huge pages where allowed. */
+int fst_arena_alloc(uint64_t bytes, fst_arena **out, fst_error *err);
+/* Memory somebody else owns; it must outlive every job on the arena. */
+int fst_arena_borrow(void *base, uint64_t bytes, fst_arena **out, fst_error *err);
+void *fst_arena_data(fst_arena *arena);
+uint64_t fst_arena_bytes(fst_arena *arena);
+/* Gives up the creator's reference. Read-ahead on a map stops with its last user. */
+void fst_arena_release(fst_arena *arena);
+
+/* ---- jobs --------------------------------------------------------------- */
+
+typedef struct fst_segment {
+    uint64_t file_offset;
+    uint64_t bytes;
+    uint64_t arena_offset; /* ignored by read-ahead: a map keeps the file's offsets */
+} fst_segment;
+
+enum fst_read_mode { FST_READ_BUFFERED = 0, FST_READ_DIRECT = 1 };
+
+typedef struct fst_job_options {
+    uint32_t struct_bytes; /* sizeof(fst_job_options), for growth */
+    int32_t threads;       /* 1..64 */
+    uint64_t chunk_bytes;  /* 64 KiB..64 MiB, rounded up to pages */
+    int32_t mode;          /* enum fst_read_mode; reads only */
+    int32_t drop_cache;    /* reads only: evict each chunk from the page cache once read */
+    uint64_t reserve_bytes; /* read-ahead stops when less memory than this is left */
+} fst_job_options;
+
+typedef struct fst_job_stats {
+    uint64_t bytes_total;
+    uint64_t bytes_done;
+    uint64_t bytes_cold;    /* of those done: not in the page cache beforehand */
+    uint64_t bytes_skipped; /* read-ahead given up: memory low, cancelled, unreadable */
+    uint64_t bytes_direct;  /* moved by O_DIRECT */
+    int32_t direct_errno;   /* why O_DIRECT was given up for buffered reads, or 0 */
+    int32_t done;
+} fst_job_stats;
+
+typedef struct fst_job fst_job;
+
+/* Pulls the segments of a mapped file into the page cache and the page table, in
+ * the order given, and returns at once. Errors only stop it: the map still works. */
+int fst_job_prefetch(fst_file *file, fst_arena *map, const fst_segment *segments, uint64_t count,
+                     const fst_job_options *options, fst_job **out, fst_error *err);
+/* Reads the segments (ordered by file offset, not overlapping) into the arena. */
+int fst_job_read(fst_file *file, fst_arena *arena, const fst_segment *segments, uint64_t count,
+                 const fst_job_options *options, fst_job **out, fst_error *err);
+/* FST_PENDING after timeout_ms; else the job's result, with nothing left in flight. */
+int fst_job_wait(fst_job *job, int timeout_ms, fst_error *err);
+void fst_job_cancel(fst_job *job);
+void fst_job_get_stats(fst_job *job, fst_job_stats *stats);
+void fst_job_release(fst_job *job);
+
+/* ---- tensors ------------------------------------------------------------ */
+
+typedef struct fst_dl_dtype { /* how torch takes a dtype, probed once */
+    uint8_t code;
+    uint8_t bits;
+    uint8_t as_bytes; /* import as 1-D uint8; the caller views it */
+    uint8_t known;    /* 0: torch cannot hold it */
+} fst_dl_dtype;
+
+/* Appends one tensor per index to a Python list, all over one arena.
+ *   which/count    indices into the layout; which == NULL means 0..count-1
+ *   offsets        arena offset of each; NULL means file_base + begin
+ *   exchange_api   pointer from torch's "dlpack_exchange_api" capsule, or 0
+ *   from_dlpack    PyObject* taking a "dltensor" capsule, used when that is 0
+ *   list           PyObject* of a list the caller holds for the whole call
+ * Takes the GIL itself. FST_E_PYTHON leaves the exception set by torch fetched and
+ * printed into err->message; tensors already appended stay valid. */
+int fst_tensors_import(fst_arena *arena, fst_layout *layout, const uint64_t *which, uint64_t count,
+                       const uint64_t *offsets, uint64_t file_base, const fst_dl_dtype *table,
+                       uintptr_t exchange_api, uintptr_t from_dlpack, uintptr_t list,
+                       fst_error *err);
+
+/* ---- machine ------------------------------------------------------------ */
+
+/* Memory this process may still take: the least of MemAvailable and the cgroups'
+ * headroom (cached pages count as free). UINT64_MAX when nothing tells. */
+uint64_t fst_memory_headroom(void);
+
+typedef struct fst_pool_stats {
+    int32_t threads;
+    int32_t jobs;
+    uint64_t arenas;        /* alive */
+    uint64_t arena_bytes;   /* alive, anonymous */
+    uint64_t files;         /* open */
+    uint64_t bytes_prefetched;
+    uint64_t bytes_buffered;
+    uint64_t bytes_direct;
+} fst_pool_stats;
+
+void fst_pool_get_stats(fst_pool_stats *stats);
+/* Waits for jobs in flight, then ends the workers and frees their buffers. The next
+ * job starts them again. */
+void fst_pool_shutdown(void);
+
+/* ---- measuring ---------------------------------------------------------- */
+
+/* Reads every byte once and returns an order-sensitive 64-bit checksum. */
+uint64_t fst_touch(const void *data, uint64_t bytes);
+
+/* Raw parallel read of a file into small reused buffers, nothing kept: what the
+ * storage (direct = 1) or page cache (direct = 0) can give at most. */
+int fst_read_ceiling(const char *path, int direct, int threads, uint64_t chunk_bytes,
+                     uint64_t *bytes, double *seconds, fst_error *err);
+
+/* ---- fault injection (tests) -------------------------------------------- */
+
+/* Makes calls number first .. first+count-1 (from 1) of the named system call fail
+ * with sys_errno, or, when sys_errno is 0, be cut to at most short_bytes bytes.
+ * Names: open fstat pread preadv preadv2 mmap madvise readahead cachestat mincore
+ * fadvise pthread_create. Returns 0, or -1 for an unknown name. */
+int fst_fault_set(const char *name, uint64_t first, uint64_t count, int sys_errno,
+                  uint64_t short_bytes);
+/* Calls seen since the last clear, while a fault was set. */
+uint64_t fst_fault_calls(const char *name);
+void fst_fault_clear(void);
+
+/* cdef-end */
+
+#endif

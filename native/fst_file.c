@@ -1,0 +1,194 @@
+/* fst_file.c - open files: identity, exact reads, residency. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "fst_internal.h"
+#include "fst_sys.h"
+
+fst_counters fst_counts;
+
+int fst_fail(fst_error *err, int code, int sys_errno, const char *format, ...) {
+    va_list arguments;
+    err->code = code;
+    err->sys_errno = sys_errno;
+    va_start(arguments, format);
+    int written = vsnprintf(err->message, sizeof err->message, format, arguments);
+    va_end(arguments);
+    if (written < 0) err->message[0] = '\0';
+    return code;
+}
+
+int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err) {
+    struct stat status;
+    struct statfs filesystem;
+    *out = NULL;
+    /* O_NONBLOCK: opening a pipe must not wait for its writer; regular files ignore it. */
+    int fd = FST_SYS->open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return fst_fail(err, FST_E_SYS, errno, "%s: open failed: %s", path, strerror(errno));
+    if (FST_SYS->fstat(fd, &status) != 0) {
+        int code = errno;
+        close(fd);
+        return fst_fail(err, FST_E_SYS, code, "%s: fstat failed: %s", path, strerror(code));
+    }
+    if (!S_ISREG(status.st_mode) || status.st_size < 0) {
+        close(fd);
+        return fst_fail(err, FST_DOUBT, 0, "%s: not a regular file", path);
+    }
+    size_t length = strlen(path) + 1;
+    fst_file *file = malloc(sizeof *file + length);
+    if (file == NULL) {
+        close(fd);
+        return fst_fail(err, FST_E_NOMEM, ENOMEM, "%s: no memory to open it", path);
+    }
+    memset(file, 0, sizeof *file);
+    atomic_init(&file->refs, 1);
+    file->fd = fd;
+    memcpy(file->path, path, length);
+    file->info.size = (uint64_t)status.st_size;
+    file->info.dev = (uint64_t)status.st_dev;
+    file->info.ino = (uint64_t)status.st_ino;
+    file->info.fs_magic = fstatfs(fd, &filesystem) == 0 ? (uint64_t)filesystem.f_type : 0;
+    file->info.fd = fd;
+    atomic_fetch_add(&fst_counts.files, 1);
+    *info = file->info;
+    *out = file;
+    return FST_OK;
+}
+
+void fst_file_retain(fst_file *file) {
+    atomic_fetch_add_explicit(&file->refs, 1, memory_order_relaxed);
+}
+
+void fst_file_release(fst_file *file) {
+    if (file == NULL) return;
+    if (atomic_fetch_sub_explicit(&file->refs, 1, memory_order_acq_rel) != 1) return;
+    close(file->fd);
+    atomic_fetch_sub(&fst_counts.files, 1);
+    free(file);
+}
+
+int fst_file_open_direct(const fst_file *file) {
+    char link[64];
+    /* Through /proc: the same inode whatever the path names by now. */
+    (void)snprintf(link, sizeof link, "/proc/self/fd/%d", file->fd);
+    int fd = FST_SYS->open(link, O_RDONLY | O_CLOEXEC | O_DIRECT);
+    if (fd >= 0) return fd;
+    int code = errno;
+    if (code != ENOENT && code != EACCES) return -1;
+    fd = FST_SYS->open(file->path, O_RDONLY | O_CLOEXEC | O_DIRECT); /* no /proc here */
+    if (fd < 0) return -1;
+    struct stat status;
+    if (FST_SYS->fstat(fd, &status) == 0 && (uint64_t)status.st_dev == file->info.dev &&
+        (uint64_t)status.st_ino == file->info.ino)
+        return fd;
+    close(fd);
+    errno = ESTALE;
+    return -1;
+}
+
+int fst_file_read(fst_file *file, uint64_t offset, void *to, uint64_t length, fst_error *err) {
+    unsigned char *at = to;
+    if (offset > INT64_MAX || length > INT64_MAX - offset)
+        return fst_fail(err, FST_E_INVALID, EINVAL, "%s: offset %llu out of range", file->path,
+                        (unsigned long long)offset);
+    while (length > 0) {
+        ssize_t got = FST_SYS->pread(file->fd, at, (size_t)length, (off_t)offset);
+        if (got < 0) {
+            if (errno == EINTR) continue;
+            return fst_fail(err, FST_E_SYS, errno, "%s: reading %llu bytes at offset %llu: %s",
+                            file->path, (unsigned long long)length, (unsigned long long)offset,
+                            strerror(errno));
+        }
+        if (got == 0)
+            return fst_fail(err, FST_E_TRUNCATED, 0,
+                            "%s: the file ends at offset %llu, %llu bytes early", file->path,
+                            (unsigned long long)offset, (unsigned long long)length);
+        at += got;
+        offset += (uint64_t)got;
+        length -= (uint64_t)got;
+    }
+    return FST_OK;
+}
+
+/* ---- residency ---- */
+
+/* One-byte reads that refuse to wait, spread over the extent. The estimate is coarse,
+ * but a wrong one costs a little read-ahead, never a wrong byte. */
+static bool probe_nowait(int fd, uint64_t offset, uint64_t length, uint64_t *resident) {
+    uint64_t stride = fst_align_up(length / 64 + 1, 64u << 10), probes = 0, hits = 0;
+    for (uint64_t at = offset; at < offset + length; at += stride) {
+        unsigned char byte;
+        struct iovec to = {&byte, 1};
+        ssize_t got = FST_SYS->preadv2(fd, &to, 1, (off_t)at, RWF_NOWAIT);
+        if (got < 0 && errno != EAGAIN) return false;
+        probes++;
+        if (got == 1) hits++;
+    }
+    *resident = probes == 0 ? 0 : (uint64_t)((double)length * (double)hits / (double)probes);
+    return true;
+}
+
+/* mincore tells the truth only on files the caller owns or may write; elsewhere it
+ * claims that everything is resident. */
+static bool mincore_is_honest(int fd) {
+    struct stat status;
+    char link[64];
+    if (FST_SYS->fstat(fd, &status) != 0) return false;
+    if (status.st_uid == geteuid()) return true;
+    (void)snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    return access(link, W_OK) == 0;
+}
+
+static bool probe_mincore(int fd, uint64_t offset, uint64_t length, uint64_t *resident) {
+    enum { BATCH = 4096 }; /* pages at a time */
+    unsigned char flags[BATCH];
+    uint64_t begin = fst_align_down(offset, fst_page()), pages = 0, total = 0;
+    if (!mincore_is_honest(fd)) return false;
+    for (uint64_t at = begin; at < offset + length; at += BATCH * fst_page()) {
+        size_t bytes = (size_t)fst_min(offset + length - at, BATCH * fst_page());
+        void *map = FST_SYS->mmap(NULL, bytes, PROT_READ, MAP_SHARED, fd, (off_t)at);
+        if (map == MAP_FAILED) return false;
+        int failed = FST_SYS->mincore(map, bytes, flags);
+        (void)munmap(map, bytes);
+        if (failed != 0) return false;
+        size_t count = (bytes + (size_t)fst_page() - 1) / (size_t)fst_page();
+        for (size_t i = 0; i < count; i++) pages += flags[i] & 1u;
+        total += count;
+    }
+    *resident = total == 0 ? 0 : (uint64_t)((double)length * (double)pages / (double)total);
+    return true;
+}
+
+int fst_file_residency(fst_file *file, uint64_t offset, uint64_t length, uint64_t *resident,
+                       int *probe) {
+    *resident = 0;
+    *probe = FST_PROBE_NONE;
+    if (offset >= file->info.size) return FST_OK;
+    length = fst_min(length, file->info.size - offset);
+    if (length == 0) return FST_OK;
+    long long pages = FST_SYS->cachestat(file->fd, offset, length);
+    if (pages >= 0) {
+        *probe = FST_PROBE_CACHESTAT;
+        uint64_t bytes = (uint64_t)pages * fst_page();
+        *resident = fst_min(bytes, length);
+        return FST_OK;
+    }
+    if (probe_nowait(file->fd, offset, length, resident)) {
+        *probe = FST_PROBE_NOWAIT;
+    } else if (probe_mincore(file->fd, offset, length, resident)) {
+        *probe = FST_PROBE_MINCORE;
+    } else {
+        *resident = 0;
+    }
+    return FST_OK;
+}

@@ -1,0 +1,580 @@
+/* fst_header.c - the JSON header of a safetensors file, parsed and validated.
+ *
+ * Deliberately narrower than JSON: it accepts what safetensors writers produce, in any
+ * spacing and key order, and answers FST_DOUBT to everything else. The caller then asks
+ * stock, which decides and words the error. Accepting less than stock costs speed on an
+ * odd file; accepting more would be a wrong result, so every check leans that way.
+ *
+ * One pass over the bytes, no recursion (the format's depth is fixed), all arithmetic on
+ * file-supplied numbers overflow-checked.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fst_dlpack.h"
+#include "fst_internal.h"
+
+#define LENGTH_BYTES 8u
+#define MAX_HEADER_BYTES 100000000u /* stock's limit */
+
+struct fst_layout {
+    fst_layout_view view;
+    fst_tensor *tensors;
+    int64_t *dims;
+    char *names;
+    char *header; /* owned copy: metadata points into it, cached layouts compare it */
+    uint64_t header_bytes;
+    uint64_t file_bytes;
+};
+
+static const struct {
+    const char *name;
+    unsigned bits;
+} dtypes[FST_DTYPES] = {
+    [FST_BOOL] = {"BOOL", 8},
+    [FST_F4] = {"F4", 4},
+    [FST_F6_E2M3] = {"F6_E2M3", 6},
+    [FST_F6_E3M2] = {"F6_E3M2", 6},
+    [FST_U8] = {"U8", 8},
+    [FST_I8] = {"I8", 8},
+    [FST_F8_E5M2] = {"F8_E5M2", 8},
+    [FST_F8_E4M3] = {"F8_E4M3", 8},
+    [FST_F8_E8M0] = {"F8_E8M0", 8},
+    [FST_F8_E4M3FNUZ] = {"F8_E4M3FNUZ", 8},
+    [FST_F8_E5M2FNUZ] = {"F8_E5M2FNUZ", 8},
+    [FST_I16] = {"I16", 16},
+    [FST_U16] = {"U16", 16},
+    [FST_F16] = {"F16", 16},
+    [FST_BF16] = {"BF16", 16},
+    [FST_I32] = {"I32", 32},
+    [FST_U32] = {"U32", 32},
+    [FST_F32] = {"F32", 32},
+    [FST_C64] = {"C64", 64},
+    [FST_F64] = {"F64", 64},
+    [FST_I64] = {"I64", 64},
+    [FST_U64] = {"U64", 64},
+};
+
+/* ---- growing while parsing ---- */
+
+typedef struct entry { /* a tensor before sorting */
+    fst_tensor tensor;
+    uint64_t name_begin; /* in parser.names */
+    uint64_t name_end;   /* past its NUL */
+    uint64_t order;
+} entry;
+
+typedef struct parser {
+    const char *at;
+    const char *end;
+    const char *begin;
+    const char *doubt; /* why, when something is off */
+    bool no_memory;
+    entry *entries;
+    size_t count, entries_room;
+    int64_t *dims;
+    size_t dims_count, dims_room;
+    char *names;
+    size_t names_bytes;
+    const char *metadata;
+    size_t metadata_bytes;
+    bool metadata_seen;
+} parser;
+
+static bool doubt(parser *p, const char *why) {
+    if (p->doubt == NULL) p->doubt = why;
+    return false;
+}
+
+/* Makes room for one more element; doubles, so amortised constant. */
+static bool reserve(parser *p, void **array, size_t *room, size_t count, size_t element) {
+    if (count < *room) return true;
+    size_t grown = *room == 0 ? 64 : *room * 2;
+    if (grown < *room || grown > SIZE_MAX / element) {
+        p->no_memory = true;
+        return false;
+    }
+    void *moved = realloc(*array, grown * element);
+    if (moved == NULL) {
+        p->no_memory = true;
+        return false;
+    }
+    *array = moved;
+    *room = grown;
+    return true;
+}
+
+/* ---- lexing ---- */
+
+static void skip_space(parser *p) {
+    while (p->at < p->end && (*p->at == ' ' || *p->at == '\n' || *p->at == '\t' || *p->at == '\r'))
+        p->at++;
+}
+
+static bool peek(parser *p, char c) {
+    skip_space(p);
+    return p->at < p->end && *p->at == c;
+}
+
+static bool expect(parser *p, char c, const char *why) {
+    if (!peek(p, c)) return doubt(p, why);
+    p->at++;
+    return true;
+}
+
+static int hex_digit(char c) {
+    if (c >= '0' && c <= '9') return c - '0';
+    if (c >= 'a' && c <= 'f') return c - 'a' + 10;
+    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
+    return -1;
+}
+
+static bool four_hex(parser *p, unsigned *out) {
+    if (p->end - p->at < 4) return doubt(p, "short \\u escape");
+    unsigned value = 0;
+    for (int i = 0; i < 4; i++) {
+        int digit = hex_digit(*p->at++);
+        if (digit < 0) return doubt(p, "bad \\u escape");
+        value = value << 4 | (unsigned)digit;
+    }
+    *out = value;
+    return true;
+}
+
+static size_t put_utf8(char *to, unsigned code) {
+    if (code < 0x80) {
+        to[0] = (char)code;
+        return 1;
+    }
+    if (code < 0x800) {
+        to[0] = (char)(0xC0 | code >> 6);
+        to[1] = (char)(0x80 | (code & 0x3F));
+        return 2;
+    }
+    if (code < 0x10000) {
+        to[0] = (char)(0xE0 | code >> 12);
+        to[1] = (char)(0x80 | (code >> 6 & 0x3F));
+        to[2] = (char)(0x80 | (code & 0x3F));
+        return 3;
+    }
+    to[0] = (char)(0xF0 | code >> 18);
+    to[1] = (char)(0x80 | (code >> 12 & 0x3F));
+    to[2] = (char)(0x80 | (code >> 6 & 0x3F));
+    to[3] = (char)(0x80 | (code & 0x3F));
+    return 4;
+}
+
+static bool unicode_escape(parser *p, char **to) {
+    unsigned code, low;
+    if (!four_hex(p, &code)) return false;
+    if (code >= 0xDC00 && code <= 0xDFFF) return doubt(p, "lone surrogate");
+    if (code >= 0xD800 && code <= 0xDBFF) {
+        if (p->end - p->at < 2 || p->at[0] != '\\' || p->at[1] != 'u')
+            return doubt(p, "lone surrogate");
+        p->at += 2;
+        if (!four_hex(p, &low)) return false;
+        if (low < 0xDC00 || low > 0xDFFF) return doubt(p, "lone surrogate");
+        code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+    }
+    if (code == 0) return doubt(p, "NUL in a string");
+    *to += put_utf8(*to, code);
+    return true;
+}
+
+static bool escape(parser *p, char **to) {
+    static const char from[] = "\"\\/bfnrt", into[] = "\"\\/\b\f\n\r\t";
+    if (p->at >= p->end) return doubt(p, "string not closed");
+    char c = *p->at++;
+    if (c == 'u') return unicode_escape(p, to);
+    const char *found = c == '\0' ? NULL : strchr(from, c);
+    if (found == NULL) return doubt(p, "unknown escape");
+    *(*to)++ = into[found - from];
+    return true;
+}
+
+/* Unescapes the string at the cursor into *to, which has room for its raw length:
+ * no escape is shorter than what it stands for. */
+static bool string_into(parser *p, char **to) {
+    if (!expect(p, '"', "string expected")) return false;
+    while (p->at < p->end) {
+        const char *run = p->at;
+        while (p->at < p->end && *p->at != '"' && *p->at != '\\' && (unsigned char)*p->at >= 0x20)
+            p->at++;
+        size_t bytes = (size_t)(p->at - run);
+        memcpy(*to, run, bytes);
+        *to += bytes;
+        if (p->at >= p->end) break;
+        char c = *p->at++;
+        if (c == '"') return true;
+        if (c != '\\') return doubt(p, "control character in a string");
+        if (!escape(p, to)) return false;
+    }
+    return doubt(p, "string not closed");
+}
+
+static bool unsigned_number(parser *p, uint64_t *out) {
+    skip_space(p);
+    const char *first = p->at;
+    uint64_t value = 0;
+    while (p->at < p->end && *p->at >= '0' && *p->at <= '9') {
+        uint64_t digit = (uint64_t)(*p->at++ - '0');
+        if (value > ((uint64_t)INT64_MAX - digit) / 10) return doubt(p, "number too large");
+        value = value * 10 + digit;
+    }
+    if (p->at == first) return doubt(p, "unsigned integer expected");
+    if (*first == '0' && p->at - first > 1) return doubt(p, "leading zero");
+    if (p->at < p->end && (*p->at == '.' || *p->at == 'e' || *p->at == 'E'))
+        return doubt(p, "not an integer");
+    *out = value;
+    return true;
+}
+
+/* A short literal without escapes, such as a key or a dtype. */
+static bool plain_string(parser *p, const char **text, size_t *bytes) {
+    if (!expect(p, '"', "string expected")) return false;
+    *text = p->at;
+    while (p->at < p->end && *p->at != '"' && *p->at != '\\' && (unsigned char)*p->at >= 0x20)
+        p->at++;
+    if (p->at >= p->end || *p->at != '"') return doubt(p, "unusual string");
+    *bytes = (size_t)(p->at++ - *text);
+    return true;
+}
+
+static bool is(const char *text, size_t bytes, const char *literal) {
+    return strlen(literal) == bytes && memcmp(text, literal, bytes) == 0;
+}
+
+/* After an element: true to go on, false at the closing character or on doubt. */
+static bool more(parser *p, char close, bool *bad) {
+    skip_space(p);
+    if (p->at < p->end && *p->at == ',') {
+        p->at++;
+        return true;
+    }
+    *bad = !expect(p, close, "',' or a closing bracket expected");
+    return false;
+}
+
+/* ---- grammar ---- */
+
+static bool parse_dtype(parser *p, uint32_t *out) {
+    const char *text;
+    size_t bytes;
+    if (!plain_string(p, &text, &bytes)) return false;
+    for (uint32_t i = 0; i < FST_DTYPES; i++) {
+        if (is(text, bytes, dtypes[i].name)) {
+            *out = i;
+            return true;
+        }
+    }
+    return doubt(p, "unknown dtype");
+}
+
+static bool parse_shape(parser *p, fst_tensor *tensor) {
+    bool bad = false;
+    if (!expect(p, '[', "shape is not an array")) return false;
+    tensor->dims_index = p->dims_count;
+    if (peek(p, ']')) {
+        p->at++;
+        return true;
+    }
+    do {
+        uint64_t dim;
+        if (!unsigned_number(p, &dim)) return false;
+        if (!reserve(p, (void **)&p->dims, &p->dims_room, p->dims_count, sizeof *p->dims))
+            return false;
+        p->dims[p->dims_count++] = (int64_t)dim;
+        if (++tensor->ndim > 64) return doubt(p, "more than 64 dimensions");
+    } while (more(p, ']', &bad));
+    return !bad;
+}
+
+static bool parse_offsets(parser *p, fst_tensor *tensor) {
+    return expect(p, '[', "data_offsets is not an array") && unsigned_number(p, &tensor->begin) &&
+           expect(p, ',', "data_offsets has not two entries") &&
+           unsigned_number(p, &tensor->end) &&
+           expect(p, ']', "data_offsets has not two entries");
+}
+
+static bool parse_tensor(parser *p, fst_tensor *tensor) {
+    enum { DTYPE = 1, SHAPE = 2, OFFSETS = 4 };
+    int seen = 0;
+    bool bad = false;
+    memset(tensor, 0, sizeof *tensor);
+    if (!expect(p, '{', "tensor is not an object")) return false;
+    do {
+        const char *key;
+        size_t bytes;
+        int which;
+        skip_space(p);
+        if (!plain_string(p, &key, &bytes) || !expect(p, ':', "':' expected")) return false;
+        if (is(key, bytes, "dtype")) {
+            which = DTYPE;
+            if (!parse_dtype(p, &tensor->dtype)) return false;
+        } else if (is(key, bytes, "shape")) {
+            which = SHAPE;
+            if (seen & SHAPE || !parse_shape(p, tensor)) return doubt(p, "shape twice");
+        } else if (is(key, bytes, "data_offsets")) {
+            which = OFFSETS;
+            if (!parse_offsets(p, tensor)) return false;
+        } else {
+            return doubt(p, "unknown tensor field");
+        }
+        if (seen & which) return doubt(p, "tensor field twice");
+        seen |= which;
+    } while (more(p, '}', &bad));
+    if (bad) return false;
+    return seen == (DTYPE | SHAPE | OFFSETS) || doubt(p, "tensor field missing");
+}
+
+/* An object of strings to strings; remembers its span for the caller to decode. */
+static bool parse_metadata(parser *p, char *scratch) {
+    bool bad = false;
+    if (p->metadata_seen) return doubt(p, "__metadata__ twice");
+    p->metadata_seen = true;
+    skip_space(p);
+    p->metadata = p->at;
+    if (!expect(p, '{', "__metadata__ is not an object")) return false;
+    if (peek(p, '}')) {
+        p->at++;
+    } else {
+        do {
+            char *to = scratch;
+            if (!string_into(p, &to) || !expect(p, ':', "':' expected")) return false;
+            skip_space(p);
+            to = scratch;
+            if (!string_into(p, &to)) return false;
+        } while (more(p, '}', &bad));
+        if (bad) return false;
+    }
+    p->metadata_bytes = (size_t)(p->at - p->metadata);
+    return true;
+}
+
+static bool parse_member(parser *p) {
+    char *name = p->names + p->names_bytes, *to = name;
+    skip_space(p);
+    if (!string_into(p, &to) || !expect(p, ':', "':' expected")) return false;
+    if (is(name, (size_t)(to - name), "__metadata__")) return parse_metadata(p, name);
+    if (!reserve(p, (void **)&p->entries, &p->entries_room, p->count, sizeof *p->entries))
+        return false;
+    entry *e = &p->entries[p->count];
+    if (!parse_tensor(p, &e->tensor)) return false;
+    *to++ = '\0'; /* fits: two quotes were dropped */
+    e->name_begin = p->names_bytes;
+    e->name_end = (uint64_t)(to - p->names);
+    e->order = p->count;
+    p->names_bytes = (size_t)(to - p->names);
+    p->count++;
+    return true;
+}
+
+static bool parse_header(parser *p) {
+    bool bad = false;
+    if (!expect(p, '{', "header is not an object")) return false;
+    if (peek(p, '}')) {
+        p->at++;
+    } else {
+        do {
+            if (!parse_member(p)) return false;
+        } while (more(p, '}', &bad));
+        if (bad) return false;
+    }
+    skip_space(p);
+    return p->at == p->end || doubt(p, "bytes after the header's object");
+}
+
+static bool valid_utf8(const unsigned char *at, const unsigned char *end) {
+    while (at < end) {
+        if (*at < 0x80) {
+            at++;
+            continue;
+        }
+        int extra = *at >= 0xC2 && *at <= 0xDF ? 1 : *at >= 0xE0 && *at <= 0xEF ? 2 :
+                    *at >= 0xF0 && *at <= 0xF4 ? 3 : 0;
+        if (extra == 0 || end - at <= extra) return false;
+        if ((*at == 0xE0 && at[1] < 0xA0) || (*at == 0xED && at[1] > 0x9F) ||
+            (*at == 0xF0 && at[1] < 0x90) || (*at == 0xF4 && at[1] > 0x8F))
+            return false;
+        for (int i = 1; i <= extra; i++)
+            if ((at[i] & 0xC0) != 0x80) return false;
+        at += extra + 1;
+    }
+    return true;
+}
+
+/* ---- validation, as stock's Metadata::validate ---- */
+
+static int by_offset(const void *left, const void *right) {
+    const entry *a = left, *b = right;
+    if (a->tensor.begin != b->tensor.begin) return a->tensor.begin < b->tensor.begin ? -1 : 1;
+    if (a->tensor.end != b->tensor.end) return a->tensor.end < b->tensor.end ? -1 : 1;
+    return a->order < b->order ? -1 : a->order > b->order;
+}
+
+static void sort_entries(parser *p) {
+    for (size_t i = 1; i < p->count; i++) {
+        if (by_offset(&p->entries[i - 1], &p->entries[i]) > 0) {
+            qsort(p->entries, p->count, sizeof *p->entries, by_offset);
+            return;
+        }
+    }
+}
+
+static bool tensor_bytes(const parser *p, const fst_tensor *tensor, uint64_t *out) {
+    uint64_t elements = 1, bits;
+    for (uint32_t i = 0; i < tensor->ndim; i++) {
+        uint64_t dim = (uint64_t)p->dims[tensor->dims_index + i];
+        if (__builtin_mul_overflow(elements, dim, &elements)) return false;
+    }
+    if (__builtin_mul_overflow(elements, (uint64_t)dtypes[tensor->dtype].bits, &bits)) return false;
+    if (bits % 8 != 0) return false;
+    *out = bits / 8;
+    return true;
+}
+
+static bool validate(parser *p, uint64_t data_bytes) {
+    uint64_t start = 0;
+    for (size_t i = 0; i < p->count; i++) {
+        const fst_tensor *tensor = &p->entries[i].tensor;
+        uint64_t bytes;
+        if (tensor->begin != start || tensor->end < tensor->begin)
+            return doubt(p, "offsets do not follow each other");
+        if (!tensor_bytes(p, tensor, &bytes) || bytes != tensor->end - tensor->begin)
+            return doubt(p, "shape, dtype and offsets disagree");
+        start = tensor->end;
+    }
+    return start == data_bytes || doubt(p, "file length and offsets disagree");
+}
+
+/* ---- result ---- */
+
+static bool fill_layout(parser *p, fst_layout *layout) {
+    size_t count = p->count == 0 ? 1 : p->count;
+    layout->tensors = calloc(count, sizeof *layout->tensors);
+    layout->names = malloc(p->names_bytes == 0 ? 1 : p->names_bytes);
+    if (layout->tensors == NULL || layout->names == NULL) return false;
+    layout->dims = p->dims;
+    p->dims = NULL;
+    fst_layout_view *view = &layout->view;
+    char *to = layout->names;
+    for (size_t i = 0; i < p->count; i++) {
+        const entry *e = &p->entries[i];
+        const fst_tensor *tensor = &e->tensor;
+        layout->tensors[i] = *tensor;
+        size_t bytes = (size_t)(e->name_end - e->name_begin);
+        memcpy(to, p->names + e->name_begin, bytes);
+        to += bytes;
+        view->dtypes |= 1u << tensor->dtype;
+        if (tensor->dtype == FST_F4 &&
+            (tensor->ndim == 0 || layout->dims[tensor->dims_index + tensor->ndim - 1] % 2 != 0))
+            view->odd_f4 = 1;
+    }
+    view->count = p->count;
+    view->data_begin = layout->header_bytes + LENGTH_BYTES;
+    view->tensors = layout->tensors;
+    view->dims = layout->dims;
+    view->dims_count = p->dims_count;
+    view->names = layout->names;
+    view->names_bytes = p->names_bytes;
+    view->metadata = p->metadata;
+    view->metadata_bytes = p->metadata_bytes;
+    return true;
+}
+
+/* Takes over the header buffer, also on failure. */
+static int parse_owned(char *header, uint64_t header_bytes, uint64_t file_bytes, fst_layout **out,
+                       fst_layout_view *view, fst_error *err) {
+    parser p = {.at = header, .begin = header, .end = header + header_bytes};
+    fst_layout *layout = calloc(1, sizeof *layout);
+    int code = FST_OK;
+    p.names = malloc(header_bytes + 1);
+    if (layout == NULL || p.names == NULL) {
+        free(header);
+        code = fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory to parse a header of %llu bytes",
+                        (unsigned long long)header_bytes);
+        goto out;
+    }
+    layout->header = header;
+    layout->header_bytes = header_bytes;
+    layout->file_bytes = file_bytes;
+    if (!valid_utf8((const unsigned char *)p.at, (const unsigned char *)p.end))
+        (void)doubt(&p, "header is not UTF-8");
+    else if (parse_header(&p)) {
+        sort_entries(&p);
+        (void)validate(&p, file_bytes - LENGTH_BYTES - header_bytes);
+    }
+    if (p.doubt == NULL && !p.no_memory && !fill_layout(&p, layout)) p.no_memory = true;
+    if (p.no_memory)
+        code = fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory to parse a header of %llu bytes",
+                        (unsigned long long)header_bytes);
+    else if (p.doubt != NULL)
+        code = fst_fail(err, FST_DOUBT, 0, "header byte %lld: %s", (long long)(p.at - p.begin),
+                        p.doubt);
+out:
+    free(p.entries);
+    free(p.dims);
+    free(p.names);
+    if (code != FST_OK) {
+        fst_layout_release(layout);
+        return code;
+    }
+    *view = layout->view;
+    *out = layout;
+    return FST_OK;
+}
+
+int fst_layout_parse(const char *header, uint64_t header_bytes, uint64_t file_size,
+                     fst_layout **out, fst_layout_view *view, fst_error *err) {
+    *out = NULL;
+    if (header_bytes > MAX_HEADER_BYTES || file_size < LENGTH_BYTES + header_bytes)
+        return fst_fail(err, FST_DOUBT, 0, "header length %llu does not fit the file",
+                        (unsigned long long)header_bytes);
+    char *copy = malloc(header_bytes == 0 ? 1 : header_bytes);
+    if (copy == NULL)
+        return fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory for a header of %llu bytes",
+                        (unsigned long long)header_bytes);
+    memcpy(copy, header, header_bytes);
+    return parse_owned(copy, header_bytes, file_size, out, view, err);
+}
+
+int fst_layout_read(fst_file *file, fst_layout *cached, fst_layout **out, fst_layout_view *view,
+                    fst_error *err) {
+    unsigned char length[LENGTH_BYTES];
+    uint64_t size = file->info.size, header_bytes = 0;
+    *out = NULL;
+    if (size < LENGTH_BYTES) return fst_fail(err, FST_DOUBT, 0, "%s: too short", file->path);
+    int code = fst_file_read(file, 0, length, LENGTH_BYTES, err);
+    if (code != FST_OK) return code;
+    for (unsigned i = 0; i < LENGTH_BYTES; i++) header_bytes |= (uint64_t)length[i] << 8 * i;
+    if (header_bytes > MAX_HEADER_BYTES || header_bytes > size - LENGTH_BYTES)
+        return fst_fail(err, FST_DOUBT, 0, "%s: header length %llu does not fit the file",
+                        file->path, (unsigned long long)header_bytes);
+    char *header = malloc(header_bytes == 0 ? 1 : header_bytes);
+    if (header == NULL)
+        return fst_fail(err, FST_E_NOMEM, ENOMEM, "%s: no memory for a header of %llu bytes",
+                        file->path, (unsigned long long)header_bytes);
+    code = fst_file_read(file, LENGTH_BYTES, header, header_bytes, err);
+    if (code != FST_OK) {
+        free(header);
+        return code;
+    }
+    if (cached != NULL && cached->header_bytes == header_bytes && cached->file_bytes == size &&
+        memcmp(cached->header, header, header_bytes) == 0) {
+        free(header);
+        return FST_PENDING;
+    }
+    return parse_owned(header, header_bytes, size, out, view, err);
+}
+
+void fst_layout_release(fst_layout *layout) {
+    if (layout == NULL) return;
+    free(layout->tensors);
+    free(layout->dims);
+    free(layout->names);
+    free(layout->header);
+    free(layout);
+}
+
+const fst_layout_view *fst_layout_get(const fst_layout *layout) { return &layout->view; }

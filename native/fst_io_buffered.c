@@ -1,0 +1,95 @@
+/* fst_io_buffered.c - read a chunk through the page cache straight into its places. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <time.h>
+
+#include "fst_internal.h"
+#include "fst_sys.h"
+
+#define PIECES 64 /* tensors filled by one system call */
+#define READAHEAD_BYTES (512u << 10)
+#define EAGAIN_TRIES 1000 /* of 1 ms */
+
+/* The destinations of the file range [at, io->end) that follow each other without a
+ * gap, at most PIECES; *segment is where at lies. Returns how many. */
+static int gather(const fst_io_context *io, uint64_t segment, uint64_t at, struct iovec *to) {
+    int count = 0;
+    while (count < PIECES && segment < io->count && at < io->end) {
+        const fst_segment *s = &io->segments[segment];
+        if (s->bytes == 0) {
+            segment++;
+            continue;
+        }
+        if (s->file_offset > at) break; /* a gap */
+        uint64_t skip = at - s->file_offset;
+        uint64_t bytes = fst_min(s->bytes - skip, io->end - at);
+        to[count].iov_base = io->arena->data + s->arena_offset + skip;
+        to[count++].iov_len = (size_t)bytes;
+        at += bytes;
+        if (skip + bytes < s->bytes) break;
+        segment++;
+    }
+    return count;
+}
+
+static void queue_cold(const fst_io_context *io) {
+    uint64_t resident = 0;
+    int probe = FST_PROBE_NONE;
+    (void)fst_file_residency((fst_file *)(uintptr_t)io->file, io->begin, io->end - io->begin,
+                             &resident, &probe);
+    if (resident >= io->end - io->begin) return;
+    for (uint64_t at = io->begin; at < io->end; at += READAHEAD_BYTES)
+        if (FST_SYS->readahead(io->file->fd, (off_t)at,
+                               (size_t)fst_min(READAHEAD_BYTES, io->end - at)) != 0)
+            return;
+}
+
+static uint64_t skip_to(const fst_io_context *io, uint64_t segment, uint64_t *at) {
+    while (segment < io->count) {
+        const fst_segment *s = &io->segments[segment];
+        if (s->bytes > 0 && *at < s->file_offset + s->bytes) {
+            if (*at < s->file_offset) *at = s->file_offset;
+            break;
+        }
+        segment++;
+    }
+    return segment;
+}
+
+int fst_io_buffered(const fst_io_context *io, fst_error *err) {
+    struct iovec to[PIECES];
+    uint64_t at = io->begin, segment = io->first;
+    int again = 0;
+    queue_cold(io);
+    for (;;) {
+        segment = skip_to(io, segment, &at);
+        if (segment == io->count || at >= io->end) break;
+        if (atomic_load_explicit(io->stop, memory_order_relaxed))
+            return fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled", io->file->path);
+        int pieces = gather(io, segment, at, to);
+        ssize_t got = FST_SYS->preadv(io->file->fd, to, pieces, (off_t)at);
+        if (got < 0) {
+            if (errno == EINTR) continue;
+            if (errno == EAGAIN && again++ < EAGAIN_TRIES) {
+                struct timespec pause = {0, 1000000};
+                (void)nanosleep(&pause, NULL);
+                continue;
+            }
+            return fst_fail(err, FST_E_SYS, errno, "%s: reading at offset %llu: %s", io->file->path,
+                            (unsigned long long)at, strerror(errno));
+        }
+        if (got == 0)
+            return fst_fail(err, FST_E_TRUNCATED, 0,
+                            "%s: the file ends at offset %llu, before the bytes its header "
+                            "promises: it was truncated while being read",
+                            io->file->path, (unsigned long long)at);
+        at += (uint64_t)got;
+        again = 0;
+    }
+    if (io->drop_cache)
+        (void)FST_SYS->fadvise(io->file->fd, (off_t)io->begin, (off_t)(io->end - io->begin),
+                               POSIX_FADV_DONTNEED);
+    return FST_OK;
+}

@@ -1,0 +1,105 @@
+/* fst_memory.c - how much memory may still be taken: /proc/meminfo and the cgroups. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fst_internal.h"
+
+static bool read_number(const char *path, uint64_t *out) {
+    char text[64];
+    FILE *file = fopen(path, "re");
+    if (file == NULL) return false;
+    size_t got = fread(text, 1, sizeof text - 1, file);
+    (void)fclose(file);
+    text[got] = '\0';
+    char *end;
+    unsigned long long value = strtoull(text, &end, 10);
+    if (end == text) return false; /* "max": no limit here */
+    *out = value;
+    return true;
+}
+
+/* The number behind "key " in a file of "key value" lines. */
+static bool read_field(const char *path, const char *key, uint64_t *out) {
+    char line[256];
+    size_t key_bytes = strlen(key);
+    FILE *file = fopen(path, "re");
+    if (file == NULL) return false;
+    bool found = false;
+    while (!found && fgets(line, sizeof line, file) != NULL) {
+        if (strncmp(line, key, key_bytes) != 0) continue;
+        char *end;
+        unsigned long long value = strtoull(line + key_bytes, &end, 10);
+        found = end != line + key_bytes;
+        *out = value;
+    }
+    (void)fclose(file);
+    return found;
+}
+
+static bool join(char *to, size_t room, const char *folder, const char *name) {
+    int written = snprintf(to, room, "%s/%s", folder, name);
+    return written > 0 && (size_t)written < room;
+}
+
+/* Headroom of one cgroup folder; UINT64_MAX where it sets no limit. */
+static uint64_t folder_headroom(const char *folder, bool v2) {
+    char path[1024];
+    uint64_t limit, used, active = 0, inactive = 0;
+    if (!join(path, sizeof path, folder, v2 ? "memory.max" : "memory.limit_in_bytes") ||
+        !read_number(path, &limit))
+        return UINT64_MAX;
+    if (!join(path, sizeof path, folder, v2 ? "memory.current" : "memory.usage_in_bytes") ||
+        !read_number(path, &used))
+        return UINT64_MAX;
+    if (join(path, sizeof path, folder, "memory.stat")) {
+        (void)read_field(path, v2 ? "active_file " : "total_active_file ", &active);
+        (void)read_field(path, v2 ? "inactive_file " : "total_inactive_file ", &inactive);
+    }
+    uint64_t cached = active + inactive;
+    used = used > cached ? used - cached : 0;
+    return limit > used ? limit - used : 0;
+}
+
+/* A cgroup's limit is the least over it and its ancestors. */
+static uint64_t group_headroom(const char *mount, char *group, bool v2) {
+    char folder[1024];
+    uint64_t least = UINT64_MAX;
+    for (;;) {
+        int written = snprintf(folder, sizeof folder, "%s%s", mount, group);
+        if (written > 0 && (size_t)written < sizeof folder)
+            least = fst_min(least, folder_headroom(folder, v2));
+        char *slash = strrchr(group, '/');
+        if (slash == NULL) return least;
+        if (slash == group && group[1] == '\0') return least;
+        *slash = '\0';
+    }
+}
+
+static uint64_t cgroup_headroom(void) {
+    char line[1024];
+    uint64_t least = UINT64_MAX;
+    FILE *file = fopen("/proc/self/cgroup", "re");
+    if (file == NULL) return least;
+    while (fgets(line, sizeof line, file) != NULL) {
+        line[strcspn(line, "\n")] = '\0';
+        char *controllers = strchr(line, ':');
+        char *group = controllers == NULL ? NULL : strchr(controllers + 1, ':');
+        if (group == NULL) continue;
+        *group++ = '\0';
+        controllers++;
+        if (controllers[0] == '\0')
+            least = fst_min(least, group_headroom("/sys/fs/cgroup", group, true));
+        else if (strcmp(controllers, "memory") == 0)
+            least = fst_min(least, group_headroom("/sys/fs/cgroup/memory", group, false));
+    }
+    (void)fclose(file);
+    return least;
+}
+
+uint64_t fst_memory_headroom(void) {
+    uint64_t available, least = cgroup_headroom();
+    if (read_field("/proc/meminfo", "MemAvailable:", &available))
+        least = fst_min(least, available * 1024);
+    return least;
+}

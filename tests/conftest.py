@@ -1,0 +1,364 @@
+"""Shared by all tests: both loaders side by side, hand-made files, exact comparison.
+
+The stock loaders are kept inside a frozen dataclass and never in a module's namespace:
+`patch()` rebinds every alias it finds in `sys.modules`, so a module-level "original" would
+silently become the fast version and every comparison would compare a thing with itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+import fastst_patch
+
+# The default profile is deterministic: a failure seen once is seen again. HYPOTHESIS_PROFILE=long
+# looks for new ones. Tests scale from the profile's max_examples and never set their own.
+_COMMON: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": list(hypothesis.HealthCheck),
+    "database": None,
+    "print_blob": True,
+}
+hypothesis.settings.register_profile("ci", max_examples=150, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("long", max_examples=5000, **_COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+TARGETS = (
+    "safetensors.safe_open",
+    "safetensors._safe_open_handle",
+    "safetensors.torch.load_file",
+    "safetensors.torch.load_model",
+)
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """One way to read: everything a caller can reach."""
+
+    safe_open: Any
+    handle: Any
+    load_file: Callable[..., dict[str, torch.Tensor]]
+    load_model: Callable[..., tuple[Any, Any]]
+
+
+def _stock_loaders() -> Loaders:
+    # load_file looks safe_open up in its own module at call time, so the stock functions must
+    # live in a private copy of safetensors.torch that no sweep of sys.modules can reach.
+    source = safetensors.torch.__file__
+    assert source is not None
+    spec = importlib.util.spec_from_file_location("_stock_safetensors_torch", source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Loaders(
+        safetensors.safe_open,
+        safetensors._safe_open_handle,
+        module.load_file,
+        module.load_model,
+    )
+
+
+_STOCK = _stock_loaders()
+_ORIGINALS = SimpleNamespace(
+    load_file=safetensors.torch.load_file, load_model=safetensors.torch.load_model
+)
+
+
+def _is_clean() -> bool:
+    return (
+        safetensors.safe_open is _STOCK.safe_open
+        and safetensors.torch.safe_open is _STOCK.safe_open
+        and safetensors._safe_open_handle is _STOCK.handle
+        and safetensors.torch.load_file is _ORIGINALS.load_file
+        and safetensors.torch.load_model is _ORIGINALS.load_model
+        and not fastst_patch.is_patched()
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _installed_copy() -> None:
+    """In CI the installed package is tested, never the checkout beside these files."""
+    assert isinstance(_STOCK.safe_open, type)
+    assert _STOCK.safe_open.__name__ == "safe_open"
+    if os.environ.get("CI"):
+        checkout = Path(__file__).resolve().parent.parent
+        assert not Path(fastst_patch.__file__).resolve().is_relative_to(checkout)
+
+
+@pytest.fixture(autouse=True)
+def _unpatched() -> Iterator[None]:
+    """Every test starts and ends with stock safetensors in place."""
+    assert _is_clean(), "patched before the test began"
+    yield
+    for _ in range(50):
+        if not fastst_patch.is_patched():
+            break
+        fastst_patch.unpatch()
+    assert _is_clean(), "the test left safetensors changed, and unpatch() did not restore it"
+
+
+@pytest.fixture(scope="session")
+def stock() -> Loaders:
+    return _STOCK
+
+
+@pytest.fixture
+def fast() -> Iterator[Loaders]:
+    """safetensors as a patched program sees it, tiny files included."""
+    with fastst_patch.patched(small_file_bytes=0):
+        loaders = Loaders(
+            safetensors.safe_open,
+            safetensors._safe_open_handle,
+            safetensors.torch.load_file,
+            safetensors.torch.load_model,
+        )
+        assert loaders.safe_open is not _STOCK.safe_open
+        assert loaders.handle is not _STOCK.handle
+        yield loaders
+
+
+@pytest.fixture(scope="session")
+def targets() -> tuple[str, ...]:
+    return TARGETS
+
+
+# ---------------------------------------------------------------- files made by hand
+
+
+@dataclass(frozen=True)
+class RawFiles:
+    """Writes safetensors files byte by byte, legal or not."""
+
+    folder: Path
+
+    @staticmethod
+    def pack(header: bytes | str | dict[str, Any], data: bytes = b"", length: int | None = None):
+        """Length prefix + header + data; `length` overrides the true header length."""
+        if isinstance(header, dict):
+            header = json.dumps(header)
+        if isinstance(header, str):
+            header = header.encode()
+        size = len(header) if length is None else length
+        return struct.pack("<Q", size) + header + data
+
+    @staticmethod
+    def entry(dtype: str, shape: Sequence[int], start: int, stop: int) -> dict[str, Any]:
+        return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+
+    def write(self, content: bytes, name: str = "file.safetensors") -> str:
+        # A new inode every time: tensors of an earlier example may still map the old one.
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+        return str(path)
+
+    def tensors(self, tensors: dict[str, torch.Tensor], name: str = "model.safetensors") -> str:
+        path = str(self.folder / name)
+        safetensors.torch.save_file(tensors, path)
+        return path
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> RawFiles:
+    return RawFiles(tmp_path)
+
+
+@pytest.fixture
+def sample(raw: RawFiles) -> str:
+    """Three tensors, 4 KiB and more of data, saved by safetensors itself."""
+    torch.manual_seed(7)
+    tensors = {
+        "w": torch.randn(32, 48),
+        "b": torch.arange(48, dtype=torch.int64),
+        "h": torch.randn(16, 4).to(torch.bfloat16),
+    }
+    return raw.tensors(tensors)
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def storage_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole storage as bytes, whatever dtype (f4 included) or strides look at it."""
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return flat.set_(tensor.untyped_storage())
+
+
+def _geometry(tensor: torch.Tensor) -> dict[str, Any]:
+    return {
+        "type": type(tensor),
+        "dtype": tensor.dtype,
+        "device": tensor.device,
+        "shape": tuple(tensor.shape),
+        "stride": tensor.stride(),
+        "storage_offset": tensor.storage_offset(),
+        "storage_nbytes": tensor.untyped_storage().nbytes(),
+        "layout": tensor.layout,
+        "requires_grad": tensor.requires_grad,
+        "grad_fn": tensor.grad_fn,
+        "is_leaf": tensor.is_leaf,
+        "is_contiguous": tensor.is_contiguous(),
+        "is_inference": tensor.is_inference(),
+        "is_conj": tensor.is_conj(),
+        "is_neg": tensor.is_neg(),
+        "is_shared": tensor.is_shared(),
+        "is_pinned": tensor.device.type == "cpu" and tensor.is_pinned(),
+        "version": None if tensor.is_inference() else tensor._version,
+        "attributes": dict(tensor.__dict__),
+    }
+
+
+def _assert_same_tensor(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Bit for bit, and in everything a caller can ask a tensor about its storage."""
+    assert _geometry(ours) == _geometry(theirs)
+    if ours.device.type != "meta":
+        # Same geometry over storages equal in every byte is the same tensor, NaNs included.
+        assert torch.equal(storage_bytes(ours), storage_bytes(theirs)), "different bytes"
+
+
+def _assert_same(ours: Any, theirs: Any) -> None:
+    if isinstance(theirs, torch.Tensor):
+        assert isinstance(ours, torch.Tensor)
+        _assert_same_tensor(ours, theirs)
+    elif isinstance(theirs, dict):
+        assert type(ours) is type(theirs)
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            _assert_same(ours[name], theirs[name])
+    elif isinstance(theirs, (list, tuple)):
+        assert (type(ours), len(ours)) == (type(theirs), len(theirs))
+        for mine, other in zip(ours, theirs, strict=True):
+            _assert_same(mine, other)
+    elif type(theirs).__module__ == "numpy":
+        assert (type(ours), ours.dtype) == (type(theirs), theirs.dtype)
+        assert (ours.shape, ours.tobytes()) == (theirs.shape, theirs.tobytes())
+    elif type(theirs).__name__ in ("safe_open", "_safe_open_handle", "PySafeSlice"):
+        pass  # a handle or a slice: what it answers is compared, not what it is
+    else:
+        assert type(ours) is type(theirs)
+        assert ours == theirs
+
+
+@pytest.fixture(scope="session")
+def assert_same_tensor() -> Callable[[torch.Tensor, torch.Tensor], None]:
+    return _assert_same_tensor
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[Any, Any], None]:
+    return _assert_same
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call did: ("ok", value) or ("raise", type, text without addresses and C++ stacks)."""
+
+    kind: str
+    value: Any = None
+    error: type[BaseException] | None = None
+    text: str = ""
+
+
+def _outcome(call: Callable[[], Any]) -> Outcome:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return Outcome("ok", value=call())
+        except Exception as error:
+            text = str(error).split("\nException raised from ")[0]
+            return Outcome("raise", error=type(error), text=_ADDRESS.sub("0x", text))
+
+
+def _agree(
+    ours: Callable[[], Any], theirs: Callable[[], Any], *, text: bool = True, again: int = 64
+) -> tuple[Any, Any]:
+    """Run both; same value, or same exception type and text. Returns both values.
+
+    Stock walks hash maps: among tensors at one offset, the one its error names changes from run
+    to run. A differing error is compared with what `again` more runs of stock raise.
+    `text=False` is for messages that the interpreter, not safetensors, puts together.
+    """
+    mine, other = _outcome(ours), _outcome(theirs)
+    assert mine.kind == other.kind, (mine, other)
+    if mine.kind == "ok":
+        _assert_same(mine.value, other.value)
+    elif mine.error is not other.error or (text and mine.text != other.text):
+        seen = [other, *(_outcome(theirs) for _ in range(again))]
+        assert mine.error in {one.error for one in seen}, (mine, other)
+        assert not text or mine.text in {one.text for one in seen}, (mine, other)
+    return mine.value, other.value
+
+
+@pytest.fixture(scope="session")
+def outcome() -> Callable[[Callable[[], Any]], Outcome]:
+    return _outcome
+
+
+@pytest.fixture(scope="session")
+def agree() -> Callable[..., tuple[Any, Any]]:
+    return _agree
+
+
+# ---------------------------------------------------------------- which path was taken
+
+
+class Watch:
+    """profile(), and what it must have seen. A handle is seen once it is closed or collected."""
+
+    def __init__(self) -> None:
+        self._context = fastst_patch.profile()
+
+    def __enter__(self) -> Watch:
+        self._profile = self._context.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._context.__exit__(*exc)
+
+    @property
+    def reports(self) -> list[Any]:
+        return list(self._profile.reports)
+
+    def paths(self, file: str | os.PathLike[str] | None = None) -> list[str]:
+        reports = self.reports
+        if file is not None:
+            # Other tests' forgotten handles may be collected, and reported, while we watch.
+            wanted = os.path.realpath(file)
+            reports = [r for r in reports if os.path.realpath(r.file) == wanted]
+        return [r.path for r in reports]
+
+    def assert_fast(self, file: str | os.PathLike[str] | None = None, count: int = 1) -> None:
+        """At least `count` loads (of this file), and all of them on the fast path."""
+        paths = self.paths(file)
+        assert len(paths) >= count, f"{len(paths)} reports, expected {count}: {self.reports}"
+        known = {"mmap", "mmap+readahead", "buffered", "direct", "owned"}
+        assert set(paths) <= known, self.reports
+
+    def assert_stock(self, file: str | os.PathLike[str] | None = None) -> None:
+        """Stock did it, and the report says why."""
+        paths = self.paths(file)
+        assert set(paths) == {"stock"}, self.reports
+        assert all(r.fallback_reason for r in self.reports if r.path == "stock"), self.reports
+
+
+@pytest.fixture(scope="session")
+def watch() -> type[Watch]:
+    return Watch

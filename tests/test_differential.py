@@ -1,0 +1,472 @@
+"""Generated files and generated calls, run on stock and on patched safetensors in lockstep.
+
+Every result, every exception's type and text, and every byte that a tensor's storage holds has
+to be equal, and a report has to show that the fast path (not stock behind our back) produced it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastst_patch
+
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+ODD_NAMES = (
+    *("", " ", "a", "A", "a.b", "a/b", "a\\b", 'quo"te', "it's", "tab\t", "nul\0", "\x7f", "ü"),
+    *("\ufeffbom", "日本語", "🦙", "e\u0301", "\u2028", "\ud7ff", "\ue000", "\U0010ffff"),
+    *("__metadata", "dtype", "x" * 3000, "10", "9", "layer.10", "layer.9", "{", "\u200d"),
+)
+
+
+@dataclass(frozen=True)
+class File:
+    """A generated file: its bytes and what is in it."""
+
+    content: bytes
+    tensors: dict[str, tuple[str, list[int], int, int]]
+    odd: bool  # a header whose reading may be left to stock ("on any doubt call the original")
+
+    def __repr__(self) -> str:
+        return f"File({self.content[:2000]!r}, {len(self.content)} bytes)"
+
+    @property
+    def ours(self) -> bool:
+        """Stock turns every tensor of it into a torch tensor, and so must the fast path."""
+        return not self.odd and all(
+            not dtype.startswith("F6") and (dtype != "F4" or shape[-1] % 2 == 0)
+            for dtype, shape, _, _ in self.tensors.values()
+        )
+
+    def order(self, names: list[str]) -> tuple[list[tuple[int, int]], list[str]]:
+        """Names in an order, comparable: stock orders tensors of one extent at random."""
+        return [self.tensors[name][2:] for name in names], sorted(names)
+
+
+def _nbytes(dtype: str, shape: list[int]) -> int | None:
+    bits = BITS[dtype] * math.prod(shape)
+    return bits // 8 if bits % 8 == 0 else None
+
+
+_names = st.one_of(
+    st.sampled_from(ODD_NAMES),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    st.from_regex(r"[a-z]{1,4}\.[0-9]{1,2}\.weight", fullmatch=True),
+).filter(lambda name: name != "__metadata__")
+_shapes = st.lists(st.sampled_from([0, 1, 2, 2, 3, 4, 4, 5, 8]), max_size=4)
+_entries = st.tuples(st.sampled_from(sorted(BITS)), _shapes).filter(
+    lambda entry: _nbytes(*entry) is not None
+)
+_metadata = st.one_of(
+    st.none(),
+    st.just({}),
+    st.dictionaries(st.text(max_size=4), st.text(max_size=8), max_size=3),
+    st.just({"format": "pt"}),
+)
+
+
+@st.composite
+def files(draw: Callable[..., Any], loadable: bool = False) -> File:
+    wanted = draw(st.dictionaries(_names, _entries, max_size=8))
+    rnd = random.Random(draw(st.integers(0, 2**32 - 1)))
+    for i in range(draw(st.sampled_from([0] * 9 + [300]))):
+        wanted[f"model.layers.{i}.w"] = (rnd.choice(("F32", "BF16", "U8")), [rnd.randrange(9)])
+    if loadable:
+        wanted = {
+            name: (dtype, shape)
+            for name, (dtype, shape) in wanted.items()
+            if not dtype.startswith("F6") and (dtype != "F4" or shape[-1] % 2 == 0)
+        }
+    tensors, data = {}, b""
+    for name in rnd.sample(sorted(wanted), len(wanted)):
+        dtype, shape = wanted[name]
+        size = _nbytes(dtype, shape) or 0
+        part = rnd.randbytes(size)
+        data += bytes(b & 1 for b in part) if dtype == "BOOL" else part
+        tensors[name] = (dtype, shape, len(data) - size, len(data))
+    header: dict[str, Any] = {}
+    for name in rnd.sample(sorted(tensors), len(tensors)):
+        dtype, shape, start, stop = tensors[name]
+        fields = [("dtype", dtype), ("shape", shape), ("data_offsets", [start, stop])]
+        header[name] = dict(rnd.sample(fields, 3))
+    metadata = draw(_metadata)
+    odd = metadata is None and rnd.random() < 0.1  # null is accepted, and means none
+    if metadata is not None or odd:
+        items = list(header.items())
+        items.insert(rnd.randrange(len(items) + 1), ("__metadata__", metadata))
+        header = dict(items)
+    text = json.dumps(
+        header,
+        ensure_ascii=rnd.random() < 0.5,
+        separators=rnd.choice([(",", ":"), (", ", ": "), (",\n", "\t:\r\n ")]),
+    )
+    # Odd lengths on purpose: tensors then start at addresses their dtype is not aligned to.
+    text = rnd.choice(["", "", " ", "  \n"]) + text + " " * rnd.randrange(10)
+    encoded = text.encode()
+    odd |= "\\u0000" in text
+    return File(len(encoded).to_bytes(8, "little") + encoded + data, tensors, odd)
+
+
+_ints = st.integers(-9, 9)
+_bounds = st.one_of(st.none(), _ints, st.just(10**6), st.just(-(10**6)))
+_slices = st.builds(slice, _bounds, _bounds, st.sampled_from([None, 1, 2, 3, 8, 0, -1]))
+_atoms = st.one_of(
+    _slices,
+    _slices,
+    _ints,
+    st.just(Ellipsis),
+    st.none(),
+    st.booleans(),
+    st.lists(st.integers(-5, 5), max_size=4),
+    st.lists(st.booleans(), max_size=5),
+    st.integers(-5, 5).map(np.int64),
+    st.lists(st.integers(-3, 3), min_size=1, max_size=3).map(np.array),
+    st.lists(st.integers(-3, 3), min_size=1, max_size=3).map(torch.tensor),
+    st.lists(st.booleans(), min_size=1, max_size=5).map(torch.tensor),
+    st.integers(-3, 3).map(torch.tensor),
+    st.just(range(2)),
+    st.sampled_from([1.5, "a", b"a", {}, object]),
+)
+_indices = st.one_of(_atoms, st.lists(_atoms, max_size=4).map(tuple))
+
+_BAD_NAMES = ("no such tensor", "__metadata__", "\ud800", 3, None, b"w", True, ("w",))
+_BAD_CALLS: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...] = (
+    ("get_tensor", (), {}),
+    ("get_tensor", ("a", "b"), {}),
+    ("get_tensor", (), {"nm": "a"}),
+    ("get_tensor", ("a",), {"name": "a"}),
+    ("get_slice", (), {}),
+    ("get_slice", (), {"key": "a"}),
+    ("get_tensors", (1,), {}),
+    ("keys", (1,), {}),
+    ("keys", (), {"sort": True}),
+    ("offset_keys", (1,), {}),
+    ("metadata", (1,), {}),
+    ("__enter__", (1,), {}),
+    ("__exit__", (), {}),
+    ("__exit__", (None,), {}),
+    ("__exit__", (None, None, None, None), {}),
+    ("no_such_method", (), {}),
+    ("close", (), {}),
+    ("filename", (), {}),
+    ("get_tensor_meta", (), {}),
+)
+_small = st.integers(0, 40)
+_ops = st.one_of(
+    st.tuples(st.just("open"), st.sampled_from(["pt", "torch", "pytorch"])),
+    st.tuples(st.sampled_from(["keys", "offset_keys", "metadata", "get_tensors", "enter"]), _small),
+    st.tuples(st.sampled_from(["exit", "exit_error"]), _small),
+    st.tuples(st.just("get_tensor"), _small, _small),
+    st.tuples(st.just("get_tensor"), _small, _small),
+    st.tuples(st.just("get_slice"), _small, _small),
+    st.tuples(st.sampled_from(["get_tensor", "get_slice"]), _small, st.sampled_from(_BAD_NAMES)),
+    st.tuples(st.just("index"), _small, _indices),
+    st.tuples(st.just("index"), _small, _indices),
+    st.tuples(st.sampled_from(["get_shape", "get_dtype"]), _small),
+    st.tuples(st.just("bad_call"), _small, st.sampled_from(_BAD_CALLS)),
+    st.tuples(st.sampled_from(["mutate", "zero"]), _small, st.integers(0, 10**4)),
+)
+
+
+class Side:
+    """One loader, driven by operations; remembers what it was given."""
+
+    def __init__(self, safe_open: Any, file: File, path: str, flip: Callable[..., None]) -> None:
+        self.safe_open, self.file, self.path, self.flip = safe_open, file, path, flip
+        self.names = sorted(file.tensors)
+        self.handles: list[Any] = []
+        self.slices: list[Any] = []
+        self.tensors: list[torch.Tensor] = []
+
+    def keep(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            self.tensors.append(value)
+        return value
+
+    def do(self, op: tuple[Any, ...]) -> Any:
+        kind, *args = op
+        if kind == "open":
+            self.handles.append(self.safe_open(self.path, args[0]))
+            return None
+        if kind in ("index", "get_shape", "get_dtype"):
+            chosen = self.slices[args[0] % len(self.slices)] if self.slices else None
+            if chosen is None:
+                return None
+            return self.keep(chosen[args[1]]) if kind == "index" else getattr(chosen, kind)()
+        if kind in ("mutate", "zero"):
+            if not self.tensors:
+                return None
+            tensor = self.tensors[args[0] % len(self.tensors)]
+            return self.flip(tensor, args[1]) if kind == "mutate" else tensor.zero_()
+        handle = self.handles[args[0] % len(self.handles)]
+        if kind == "exit":
+            return handle.__exit__(None, None, None)
+        if kind == "exit_error":
+            with handle:
+                raise KeyError("inside the with block")
+        if kind == "enter":
+            return handle.__enter__() is handle
+        if kind == "bad_call":
+            name, positional, keywords = args[1]
+            return getattr(handle, name)(*positional, **keywords)
+        if kind == "offset_keys":
+            return self.file.order(handle.offset_keys())
+        if kind == "get_tensors":
+            tensors = handle.get_tensors()
+            self.tensors += [tensors[name] for name in sorted(tensors)]
+            return self.file.order(list(tensors)), tensors
+        if kind in ("keys", "metadata"):
+            return getattr(handle, kind)()
+        name = args[1]
+        if type(name) is int and self.names:
+            name = self.names[name % len(self.names)]
+        if kind == "get_tensor":
+            return self.keep(handle.get_tensor(name))
+        self.slices.append(handle.get_slice(name))
+        return None
+
+
+@pytest.fixture
+def flip() -> Callable[..., None]:
+    def flip(tensor: torch.Tensor, position: int) -> None:
+        raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        if raw.numel():
+            raw[position % raw.numel()] ^= 0xFF
+
+    return flip
+
+
+def _examples(factor: float) -> settings:
+    """A multiple of the profile's examples, by what one costs (1 to 5 ms)."""
+    return settings(max_examples=int(factor * settings.default.max_examples))
+
+
+@_examples(8)
+@given(file=files(), ops=st.lists(_ops, min_size=3, max_size=25))
+def test_calls_in_lockstep(raw, stock, fast, agree, assert_same, watch, flip, file, ops) -> None:
+    path = raw.write(file.content)
+    ours = Side(fast.safe_open, file, path, flip)
+    theirs = Side(stock.safe_open, file, path, flip)
+    with watch() as seen:
+        for op in [("open", "pt"), *ops]:
+            agree(functools.partial(ours.do, op), functools.partial(theirs.do, op))
+            if op[0] in ("mutate", "zero"):  # seen through the same other tensors, or not at all
+                assert_same(ours.tensors, theirs.tensors)
+        for i in range(len(ours.handles)):
+            agree(lambda i=i: ours.do(("exit", i)), lambda i=i: theirs.do(("exit", i)))
+        assert_same(ours.tensors, theirs.tensors)
+    if file.ours and any(tensor.numel() for tensor in ours.tensors):
+        assert set(seen.paths(path)) - {"stock"}, seen.reports
+    with open(path, "rb") as unchanged:
+        assert unchanged.read() == file.content
+
+
+@_examples(5)
+@given(file=files())
+def test_load_file(raw, stock, fast, agree, watch, file) -> None:
+    path = raw.write(file.content)
+    with watch() as seen:
+        ours, theirs = agree(lambda: fast.load_file(path), lambda: stock.load_file(path))
+    if ours is None:
+        return
+    assert file.order(list(ours)) == file.order(list(theirs))
+    if file.ours and any(tensor.numel() for tensor in ours.values()):
+        seen.assert_fast(path)
+        assert sum(r.tensors for r in seen.reports) == len(ours)
+        assert sum(r.bytes for r in seen.reports) == sum(
+            t.untyped_storage().nbytes() for t in ours.values()
+        )
+        assert all(r.seconds >= 0 and r.fallback_reason is None for r in seen.reports)
+
+
+@_examples(8)
+@given(
+    dtype=st.sampled_from(sorted(BITS)),
+    shape=st.lists(st.integers(0, 6), max_size=4),
+    indices=st.lists(_indices, min_size=1, max_size=10),
+    pad=st.integers(0, 9),
+)
+def test_indexing(raw, stock, fast, agree, watch, dtype, shape, indices, pad) -> None:
+    size = _nbytes(dtype, shape)
+    if size is None:
+        return
+    header = json.dumps({"t": raw.entry(dtype, shape, 0, size)}) + " " * pad
+    part = random.Random(size).randbytes(size)
+    path = raw.write(raw.pack(header, bytes(b & 1 for b in part) if dtype == "BOOL" else part))
+    handed_out = 0
+    with watch() as seen, fast.safe_open(path, "pt") as ours, stock.safe_open(path, "pt") as theirs:
+        mine, other = ours.get_slice("t"), theirs.get_slice("t")
+        agree(mine.get_shape, other.get_shape)
+        agree(mine.get_dtype, other.get_dtype)
+        for index in indices:
+            got, _ = agree(lambda i=index: mine[i], lambda i=index: other[i])
+            handed_out += 0 if got is None else got.numel()
+    if handed_out:
+        seen.assert_fast(path)
+
+
+_F4 = torch.float4_e2m1fn_x2
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"io": "mmap"},
+    {"io": "buffered"},
+    {"io": "direct"},
+    {"io": "buffered", "threads": 1, "chunk_bytes": 65536},
+    {"io": "direct", "threads": 3, "chunk_bytes": 1 << 20},
+    {"tensors": "dlpack"},
+    {"tensors": "owned"},
+    {"io": "buffered", "tensors": "owned"},
+    {"io": "direct", "tensors": "owned"},
+    {"page_cache": "keep"},
+    {"page_cache": "drop"},
+    {"verify": True, "fallback": "error"},
+    {"verify": True, "fallback": "error", "io": "buffered"},
+    {"fallback": "error"},
+)
+
+
+@_examples(2)
+@given(
+    file=files(loadable=True),
+    order=st.randoms(use_true_random=False),
+    options=st.sampled_from(OPTIONS),
+)
+def test_options_change_no_value(raw, stock, fast, assert_same, watch, file, order, options):
+    """io, tensors, chunk_bytes, threads: other ways to the same tensors."""
+    path = raw.write(file.content)
+    expected = stock.load_file(path)
+    names = sorted(expected)
+    if file.odd:
+        options = {**options, "fallback": "auto"}
+    with watch() as seen, fastst_patch.config_context(small_file_bytes=0, **options):
+        ours = fast.load_file(path)
+        with fast.safe_open(path, "pt") as handle:
+            order.shuffle(names)
+            single = {name: handle.get_tensor(name) for name in names}
+            sliced = {n: handle.get_slice(n)[...] for n in names if expected[n].dtype != _F4}
+    assert_same(ours, expected)
+    assert_same(single, expected)
+    assert_same(sliced, {name: expected[name] for name in sliced})
+    if file.ours and any(tensor.numel() for tensor in ours.values()):
+        seen.assert_fast(path, count=2)
+
+
+@pytest.mark.parametrize("dtype", sorted(BITS))
+@pytest.mark.parametrize("shape", [[4], [2, 4], [0], [3, 0, 2], [1, 8, 4], [2, 3], [4, 3]])
+@pytest.mark.parametrize("framework", ["pt", "np"])
+def test_every_dtype(raw, stock, fast, agree, watch, dtype, shape, framework) -> None:
+    size = _nbytes(dtype, shape)
+    if size is None:
+        pytest.skip("not a whole number of bytes: see test_corrupt")
+    data = bytes(i % 2 if dtype == "BOOL" else i * 37 % 251 for i in range(size))
+    path = raw.write(raw.pack({"t": raw.entry(dtype, shape, 0, size)}, data))
+    calls: list[Callable[[Any], Any]] = [lambda h: h.get_tensors()]
+    for name in ("t", "missing"):
+        calls += [
+            lambda h, n=name: h.get_tensor(n),
+            lambda h, n=name: h.get_slice(n).get_shape(),
+            lambda h, n=name: h.get_slice(n).get_dtype(),
+        ]
+        for index in (slice(None), ..., 0, (slice(None), slice(1, None)), [1, 0], None):
+            calls.append(lambda h, n=name, i=index: h.get_slice(n)[i])
+    handed_out = 0
+    with watch() as seen:
+        mine, other = fast.safe_open(path, framework), stock.safe_open(path, framework)
+        for call in calls:
+            got, _ = agree(functools.partial(call, mine), functools.partial(call, other))
+            handed_out += got.numel() if isinstance(got, torch.Tensor) else 0
+        mine.__exit__(None, None, None)
+    if framework == "np":
+        seen.assert_stock(path)
+    elif handed_out:
+        seen.assert_fast(path)
+
+
+def test_fp8_and_friends_are_covered(raw, fast, watch) -> None:
+    """The dtypes DLPack cannot carry are loaded by us, not quietly by stock."""
+    for dtype in sorted(set(BITS) - {"F6_E2M3", "F6_E3M2"}):
+        size = 2 * BITS[dtype]
+        path = raw.write(raw.pack({"t": raw.entry(dtype, [16], 0, size)}, bytes(size)))
+        with watch() as seen:
+            assert fast.load_file(path)["t"].numel() == (8 if dtype == "F4" else 16)
+        seen.assert_fast(path)
+
+
+@pytest.mark.parametrize("count", [1000, 5000])
+def test_many_tensors(raw, stock, fast, assert_same, watch, count) -> None:
+    header = {f"experts.{i}.w": raw.entry("BF16", [2, 2], 8 * i, 8 * i + 8) for i in range(count)}
+    path = raw.write(raw.pack(header, random.Random(0).randbytes(8 * count)))
+    with watch() as seen:
+        ours = fast.load_file(path)
+    theirs = stock.load_file(path)
+    assert list(ours) == list(theirs)
+    assert_same(ours, theirs)
+    seen.assert_fast(path)
+
+
+# ---------------------------------------------------------------- _safe_open_handle
+
+
+class Odd:
+    """Looks like a file as far as it is told to."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+
+def test_handle_from_file_object(
+    raw, sample, stock, fast, agree, assert_same, watch, tmp_path
+) -> None:
+    expected = stock.load_file(sample)
+    with open(sample, "rb") as file, watch() as seen:
+        file.seek(11)
+        with fast.handle(file, framework="pt") as ours:
+            assert_same(ours.get_tensors(), expected)
+            assert_same(ours.get_slice("w")[3:, 1], expected["w"][3:, 1])
+            assert ours.keys() == sorted(expected)
+            assert file.tell() == 11
+    seen.assert_fast(sample)
+    replaced = raw.write(Path(sample).read_bytes(), "replaced")
+    with open(replaced, "rb") as old:  # stock goes by name: it reads what replaced the file
+        os.replace(raw.tensors({"new": torch.ones(3)}, "new"), replaced)
+        agree(lambda: fast.handle(old, "pt").keys(), lambda: stock.handle(old, "pt").keys())
+        agree(
+            lambda: fast.handle(old, "pt").get_tensors(),
+            lambda: stock.handle(old, "pt").get_tensors(),
+        )
+    descriptor = os.open(sample, os.O_RDONLY)
+    with os.fdopen(descriptor, "rb") as unnamed, tempfile.NamedTemporaryFile() as temporary:
+        temporary.write(Path(sample).read_bytes())
+        temporary.flush()
+        closed = open(sample, "rb")  # noqa: SIM115
+        closed.close()
+        odd = [Odd(name=sample), Odd(fileno=0), Odd(name=3, fileno=0), Odd(name=None, fileno=0)]
+        odd += [Odd(name=sample, fileno=None), Odd(name=Path(sample), fileno=1)]
+        odd += [Odd(name=os.fsencode(sample), fileno=1), Odd(name="missing", fileno=1)]
+        for file in (unnamed, temporary, closed, io.BytesIO(b"x"), sample, None, 3, *odd):
+            agree(
+                lambda f=file: fast.handle(f, "pt").get_tensors(),
+                lambda f=file: stock.handle(f, "pt").get_tensors(),
+            )

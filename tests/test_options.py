@@ -1,0 +1,311 @@
+"""Options: precedence, validation, and that each has an effect."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fastst_patch
+from fastst_patch import engine, handle
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    save_file(
+        {f"w{i}": torch.randn(1024, 1024, generator=generator) for i in range(4)}, path
+    )
+    return path
+
+
+def _evict(path: Path) -> None:
+    import os
+
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def _load(path: Path, **options: object) -> fastst_patch.LoadReport:
+    """Load with options; the report of that load, after comparing every byte with stock."""
+    expected = fastst_patch.get_original("safetensors.torch.load_file")(path)
+    with fastst_patch.config_context(**options), fastst_patch.profile() as profile:
+        found = fastst_patch.load_file(path)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(profile.reports) == 1
+    return profile.reports[0]
+
+
+# ---- validation ----
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("io", "fast"), ("io", 3), ("io", "gds"), ("page_cache", "maybe"), ("threads", -1),
+        ("threads", 65), ("threads", "many"), ("chunk_bytes", 1), ("chunk_bytes", "4 parsecs"),
+        ("chunk_bytes", True), ("pinned_bytes", 1), ("device_memory_budget", "1GiB"),
+        ("tensors", "views"), ("fallback", "silent"), ("verify", "perhaps"), ("progress", 2),
+        ("log_level", "loud"), ("small_file_bytes", -1),
+    ],
+)  # fmt: skip
+def test_bad_value_names_option_value_and_what_is_allowed(name: str, value: object) -> None:
+    before = fastst_patch.config()
+    with pytest.raises(fastst_patch.OptionError) as caught:
+        fastst_patch.patch(**{name: value})
+    assert name in str(caught.value)
+    assert repr(value) in str(caught.value) or str(value) in str(caught.value)
+    assert "allowed" in str(caught.value) or "not available yet" in str(caught.value)
+    assert isinstance(caught.value, fastst_patch.FaststError)
+    assert fastst_patch.config() == before
+    assert not fastst_patch.is_patched()
+
+
+def test_unknown_option_and_target() -> None:
+    with pytest.raises(fastst_patch.OptionError, match="unknown option 'speed'"):
+        fastst_patch.patch(speed="max")
+    with pytest.raises(fastst_patch.OptionError, match="unknown target 'torch.load'"):
+        fastst_patch.patch("torch.load")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"io": "mmap", "page_cache": "drop"}, {"io": "mmap", "tensors": "owned"}],
+)
+def test_options_that_contradict_each_other(options: dict[str, str]) -> None:
+    with pytest.raises(fastst_patch.OptionError, match="exclude each other"):
+        fastst_patch.patch(**options)
+
+
+def test_environment_below_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTST_THREADS", "3")
+    monkeypatch.setenv("FASTST_CHUNK_BYTES", "2MiB")
+    monkeypatch.setenv("FASTST_VERIFY", "yes")
+    assert fastst_patch.config().threads == 3
+    assert fastst_patch.config().chunk_bytes == 2 * MIB
+    assert fastst_patch.config().verify is True
+    with fastst_patch.config_context(threads=5):
+        assert fastst_patch.config().threads == 5
+        assert fastst_patch.config().chunk_bytes == 2 * MIB
+    assert fastst_patch.config().threads == 3
+
+
+def test_bad_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTST_IO", "warp")
+    with pytest.raises(fastst_patch.OptionError, match="FASTST_IO='warp'"):
+        fastst_patch.patch()
+
+
+def test_options_of_patch_last_until_unpatch() -> None:
+    fastst_patch.patch(threads=2)
+    fastst_patch.patch(chunk_bytes=MIB)
+    with fastst_patch.patched(threads=7):
+        assert fastst_patch.config().threads == 7
+        assert fastst_patch.config().chunk_bytes == MIB
+    assert fastst_patch.config().threads == 2
+    fastst_patch.unpatch()
+    assert fastst_patch.config() == fastst_patch.Config()
+
+
+# ---- effect ----
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({"io": "mmap"}, {"mmap"}),
+        ({"io": "buffered"}, {"buffered"}),
+        ({"io": "direct"}, {"direct", "buffered"}),
+        ({"tensors": "owned"}, {"owned"}),
+        ({"tensors": "owned", "io": "direct"}, {"owned"}),
+        ({"page_cache": "drop"}, {"direct", "buffered"}),
+        ({"page_cache": "keep"}, {"mmap", "mmap+readahead"}),
+        ({"tensors": "dlpack"}, {"mmap", "mmap+readahead"}),
+    ],
+)
+def test_path_taken(checkpoint: Path, options: dict[str, str], path: set[str]) -> None:
+    assert _load(checkpoint, **options).path in path
+
+
+def test_io_auto_reads_ahead_and_mmap_does_not(checkpoint: Path) -> None:
+    _evict(checkpoint)
+    if engine.residency(str(checkpoint)).resident_bytes:
+        pytest.skip("this file system does not let go of cached pages (tmpfs?)")
+    with fastst_patch.config_context(io="mmap"), fastst_patch.profile() as profile:
+        kept = fastst_patch.load_file(checkpoint)
+    assert profile.reports[0].path == "mmap"
+    before = engine.counters()["bytes_prefetched"]
+    with fastst_patch.profile() as profile, fastst_patch.config_context(progress=True):
+        again = fastst_patch.load_file(checkpoint)  # progress waits for the bytes
+    assert profile.reports[0].path == "mmap+readahead"
+    assert engine.counters()["bytes_prefetched"] > before  # reading the header cached some
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.parametrize("io", ["auto", "buffered", "direct"])
+def test_page_cache_drop_leaves_nothing_cached(checkpoint: Path, io: str) -> None:
+    _evict(checkpoint)
+    if engine.residency(str(checkpoint)).resident_bytes:
+        pytest.skip("this file system does not let go of cached pages (tmpfs?)")
+    with fastst_patch.config_context(io=io, page_cache="drop"):
+        fastst_patch.load_file(checkpoint)
+    assert engine.residency(str(checkpoint)).resident_bytes <= MIB // 4  # the header, at most
+    with fastst_patch.config_context(io="buffered", page_cache="keep"):
+        fastst_patch.load_file(checkpoint)
+    assert engine.residency(str(checkpoint)).resident_bytes == checkpoint.stat().st_size
+
+
+def test_threads_bound_the_workers(checkpoint: Path) -> None:
+    engine.shutdown()
+    _load(checkpoint, io="buffered", threads=2, chunk_bytes="64KiB")
+    assert engine.counters()["threads"] == 2
+    engine.shutdown()
+    assert engine.counters()["threads"] == 0
+
+
+def test_chunk_bytes_bound_one_read(checkpoint: Path) -> None:
+    calls = []
+    for chunk in ("1MiB", "4MiB"):
+        engine.set_fault("preadv", first=1 << 60)  # counts, never fails
+        _load(checkpoint, io="buffered", chunk_bytes=chunk)
+        calls.append(engine.fault_calls("preadv"))
+        engine.clear_faults()
+    assert calls[0] >= 16 > calls[1] >= 4
+
+
+def test_owned_tensors_can_be_resized(checkpoint: Path) -> None:
+    with fastst_patch.config_context(tensors="owned"):
+        tensor = fastst_patch.load_file(checkpoint)["w0"]
+    assert tensor.resize_(2048, 1024).shape == (2048, 1024)
+
+
+def test_arena_tensors_are_aligned(tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file({f"t{i}": torch.arange(i, dtype=torch.uint8) for i in range(1, 40)}, path)
+    for io in ("buffered", "direct"):
+        with fastst_patch.config_context(io=io, small_file_bytes=0):
+            found = fastst_patch.load_file(path)
+        assert all(tensor.data_ptr() % 256 == 0 for tensor in found.values())
+
+
+def test_small_files_go_to_stock(checkpoint: Path) -> None:
+    report = _load(checkpoint, small_file_bytes=checkpoint.stat().st_size)
+    assert (report.path, report.fallback_reason) == ("stock", "the file is small")
+    assert _load(checkpoint, small_file_bytes=checkpoint.stat().st_size - 1).path != "stock"
+    with fastst_patch.config_context(small_file_bytes="1GiB", fallback="error"):
+        fastst_patch.load_file(checkpoint)  # by design, hence no error
+
+
+@pytest.mark.parametrize("call", ["load_file", "safe_open"])
+def test_fallback_policies(checkpoint: Path, call: str) -> None:
+    def run() -> None:
+        if call == "load_file":
+            fastst_patch.load_file(checkpoint, backend="pread")
+        else:
+            fastst_patch.safe_open(checkpoint, "np")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run()
+    with fastst_patch.config_context(fallback="warn"):
+        with pytest.warns(fastst_patch.FallbackWarning, match=r"pread|np"):
+            run()
+    with fastst_patch.config_context(fallback="error"):
+        with pytest.raises(fastst_patch.FaststError, match="left to stock"):
+            run()
+        with pytest.raises(FileNotFoundError):  # stock's own error comes first
+            fastst_patch.load_file(checkpoint.with_name("absent"))
+        fastst_patch.load_file(checkpoint)
+
+
+def test_verify_compares_with_stock(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _load(checkpoint, verify=True)
+    right = handle.OpenedFile.all_tensors
+
+    def wrong(self: handle.OpenedFile) -> dict[str, torch.Tensor]:
+        found = right(self)
+        found["w2"][5, 5] += 1
+        return found
+
+    monkeypatch.setattr(handle.OpenedFile, "all_tensors", wrong)
+    with caplog.at_level(logging.ERROR, "fastst_patch"):
+        _load(checkpoint, verify=True)  # stock's tensors are handed out
+    assert "w2" in caplog.text
+    with fastst_patch.config_context(verify=True, fallback="error"):
+        with pytest.raises(fastst_patch.FaststError, match="w2"):
+            fastst_patch.load_file(checkpoint)
+
+
+def test_verify_on_handles(checkpoint: Path) -> None:
+    with fastst_patch.config_context(verify=True):
+        with fastst_patch.safe_open(checkpoint, "pt") as f:
+            assert set(f.get_tensors()) == set(f.keys())
+            assert f.get_tensor("w1").shape == (1024, 1024)
+
+
+def test_progress_shows_a_bar(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for io in ("auto", "direct"):
+        _load(checkpoint, io=io, progress=True)
+        assert "model.safetensors" in capfd.readouterr().err
+
+
+def test_log_level_gives_one_line_per_load(
+    checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _load(checkpoint)
+    assert capfd.readouterr().err == ""
+    with fastst_patch.config_context(log_level="info"):
+        fastst_patch.load_file(checkpoint)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    for part in (str(checkpoint), "GB/s", " s,", "path mmap"):
+        assert part in lines[0]
+    fastst_patch.load_file(checkpoint)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0", "False"), ("1", "True")])
+def test_enabled_variable(value: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTST_ENABLED", value)
+    call = "" if value == "1" else "report = fastst_patch.patch(); print(report.reason);"
+    code = f"import fastst_patch; {call} print(fastst_patch.is_patched())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == expected
+
+
+def test_targets_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTST_TARGETS", "safetensors.torch.load_file")
+    fastst_patch.patch()
+    assert fastst_patch.is_patched("safetensors.torch.load_file")
+    assert not fastst_patch.is_patched("safetensors.safe_open")
+    monkeypatch.setenv("FASTST_TARGETS", "nonsense")
+    with pytest.raises(fastst_patch.OptionError, match="nonsense"):
+        fastst_patch.patch()
+
+
+def test_stats_and_profile(checkpoint: Path) -> None:
+    before = fastst_patch.stats()["paths"].get("buffered", {"loads": 0, "bytes": 0})
+    report = _load(checkpoint, io="buffered")
+    after = fastst_patch.stats()
+    assert after["paths"]["buffered"]["loads"] == before["loads"] + 1
+    assert after["paths"]["buffered"]["bytes"] == before["bytes"] + 16 * MIB
+    assert (report.bytes, report.tensors, report.call) == (16 * MIB, 4, "load_file")
+    assert report.seconds > 0
+    assert report.gb_per_s > 0
+    assert after["native"]["arenas"] >= 0
