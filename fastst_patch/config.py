@@ -199,6 +199,9 @@ def environment_targets() -> tuple[str, ...] | None:
 # ---- layers ----
 
 _lock = threading.RLock()
+os.register_at_fork(  # a child must not inherit it held by a thread it does not have
+    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+)
 _layers: list[tuple[object, dict[str, Any]]] = []
 _current: Config | None = None
 _handler: logging.Handler | None = None

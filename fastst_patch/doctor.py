@@ -21,6 +21,7 @@ from typing import Any
 from . import engine, patcher, stock
 from .config import config
 from .errors import Doubt, OptionError
+from .machine import cpu_limit, io_threads
 
 __all__ = ["examine", "main"]
 
@@ -99,8 +100,8 @@ def _machine() -> dict[str, Any]:
     return {
         "kernel": platform.release(),
         "machine": platform.machine(),
-        "cpus_usable": round(engine.cpu_limit(), 2),
-        "workers_per_load": engine.io_threads(0),
+        "cpus_usable": round(cpu_limit(), 2),
+        "workers_per_load": io_threads(0),
         "memory_headroom_bytes": engine.memory_headroom() if engine.native_file() else None,
         "transparent_huge_pages": _huge_pages(),
     }

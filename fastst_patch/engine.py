@@ -18,14 +18,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import threading
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import Doubt, FaststError
-from .layout import FileLayout
+from .layout import FileLayout, LayoutCache
 
 try:
     from ._native import ffi as _ffi
@@ -120,40 +118,7 @@ def open_file(path: str) -> File:
     return File(path, _ffi.gc(out[0], _lib.fst_file_release), info)
 
 
-class _LayoutCache:
-    """Parsed headers of files that are opened again and again, as accelerate's disk offload does.
-
-    A hit still reads the header and compares every byte of it: no timestamp is trusted.
-    """
-
-    BYTES = 64 << 20
-    """Most header bytes kept; parsed they take about three times that."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[tuple[int, int, int], FileLayout] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, key: tuple[int, int, int]) -> FileLayout | None:
-        with self._lock:
-            found = self._entries.get(key)
-            if found is not None:
-                self._entries.move_to_end(key)
-            return found
-
-    def put(self, key: tuple[int, int, int], layout: FileLayout) -> None:
-        if layout.data_begin > self.BYTES // 4:
-            return
-        with self._lock:
-            old = self._entries.pop(key, None)
-            self._bytes += layout.data_begin - (old.data_begin if old else 0)
-            self._entries[key] = layout
-            while self._bytes > self.BYTES:
-                _, evicted = self._entries.popitem(last=False)
-                self._bytes -= evicted.data_begin
-
-
-_layouts = _LayoutCache()
+_layouts = LayoutCache()
 
 
 def read_layout(file: File) -> FileLayout:
@@ -543,34 +508,6 @@ def shutdown() -> None:
     """End idle workers and free their buffers now; the next load starts them again."""
     if _native_error is None:
         _lib.fst_pool_shutdown()
-
-
-def _cgroup_cpus() -> float | None:
-    for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
-        try:
-            with open(path, encoding="ascii") as file:
-                fields = file.read().split()
-            if len(fields) == 2:
-                return None if fields[0] == "max" else int(fields[0]) / int(fields[1])
-            with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us", encoding="ascii") as file:
-                return int(fields[0]) / int(file.read()) if int(fields[0]) > 0 else None
-        except (OSError, ValueError, ZeroDivisionError, IndexError):
-            continue
-    return None
-
-
-def cpu_limit() -> float:
-    """CPUs this process may use: its affinity, or its cgroup's quota if that is less."""
-    cpus = float(len(os.sched_getaffinity(0)))
-    quota = _cgroup_cpus()
-    return cpus if quota is None else min(cpus, quota)
-
-
-def io_threads(configured: int) -> int:
-    """Workers for one load. They mostly wait for storage: 8 keep a drive busy on 2 CPUs."""
-    if configured:
-        return configured
-    return max(4, min(8, round(4 * cpu_limit())))
 
 
 # ---- fault injection (tests) ----

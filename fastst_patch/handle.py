@@ -11,14 +11,24 @@ import functools
 import operator
 import os
 import time
-import warnings
 from typing import TYPE_CHECKING, Any
 
-from . import engine, stock, tensors
+from . import stock, tensors
 from .config import Config, current
-from .errors import Doubt, FallbackWarning, FaststError
+from .decide import (
+    SmallFile,
+    check_call,
+    complain,
+    fell_back,
+    open_fast,
+    path_of,
+    report_stock,
+    same,
+    verified,
+)
+from .errors import Doubt
 from .layout import DTYPE_NAMES
-from .opened import OpenedFile, open_checked
+from .opened import OpenedFile
 from .report import LoadReport, emit
 
 if TYPE_CHECKING:
@@ -26,87 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FastHandle", "FastSlice", "load_file", "load_model", "open_handle", "safe_open"]
 
-_TORCH = ("pt", "torch", "pytorch")
 _F4 = DTYPE_NAMES.index("F4")
-
-
-# ---- deciding ----
-
-
-def _path_of(filename: object) -> str:
-    path = filename if type(filename) is str else None
-    if path is None and isinstance(filename, (str, os.PathLike)):
-        path = os.fspath(filename)
-    if not isinstance(path, str):
-        raise Doubt("the file name is no str")
-    return path
-
-
-def _check_device(device: object) -> None:
-    if device is None or (type(device) is str and device == "cpu"):
-        return
-    if isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda")):
-        raise Doubt(f"device {device!r}: CUDA is not accelerated yet")
-    raise Doubt(f"device {device!r} is not accelerated")
-
-
-def _check_call(path: str, framework: object, device: object, backend: object) -> None:
-    error = engine.native_error()
-    if error is not None:
-        raise Doubt(error)
-    if framework not in _TORCH:
-        raise Doubt(f"framework {framework!r} is not accelerated")
-    if backend != "mmap":
-        raise Doubt(f"backend {backend!r} is not accelerated")
-    _check_device(device)
-    if not tensors.ordinary_mode():
-        raise Doubt("a torch mode or default device is in force")
-
-
-class SmallFile(Doubt):
-    """Stock is faster on a file this small: not a shortcoming, so never warned about."""
-
-
-def _open(path: str, config: Config) -> OpenedFile:
-    limit = config.small_file_bytes
-    if limit:
-        try:
-            size = os.stat(path).st_size
-        except (OSError, ValueError) as error:
-            raise Doubt("the file cannot be looked at") from error
-        if size <= limit:
-            raise SmallFile("the file is small")
-    try:
-        file, layout = open_checked(path)
-    except (OSError, MemoryError) as error:
-        raise Doubt(f"opening failed: {error}") from error
-    return OpenedFile(file, layout, config)
-
-
-def _fell_back(config: Config, call: str, path: str, reason: Doubt) -> None:
-    """Warn or raise as the ``fallback`` option says. Stock has accepted the call by now."""
-    if isinstance(reason, SmallFile) or config.fallback == "auto":
-        return
-    text = f"{call} of {path} was left to stock safetensors: {reason.reason}"
-    if config.fallback == "error":
-        raise FaststError(text)
-    warnings.warn(text, FallbackWarning, stacklevel=4)
-
-
-def _report_stock(call: str, file: object, device: object, reason: Doubt, **counts: Any) -> None:
-    emit(
-        LoadReport(
-            call,
-            str(file),
-            str("cpu" if device is None else device),
-            "stock",
-            counts.get("nbytes", 0),
-            counts.get("tensors", 0),
-            counts.get("seconds", 0.0),
-            None,
-            reason.reason,
-        )
-    )
 
 
 # ---- load_file ----
@@ -128,9 +58,9 @@ def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
             filename, device, backend = _bind_load_file(*args, **kwargs)
         except TypeError:
             raise Doubt("the arguments are not load_file's") from None
-        path = _path_of(filename)
-        _check_call(path, "pt", device, backend)
-        opened = _open(path, config)
+        path = path_of(filename)
+        check_call("pt", device, backend)
+        opened = open_fast(path, config)
         result = _load_opened(opened)
     except Doubt as doubt:
         return _stock_load_file(config, started, doubt, args, kwargs)
@@ -149,7 +79,7 @@ def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         )
     )
     if config.verify:
-        return _verified(config, path, result, stock.load_file(*args, **kwargs))
+        return verified(config, path, result, stock.load_file(*args, **kwargs))
     return result
 
 
@@ -168,48 +98,14 @@ def _stock_load_file(
 ) -> dict[str, torch.Tensor]:
     result: dict[str, torch.Tensor] = stock.load_file(*args, **kwargs)
     filename = args[0] if args else kwargs.get("filename")
-    _fell_back(config, "load_file", str(filename), doubt)
+    fell_back(config, "load_file", str(filename), doubt)
     device = args[1] if len(args) > 1 else kwargs.get("device", "cpu")
     nbytes = 0 if isinstance(doubt, SmallFile) else sum(t.nbytes for t in result.values())
     seconds = time.perf_counter() - started
-    _report_stock(
+    report_stock(
         "load_file", filename, device, doubt, nbytes=nbytes, tensors=len(result), seconds=seconds
     )
     return result
-
-
-def _verified(
-    config: Config,
-    path: str,
-    ours: dict[str, torch.Tensor],
-    theirs: dict[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    wrong = [] if list(ours) == list(theirs) else ["the names or their order"]
-    wrong += [name for name, tensor in theirs.items() if not _same(ours.get(name), tensor)]
-    if not wrong:
-        return ours
-    _complain(config, path, wrong[0])
-    return theirs
-
-
-def _complain(config: Config, path: str, what: str) -> None:
-    text = f"verify: {path}: {what} differs from stock's; stock's is used. Please report this."
-    if config.fallback == "error":
-        raise FaststError(text)
-    import logging
-
-    logging.getLogger("fastst_patch").error(text)
-
-
-def _same(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
-    import torch
-
-    if ours is None or ours.dtype != theirs.dtype or ours.shape != theirs.shape:
-        return False
-    if theirs.numel() == 0:
-        return True
-    raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (ours, theirs)]
-    return torch.equal(raw[0], raw[1])
 
 
 def load_model(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
@@ -227,12 +123,12 @@ def _bind_safe_open(
     return filename, framework, device, backend
 
 
-def open_handle(stock_class: Any, path_of: Any, args: Any, kwargs: Any) -> Any:
+def open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any:
     """A fast handle where it equals stock's, else stock's own.
 
     Args:
         stock_class: ``safe_open`` or ``_safe_open_handle``, called on any doubt.
-        path_of: from their first argument to a path.
+        find_path: from their first argument to a path.
         args: as the caller gave them.
         kwargs: as the caller gave them.
     """
@@ -246,25 +142,25 @@ def open_handle(stock_class: Any, path_of: Any, args: Any, kwargs: Any) -> Any:
             filename, framework, device, backend = _bind_safe_open(*args, **kwargs)
         except TypeError:
             raise Doubt("the arguments are not safe_open's") from None
-        path = path_of(filename)
-        _check_call(path, framework, device, backend)
-        return FastHandle(stock_class, _open(path, config), started)
+        path = find_path(filename)
+        check_call(framework, device, backend)
+        return FastHandle(stock_class, open_fast(path, config), started)
     except Doubt as doubt:
         handle = stock_class(*args, **kwargs)
-        _fell_back(config, "safe_open", str(filename), doubt)
-        _report_stock("safe_open", filename, device, doubt, seconds=time.perf_counter() - started)
+        fell_back(config, "safe_open", str(filename), doubt)
+        report_stock("safe_open", filename, device, doubt, seconds=time.perf_counter() - started)
         return handle
 
 
 def safe_open(*args: Any, **kwargs: Any) -> Any:
     """``safetensors.safe_open``, faster: same arguments, methods, results and exceptions."""
-    return open_handle(stock.safe_open, _path_of, args, kwargs)
+    return open_handle(stock.safe_open, path_of, args, kwargs)
 
 
 def path_of_file_object(file: Any) -> str:
     """What ``_safe_open_handle`` opens for a file object: the file at its name."""
     _ = file.fileno
-    return _path_of(file.name)
+    return path_of(file.name)
 
 
 @functools.cache
@@ -402,14 +298,14 @@ class FastHandle:
         if opened is not None:
             reason = doubt if isinstance(doubt, Doubt) else Doubt(f"not enough memory: {doubt}")
             opened.account.note = reason.reason
-            _fell_back(opened.config, method, opened.file.path, reason)
+            fell_back(opened.config, method, opened.file.path, reason)
         return result
 
     def _verified_tensor(self, opened: OpenedFile, ours: Any, args: Any, kwargs: Any) -> Any:
         theirs = self._stock().get_tensor(*args, **kwargs)
-        if _same(ours, theirs):
+        if same(ours, theirs):
             return ours
-        _complain(opened.config, opened.file.path, f"tensor {args or kwargs}")
+        complain(opened.config, opened.file.path, f"tensor {args or kwargs}")
         return theirs
 
 
@@ -435,7 +331,7 @@ def _get_tensors(self: FastHandle, *args: Any, **kwargs: Any) -> Any:
         return self._left_to_stock("get_tensors", doubt, args, kwargs)
     self._seconds += time.perf_counter() - started
     if opened.config.verify:
-        return _verified(
+        return verified(
             opened.config, opened.file.path, result, self._stock().get_tensors(*args, **kwargs)
         )
     return result

@@ -7,11 +7,22 @@ may be shared between threads.
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 
-__all__ = ["ARENA_ALIGNMENT", "DTYPE_NAMES", "FileLayout", "LoadPlan", "plan_arena", "plan_rows"]
+__all__ = [
+    "ARENA_ALIGNMENT",
+    "DTYPE_NAMES",
+    "FileLayout",
+    "LayoutCache",
+    "LoadPlan",
+    "plan_arena",
+    "plan_rows",
+]
 
 ARENA_ALIGNMENT = 256
 """Bytes. Files promise 8; transformers' grouped matmul wants 16 and kernels up to 128."""
@@ -75,6 +86,46 @@ class FileLayout:
     def dtype(self, i: int) -> int:
         """Index into ``DTYPE_NAMES`` of tensor i's dtype."""
         return int(self._records[i * _FIELDS + 3] >> 32)
+
+
+class LayoutCache:
+    """Parsed headers of files that are opened again and again, as accelerate's disk offload does.
+
+    A hit still reads the header and compares every byte of it: no timestamp is trusted.
+    """
+
+    BYTES = 64 << 20
+    """Most header bytes kept; parsed they take about three times that."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        os.register_at_fork(
+            before=self._lock.acquire,
+            after_in_parent=self._lock.release,
+            after_in_child=self._lock.release,
+        )
+        self._entries: OrderedDict[tuple[int, int, int], FileLayout] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: tuple[int, int, int]) -> FileLayout | None:
+        """The layout last seen for (device, inode, size); its header is still to be compared."""
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                self._entries.move_to_end(key)
+            return found
+
+    def put(self, key: tuple[int, int, int], layout: FileLayout) -> None:
+        """Remember a layout; large headers push older ones out, very large ones are not kept."""
+        if layout.data_begin > self.BYTES // 4:
+            return
+        with self._lock:
+            old = self._entries.pop(key, None)
+            self._bytes += layout.data_begin - (old.data_begin if old else 0)
+            self._entries[key] = layout
+            while self._bytes > self.BYTES:
+                _, evicted = self._entries.popitem(last=False)
+                self._bytes -= evicted.data_begin
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from . import engine, tensors
 from .config import Config
 from .layout import FileLayout, plan_arena, plan_rows
+from .machine import io_threads
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,13 @@ AHEAD = 64 * MIB
 
 RESERVE = 512 * MIB
 """Read-ahead stops when less memory than this (or a tenth of what was free) is left."""
+
+
+# One for all files: held for nanoseconds, and one is enough to carry through a fork.
+_lock = threading.Lock()
+os.register_at_fork(
+    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+)
 
 
 @dataclasses.dataclass
@@ -74,7 +82,6 @@ class OpenedFile:
         self.layout = layout
         self.config = config
         self.account = Account(path=self._path_name())
-        self._lock = threading.Lock()
         self._map: engine.Arena | None = None
         self._jobs: list[engine.Job] = []
         self._covered = array("Q")  # flat (begin, end) of extents already looked after
@@ -116,8 +123,7 @@ class OpenedFile:
             result = tensors.import_batch(self.map(), self.layout, array("Q", (i,)))[0]
         else:
             result = self._read([i])[0]
-        self.account.tensors += 1
-        self.account.bytes += self.layout.nbytes(i)
+        self._count(1, self.layout.nbytes(i))
         return result
 
     def all_tensors(self) -> dict[str, torch.Tensor]:
@@ -132,8 +138,7 @@ class OpenedFile:
             made = tensors.import_batch(arena, layout)
         else:
             made = self._read(range(len(layout.names)))
-        self.account.tensors += len(made)
-        self.account.bytes += layout.data_bytes
+        self._count(len(made), layout.data_bytes)
         return dict(zip(layout.names, made, strict=True))
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
@@ -143,9 +148,13 @@ class OpenedFile:
         first, last = plan_rows(self.layout, i, start, stop)
         begin = self.layout.extent(i)[0] + first
         self._fill([(begin, last - first, result)])
-        self.account.tensors += 1
-        self.account.bytes += last - first
+        self._count(1, last - first)
         return result
+
+    def _count(self, made: int, nbytes: int) -> None:
+        with _lock:  # threads share a handle
+            self.account.tensors += made
+            self.account.bytes += nbytes
 
     # ---- mapped ----
 
@@ -157,7 +166,7 @@ class OpenedFile:
         """
         found = self._map
         if found is None:
-            with self._lock:
+            with _lock:
                 found = self._map
                 if found is None:
                     found = self._map = engine.map_arena(self.file)
@@ -169,7 +178,7 @@ class OpenedFile:
             return
         self._note_residency(layout.data_begin, layout.data_bytes)
         # Where samples find everything cached, one worker makes sure of the rest.
-        threads = 1 if self.account.resident == 1.0 else engine.io_threads(self.config.threads)
+        threads = 1 if self.account.resident == 1.0 else io_threads(self.config.threads)
         self._start(arena, layout.data_begin, layout.data_bytes, threads)
         self._covered = array("Q", (0, self.file.size))
         if self.config.progress:
@@ -200,7 +209,7 @@ class OpenedFile:
             self.account.resident = resident / (end - begin)
         if resident < end - begin:
             self.account.path = "mmap+readahead"
-            self._start(self.map(), begin, end - begin, engine.io_threads(self.config.threads))
+            self._start(self.map(), begin, end - begin, io_threads(self.config.threads))
 
     def _note_residency(self, begin: int, nbytes: int) -> None:
         """Sample how much is cached, for the report; workers look at every chunk themselves."""
@@ -258,7 +267,7 @@ class OpenedFile:
             self.file,
             arena,
             segments,
-            threads=engine.io_threads(self.config.threads),
+            threads=io_threads(self.config.threads),
             chunk_bytes=self.config.chunk_bytes,
             direct=self._direct,
             drop_cache=self.config.page_cache == "drop",

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import os
 import re
 import sys
 import threading
@@ -148,6 +149,9 @@ _TARGETS = {
 }
 
 _lock = threading.RLock()
+os.register_at_fork(  # a child must not inherit it held by a thread it does not have
+    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+)
 _permanent: set[str] = set()
 _permanent_options: list[object] = []
 _hooked: set[str] = set()
@@ -404,9 +408,7 @@ def _reason(target: _Target) -> str | None:
 def patch_map() -> Mapping[str, TargetStatus]:
     """Every target there is, by name, and where it stands."""
     with _lock:
-        return types.MappingProxyType(
-            {name: _status(target) for name, target in _TARGETS.items()}
-        )
+        return types.MappingProxyType({name: _status(target) for name, target in _TARGETS.items()})
 
 
 def get_original(target: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -78,6 +79,9 @@ class Profile:
 
 
 _lock = threading.Lock()
+os.register_at_fork(  # a child must not inherit it held by a thread it does not have
+    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+)
 _paths: dict[str, Counter[str]] = {}
 _seconds: dict[str, float] = {}
 _fallbacks: Counter[str] = Counter()
@@ -107,9 +111,7 @@ def totals() -> dict[str, Any]:
         "fallbacks": {reason: count}}``.
     """
     with _lock:
-        paths = {
-            path: {**counts, "seconds": _seconds[path]} for path, counts in _paths.items()
-        }
+        paths = {path: {**counts, "seconds": _seconds[path]} for path, counts in _paths.items()}
         return {"paths": paths, "fallbacks": dict(_fallbacks)}
 
 

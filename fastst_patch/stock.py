@@ -47,7 +47,10 @@ def original(target: str) -> Any:
         ImportError: its module cannot be imported.
     """
     module_name, _, name = target.rpartition(".")
-    return _unwrapped(getattr(importlib.import_module(module_name), name))
+    # Not through the import system where it can be helped: a thread in the middle of importing
+    # the module may be waiting for us in a post-import hook.
+    module = sys.modules.get(module_name) or importlib.import_module(module_name)
+    return _unwrapped(getattr(module, name))
 
 
 def loads(header: bytes, nbytes: int) -> bool:

@@ -25,7 +25,7 @@
 
 #define MAX_THREADS 64
 #define IDLE_SECONDS 10
-#define STACK_BYTES (256u << 10)
+#define STACK_BYTES (1u << 20) /* address space only; libraries' thread-local data is in it */
 #define CHUNK_MIN (64u << 10)
 #define CHUNK_MAX (64u << 20)
 #define SEGMENT_GAP (64u << 10) /* unwanted bytes worth reading over in one request */
@@ -37,6 +37,7 @@ struct fst_job {
     unsigned refs; /* owner, queue; under the lock like all below but stop */
     enum job_kind kind;
     atomic_bool stop;
+    bool finishing; /* over, and letting go of what only running needed */
     bool done;
     bool inline_help; /* no thread could be started: waiters work */
     int result;
@@ -70,7 +71,8 @@ static struct {
     worker workers[MAX_THREADS];
     int threads, jobs;
     int in_flight_direct;
-    bool forking, ending;
+    int finishing;       /* jobs letting go of file and arena outside the lock */
+    int forking, ending; /* how many forks and shutdowns are under way */
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 static pthread_once_t pool_once = PTHREAD_ONCE_INIT;
@@ -112,10 +114,8 @@ static bool ensure_slot(worker *w, uint64_t bytes) {
 
 /* ---- jobs ---- */
 
+/* Only for jobs that are done: these hold no file and no arena any more. */
 static void destroy_job(fst_job *job) {
-    if (job->direct_fd >= 0) close(job->direct_fd);
-    fst_file_release(job->file);
-    if (job->arena != NULL) fst_arena_unref(job->arena);
     free(job->segments);
     free(job);
 }
@@ -185,12 +185,11 @@ static uint64_t claim(fst_job *job, fst_io_context *io) {
     return wanted;
 }
 
-/* True when read-ahead should end: nobody is left to use it, or memory is short. */
-static bool prefetch_pointless(fst_job *job) {
-    if (fst_arena_abandoned(job->arena)) return true;
+/* With the lock held: whether it is time to look at memory again. */
+static bool headroom_due(fst_job *job) {
     if (job->options.reserve_bytes == 0 || job->stats.bytes_done < job->headroom_at) return false;
     job->headroom_at = job->stats.bytes_done + HEADROOM_EVERY;
-    return fst_memory_headroom() < job->options.reserve_bytes;
+    return true;
 }
 
 /* *refused becomes the errno with which O_DIRECT was refused, if it was. */
@@ -210,13 +209,15 @@ static int run_read(const fst_job *job, fst_io_context *io, worker *w, bool dire
     return fst_io_buffered(io, err);
 }
 
-static int run_prefetch(const fst_job *job, fst_io_context *io, worker *w, uint64_t *cold) {
+static int run_prefetch(const fst_job *job, fst_io_context *io, worker *w, bool look_at_memory,
+                        uint64_t *cold) {
+    if (look_at_memory && fst_memory_headroom() < job->options.reserve_bytes) return ENOMEM;
     int code = fst_io_prefetch(io, cold);
     if (code != ENOBUFS) return code;
     if (!ensure_slot(w, job->options.chunk_bytes)) return ENOMEM;
     io->slot = w->slot;
     io->slot_bytes = w->slot_bytes;
-    return fst_io_prefetch(io, cold);
+    return fst_io_read_through(io);
 }
 
 static void count_bytes(enum job_kind kind, bool direct, uint64_t wanted, uint64_t cold) {
@@ -237,17 +238,18 @@ static void run_chunk(fst_job *job, worker *w) {
     fst_error error = {0};
     uint64_t cold = 0;
     int code = FST_OK, failed = 0, refused = 0;
-    if (job->kind == JOB_PREFETCH && prefetch_pointless(job)) {
-        give_up_rest(job);
+    if (job->kind == JOB_PREFETCH && fst_arena_abandoned(job->arena)) {
+        give_up_rest(job); /* nobody is left to use it */
         return;
     }
+    bool look_at_memory = job->kind == JOB_PREFETCH && headroom_due(job);
     uint64_t wanted = claim(job, &io);
     bool direct = job->kind == JOB_READ && job->options.mode == FST_READ_DIRECT;
     pool.in_flight_direct += direct;
     unlock();
 
     if (job->kind == JOB_PREFETCH)
-        failed = run_prefetch(job, &io, w, &cold);
+        failed = run_prefetch(job, &io, w, look_at_memory, &cold);
     else
         code = run_read(job, &io, w, direct, &refused, &error);
     bool moved = code == FST_OK && failed == 0;
@@ -273,27 +275,30 @@ static void run_chunk(fst_job *job, worker *w) {
     if (direct && refused == 0) job->stats.bytes_direct += wanted;
 }
 
-/* With the lock held: if nothing of the job runs or will run, finish it. */
+/* With the lock held: if nothing of the job runs or will run, finish it. It is done, for
+ * whoever waits, only when it has let go of everything. */
 static void finish_if_over(fst_job *job) {
     fst_file *file;
     fst_arena *arena;
     int fd;
-    if (job->done || job->in_flight > 0 || has_chunk(job)) return;
-    job->done = true;
-    job->stats.done = 1;
-    job->stats.bytes_skipped = job->stats.bytes_total - job->stats.bytes_done;
-    unlink_job(job);
-    if (job->kind == JOB_READ && job->options.drop_cache && job->stats.bytes_direct > 0)
-        /* O_DIRECT left the cache alone; asked to drop, leave nothing behind. */
-        (void)FST_SYS->fadvise(job->file->fd, 0, 0, POSIX_FADV_DONTNEED);
+    if (job->done || job->finishing || job->in_flight > 0 || has_chunk(job)) return;
+    job->finishing = true;
+    pool.finishing++;
     drop_resources(job, &file, &arena, &fd);
-    bool last = --job->refs == 0;
-    unlock(); /* letting go may unmap gigabytes */
+    bool drop = job->kind == JOB_READ && job->options.drop_cache && job->stats.bytes_direct > 0;
+    unlock(); /* dropping caches and unmapping gigabytes take their time */
+    if (drop) /* O_DIRECT left the cache alone; asked to drop, leave nothing behind */
+        (void)FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_DONTNEED);
     if (fd >= 0) close(fd);
     fst_file_release(file);
     fst_arena_unref(arena);
-    if (last) destroy_job(job);
     lock();
+    pool.finishing--;
+    unlink_job(job);
+    job->stats.bytes_skipped = job->stats.bytes_total - job->stats.bytes_done;
+    job->stats.done = 1;
+    job->done = true;
+    if (--job->refs == 0) destroy_job(job);
     (void)pthread_cond_broadcast(&pool.event);
 }
 
@@ -316,17 +321,17 @@ static void *worker_main(void *argument) {
     worker *w = argument;
     lock();
     for (;;) {
-        fst_job *job = pool.forking ? NULL : next_job();
+        fst_job *job = pool.forking > 0 ? NULL : next_job();
         if (job != NULL) {
             run_chunk(job, w);
             finish_if_over(job);
             (void)pthread_cond_broadcast(&pool.event);
             continue;
         }
-        if (pool.ending) break;
+        if (pool.ending > 0 && pool.forking == 0) break; /* a fork hides chunks from us */
         struct timespec until = deadline_in(IDLE_SECONDS * 1000);
         int timed_out = pthread_cond_timedwait(&pool.work, &pool.lock, &until);
-        if (timed_out == ETIMEDOUT && next_job() == NULL && !pool.forking) break;
+        if (timed_out == ETIMEDOUT && next_job() == NULL && pool.forking == 0) break;
     }
     free_slot(w);
     w->alive = false;
@@ -366,21 +371,22 @@ static bool start_worker(void) {
 
 static void before_fork(void) {
     lock();
-    pool.forking = true;
-    /* The device must not write into pages that the fork is about to share. */
-    while (pool.in_flight_direct > 0) (void)pthread_cond_wait(&pool.event, &pool.lock);
+    pool.forking++;
+    /* The device must not write into pages that the fork is about to share, and what a
+     * finishing job lets go of must not stay behind in the child. */
+    while (pool.in_flight_direct > 0 || pool.finishing > 0)
+        (void)pthread_cond_wait(&pool.event, &pool.lock);
 }
 
 static void after_fork_parent(void) {
-    pool.forking = false;
+    pool.forking--;
     (void)pthread_cond_broadcast(&pool.work);
     (void)pthread_cond_broadcast(&pool.event);
     unlock();
 }
 
-static void init_sync(void) {
+static void init_conditions(void) {
     pthread_condattr_t attributes;
-    (void)pthread_mutex_init(&pool.lock, NULL);
     (void)pthread_condattr_init(&attributes);
     (void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     (void)pthread_cond_init(&pool.work, &attributes);
@@ -391,8 +397,9 @@ static void init_sync(void) {
 /* Only the forking thread exists in the child: workers are gone, and so is whoever
  * owned the jobs. They end as cancelled and let go of what they held. */
 static void after_fork_child(void) {
-    init_sync();
-    pool.forking = pool.ending = false;
+    (void)pthread_mutex_init(&pool.lock, NULL); /* locked by this very thread, in the parent */
+    init_conditions();
+    pool.forking = pool.ending = 0;
     pool.threads = pool.in_flight_direct = 0;
     for (int i = 0; i < MAX_THREADS; i++) {
         pool.workers[i].alive = false;
@@ -413,7 +420,7 @@ static void after_fork_child(void) {
 }
 
 static void init_pool(void) {
-    init_sync();
+    init_conditions();
     (void)pthread_atfork(before_fork, after_fork_parent, after_fork_child);
 }
 
@@ -515,9 +522,10 @@ int fst_job_wait(fst_job *job, int timeout_ms, fst_error *err) {
     lock();
     int timed_out = 0;
     while (!job->done && timed_out == 0) {
-        if (job->inline_help && has_chunk(job)) {
+        if (job->inline_help && has_chunk(job) && pool.forking == 0) {
             run_chunk(job, &helper);
             finish_if_over(job);
+            (void)pthread_cond_broadcast(&pool.event); /* a fork may wait for this chunk */
             break; /* back to the caller between chunks: it may have been interrupted */
         }
         timed_out = pthread_cond_timedwait(&pool.event, &pool.lock, &until);
@@ -566,6 +574,7 @@ void fst_job_release(fst_job *job) {
 
 void fst_pool_get_stats(fst_pool_stats *stats) {
     memset(stats, 0, sizeof *stats);
+    (void)pthread_once(&pool_once, init_pool); /* else a fork now would find the lock taken */
     lock();
     stats->threads = pool.threads;
     stats->jobs = pool.jobs;
@@ -581,9 +590,9 @@ void fst_pool_get_stats(fst_pool_stats *stats) {
 void fst_pool_shutdown(void) {
     (void)pthread_once(&pool_once, init_pool);
     lock();
-    pool.ending = true;
+    pool.ending++;
     (void)pthread_cond_broadcast(&pool.work);
     while (pool.threads > 0) (void)pthread_cond_wait(&pool.event, &pool.lock);
-    pool.ending = false;
+    pool.ending--;
     unlock();
 }

@@ -1,4 +1,4 @@
-"""Broken, hostile and merely strange headers: the same exception and text, or the same tensors.
+"""Broken, hostile and merely strange files: the same exception and text, or the same tensors.
 
 Both loaders read the same bytes. Nothing here says what stock should answer, except in one test
 that pins the texts other programs match on.
@@ -10,6 +10,8 @@ import functools
 import json
 import random
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -305,6 +307,38 @@ def test_what_stock_says_today(raw, fast, outcome) -> None:
         path = raw.write(content)
         got = outcome(lambda path=path: fast.safe_open(path, "pt"))
         assert got.text == "Error while deserializing header: " + text
+
+
+_FIFO = """
+import os, sys, fastst_patch, safetensors, safetensors.torch
+path = sys.argv[1]
+os.mkfifo(path)
+keep = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # so that no open() blocks
+os.write(keep, b"\\2\\0\\0\\0\\0\\0\\0\\0{}")
+def attempt(load):
+    try:
+        return repr(load(path))
+    except Exception as error:
+        return f"{type(error)} {error}"
+stock = attempt(safetensors.torch.load_file)
+with fastst_patch.patched(small_file_bytes=0):
+    print(stock == attempt(safetensors.torch.load_file), stock)
+print(os.read(keep, 100))
+"""
+
+
+def test_fifo(tmp_path) -> None:
+    """The same refusal as stock, without waiting for bytes and without eating any."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FIFO, str(tmp_path / "fifo")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.stdout.splitlines()[-1:] == ["b'\\x02\\x00\\x00\\x00\\x00\\x00\\x00\\x00{}'"], done
+    assert done.stdout.startswith("True "), done
 
 
 # ---------------------------------------------------------------- fuzz

@@ -245,38 +245,6 @@ def test_read_only(sample, fast, watch) -> None:
     assert hashlib.sha256(Path(sample).read_bytes()).digest() == digest
 
 
-_FIFO = """
-import os, sys, fastst_patch, safetensors, safetensors.torch
-path = sys.argv[1]
-os.mkfifo(path)
-keep = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # so that no open() blocks
-os.write(keep, b"\\2\\0\\0\\0\\0\\0\\0\\0{}")
-def attempt(load):
-    try:
-        return repr(load(path))
-    except Exception as error:
-        return f"{type(error)} {error}"
-stock = attempt(safetensors.torch.load_file)
-with fastst_patch.patched(small_file_bytes=0):
-    print(stock == attempt(safetensors.torch.load_file), stock)
-print(os.read(keep, 100))
-"""
-
-
-def test_fifo(tmp_path) -> None:
-    """The same refusal as stock, without waiting for bytes and without eating any."""
-    done = subprocess.run(
-        [sys.executable, "-c", _FIFO, str(tmp_path / "fifo")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.stdout.splitlines()[-1:] == ["b'\\x02\\x00\\x00\\x00\\x00\\x00\\x00\\x00{}'"], done
-    assert done.stdout.startswith("True "), done
-
-
 # ---------------------------------------------------------------- files that change
 
 

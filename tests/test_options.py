@@ -22,9 +22,7 @@ MIB = 1 << 20
 def checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
     generator = torch.Generator().manual_seed(0)
-    save_file(
-        {f"w{i}": torch.randn(1024, 1024, generator=generator) for i in range(4)}, path
-    )
+    save_file({f"w{i}": torch.randn(1024, 1024, generator=generator) for i in range(4)}, path)
     return path
 
 

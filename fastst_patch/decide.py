@@ -1,0 +1,153 @@
+"""When the fast path may be taken, what happens when it may not, and checking it.
+
+A `Doubt` raised here or below means: stock does it. Whoever catches it calls stock with the
+caller's own arguments, then `fell_back` and `report_stock`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from . import engine, tensors
+from .config import Config
+from .errors import Doubt, FallbackWarning, FaststError
+from .opened import OpenedFile, open_checked
+from .report import LoadReport, emit
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "SmallFile",
+    "check_call",
+    "complain",
+    "fell_back",
+    "open_fast",
+    "path_of",
+    "report_stock",
+    "same",
+    "verified",
+]
+
+_TORCH = ("pt", "torch", "pytorch")
+
+
+def path_of(filename: object) -> str:
+    """The path that a caller's file name means; Doubt when it is none that we know."""
+    path = filename if type(filename) is str else None
+    if path is None and isinstance(filename, (str, os.PathLike)):
+        path = os.fspath(filename)
+    if not isinstance(path, str):
+        raise Doubt("the file name is no str")
+    return path
+
+
+def _check_device(device: object) -> None:
+    if device is None or (type(device) is str and device == "cpu"):
+        return
+    if isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda")):
+        raise Doubt(f"device {device!r}: CUDA is not accelerated yet")
+    raise Doubt(f"device {device!r} is not accelerated")
+
+
+def check_call(framework: object, device: object, backend: object) -> None:
+    """Doubt unless the call is for torch tensors on the CPU, made now, from a map."""
+    error = engine.native_error()
+    if error is not None:
+        raise Doubt(error)
+    if framework not in _TORCH:
+        raise Doubt(f"framework {framework!r} is not accelerated")
+    if backend != "mmap":
+        raise Doubt(f"backend {backend!r} is not accelerated")
+    _check_device(device)
+    if not tensors.ordinary_mode():
+        raise Doubt("a torch mode or default device is in force")
+
+
+class SmallFile(Doubt):
+    """Stock is faster on a file this small: not a shortcoming, so never warned about."""
+
+
+def open_fast(path: str, config: Config) -> OpenedFile:
+    """Open a file whose header is certainly fine; Doubt on everything else."""
+    limit = config.small_file_bytes
+    if limit:
+        try:
+            size = os.stat(path).st_size
+        except (OSError, ValueError) as error:
+            raise Doubt("the file cannot be looked at") from error
+        if size <= limit:
+            raise SmallFile("the file is small")
+    try:
+        file, layout = open_checked(path)
+    except (OSError, MemoryError) as error:
+        raise Doubt(f"opening failed: {error}") from error
+    return OpenedFile(file, layout, config)
+
+
+def fell_back(config: Config, call: str, path: str, reason: Doubt) -> None:
+    """Warn or raise as the ``fallback`` option says. Stock has accepted the call by now."""
+    if isinstance(reason, SmallFile) or config.fallback == "auto":
+        return
+    text = f"{call} of {path} was left to stock safetensors: {reason.reason}"
+    if config.fallback == "error":
+        raise FaststError(text)
+    warnings.warn(text, FallbackWarning, stacklevel=4)
+
+
+def report_stock(call: str, file: object, device: object, reason: Doubt, **counts: Any) -> None:
+    """Report a call that stock did. Counts are ``nbytes``, ``tensors`` and ``seconds``."""
+    emit(
+        LoadReport(
+            call,
+            str(file),
+            str("cpu" if device is None else device),
+            "stock",
+            counts.get("nbytes", 0),
+            counts.get("tensors", 0),
+            counts.get("seconds", 0.0),
+            None,
+            reason.reason,
+        )
+    )
+
+
+# ---- verify ----
+
+
+def verified(
+    config: Config,
+    path: str,
+    ours: dict[str, torch.Tensor],
+    theirs: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Our result when it equals stock's in every byte, else stock's."""
+    wrong = [] if list(ours) == list(theirs) else ["the names or their order"]
+    wrong += [name for name, tensor in theirs.items() if not same(ours.get(name), tensor)]
+    if not wrong:
+        return ours
+    complain(config, path, wrong[0])
+    return theirs
+
+
+def complain(config: Config, path: str, what: str) -> None:
+    """Log that a result differed from stock's, or raise with ``fallback="error"``."""
+    text = f"verify: {path}: {what} differs from stock's; stock's is used. Please report this."
+    if config.fallback == "error":
+        raise FaststError(text)
+    logging.getLogger("fastst_patch").error(text)
+
+
+def same(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    import torch
+
+    if ours is None or ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    if theirs.numel() == 0:
+        return True
+    raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (ours, theirs)]
+    return torch.equal(raw[0], raw[1])

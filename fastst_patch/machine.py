@@ -1,0 +1,35 @@
+"""How many CPUs this process may use, and how many workers that makes. No native code."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["cpu_limit", "io_threads"]
+
+
+def _cgroup_cpus() -> float | None:
+    for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
+        try:
+            with open(path, encoding="ascii") as file:
+                fields = file.read().split()
+            if len(fields) == 2:
+                return None if fields[0] == "max" else int(fields[0]) / int(fields[1])
+            with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us", encoding="ascii") as file:
+                return int(fields[0]) / int(file.read()) if int(fields[0]) > 0 else None
+        except (OSError, ValueError, ZeroDivisionError, IndexError):
+            continue
+    return None
+
+
+def cpu_limit() -> float:
+    """CPUs this process may use: its affinity, or its cgroup's quota if that is less."""
+    cpus = float(len(os.sched_getaffinity(0)))
+    quota = _cgroup_cpus()
+    return cpus if quota is None else min(cpus, quota)
+
+
+def io_threads(configured: int) -> int:
+    """Workers for one load. They mostly wait for storage: 8 keep a drive busy on 2 CPUs."""
+    if configured:
+        return configured
+    return max(4, min(8, round(4 * cpu_limit())))
