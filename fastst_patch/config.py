@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .errors import OptionError
+from .locks import fork_safe
 
 __all__ = ["Config", "config", "config_context", "current", "environment_targets", "pop", "push"]
 
@@ -199,9 +200,7 @@ def environment_targets() -> tuple[str, ...] | None:
 # ---- layers ----
 
 _lock = threading.RLock()
-os.register_at_fork(  # a child must not inherit it held by a thread it does not have
-    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-)
+fork_safe(_lock)
 _layers: list[tuple[object, dict[str, Any]]] = []
 _current: Config | None = None
 _handler: logging.Handler | None = None

@@ -99,6 +99,11 @@ class File:
         return resident[0], _PROBES[probe[0]]
 
 
+def open_files() -> int:
+    """Descriptors held now by handles, slices and running jobs."""
+    return int(_lib.fst_open_files())
+
+
 def open_file(path: str) -> File:
     """Open a regular file for reading.
 

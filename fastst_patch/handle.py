@@ -18,6 +18,7 @@ from .config import Config, current
 from .decide import (
     SmallFile,
     check_call,
+    check_descriptors,
     complain,
     fell_back,
     open_fast,
@@ -144,6 +145,7 @@ def open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any
             raise Doubt("the arguments are not safe_open's") from None
         path = find_path(filename)
         check_call(framework, device, backend)
+        check_descriptors()
         return FastHandle(stock_class, open_fast(path, config), started)
     except Doubt as doubt:
         handle = stock_class(*args, **kwargs)
@@ -166,14 +168,14 @@ def path_of_file_object(file: Any) -> str:
 @functools.cache
 def _closed_stock(stock_class: Any) -> Any:
     """A stock handle that is closed: the words for everything done to a closed handle."""
-    import tempfile
-
-    with tempfile.NamedTemporaryFile() as file:
-        file.write((8).to_bytes(8, "little") + b"{}      ")
-        file.flush()
+    with stock.small_file(b"{}      ") as file:
         handle = stock_class(file if stock_class is stock.safe_open_handle else file.name, "pt")
     handle.__exit__(None, None, None)
     return handle
+
+
+def _repr(self: object, stock_class: Any) -> str:
+    return f"<{stock_class.__module__}.{stock_class.__qualname__} object at {id(self):#x}>"
 
 
 class FastHandle:
@@ -183,7 +185,7 @@ class FastHandle:
     with its last reference. Usable from many threads at once.
     """
 
-    __slots__ = ("__weakref__", "_opened", "_seconds", "_stock_class", "_stock_handle")
+    __slots__ = ("_opened", "_seconds", "_stock_class", "_stock_handle")
 
     def __init__(self, stock_class: Any, opened: OpenedFile, started: float) -> None:
         self._stock_class = stock_class
@@ -215,7 +217,7 @@ class FastHandle:
 
     def __repr__(self) -> str:
         """As stock's, with our address."""
-        return f"<{self._stock_class.__module__}.safe_open object at {id(self):#x}>"
+        return _repr(self, self._stock_class)
 
     # ---- the interface ----
 
@@ -258,9 +260,9 @@ class FastHandle:
             return self._stock().get_slice(*args, **kwargs)
         return FastSlice(opened, i)
 
-    def __enter__(self) -> FastHandle:
+    def __enter__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the handle itself."""
-        return self
+        return self._stock().__enter__(*args, **kwargs) if args or kwargs else self
 
     def __exit__(self, *args: Any, **kwargs: Any) -> None:
         """Close; may be repeated."""
@@ -371,6 +373,14 @@ class FastSlice:
     def __init__(self, opened: OpenedFile, i: int) -> None:
         self._opened = opened
         self._i = i
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return stock.slice_class()
+
+    def __repr__(self) -> str:
+        """As stock's, with our address."""
+        return _repr(self, stock.slice_class())
 
     def _stock(self) -> Any:
         return _stock_over(self._opened).get_slice(self._opened.layout.names[self._i])

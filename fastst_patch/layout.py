@@ -7,12 +7,13 @@ may be shared between threads.
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+
+from .locks import fork_safe
 
 __all__ = [
     "ARENA_ALIGNMENT",
@@ -99,11 +100,7 @@ class LayoutCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        os.register_at_fork(
-            before=self._lock.acquire,
-            after_in_parent=self._lock.release,
-            after_in_child=self._lock.release,
-        )
+        fork_safe(self._lock)
         self._entries: OrderedDict[tuple[int, int, int], FileLayout] = OrderedDict()
         self._bytes = 0
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from . import engine, tensors
 from .config import Config
 from .layout import FileLayout, plan_arena, plan_rows
+from .locks import fork_safe
 from .machine import io_threads
 
 if TYPE_CHECKING:
@@ -43,9 +44,7 @@ RESERVE = 512 * MIB
 
 # One for all files: held for nanoseconds, and one is enough to carry through a fork.
 _lock = threading.Lock()
-os.register_at_fork(
-    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-)
+fork_safe(_lock)
 
 
 @dataclasses.dataclass

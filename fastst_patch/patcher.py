@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import os
 import re
 import sys
 import threading
@@ -30,6 +29,7 @@ import wrapt
 from . import engine, handle, stock
 from .config import environment_enabled, environment_targets, pop, push
 from .errors import OptionError, UntestedVersionWarning
+from .locks import fork_safe
 
 __all__ = [
     "PatchReport",
@@ -149,9 +149,7 @@ _TARGETS = {
 }
 
 _lock = threading.RLock()
-os.register_at_fork(  # a child must not inherit it held by a thread it does not have
-    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-)
+fork_safe(_lock)
 _permanent: set[str] = set()
 _permanent_options: list[object] = []
 _hooked: set[str] = set()

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+
+from .locks import fork_safe
 
 __all__ = ["LoadReport", "Profile", "emit", "profile", "totals"]
 
@@ -78,27 +78,38 @@ class Profile:
         return "\n".join(str(report) for report in self.reports) or "no safetensors loads"
 
 
+@dataclasses.dataclass
+class _Totals:
+    """Sums over the reports of one path."""
+
+    loads: int = 0
+    bytes: int = 0
+    tensors: int = 0
+    seconds: float = 0.0
+
+
 _lock = threading.Lock()
-os.register_at_fork(  # a child must not inherit it held by a thread it does not have
-    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-)
-_paths: dict[str, Counter[str]] = {}
-_seconds: dict[str, float] = {}
-_fallbacks: Counter[str] = Counter()
+fork_safe(_lock)
+_paths: dict[str, _Totals] = {}
+_fallbacks: dict[str, int] = {}
 _profiles: list[Profile] = []
 
 
 def emit(report: LoadReport) -> None:
     """Count a report, hand it to open profiles, log it."""
+    reason = report.fallback_reason
     with _lock:
-        totals_of_path = _paths.setdefault(report.path, Counter())
-        totals_of_path.update(loads=1, bytes=report.bytes, tensors=report.tensors)
-        _seconds[report.path] = _seconds.get(report.path, 0.0) + report.seconds
-        if report.fallback_reason is not None:
-            _fallbacks[report.fallback_reason] += 1
-        profiles = list(_profiles)
-    for open_profile in profiles:
-        open_profile.reports.append(report)
+        of_path = _paths.get(report.path)
+        if of_path is None:
+            of_path = _paths[report.path] = _Totals()
+        of_path.loads += 1
+        of_path.bytes += report.bytes
+        of_path.tensors += report.tensors
+        of_path.seconds += report.seconds
+        if reason is not None:
+            _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
+        for open_profile in _profiles:
+            open_profile.reports.append(report)
     if _log.isEnabledFor(logging.INFO):
         _log.info("%s", report)
 
@@ -111,7 +122,7 @@ def totals() -> dict[str, Any]:
         "fallbacks": {reason: count}}``.
     """
     with _lock:
-        paths = {path: {**counts, "seconds": _seconds[path]} for path, counts in _paths.items()}
+        paths = {path: dataclasses.asdict(of_path) for path, of_path in _paths.items()}
         return {"paths": paths, "fallbacks": dict(_fallbacks)}
 
 

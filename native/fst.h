@@ -74,6 +74,8 @@ typedef struct fst_file_info {
  * file) is FST_DOUBT or FST_E_SYS, and nothing stays open. */
 int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err);
 void fst_file_release(fst_file *file);
+/* How many are held now. */
+uint64_t fst_open_files(void);
 /* Reads exactly length bytes at offset, through the page cache. */
 int fst_file_read(fst_file *file, uint64_t offset, void *to, uint64_t length, fst_error *err);
 

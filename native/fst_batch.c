@@ -3,8 +3,8 @@
  *   [ fst_batch | element 0 | element 1 | ... | dims ... | strides ... ]
  *
  * An element is a plain and a versioned DLPack struct side by side; a consumer gets one
- * of them. All elements share one count: the block, and with it the arena's reference,
- * goes with the last tensor. Deleters run on any thread, without the GIL, during and
+ * of them. All elements and the creator share one count: the block, and with it the
+ * arena's reference, goes with the last tensor. Deleters run on any thread, without the GIL, during and
  * after interpreter shutdown; they touch two atomics and, at the end, free and munmap.
  */
 #include <errno.h>
@@ -31,9 +31,18 @@ void fst_batch_drop(fst_batch *batch, uint64_t elements) {
     free(batch);
 }
 
-static void delete_plain(dl_managed *self) { fst_batch_drop(self->manager, 1); }
+/* The manager's absence tells the creator, who holds the block, that a deleter has run. */
+static void delete_plain(dl_managed *self) {
+    fst_batch *batch = self->manager;
+    self->manager = NULL;
+    fst_batch_drop(batch, 1);
+}
 
-static void delete_versioned(dl_managed_versioned *self) { fst_batch_drop(self->manager, 1); }
+static void delete_versioned(dl_managed_versioned *self) {
+    fst_batch *batch = self->manager;
+    self->manager = NULL;
+    fst_batch_drop(batch, 1);
+}
 
 dl_managed_versioned *fst_batch_versioned(fst_batch *batch, uint64_t i) {
     return &batch->elements[i].versioned;
@@ -46,7 +55,7 @@ static void contiguous_strides(const int64_t *shape, uint32_t ndim, int64_t *str
     int64_t stride = 1;
     for (uint32_t d = ndim; d-- > 0;) {
         strides[d] = stride;
-        stride *= shape[d] > 1 ? shape[d] : 1; /* validated: the product fits the file */
+        stride *= shape[d] > 1 ? shape[d] : 1; /* cannot overflow: see tensor_bytes */
     }
 }
 
@@ -111,7 +120,7 @@ int fst_batch_create(fst_arena *arena, const fst_layout_view *view, const uint64
                         (unsigned long long)count);
     int64_t *dims = (int64_t *)(void *)&batch->elements[count];
     batch->arena = arena;
-    atomic_init(&batch->alive, count);
+    atomic_init(&batch->alive, count + 1);
     for (uint64_t i = 0; i < count; i++) {
         const fst_tensor *tensor = &view->tensors[which == NULL ? i : which[i]];
         uint64_t offset = offsets == NULL ? file_base + tensor->begin : offsets[i];

@@ -65,6 +65,8 @@ int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_err
     return FST_OK;
 }
 
+uint64_t fst_open_files(void) { return atomic_load(&fst_counts.files); }
+
 void fst_file_retain(fst_file *file) {
     atomic_fetch_add_explicit(&file->refs, 1, memory_order_relaxed);
 }

@@ -87,22 +87,16 @@ static bool doubt(parser *p, const char *why) {
     return false;
 }
 
-/* Makes room for one more element; doubles, so amortised constant. */
-static bool reserve(parser *p, void **array, size_t *room, size_t count, size_t element) {
-    if (count < *room) return true;
+/* The array with room for one more element, NULL when there is no memory (the array stays
+ * as it was). Doubles, so amortised constant. */
+static void *reserve(parser *p, void *array, size_t *room, size_t count, size_t element) {
+    if (count < *room) return array;
     size_t grown = *room == 0 ? 64 : *room * 2;
-    if (grown < *room || grown > SIZE_MAX / element) {
-        p->no_memory = true;
-        return false;
-    }
-    void *moved = realloc(*array, grown * element);
-    if (moved == NULL) {
-        p->no_memory = true;
-        return false;
-    }
-    *array = moved;
-    *room = grown;
-    return true;
+    void *moved = NULL;
+    if (grown > *room && grown <= SIZE_MAX / element) moved = realloc(array, grown * element);
+    if (moved == NULL) p->no_memory = true;
+    else *room = grown;
+    return moved;
 }
 
 /* ---- lexing ---- */
@@ -282,9 +276,10 @@ static bool parse_shape(parser *p, fst_tensor *tensor) {
     do {
         uint64_t dim;
         if (!unsigned_number(p, &dim)) return false;
-        if (!reserve(p, (void **)&p->dims, &p->dims_room, p->dims_count, sizeof *p->dims))
-            return false;
-        p->dims[p->dims_count++] = (int64_t)dim;
+        int64_t *dims = reserve(p, p->dims, &p->dims_room, p->dims_count, sizeof *dims);
+        if (dims == NULL) return false;
+        p->dims = dims;
+        dims[p->dims_count++] = (int64_t)dim;
         if (++tensor->ndim > 64) return doubt(p, "more than 64 dimensions");
     } while (more(p, ']', &bad));
     return !bad;
@@ -357,9 +352,10 @@ static bool parse_member(parser *p) {
     skip_space(p);
     if (!string_into(p, &to) || !expect(p, ':', "':' expected")) return false;
     if (is(name, (size_t)(to - name), "__metadata__")) return parse_metadata(p, name);
-    if (!reserve(p, (void **)&p->entries, &p->entries_room, p->count, sizeof *p->entries))
-        return false;
-    entry *e = &p->entries[p->count];
+    entry *entries = reserve(p, p->entries, &p->entries_room, p->count, sizeof *entries);
+    if (entries == NULL) return false;
+    p->entries = entries;
+    entry *e = &entries[p->count];
     if (!parse_tensor(p, &e->tensor)) return false;
     *to++ = '\0'; /* fits: two quotes were dropped */
     e->name_begin = p->names_bytes;
@@ -424,9 +420,11 @@ static void sort_entries(parser *p) {
 
 static bool tensor_bytes(const parser *p, const fst_tensor *tensor, uint64_t *out) {
     uint64_t elements = 1, bits;
+    int64_t stride = 1; /* [0, 2**62, 4] has no element, which stock accepts, but no strides */
     for (uint32_t i = 0; i < tensor->ndim; i++) {
-        uint64_t dim = (uint64_t)p->dims[tensor->dims_index + i];
-        if (__builtin_mul_overflow(elements, dim, &elements)) return false;
+        int64_t dim = p->dims[tensor->dims_index + i];
+        if (__builtin_mul_overflow(elements, (uint64_t)dim, &elements)) return false;
+        if (dim > 1 && __builtin_mul_overflow(stride, dim, &stride)) return false;
     }
     if (__builtin_mul_overflow(elements, (uint64_t)dtypes[tensor->dtype].bits, &bits)) return false;
     if (bits % 8 != 0) return false;
@@ -499,7 +497,9 @@ static int parse_owned(char *header, uint64_t header_bytes, uint64_t file_bytes,
     layout->header = header;
     layout->header_bytes = header_bytes;
     layout->file_bytes = file_bytes;
-    if (!valid_utf8((const unsigned char *)p.at, (const unsigned char *)p.end))
+    if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__)
+        (void)doubt(&p, "this machine is big-endian and the file is not");
+    else if (!valid_utf8((const unsigned char *)p.at, (const unsigned char *)p.end))
         (void)doubt(&p, "header is not UTF-8");
     else if (parse_header(&p)) {
         sort_entries(&p);

@@ -100,5 +100,7 @@ int fst_io_direct(const fst_io_context *io, fst_error *err);
 /* Returns 0 when the chunk is resident (and, where the kernel can, mapped), ENOBUFS when
  * it needs a slot for that, else why it gave up. */
 int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes);
+/* The rest of a chunk for which fst_io_prefetch asked for a slot; returns as it does. */
+int fst_io_read_through(const fst_io_context *io);
 
 #endif

@@ -58,6 +58,13 @@ static uint64_t skip_to(const fst_io_context *io, uint64_t segment, uint64_t *at
     return segment;
 }
 
+/* Whole pages: the kernel keeps those of which the range covers a part only. */
+static void drop_chunk(const fst_io_context *io) {
+    uint64_t first = fst_align_down(io->begin, fst_page());
+    uint64_t bytes = fst_align_up(io->end, fst_page()) - first;
+    (void)FST_SYS->fadvise(io->file->fd, (off_t)first, (off_t)bytes, POSIX_FADV_DONTNEED);
+}
+
 int fst_io_buffered(const fst_io_context *io, fst_error *err) {
     struct iovec to[PIECES];
     uint64_t at = io->begin, segment = io->first;
@@ -88,8 +95,6 @@ int fst_io_buffered(const fst_io_context *io, fst_error *err) {
         at += (uint64_t)got;
         again = 0;
     }
-    if (io->drop_cache)
-        (void)FST_SYS->fadvise(io->file->fd, (off_t)io->begin, (off_t)(io->end - io->begin),
-                               POSIX_FADV_DONTNEED);
+    if (io->drop_cache) drop_chunk(io);
     return FST_OK;
 }

@@ -22,6 +22,7 @@
 /* One call reads at most what the device takes in one request (often 512 KiB to 4 MiB)
  * and silently drops the rest. */
 #define READAHEAD_BYTES (512u << 10)
+#define POPULATE_TRIES 1000
 
 static void queue_reads(const fst_io_context *io) {
     for (uint64_t at = io->begin; at < io->end; at += READAHEAD_BYTES) {
@@ -31,8 +32,7 @@ static void queue_reads(const fst_io_context *io) {
 }
 
 /* Kernels before 5.14: read the chunk into the worker's slot, which caches it too. */
-static int read_through(const fst_io_context *io) {
-    if (io->slot == NULL) return ENOBUFS; /* the caller finds one and comes back */
+int fst_io_read_through(const fst_io_context *io) {
     for (uint64_t at = io->begin; at < io->end;) {
         if (atomic_load_explicit(io->stop, memory_order_relaxed)) return ECANCELED;
         size_t bytes = (size_t)fst_min(io->slot_bytes, io->end - at);
@@ -48,11 +48,12 @@ static int read_through(const fst_io_context *io) {
 static int populate(const fst_io_context *io) {
     uint64_t page = fst_page(), first = fst_align_down(io->begin, page);
     size_t bytes = (size_t)(fst_align_up(io->end, page) - first);
-    while (FST_SYS->madvise(io->arena->data + first, bytes, MADV_POPULATE_READ) != 0) {
+    for (int tries = 0; tries < POPULATE_TRIES; tries++) {
+        if (FST_SYS->madvise(io->arena->data + first, bytes, MADV_POPULATE_READ) == 0) return 0;
         if (errno != EINTR && errno != EAGAIN) return errno;
         if (atomic_load_explicit(io->stop, memory_order_relaxed)) return ECANCELED;
     }
-    return 0;
+    return EAGAIN;
 }
 
 int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes) {
@@ -64,5 +65,6 @@ int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes) {
     *cold_bytes = length - resident;
     queue_reads(io);
     int code = populate(io);
-    return code == EINVAL ? read_through(io) : code;
+    if (code != EINVAL) return code;
+    return io->slot == NULL ? ENOBUFS : fst_io_read_through(io);
 }

@@ -24,7 +24,9 @@ static PyObject *import_one(fst_batch *batch, uint64_t i, const dl_exchange_api 
         void *tensor = NULL;
         dl_managed_versioned *managed = fst_batch_versioned(batch, i);
         if (api->to_object(managed, &tensor) == 0) return tensor;
-        return NULL; /* stolen: torch's wrapper has run the deleter */
+        /* DLPack calls it stolen, yet torch 2.13 forgets the deleter of a dtype it refuses. */
+        if (managed->manager != NULL) fst_batch_drop(batch, 1);
+        return NULL;
     }
     PyObject *capsule = PyCapsule_New(fst_batch_plain(batch, i), "dltensor", capsule_destructor);
     if (capsule == NULL) {
@@ -77,5 +79,6 @@ int fst_tensors_import(fst_arena *arena, fst_layout *layout, const uint64_t *whi
     }
     if (collecting) (void)PyGC_Enable();
     PyGILState_Release(gil);
+    fst_batch_drop(batch, 1);
     return code;
 }

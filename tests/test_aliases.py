@@ -236,6 +236,14 @@ def test_someone_wrapped_us(sample, is_fast, stock) -> None:
         safetensors.safe_open = stock.safe_open
 
 
+def test_other_frameworks_while_patched(sample, stock, assert_same) -> None:
+    """safetensors.numpy shares safe_open, and gets stock's arrays from it."""
+    with stock.safe_open(sample, "np") as handle:
+        expected = {name: handle.get_tensor(name) for name in ("w", "b")}
+    with fastst_patch.patched(**TINY), safetensors.numpy.safe_open(sample, "np") as handle:
+        assert_same({name: handle.get_tensor(name) for name in expected}, expected)
+
+
 def test_unpatch_when_not_patched(stock) -> None:
     fastst_patch.unpatch()
     fastst_patch.unpatch()

@@ -15,6 +15,7 @@ import itertools
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,7 +40,8 @@ def weights(raw) -> str:
 
 @pytest.fixture
 def loaded(weights, fast, watch) -> dict[str, torch.Tensor]:
-    with watch() as seen:
+    with watch() as seen, warnings.catch_warnings():
+        warnings.simplefilter("error")
         tensors = safetensors.torch.load_file(weights)
     seen.assert_fast(weights)
     return tensors
@@ -349,7 +351,7 @@ def test_torch_modes(sample, stock, fast, agree, mode, when) -> None:
 
 
 def test_threads(weights, fast, stock, assert_same, watch) -> None:
-    """transformers' way: one handle, slices cut by a pool, the handle closed meanwhile."""
+    """transformers' way: one handle, slices cut by a pool, closed before they are done."""
     expected = stock.load_file(weights)
     names = sorted(expected) * 10
     with watch() as seen, ThreadPoolExecutor(4) as pool:
@@ -365,6 +367,13 @@ def test_threads(weights, fast, stock, assert_same, watch) -> None:
     for tensors in (*many, *files):
         assert_same(tensors, expected)
     seen.assert_fast(weights, count=9)
+    for _ in range(50):  # closed under their hands: a tensor, or the proper error
+        with ThreadPoolExecutor(3) as pool:
+            handle = fast.safe_open(weights, "pt")
+            busy = [pool.submit(handle.get_tensor, name) for name in names[:6]]
+            pool.submit(handle.__exit__, None, None, None).result()
+        errors = {str(job.exception()) for job in busy if job.exception()}
+        assert errors <= {"File is closed"}
 
 
 _EXIT = """
@@ -404,15 +413,9 @@ def test_fork_and_interpreter_exit(sample, tmp_path) -> None:
 def _llama() -> Any:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48}
+    config = transformers.LlamaConfig(**heads, **sizes, tie_word_embeddings=True)
     return transformers.LlamaForCausalLM(config)
 
 

@@ -470,3 +470,26 @@ def test_handle_from_file_object(
                 lambda f=file: fast.handle(f, "pt").get_tensors(),
                 lambda f=file: stock.handle(f, "pt").get_tensors(),
             )
+
+
+@pytest.mark.parametrize("options", [{}, *OPTIONS[:4], OPTIONS[6], {"page_cache": "drop"}])
+def test_cold_file(raw, stock, fast, assert_same, watch, options) -> None:
+    """Nothing cached and reads still under way: whole, piecewise, or dropped half-way."""
+    tensors = {f"t{i}": torch.arange(i, i + 2**19, dtype=torch.int32) for i in range(16)}
+    path = raw.tensors(tensors)
+    expected = stock.load_file(path)
+    with watch() as seen, fastst_patch.config_context(small_file_bytes=0, **options):
+        for turn in range(4):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with fast.safe_open(path, "pt") as handle:
+                if turn % 2:
+                    fast.load_file(path)  # let go while it is being read
+                    assert_same(handle.get_slice("t15")[-5:].clone(), expected["t15"][-5:].clone())
+                    assert_same(handle.get_tensor("t3"), expected["t3"])
+                else:
+                    assert_same(fast.load_file(path), expected)
+                    for name in reversed(expected):
+                        assert_same(handle.get_tensor(name), expected[name])
+    seen.assert_fast(path, count=8)

@@ -28,7 +28,7 @@ LAYERS = [
     {"layout", "machine", "stock"},
     {"report"},
     {"config"},
-    {"errors"},
+    {"errors", "locks"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
