@@ -16,6 +16,7 @@ import dataclasses
 import os
 import threading
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -82,9 +83,9 @@ class OpenedFile:
         self.config = config
         self.account = Account(path=self._path_name())
         self._map: engine.Arena | None = None
-        self._jobs: list[engine.Job] = []
-        self._covered = array("Q")  # flat (begin, end) of extents already looked after
-        self._last_end = -1
+        self._covered = (0, 0)  # file range last looked after
+        # Where the last requests ended: threads that share a walk come slightly out of order.
+        self._recent: deque[int] = deque(maxlen=8)
 
     # ---- which path ----
 
@@ -178,31 +179,31 @@ class OpenedFile:
         self._note_residency(layout.data_begin, layout.data_bytes)
         # Where samples find everything cached, one worker makes sure of the rest.
         threads = 1 if self.account.resident == 1.0 else io_threads(self.config.threads)
-        self._start(arena, layout.data_begin, layout.data_bytes, threads)
-        self._covered = array("Q", (0, self.file.size))
-        if self.config.progress:
+        job = self._start(arena, layout.data_begin, layout.data_bytes, threads)
+        self._covered = (0, self.file.size)
+        if job is not None and self.config.progress:
             with _progress_bar(self.file.path, layout.data_bytes) as advance:
-                self._jobs[-1].wait(advance)
+                job.wait(advance)
 
     def _look_ahead(self, i: int) -> None:
         """Bring in tensor i's extent, and what follows when the file is walked in order."""
         begin, end = self.layout.extent(i)
-        covered = self._covered
         if self.config.io == "mmap" or begin == end:
             return
-        if covered and covered[-2] <= begin and end <= covered[-1]:
-            self._last_end = end
-            return
-        sequential = begin == self._last_end
-        self._last_end = end
-        if end - begin < WORKERS_FROM and not sequential:
-            return  # a few faults; the kernel's own read-ahead does it
-        target = max(end, begin + AHEAD) if sequential else end
-        self._cover(begin, min(target, self.file.size))
+        low, high = self._covered
+        sequential = begin in self._recent
+        self._recent.append(end)
+        if low <= begin and end <= high:
+            if sequential and high - end < AHEAD // 2 and high < self.file.size:
+                self._cover(low, high, min(high + AHEAD, self.file.size))
+        elif sequential:
+            self._cover(begin, begin, min(max(end, begin + AHEAD), self.file.size))
+        elif end - begin >= WORKERS_FROM:  # less is a few faults, which the kernel serves
+            self._cover(begin, begin, end)
 
-    def _cover(self, begin: int, end: int) -> None:
-        """Start read-ahead of an extent unless it is cached."""
-        self._covered = array("Q", (begin, end))
+    def _cover(self, low: int, begin: int, end: int) -> None:
+        """Start read-ahead of an extent unless it is cached; (low, end) is covered then."""
+        self._covered = (low, end)
         resident, probe = self.file.residency(begin, end - begin)
         if self.account.resident is None and probe != "none":
             self.account.resident = resident / (end - begin)
@@ -224,17 +225,25 @@ class OpenedFile:
         if resident < looked:
             self.account.path = "mmap+readahead"
 
-    def _start(self, arena: engine.Arena, begin: int, nbytes: int, threads: int) -> None:
+    def _start(
+        self, arena: engine.Arena, begin: int, nbytes: int, threads: int
+    ) -> engine.Job | None:
+        """Start read-ahead; it runs on by itself, whatever becomes of the job.
+
+        None when there is no memory for it: the kernel then reads on demand, as for stock.
+        """
         headroom = engine.memory_headroom()
-        job = engine.prefetch(
-            self.file,
-            arena,
-            array("Q", (begin, nbytes, 0)),
-            threads=threads,
-            chunk_bytes=self.config.chunk_bytes,
-            reserve_bytes=min(RESERVE, headroom // 10) if headroom is not None else 0,
-        )
-        self._jobs = [job]  # earlier ones run on by themselves
+        try:
+            return engine.prefetch(
+                self.file,
+                arena,
+                array("Q", (begin, nbytes, 0)),
+                threads=threads,
+                chunk_bytes=self.config.chunk_bytes,
+                reserve_bytes=min(RESERVE, headroom // 10) if headroom is not None else 0,
+            )
+        except MemoryError:
+            return None
 
     # ---- read into memory of our own ----
 

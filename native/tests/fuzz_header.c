@@ -4,8 +4,9 @@
  * fuzz_header [iterations [seed]]: the same mutations every time. Built with -DFST_LIBFUZZER
  * -fsanitize=fuzzer it is a libFuzzer target; the first two bytes are the length of the data.
  */
-#include "fst_dlpack.h"
 #include "test.h"
+
+#include "fst_dlpack.h"
 
 static void check_tensor(const fst_layout_view *view, const fst_tensor *tensor) {
     static const unsigned bits[FST_DTYPES] = {8, 4, 6, 6, 8, 8, 8, 8, 8, 8, 8,

@@ -1,7 +1,7 @@
 /* test_memory.c - how much memory is said to be left. */
-#include <sys/sysinfo.h>
-
 #include "test.h"
+
+#include <sys/sysinfo.h>
 
 static void test_headroom(void) {
     struct sysinfo machine;
