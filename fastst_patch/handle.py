@@ -13,7 +13,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from . import stock, tensors
+from . import stock
 from .config import Config, current
 from .decide import (
     SmallFile,
@@ -242,8 +242,6 @@ class FastHandle:
             return self._stock().get_tensor(*args, **kwargs)
         started = time.perf_counter()
         try:
-            if not tensors.ordinary_mode():
-                raise Doubt("a torch mode or default device is in force")
             result = opened.tensor(i)
         except (Doubt, MemoryError) as doubt:
             return self._left_to_stock("get_tensor", doubt, args, kwargs)
@@ -326,8 +324,6 @@ def _get_tensors(self: FastHandle, *args: Any, **kwargs: Any) -> Any:
         return self._stock().get_tensors(*args, **kwargs)
     started = time.perf_counter()
     try:
-        if not tensors.ordinary_mode():
-            raise Doubt("a torch mode or default device is in force")
         result = opened.all_tensors()
     except (Doubt, MemoryError) as doubt:
         return self._left_to_stock("get_tensors", doubt, args, kwargs)
@@ -353,7 +349,11 @@ def _number(opened: OpenedFile, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         name = kwargs.get("name")
     else:
         return None
-    return opened.layout.index.get(name) if type(name) is str else None
+    if type(name) is not str:
+        if not isinstance(name, str):
+            return None
+        name = str.__str__(name)  # a subclass may hash or compare in its own way
+    return opened.layout.index.get(name)
 
 
 def _stock_over(opened: OpenedFile) -> Any:
@@ -408,14 +408,12 @@ class FastSlice:
         """Index as torch does."""
         opened = self._opened
         try:
-            if not tensors.ordinary_mode():
-                raise Doubt("a torch mode or default device is in force")
             if not opened.mapped:
                 found = _leading_rows(index, opened.layout.shape(self._i))
                 if found is not None:
                     start, stop, rest = found
                     return opened.rows(self._i, start, stop)[rest]
-            return opened.tensor(self._i)[index]
+            return opened.tensor(self._i, for_slice=True)[index]
         except Doubt:
             return self._stock()[index]
 

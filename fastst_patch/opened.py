@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import engine, tensors
 from .config import Config
+from .errors import Doubt
 from .layout import FileLayout, plan_arena, plan_rows
 from .locks import fork_safe
 from .machine import io_threads
@@ -83,6 +84,7 @@ class OpenedFile:
         self.config = config
         self.account = Account(path=self._path_name())
         self._map: engine.Arena | None = None
+        self._storage: torch.UntypedStorage | None = None  # of the whole map
         self._covered = (0, 0)  # file range last looked after
         # Where the last requests ended: threads that share a walk come slightly out of order.
         self._recent: deque[int] = deque(maxlen=8)
@@ -110,15 +112,17 @@ class OpenedFile:
 
     # ---- tensors ----
 
-    def tensor(self, i: int) -> torch.Tensor:
-        """Tensor i, usable at once.
+    def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
+        """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
 
         Raises:
             Doubt: stock must do it.
             OSError, MemoryError, SafetensorError: its bytes could not be read.
         """
         tensors.check(self.layout, i)
-        if self.mapped:
+        if not tensors.ordinary_mode():
+            result = self._in_mode(i, for_slice)
+        elif self.mapped:
             self._look_ahead(i)
             result = tensors.import_batch(self.map(), self.layout, array("Q", (i,)))[0]
         else:
@@ -132,6 +136,8 @@ class OpenedFile:
         tensors.check(layout)
         if not layout.names:
             return {}
+        if not tensors.ordinary_mode():
+            return {name: self.tensor(i) for i, name in enumerate(layout.names)}
         if self.mapped:
             arena = self.map()
             self._read_ahead_all(arena)
@@ -150,6 +156,17 @@ class OpenedFile:
         self._fill([(begin, last - first, result)])
         self._count(1, last - first)
         return result
+
+    def _in_mode(self, i: int, for_slice: bool) -> torch.Tensor:
+        """Tensor i the way stock makes it, for torch modes to see.
+
+        Over our own map, so that what was changed in place through earlier tensors is there.
+        """
+        if not self.mapped:
+            raise Doubt("a torch mode or default device is in force")
+        if self._storage is None:
+            self._storage = tensors.whole_storage(self.map())
+        return tensors.by_stocks_recipe(self._storage, self.layout, i, for_slice)
 
     def _count(self, made: int, nbytes: int) -> None:
         with _lock:  # threads share a handle

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import pkgutil
 import re
 import sys
 import threading
@@ -106,12 +107,15 @@ class _Proxy(wrapt.FunctionWrapper):  # type: ignore[type-arg,misc,unused-ignore
     """A wrapt proxy that pickles by name, as the function or class it stands for does."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as stock's own object: by reference."""
-        name = getattr(self.__wrapped__, "__qualname__", None)
-        module = sys.modules.get(getattr(self.__wrapped__, "__module__", ""))
-        if name is not None and getattr(module, name, None) is self:
-            return name
-        return self.__wrapped__.__reduce_ex__(protocol)
+        """Pickle by name; a reference that outlived the patch pickles as the original."""
+        name: str = self.__wrapped__.__qualname__
+        module = sys.modules.get(self.__wrapped__.__module__)
+        if module is not None and getattr(module, name, None) is self.__wrapped__:
+            return pkgutil.resolve_name, (f"{module.__name__}:{name}",)
+        return name
+
+    def __repr__(self) -> str:
+        return repr(self.__wrapped__)
 
     def __copy__(self) -> Any:
         return self

@@ -19,7 +19,14 @@ from .layout import DTYPE_NAMES, FileLayout
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["empty", "import_batch", "ordinary_mode"]
+__all__ = [
+    "by_stocks_recipe",
+    "check",
+    "empty",
+    "import_batch",
+    "ordinary_mode",
+    "whole_storage",
+]
 
 # name -> (torch attribute, DLPack type code, bits); codes as in DLPack 1.3's DLDataTypeCode.
 _TORCH = {
@@ -216,6 +223,54 @@ def empty(layout: FileLayout, i: int, rows: int | None = None) -> torch.Tensor:
     if rows is not None:
         shape[0] = rows
     return torch.empty(shape, dtype=_dtypes().torch[layout.dtype(i)])
+
+
+def whole_storage(arena: engine.Arena) -> torch.UntypedStorage:
+    """All of an arena as one torch storage, which keeps it alive."""
+    dtypes = _dtypes()
+    dtypes.all_loadable(1 << DTYPE_NAMES.index("U8"))
+    n = arena.nbytes
+    header = f'{{"x":{{"dtype":"U8","shape":[{n}],"data_offsets":[0,{n}]}}}}'.encode()
+    layout = engine.parse_header(header, 8 + len(header) + n)
+    (tensor,) = engine.import_tensors(
+        arena, layout, dtypes.table, dtypes.importer, offsets=array("Q", [0])
+    )
+    storage: torch.UntypedStorage = tensor.untyped_storage()
+    return storage
+
+
+@functools.cache
+def _stock_names_the_device() -> bool:
+    """Whether stock says ``device="cpu"`` where it makes a tensor: a default device tells."""
+    import torch
+
+    with stock.small_file(_header_of_one(_F32), 4) as file, torch.device("meta"):
+        with stock.safe_open(file.name, "pt") as opened:
+            return str(opened.get_tensor("x").device) == "cpu"
+
+
+def by_stocks_recipe(
+    storage: torch.UntypedStorage, layout: FileLayout, i: int, for_slice: bool
+) -> torch.Tensor:
+    """Tensor i made of a whole file's storage by the torch calls that stock makes.
+
+    Args:
+        storage: of the file's map.
+        layout: of the file.
+        i: number of the tensor.
+        for_slice: as for ``get_slice()[...]``, where stock leaves the device open.
+    """
+    import torch
+
+    begin, end = layout.extent(i)
+    dtype = _dtypes().torch[layout.dtype(i)]
+    assert dtype is not None  # checked before
+    device: dict[str, Any] = {}
+    if not for_slice and _stock_names_the_device():
+        device["device"] = "cpu"
+    raw = torch.asarray(storage[begin:end], dtype=torch.uint8, **device)
+    result: torch.Tensor = raw.view(dtype=dtype).reshape(_storage_shape(layout, i))
+    return result
 
 
 def ordinary_mode() -> bool:

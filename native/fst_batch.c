@@ -71,7 +71,8 @@ static void describe(fst_batch *batch, uint64_t i, const fst_layout_view *view,
         t->dtype = (dl_dtype){DL_UINT, 8, 1};
     } else {
         t->ndim = (int32_t)tensor->ndim;
-        memcpy(shape, view->dims + tensor->dims_index, tensor->ndim * sizeof *shape);
+        if (tensor->ndim > 0) /* a file of scalars has no dims at all */
+            memcpy(shape, view->dims + tensor->dims_index, tensor->ndim * sizeof *shape);
         t->dtype = (dl_dtype){dtype.code, dtype.bits, 1};
     }
     contiguous_strides(shape, (uint32_t)t->ndim, strides);

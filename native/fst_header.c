@@ -329,6 +329,10 @@ static bool parse_metadata(parser *p, char *scratch) {
     if (p->metadata_seen) return doubt(p, "__metadata__ twice");
     p->metadata_seen = true;
     skip_space(p);
+    if (p->end - p->at >= 4 && memcmp(p->at, "null", 4) == 0) { /* as if absent */
+        p->at += 4;
+        return true;
+    }
     p->metadata = p->at;
     if (!expect(p, '{', "__metadata__ is not an object")) return false;
     if (peek(p, '}')) {

@@ -28,7 +28,7 @@ import torch
 import fastst_patch
 
 # The default profile is deterministic: a failure seen once is seen again. HYPOTHESIS_PROFILE=long
-# looks for new ones. Tests scale from the profile's max_examples and never set their own.
+# looks for new ones. Tests take multiples of the profile's max_examples.
 _COMMON: dict[str, Any] = {
     "deadline": None,
     "suppress_health_check": list(hypothesis.HealthCheck),

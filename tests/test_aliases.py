@@ -468,8 +468,13 @@ def test_fast_versions_without_patching(sample, is_fast, stock, assert_same) -> 
     assert safetensors.safe_open is stock.safe_open
 
 
-def test_small_files_go_to_stock(sample, watch) -> None:
-    """The default threshold exists; its option is what all these tests turn off."""
-    with watch() as seen, fastst_patch.patched():
+def test_small_files_go_to_stock(sample, watch, is_fast) -> None:
+    """Where the threshold is set. Its default, 0, is a measurement's: see the README."""
+    with watch() as seen, fastst_patch.patched(small_file_bytes=2**20):
         safetensors.torch.load_file(sample)
-    assert set(seen.paths(sample)) <= {"stock"}
+        with safetensors.safe_open(sample, "pt") as handle:
+            handle.get_tensor("w")
+    assert seen.paths(sample) == ["stock", "stock"]
+    assert all("small" in r.fallback_reason for r in seen.reports)
+    with fastst_patch.patched(small_file_bytes=1):
+        assert is_fast(safetensors.torch.load_file)

@@ -241,8 +241,8 @@ class Side:
         if kind in ("keys", "metadata"):
             return getattr(handle, kind)()
         name = args[1]
-        if type(name) is int and self.names:
-            name = self.names[name % len(self.names)]
+        if type(name) is int and self.names:  # subclasses of str are names, too
+            name = (np.str_ if name % 8 == 3 else str)(self.names[name % len(self.names)])
         if kind == "get_tensor":
             return self.keep(handle.get_tensor(name))
         self.slices.append(handle.get_slice(name))

@@ -99,7 +99,7 @@ static const char *const tokens[] = {
 enum { ROOM = 1024 };
 
 /* Replaces `cut` bytes at a place by `text`. */
-static size_t splice(char *header, size_t bytes, size_t at, size_t cut, const char *text,
+static size_t replace(char *header, size_t bytes, size_t at, size_t cut, const char *text,
                      size_t text_bytes) {
     if (cut > bytes - at) cut = bytes - at;
     if (bytes - cut + text_bytes > ROOM) return bytes;
@@ -113,9 +113,9 @@ static size_t mutate(char *header, size_t bytes, uint64_t *random) {
     size_t at = test_below(random, bytes + 1), cut = test_below(random, 6);
     const char *token = tokens[test_below(random, COUNT(tokens))];
     switch (test_below(random, 5)) {
-    case 0: return splice(header, bytes, at, 0, token, strlen(token));
-    case 1: return splice(header, bytes, at, cut, "", 0);
-    case 2: return splice(header, bytes, at, cut, token, strlen(token));
+    case 0: return replace(header, bytes, at, 0, token, strlen(token));
+    case 1: return replace(header, bytes, at, cut, "", 0);
+    case 2: return replace(header, bytes, at, cut, token, strlen(token));
     case 3:
         if (at < bytes) header[at] = (char)(header[at] ^ 1 << test_below(random, 8));
         return bytes;
@@ -123,7 +123,7 @@ static size_t mutate(char *header, size_t bytes, uint64_t *random) {
         cut = test_below(random, sizeof copy);
         if (cut > bytes - at) cut = bytes - at;
         memcpy(copy, header + at, cut);
-        return splice(header, bytes, test_below(random, bytes + 1), 0, copy, cut);
+        return replace(header, bytes, test_below(random, bytes + 1), 0, copy, cut);
     }
 }
 
