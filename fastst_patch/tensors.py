@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from array import array
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import engine, stock
 from .errors import Doubt
