@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import operator
 import os
+import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import stock
@@ -268,8 +270,9 @@ class FastHandle:
             _closed_stock(self._stock_class).__exit__(*args, **kwargs)
         self._close()
 
-    def __del__(self) -> None:
-        self._close()
+    def __del__(self, _at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not _at_exit():  # modules are then taken apart, and the report's may be gone already
+            self._close()
 
     # ---- inside ----
 

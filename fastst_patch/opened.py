@@ -68,7 +68,10 @@ def open_checked(path: str) -> tuple[engine.File, FileLayout]:
         OSError, MemoryError: it cannot be read; stock says so in its own words.
     """
     file = engine.open_file(path)
-    return file, engine.read_layout(file)
+    layout = engine.read_layout(file)
+    if not tensors.known_to_stock(layout.dtypes):
+        raise Doubt("this safetensors lacks a dtype of the file")
+    return file, layout
 
 
 class OpenedFile:

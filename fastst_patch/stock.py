@@ -63,15 +63,23 @@ def small_file(header: bytes, nbytes: int = 0) -> Iterator[Any]:
         yield file
 
 
+def opens(header: bytes) -> bool:
+    """Whether stock opens a file with this header and nothing behind it."""
+    try:
+        with small_file(header) as file, safe_open(file.name, "pt"):
+            return True
+    except Exception:  # whatever it raises, the user shall see it from stock
+        return False
+
+
 def loads(header: bytes, nbytes: int) -> bool:
     """Whether stock loads tensor ``x`` of a file with this header and zeros behind it."""
-    with small_file(header, nbytes) as file:
-        try:
-            with safe_open(file.name, "pt") as opened:
-                opened.get_tensor("x")
-        except Exception:  # whatever it raises, the user shall see it from stock
-            return False
-    return True
+    try:
+        with small_file(header, nbytes) as file, safe_open(file.name, "pt") as opened:
+            opened.get_tensor("x")
+            return True
+    except Exception:  # whatever it raises, the user shall see it from stock
+        return False
 
 
 @functools.cache

@@ -24,6 +24,7 @@ __all__ = [
     "check",
     "empty",
     "import_batch",
+    "known_to_stock",
     "ordinary_mode",
     "whole_storage",
 ]
@@ -157,6 +158,17 @@ class _Dtypes:
 @functools.cache
 def _dtypes() -> _Dtypes:
     return _Dtypes()
+
+
+@functools.cache
+def known_to_stock(used: int) -> bool:
+    """Whether the installed safetensors opens a file with every dtype of a bit set."""
+    names = (name for k, name in enumerate(DTYPE_NAMES) if used >> k & 1)
+    return all(
+        stock.opens(f'{{"x":{{"dtype":"{name}","shape":[0],"data_offsets":[0,0]}}}}'.encode())
+        for name in names
+        if name not in _ALWAYS
+    )
 
 
 def _storage_shape(layout: FileLayout, i: int) -> list[int]:

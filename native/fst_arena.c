@@ -92,6 +92,7 @@ void fst_arena_unref(fst_arena *arena) {
     if (atomic_fetch_sub_explicit(&arena->refs, 1, memory_order_acq_rel) != 1) return;
     if (arena->mapped != NULL) (void)munmap(arena->mapped, (size_t)arena->mapped_bytes);
     atomic_fetch_sub(&fst_counts.arenas, 1);
+    atomic_fetch_sub(&fst_counts.bytes_ahead, atomic_load(&arena->ahead_bytes));
     if (arena->kind == FST_ARENA_ANONYMOUS) atomic_fetch_sub(&fst_counts.arena_bytes, arena->bytes);
     free(arena);
 }
@@ -111,4 +112,9 @@ void fst_arena_release(fst_arena *arena) {
 
 bool fst_arena_abandoned(const fst_arena *arena) {
     return atomic_load_explicit(&arena->users, memory_order_acquire) == 0;
+}
+
+void fst_arena_count_ahead(fst_arena *arena, uint64_t bytes) {
+    atomic_fetch_add(&arena->ahead_bytes, bytes);
+    atomic_fetch_add(&fst_counts.bytes_ahead, bytes);
 }

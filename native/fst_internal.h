@@ -51,6 +51,7 @@ enum fst_arena_kind { FST_ARENA_MAP, FST_ARENA_ANONYMOUS, FST_ARENA_BORROWED };
 struct fst_arena {
     atomic_uint users; /* creator and batches of tensors */
     atomic_uint refs;  /* one for all users together, one for each job */
+    atomic_ullong ahead_bytes; /* of a map: read ahead into the page cache for its users */
     enum fst_arena_kind kind;
     unsigned char *data;
     uint64_t bytes;
@@ -63,6 +64,7 @@ void fst_arena_release_user(fst_arena *arena);
 void fst_arena_retain(fst_arena *arena); /* a job's hold: keeps the memory, not the purpose */
 void fst_arena_unref(fst_arena *arena);
 bool fst_arena_abandoned(const fst_arena *arena);
+void fst_arena_count_ahead(fst_arena *arena, uint64_t bytes);
 
 /* ---- counters shown by fst_pool_get_stats ---- */
 
@@ -70,6 +72,7 @@ typedef struct fst_counters {
     atomic_ullong arenas;
     atomic_ullong arena_bytes;
     atomic_ullong files;
+    atomic_ullong bytes_ahead; /* read ahead for maps that are still in use */
     atomic_ullong bytes_prefetched;
     atomic_ullong bytes_buffered;
     atomic_ullong bytes_direct;

@@ -209,9 +209,16 @@ static int run_read(const fst_job *job, fst_io_context *io, worker *w, bool dire
     return fst_io_buffered(io, err);
 }
 
+/* Cached pages count as free memory, also those read ahead for maps still in use. To read
+ * on would push them out before anybody came for them. */
+static bool memory_is_short(const fst_job *job) {
+    uint64_t headroom = fst_memory_headroom(), ahead = atomic_load(&fst_counts.bytes_ahead);
+    return headroom < ahead || headroom - ahead < job->options.reserve_bytes;
+}
+
 static int run_prefetch(const fst_job *job, fst_io_context *io, worker *w, bool look_at_memory,
                         uint64_t *cold) {
-    if (look_at_memory && fst_memory_headroom() < job->options.reserve_bytes) return ENOMEM;
+    if (look_at_memory && memory_is_short(job)) return ENOMEM;
     int code = fst_io_prefetch(io, cold);
     if (code != ENOBUFS) return code;
     if (!ensure_slot(w, job->options.chunk_bytes)) return ENOMEM;
@@ -254,6 +261,7 @@ static void run_chunk(fst_job *job, worker *w) {
         code = run_read(job, &io, w, direct, &refused, &error);
     bool moved = code == FST_OK && failed == 0;
     if (moved) count_bytes(job->kind, direct && refused == 0, wanted, cold);
+    if (moved && cold > 0) fst_arena_count_ahead(io.arena, cold);
 
     lock();
     pool.in_flight_direct -= direct;

@@ -7,7 +7,6 @@ to be equal, and a report has to show that the fast path (not stock behind our b
 from __future__ import annotations
 
 import functools
-import io
 import json
 import math
 import os
@@ -15,11 +14,11 @@ import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +34,21 @@ BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+
+
+def _loads(dtype: str) -> bool:
+    """Whether this safetensors with this torch loads a dtype. Not before 0.6: F4, F8_E8M0, ..."""
+    header = f'{{"x":{{"dtype":"{dtype}","shape":[2],"data_offsets":[0,{BITS[dtype] // 4}]}}}}'
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode() + bytes(BITS[dtype] // 4))
+        file.flush()
+        try:
+            return safetensors.safe_open(file.name, "pt").get_tensor("x") is not None
+        except Exception:
+            return False
+
+
+LOADABLE = frozenset(dtype for dtype in BITS if _loads(dtype))
 ODD_NAMES = (
     *("", " ", "a", "A", "a.b", "a/b", "a\\b", 'quo"te', "it's", "tab\t", "nul\0", "\x7f", "ü"),
     *("\ufeffbom", "日本語", "🦙", "e\u0301", "\u2028", "\ud7ff", "\ue000", "\U0010ffff"),
@@ -57,7 +71,7 @@ class File:
     def ours(self) -> bool:
         """Stock turns every tensor of it into a torch tensor, and so must the fast path."""
         return not self.odd and all(
-            not dtype.startswith("F6") and (dtype != "F4" or shape[-1] % 2 == 0)
+            dtype in LOADABLE and (dtype != "F4" or shape[-1] % 2 == 0)
             for dtype, shape, _, _ in self.tensors.values()
         )
 
@@ -98,7 +112,7 @@ def files(draw: Callable[..., Any], loadable: bool = False) -> File:
         wanted = {
             name: (dtype, shape)
             for name, (dtype, shape) in wanted.items()
-            if not dtype.startswith("F6") and (dtype != "F4" or shape[-1] % 2 == 0)
+            if dtype in LOADABLE and (dtype != "F4" or shape[-1] % 2 == 0)
         }
     tensors, data = {}, b""
     for name in rnd.sample(sorted(wanted), len(wanted)):
@@ -316,8 +330,12 @@ def test_indexing(raw, stock, fast, agree, watch, dtype, shape, indices, pad) ->
     header = json.dumps({"t": raw.entry(dtype, shape, 0, size)}) + " " * pad
     part = random.Random(size).randbytes(size)
     path = raw.write(raw.pack(header, bytes(b & 1 for b in part) if dtype == "BOOL" else part))
+    ours, theirs = agree(*(functools.partial(x.safe_open, path, "pt") for x in (fast, stock)))
+    if theirs is None:  # a dtype that came later than this safetensors
+        assert dtype not in LOADABLE
+        return
     handed_out = 0
-    with watch() as seen, fast.safe_open(path, "pt") as ours, stock.safe_open(path, "pt") as theirs:
+    with watch() as seen, ours, theirs:
         mine, other = ours.get_slice("t"), theirs.get_slice("t")
         agree(mine.get_shape, other.get_shape)
         agree(mine.get_dtype, other.get_dtype)
@@ -328,7 +346,7 @@ def test_indexing(raw, stock, fast, agree, watch, dtype, shape, indices, pad) ->
         seen.assert_fast(path)
 
 
-_F4 = torch.float4_e2m1fn_x2
+_F4 = getattr(torch, "float4_e2m1fn_x2", None)
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"io": "mmap"},
     {"io": "buffered"},
@@ -393,7 +411,11 @@ def test_every_dtype(raw, stock, fast, agree, watch, dtype, shape, framework) ->
             calls.append(lambda h, n=name, i=index: h.get_slice(n)[i])
     handed_out = 0
     with watch() as seen:
-        mine, other = fast.safe_open(path, framework), stock.safe_open(path, framework)
+        opened = agree(*(functools.partial(x.safe_open, path, framework) for x in (fast, stock)))
+        if opened == (None, None):  # a dtype that came later than this safetensors
+            assert dtype not in LOADABLE
+            return
+        mine, other = opened
         for call in calls:
             got, _ = agree(functools.partial(call, mine), functools.partial(call, other))
             handed_out += got.numel() if isinstance(got, torch.Tensor) else 0
@@ -406,7 +428,9 @@ def test_every_dtype(raw, stock, fast, agree, watch, dtype, shape, framework) ->
 
 def test_fp8_and_friends_are_covered(raw, fast, watch) -> None:
     """The dtypes DLPack cannot carry are loaded by us, not quietly by stock."""
-    for dtype in sorted(set(BITS) - {"F6_E2M3", "F6_E3M2"}):
+    if hasattr(safetensors.safe_open, "get_tensors") and _F4 is not None:  # all there by 0.8
+        assert set(BITS) - LOADABLE == {"F6_E2M3", "F6_E3M2"}
+    for dtype in sorted(LOADABLE):
         size = 2 * BITS[dtype]
         path = raw.write(raw.pack({"t": raw.entry(dtype, [16], 0, size)}, bytes(size)))
         with watch() as seen:
@@ -424,52 +448,6 @@ def test_many_tensors(raw, stock, fast, assert_same, watch, count) -> None:
     assert list(ours) == list(theirs)
     assert_same(ours, theirs)
     seen.assert_fast(path)
-
-
-# ---------------------------------------------------------------- _safe_open_handle
-
-
-class Odd:
-    """Looks like a file as far as it is told to."""
-
-    def __init__(self, **attributes: Any) -> None:
-        self.__dict__.update(attributes)
-
-
-def test_handle_from_file_object(
-    raw, sample, stock, fast, agree, assert_same, watch, tmp_path
-) -> None:
-    expected = stock.load_file(sample)
-    with open(sample, "rb") as file, watch() as seen:
-        file.seek(11)
-        with fast.handle(file, framework="pt") as ours:
-            assert_same(ours.get_tensors(), expected)
-            assert_same(ours.get_slice("w")[3:, 1], expected["w"][3:, 1])
-            assert ours.keys() == sorted(expected)
-            assert file.tell() == 11
-    seen.assert_fast(sample)
-    replaced = raw.write(Path(sample).read_bytes(), "replaced")
-    with open(replaced, "rb") as old:  # stock goes by name: it reads what replaced the file
-        os.replace(raw.tensors({"new": torch.ones(3)}, "new"), replaced)
-        agree(lambda: fast.handle(old, "pt").keys(), lambda: stock.handle(old, "pt").keys())
-        agree(
-            lambda: fast.handle(old, "pt").get_tensors(),
-            lambda: stock.handle(old, "pt").get_tensors(),
-        )
-    descriptor = os.open(sample, os.O_RDONLY)
-    with os.fdopen(descriptor, "rb") as unnamed, tempfile.NamedTemporaryFile() as temporary:
-        temporary.write(Path(sample).read_bytes())
-        temporary.flush()
-        closed = open(sample, "rb")  # noqa: SIM115
-        closed.close()
-        odd = [Odd(name=sample), Odd(fileno=0), Odd(name=3, fileno=0), Odd(name=None, fileno=0)]
-        odd += [Odd(name=sample, fileno=None), Odd(name=Path(sample), fileno=1)]
-        odd += [Odd(name=os.fsencode(sample), fileno=1), Odd(name="missing", fileno=1)]
-        for file in (unnamed, temporary, closed, io.BytesIO(b"x"), sample, None, 3, *odd):
-            agree(
-                lambda f=file: fast.handle(f, "pt").get_tensors(),
-                lambda f=file: stock.handle(f, "pt").get_tensors(),
-            )
 
 
 @pytest.mark.parametrize("options", [{}, *OPTIONS[:4], OPTIONS[6], {"page_cache": "drop"}])

@@ -9,7 +9,7 @@
 #include "fst_dlpack.h"
 
 static void check_tensor(const fst_layout_view *view, const fst_tensor *tensor) {
-    static const unsigned bits[FST_DTYPES] = {8, 4, 6, 6, 8, 8, 8, 8, 8, 8, 8,
+    static const unsigned bits[FST_DTYPES] = {8,  4,  6,  6,  8,  8,  8,  8,  8,  8,  8,
                                               16, 16, 16, 16, 32, 32, 32, 64, 64, 64, 64};
     MUST(tensor->dtype < FST_DTYPES && tensor->ndim <= 64);
     MUST(tensor->dims_index <= view->dims_count &&
@@ -69,7 +69,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t bytes);
 
 int LLVMFuzzerTestOneInput(const uint8_t *input, size_t bytes) {
     if (bytes < 2) return 0;
-    (void)check_one((const char *)input + 2, bytes - 2, (uint64_t)input[0] | (uint64_t)input[1] << 8);
+    (void)check_one((const char *)input + 2, bytes - 2,
+                    (uint64_t)input[0] | (uint64_t)input[1] << 8);
     return 0;
 }
 
@@ -86,6 +87,7 @@ static const char *const seeds[] = {
     "\"z\\n\":{\"dtype\":\"F6_E2M3\",\"shape\":[2,2],\"data_offsets\":[2,5]}}",
 };
 
+/* clang-format off */
 static const char *const tokens[] = {
     "{", "}", "[", "]", ",", ":", "\"", "\\", "\\u0000", "\\u0041", "\\ud800", "\\udc00", "\\n", "0",
     "1", "2", "4", "-1", "1.5", "1e9", "18446744073709551615", "18446744073709551616",
@@ -94,13 +96,17 @@ static const char *const tokens[] = {
     "\xc3\xa9", "\xff", "\x01", " ", "\n",
 };
 
+/* clang-format on */
+
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
-enum { ROOM = 1024 };
+enum {
+    ROOM = 1024
+};
 
 /* Replaces `cut` bytes at a place by `text`. */
 static size_t replace(char *header, size_t bytes, size_t at, size_t cut, const char *text,
-                     size_t text_bytes) {
+                      size_t text_bytes) {
     if (cut > bytes - at) cut = bytes - at;
     if (bytes - cut + text_bytes > ROOM) return bytes;
     memmove(header + at + text_bytes, header + at + cut, bytes - at - cut);
@@ -113,9 +119,12 @@ static size_t mutate(char *header, size_t bytes, uint64_t *random) {
     size_t at = test_below(random, bytes + 1), cut = test_below(random, 6);
     const char *token = tokens[test_below(random, COUNT(tokens))];
     switch (test_below(random, 5)) {
-    case 0: return replace(header, bytes, at, 0, token, strlen(token));
-    case 1: return replace(header, bytes, at, cut, "", 0);
-    case 2: return replace(header, bytes, at, cut, token, strlen(token));
+    case 0:
+        return replace(header, bytes, at, 0, token, strlen(token));
+    case 1:
+        return replace(header, bytes, at, cut, "", 0);
+    case 2:
+        return replace(header, bytes, at, cut, token, strlen(token));
     case 3:
         if (at < bytes) header[at] = (char)(header[at] ^ 1 << test_below(random, 8));
         return bytes;
@@ -137,7 +146,8 @@ int main(int argc, char **argv) {
         size_t seed = test_below(&random, COUNT(seeds)), bytes = strlen(seeds[seed]);
         char buffer[ROOM];
         memcpy(buffer, seeds[seed], bytes);
-        for (uint64_t n = test_below(&random, 4); n > 0; n--) bytes = mutate(buffer, bytes, &random);
+        for (uint64_t n = test_below(&random, 4); n > 0; n--)
+            bytes = mutate(buffer, bytes, &random);
         char *exact = malloc(bytes == 0 ? 1 : bytes); /* so that ASan sees its end */
         MUST(exact != NULL);
         memcpy(exact, buffer, bytes);

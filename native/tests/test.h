@@ -49,13 +49,14 @@ static inline bool test_equal(long long a, long long b, const char *file, int li
 }
 
 #define CHECK(condition) test_check((condition), __FILE__, __LINE__, #condition)
-#define CHECK_EQ(a, b) \
-    test_equal((long long)(a), (long long)(b), __FILE__, __LINE__, #a " == " #b)
+#define CHECK_EQ(a, b) test_equal((long long)(a), (long long)(b), __FILE__, __LINE__, #a " == " #b)
+
+#define FAIL(text) ((void)test_check(false, __FILE__, __LINE__, text))
 
 /* What later steps cannot do without. */
-#define MUST(condition) \
-    do { \
-        if (!CHECK(condition)) exit(1); \
+#define MUST(condition)                                                                            \
+    do {                                                                                           \
+        if (!CHECK(condition)) exit(1);                                                            \
     } while (0)
 
 /* ---- random numbers that are the same everywhere ---- */
@@ -169,14 +170,14 @@ static inline void test_nothing_left(int descriptors) {
     CHECK_EQ(test_descriptors(), descriptors);
 }
 
-#define RUN(function) \
-    do { \
-        int descriptors_before = test_descriptors(); \
-        test_case = #function; \
-        (void)alarm(WATCHDOG_SECONDS); \
-        function(); \
-        test_nothing_left(descriptors_before); \
-        (void)alarm(0); \
+#define RUN(function)                                                                              \
+    do {                                                                                           \
+        int descriptors_before = test_descriptors();                                               \
+        test_case = #function;                                                                     \
+        (void)alarm(WATCHDOG_SECONDS);                                                             \
+        function();                                                                                \
+        test_nothing_left(descriptors_before);                                                     \
+        (void)alarm(0);                                                                            \
     } while (0)
 
 static inline int test_result(void) {

@@ -33,7 +33,8 @@ static int64_t at(const int64_t *array, int i) { return array[i]; }
 static void check_shapes(fst_batch *batch, const unsigned char *data) {
     const dl_tensor *t = &fst_batch_versioned(batch, 0)->tensor;
     CHECK(t->ndim == 0 && t->data == data + 16 && t->byte_offset == 0);
-    CHECK(t->device.type == DL_CPU && t->dtype.code == 2 && t->dtype.bits == 32 && t->dtype.lanes == 1);
+    CHECK(t->device.type == DL_CPU && t->dtype.code == 2 && t->dtype.bits == 32 &&
+          t->dtype.lanes == 1);
     t = &fst_batch_versioned(batch, 1)->tensor;
     CHECK(t->ndim == 3 && at(t->shape, 1) == 0);
     CHECK(at(t->strides, 0) == 5 && at(t->strides, 1) == 5 && at(t->strides, 2) == 1);
@@ -65,8 +66,10 @@ static void test_described(void) {
         dl_managed *plain = fst_batch_plain(batch, i);
         dl_managed_versioned *versioned = fst_batch_versioned(batch, i);
         CHECK(plain->manager == batch && versioned->manager == batch);
-        if (i % 2) plain->deleter(plain);
-        else versioned->deleter(versioned);
+        if (i % 2)
+            plain->deleter(plain);
+        else
+            versioned->deleter(versioned);
         CHECK((i % 2 ? plain->manager : versioned->manager) == NULL);
     }
     data[48] = 1; /* the creator's hold is left */
@@ -105,7 +108,7 @@ static void test_refused(void) {
     fst_batch *batch = NULL;
     uint64_t which = 5, offset = 0;
     MUST(fst_arena_alloc(33, &arena, &err) == FST_OK);
-#define CREATE(which, count, offsets, base) \
+#define CREATE(which, count, offsets, base)                                                        \
     fst_batch_create(arena, &view, which, count, offsets, base, table, &batch, &err)
     CHECK_EQ(CREATE(NULL, 0, NULL, 0), FST_E_INVALID);
     CHECK_EQ(CREATE(NULL, 6, NULL, 0), FST_E_INVALID);
@@ -130,8 +133,8 @@ static void test_refused(void) {
 
 static void test_unknown_dtype(void) {
     fst_layout_view view;
-    fst_layout *layout = parse(
-        "{\"a\":{\"dtype\":\"U64\",\"shape\":[1],\"data_offsets\":[0,8]}}", 8, &view);
+    fst_layout *layout =
+        parse("{\"a\":{\"dtype\":\"U64\",\"shape\":[1],\"data_offsets\":[0,8]}}", 8, &view);
     fst_error err = {0};
     fst_arena *arena = NULL;
     fst_batch *batch = NULL;
@@ -144,7 +147,10 @@ static void test_unknown_dtype(void) {
 
 /* ---- deleters on many threads ---- */
 
-enum { THREADS = 6, TENSORS = 3000 };
+enum {
+    THREADS = 6,
+    TENSORS = 3000
+};
 
 typedef struct share {
     pthread_t thread;
@@ -168,9 +174,10 @@ static fst_layout *many_tensors(fst_layout_view *view) {
     size_t bytes = 1;
     header[0] = '{';
     for (int i = 0; i < TENSORS; i++)
-        bytes += (size_t)snprintf(header + bytes, sizeof header - bytes,
-                                  "\"%d\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[%d,%d]}%s",
-                                  i, 2 * i, 2 * i + 2, i == TENSORS - 1 ? "}" : ",");
+        bytes +=
+            (size_t)snprintf(header + bytes, sizeof header - bytes,
+                             "\"%d\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[%d,%d]}%s",
+                             i, 2 * i, 2 * i + 2, i == TENSORS - 1 ? "}" : ",");
     return parse(header, 2 * TENSORS, view);
 }
 

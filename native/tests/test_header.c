@@ -3,7 +3,7 @@
 
 #define TEXT(literal) (literal), sizeof(literal) - 1
 #define A "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}"
-#define ONE(dtype, shape, offsets) \
+#define ONE(dtype, shape, offsets)                                                                 \
     "{\"a\":{\"dtype\":" dtype ",\"shape\":" shape ",\"data_offsets\":" offsets "}}"
 #define F32(shape, offsets) ONE("\"F32\"", shape, offsets)
 #define NAMED(name) "{\"" name "\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}"
@@ -17,13 +17,17 @@ typedef struct header_case {
     uint64_t data;
 } header_case;
 
+/* clang-format off: tables */
 static const header_case accepted[] = {
     {"no tensor", TEXT("{}"), 0},
     {"no tensor, spaces", TEXT(" \t\r\n{ \n} \t"), 0},
     {"one", TEXT(A), 4},
     {"spaces everywhere",
-     TEXT(" { \"a\" :\t{ \"dtype\" : \"F32\" ,\n\"shape\" : [ 1 ] , \"data_offsets\" : [ 0 , 4 ]\r} } "), 4},
-    {"fields in another order", TEXT("{\"a\":{\"data_offsets\":[0,4],\"shape\":[1],\"dtype\":\"F32\"}}"), 4},
+     TEXT(" { \"a\" :\t{ \"dtype\" : \"F32\" ,\n\"shape\" : [ 1 ] , \"data_offsets\" : [ 0 , 4 "
+          "]\r} } "),
+     4},
+    {"fields in another order",
+     TEXT("{\"a\":{\"data_offsets\":[0,4],\"shape\":[1],\"dtype\":\"F32\"}}"), 4},
     {"scalar", TEXT(F32("[]", "[0,4]")), 4},
     {"empty shape with a space", TEXT(F32("[ ]", "[0,4]")), 4},
     {"zero elements", TEXT(F32("[0]", "[0,0]")), 0},
@@ -35,18 +39,23 @@ static const header_case accepted[] = {
     {"last code point, escaped", TEXT(NAMED("\\udbff\\udfff")), 4},
     {"UTF-8 of 2, 3 and 4 bytes", TEXT(NAMED("\xc3\xa9\xe2\x82\xac\xf0\x9f\xa6\x99")), 4},
     {"UTF-8 at its limits",
-     TEXT(NAMED("\xc2\x80\xe0\xa0\x80\xed\x9f\xbf\xee\x80\x80\xf0\x90\x80\x80\xf4\x8f\xbf\xbf")), 4},
+     TEXT(NAMED("\xc2\x80\xe0\xa0\x80\xed\x9f\xbf\xee\x80\x80\xf0\x90\x80\x80\xf4\x8f\xbf\xbf")),
+     4},
     {"DEL in a name", TEXT(NAMED("\x7f")), 4},
     {"F4, two in a byte", TEXT(ONE("\"F4\"", "[4]", "[0,2]")), 2},
     {"F6, four in three bytes", TEXT(ONE("\"F6_E2M3\"", "[4]", "[0,3]")), 3},
     {"metadata", TEXT(META("{\"format\":\"pt\",\"\\u0061\":\"\"}")), 0},
     {"metadata, empty", TEXT(META("{ }")), 0},
+    {"metadata is null", TEXT(META("null")), 0},
+    {"metadata is null, spaces", TEXT(META(" null ")), 0},
     {"metadata under an escaped name", TEXT("{\"\\u005f_metadata__\":{\"a\":\"b\"}}"), 0},
     {"metadata last",
-     TEXT("{\"a\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]},\"__metadata__\":{}}"), 0},
+     TEXT("{\"a\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]},\"__metadata__\":{}}"),
+     0},
     {"unsorted offsets",
      TEXT("{\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[3,5]},"
-          "\"a\":{\"dtype\":\"U8\",\"shape\":[3],\"data_offsets\":[0,3]}}"), 5},
+          "\"a\":{\"dtype\":\"U8\",\"shape\":[3],\"data_offsets\":[0,3]}}"),
+     5},
     {"largest dimension", TEXT(F32("[9223372036854775807,0]", "[0,0]")), 0},
 };
 
@@ -59,7 +68,8 @@ static const header_case doubted[] = {
     {"NUL behind", TEXT("{}\0"), 0},
     {"form feed behind", TEXT("{}\f"), 0},
     {"byte order mark", TEXT("\xef\xbb\xbf{}"), 0},
-    {"trailing comma", TEXT("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},}"), 4},
+    {"trailing comma", TEXT("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},}"),
+     4},
     {"two objects", TEXT("{}{}"), 0},
     {"single quotes", TEXT("{'a':1}"), 0},
     {"member without a value", TEXT("{\"a\"}"), 0},
@@ -72,7 +82,9 @@ static const header_case doubted[] = {
     {"shape twice",
      TEXT("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"shape\":[1],\"data_offsets\":[0,4]}}"), 4},
     {"offsets twice",
-     TEXT("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4],\"data_offsets\":[0,4]}}"), 4},
+     TEXT(
+         "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4],\"data_offsets\":[0,4]}}"),
+     4},
     {"unknown field",
      TEXT("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4],\"x\":{}}}"), 4},
     {"unknown dtype", TEXT(ONE("\"F33\"", "[1]", "[0,4]")), 4},
@@ -102,17 +114,20 @@ static const header_case doubted[] = {
     {"does not begin at 0", TEXT(F32("[1]", "[4,8]")), 8},
     {"hole",
      TEXT("{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},"
-          "\"b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[2,3]}}"), 3},
+          "\"b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[2,3]}}"),
+     3},
     {"overlap",
      TEXT("{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,2]},"
-          "\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[1,3]}}"), 3},
+          "\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[1,3]}}"),
+     3},
     {"data too short", TEXT(A), 3},
     {"data too long", TEXT(A), 5},
     {"data without tensors", TEXT("{}"), 1},
     {"shape and offsets disagree", TEXT(F32("[2]", "[0,4]")), 4},
     {"half a byte", TEXT(ONE("\"F4\"", "[1]", "[0,0]")), 0},
     {"NUL in a name", TEXT(NAMED("\\u0000")), 4},
-    {"raw NUL in a name", TEXT("{\"\0\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}"), 4},
+    {"raw NUL in a name", TEXT("{\"\0\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}"),
+     4},
     {"newline in a name", TEXT(NAMED("\n")), 4},
     {"unknown escape", TEXT(NAMED("\\x41")), 4},
     {"escaped quote only", TEXT("{\"\\"), 0},
@@ -132,7 +147,9 @@ static const header_case doubted[] = {
     {"beyond Unicode", TEXT(NAMED("\xf4\x90\x80\x80")), 4},
     {"five-byte UTF-8", TEXT(NAMED("\xf8\x88\x80\x80\x80")), 4},
     {"cut UTF-8", TEXT("{}\xe2\x82"), 0},
-    {"metadata is null", TEXT(META("null")), 0},
+    {"metadata is almost null", TEXT(META("nullx")), 0},
+    {"metadata is half of null", TEXT("{\"__metadata__\":nu"), 0},
+    {"metadata twice, once null", TEXT("{\"__metadata__\":null,\"__metadata__\":{}}"), 0},
     {"metadata is a string", TEXT(META("\"a\"")), 0},
     {"metadata value is a number", TEXT(META("{\"a\":1}")), 0},
     {"metadata value is an object", TEXT(META("{\"a\":{}}")), 0},
@@ -140,6 +157,8 @@ static const header_case doubted[] = {
     {"metadata not closed", TEXT("{\"__metadata__\":{\"a\":\"b\""), 0},
     {"deep", TEXT("{\"a\":[[[[[[[[[[[[[[[[[[[[[["), 0},
 };
+
+/* clang-format on */
 
 static int parse(const char *header, size_t bytes, uint64_t data, fst_layout **out,
                  fst_layout_view *view, fst_error *err) {
@@ -206,7 +225,8 @@ static void test_contents(void) {
     /* By begin, then end: the empty one comes before the one that begins where it does. */
     CHECK(view.names_bytes == 8 && memcmp(view.names, "z\0e\0w\xc3\xa9\0", 8) == 0);
     CHECK(view.tensors[0].dtype == FST_F32 && view.tensors[0].ndim == 0);
-    CHECK(view.tensors[1].dtype == FST_I64 && view.tensors[1].begin == 4 && view.tensors[1].end == 4);
+    CHECK(view.tensors[1].dtype == FST_I64 && view.tensors[1].begin == 4 &&
+          view.tensors[1].end == 4);
     const fst_tensor *w = &view.tensors[2];
     CHECK(w->dtype == FST_BF16 && w->begin == 4 && w->end == 16 && w->ndim == 2);
     CHECK(view.dims[w->dims_index] == 2 && view.dims[w->dims_index + 1] == 3);
@@ -239,6 +259,7 @@ static void test_dtypes(void) {
         unsigned bits;
         unsigned dtype;
     } all[] = {
+        /* clang-format off */
         {"BOOL", 8, FST_BOOL}, {"F4", 4, FST_F4}, {"F6_E2M3", 6, FST_F6_E2M3},
         {"F6_E3M2", 6, FST_F6_E3M2}, {"U8", 8, FST_U8}, {"I8", 8, FST_I8},
         {"F8_E5M2", 8, FST_F8_E5M2}, {"F8_E4M3", 8, FST_F8_E4M3}, {"F8_E8M0", 8, FST_F8_E8M0},
@@ -246,6 +267,7 @@ static void test_dtypes(void) {
         {"I16", 16, FST_I16}, {"U16", 16, FST_U16}, {"F16", 16, FST_F16}, {"BF16", 16, FST_BF16},
         {"I32", 32, FST_I32}, {"U32", 32, FST_U32}, {"F32", 32, FST_F32}, {"C64", 64, FST_C64},
         {"F64", 64, FST_F64}, {"I64", 64, FST_I64}, {"U64", 64, FST_U64},
+        /* clang-format on */
     };
     CHECK_EQ(sizeof all / sizeof *all, FST_DTYPES);
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
@@ -280,7 +302,9 @@ static void test_dimensions(void) {
 
 /* 20,000 tensors in reverse order: arrays grow many times, sorting has work to do. */
 static void test_many(void) {
-    enum { MANY = 20000 };
+    enum {
+        MANY = 20000
+    };
     size_t room = MANY * 80, bytes = 1;
     char *header = malloc(room);
     fst_layout *layout = NULL;
@@ -289,9 +313,10 @@ static void test_many(void) {
     MUST(header != NULL);
     header[0] = '{';
     for (int i = MANY - 1; i >= 0; i--)
-        bytes += (size_t)snprintf(header + bytes, room - bytes,
-                                  "\"t.%d\":{\"dtype\":\"U8\",\"shape\":[1,3],\"data_offsets\":[%d,%d]}%s",
-                                  i, 3 * i, 3 * i + 3, i == 0 ? "}" : ",");
+        bytes += (size_t)snprintf(
+            header + bytes, room - bytes,
+            "\"t.%d\":{\"dtype\":\"U8\",\"shape\":[1,3],\"data_offsets\":[%d,%d]}%s", i, 3 * i,
+            3 * i + 3, i == 0 ? "}" : ",");
     MUST(parse(header, bytes, 3 * MANY, &layout, &view, &err) == FST_OK);
     CHECK_EQ(view.count, MANY);
     const char *name = view.names;

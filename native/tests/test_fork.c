@@ -1,0 +1,169 @@
+/* test_fork.c - a fork in the middle of loads: the parent's go on, the child's have ended. */
+#include "gate.h"
+
+#include <sys/wait.h>
+
+/* TSan's runtime supports no threads in the child of a process that had some. */
+#if defined __has_feature
+#if __has_feature(thread_sanitizer)
+#define __SANITIZE_THREAD__ 1
+#endif
+#endif
+#ifdef __SANITIZE_THREAD__
+enum {
+    CHILD_MAY_LOAD = 0
+};
+#else
+enum {
+    CHILD_MAY_LOAD = 1
+};
+#endif
+
+/* In the child: the parent's jobs have ended, a pool of its own works. Never returns. */
+static void child_main(const load *parents, bool cancelled) {
+    fst_pool_stats stats;
+    (void)alarm(WATCHDOG_SECONDS);
+    atomic_store(&fst_sys_in_force, real_calls);
+    test_failures = 0;
+    int code = wait_for(parents->job);
+    CHECK(code == FST_E_CANCELLED || (!cancelled && code == FST_OK));
+    if (code == FST_OK) CHECK(bytes_right(parents));
+    CHECK_EQ(stats_of(parents->job).done, 1);
+    fst_job_release(parents->job);
+    fst_pool_get_stats(&stats);
+    CHECK_EQ(stats.threads, 0);
+    CHECK_EQ(stats.jobs, 0);
+    for (int mode = FST_READ_BUFFERED; CHILD_MAY_LOAD && mode <= FST_READ_DIRECT; mode++) {
+        load own = start_load(7, mode, 2);
+        CHECK_EQ(wait_for(own.job), FST_OK);
+        CHECK(bytes_right(&own));
+        end_load(&own);
+    }
+    fst_arena_release(parents->arena);
+    fst_file_release(parents->file);
+    fst_pool_shutdown();
+    fst_pool_get_stats(&stats);
+    CHECK_EQ(stats.arenas, 0);
+    CHECK_EQ(stats.files, 0);
+    _exit(test_failures > 0);
+}
+
+static void check_child(pid_t child) {
+    int status = -1;
+    CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
+}
+
+static void test_fork_during_reads(void) {
+    gate_install(true);
+    load l = start_load(1, FST_READ_BUFFERED, 2);
+    gate_wait(0, 2);
+    pid_t child = fork(); /* two reads are in flight */
+    if (child == 0) child_main(&l, true);
+    check_child(child); /* it did not need the parent to go on */
+    gate_remove();
+    CHECK_EQ(wait_for(l.job), FST_OK);
+    CHECK(bytes_right(&l));
+    end_load(&l);
+}
+
+static void test_fork_during_prefetch(void) {
+    gate_install(true);
+    load l = start_prefetch(1, 2);
+    gate_wait(0, 2);
+    pid_t child = fork();
+    if (child == 0) child_main(&l, false);
+    check_child(child);
+    gate_remove();
+    CHECK_EQ(wait_for(l.job), FST_OK);
+    CHECK(bytes_right(&l));
+    end_load(&l);
+}
+
+typedef struct forker {
+    pthread_t thread;
+    const load *parents;
+    pid_t child;
+    atomic_bool done;
+} forker;
+
+static void *fork_once(void *argument) {
+    forker *f = argument;
+    f->child = fork();
+    if (f->child == 0) {
+        CHECK_EQ(gate_inside(), 0); /* no direct read was in flight */
+        child_main(f->parents, false);
+    }
+    atomic_store(&f->done, true);
+    return NULL;
+}
+
+/* Direct reads are let through one by one until both forks have happened. */
+static void test_forks_at_once(void) {
+    forker forkers[2];
+    gate_install(true);
+    load l = start_load(1, FST_READ_DIRECT, 2);
+    gate_wait(0, 2);
+    for (int i = 0; i < 2; i++) {
+        forkers[i] = (forker){.parents = &l};
+        MUST(pthread_create(&forkers[i].thread, NULL, fork_once, &forkers[i]) == 0);
+    }
+    while (!atomic_load(&forkers[0].done) || !atomic_load(&forkers[1].done)) {
+        gate_allow(1);
+        nap();
+    }
+    gate_remove();
+    for (int i = 0; i < 2; i++) {
+        MUST(pthread_join(forkers[i].thread, NULL) == 0);
+        check_child(forkers[i].child);
+    }
+    CHECK_EQ(wait_for(l.job), FST_OK);
+    CHECK(bytes_right(&l));
+    end_load(&l);
+}
+
+typedef struct helper {
+    pthread_t thread;
+    const load *l;
+    forker *f;
+} helper;
+
+/* Waits as Python does: after each chunk it needs a lock that the forking thread holds. */
+static void *wait_like_python(void *argument) {
+    helper *h = argument;
+    fst_error err = {0};
+    int code = fst_job_wait(h->l->job, 100, &err);
+    while (!atomic_load(&h->f->done)) nap();
+    CHECK_EQ(code, FST_PENDING);
+    CHECK_EQ(wait_for(h->l->job), FST_OK);
+    return NULL;
+}
+
+/* No worker could be started: the waiter reads itself, and a fork waits for its chunk. */
+static void test_fork_beside_helper(void) {
+    gate_install(false);
+    load l = start_load(1, FST_READ_DIRECT, 2);
+    forker f = {.parents = &l};
+    helper h = {.l = &l, .f = &f};
+    MUST(pthread_create(&h.thread, NULL, wait_like_python, &h) == 0);
+    gate_wait(0, 1);
+    MUST(pthread_create(&f.thread, NULL, fork_once, &f) == 0);
+    for (int i = 0; i < 20; i++) nap(); /* most likely the fork waits by now; either is right */
+    gate_remove();
+    MUST(pthread_join(h.thread, NULL) == 0 && pthread_join(f.thread, NULL) == 0);
+    check_child(f.child);
+    CHECK(bytes_right(&l));
+    end_load(&l);
+}
+
+int main(void) {
+    if (!CHILD_MAY_LOAD) test_skip("loads in forked children", "TSan cannot");
+    RUN(test_fork_during_reads);
+    RUN(test_fork_during_prefetch);
+    if (test_direct_works()) {
+        RUN(test_forks_at_once);
+        RUN(test_fork_beside_helper);
+    } else {
+        test_skip("forks beside direct reads", "the file system of TMPDIR takes no O_DIRECT");
+    }
+    return test_result();
+}
