@@ -171,7 +171,7 @@ def path_of_file_object(file: Any) -> str:
 def _closed_stock(stock_class: Any) -> Any:
     """A stock handle that is closed: the words for everything done to a closed handle."""
     with stock.small_file(b"{}      ") as file:
-        handle = stock_class(file if stock_class is stock.safe_open_handle else file.name, "pt")
+        handle = _stock_handle(stock_class, file.name)
     handle.__exit__(None, None, None)
     return handle
 
@@ -206,7 +206,7 @@ class FastHandle:
         if opened is None:
             return _closed_stock(self._stock_class)
         if self._stock_handle is None:
-            self._stock_handle = _stock_over(opened)
+            self._stock_handle = _stock_over(opened, self._stock_class)
         return self._stock_handle
 
     def __getattr__(self, name: str) -> Any:
@@ -359,10 +359,17 @@ def _number(opened: OpenedFile, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return opened.layout.index.get(name)
 
 
-def _stock_over(opened: OpenedFile) -> Any:
+def _stock_over(opened: OpenedFile, stock_class: Any = stock.safe_open) -> Any:
     """A stock handle over the very file that is open here."""
     link = f"/proc/self/fd/{opened.file.fd}"
-    return stock.safe_open(link if os.path.exists(link) else opened.file.path, "pt")
+    return _stock_handle(stock_class, link if os.path.exists(link) else opened.file.path)
+
+
+def _stock_handle(stock_class: Any, path: str) -> Any:
+    if stock_class is not stock.safe_open_handle:
+        return stock_class(path, "pt")
+    with open(path, "rb") as file:
+        return stock_class(file, "pt")
 
 
 class FastSlice:

@@ -465,7 +465,7 @@ def test_fast_versions_without_patching(sample, is_fast, stock, assert_same) -> 
         model = torch.nn.Module()
         for name, tensor in stock.load_file(sample).items():
             model.register_buffer(name, torch.zeros_like(tensor))
-        assert fastst_patch.load_model(model, sample) == (set(), [])
+        assert not any(fastst_patch.load_model(model, sample))  # missing, unexpected
         assert_same(model.w.clone(), stock.load_file(sample)["w"].clone())
     assert not fastst_patch.is_patched()
     assert safetensors.safe_open is stock.safe_open

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import os
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -59,3 +62,21 @@ def test_handle_from_file_object(
                 lambda f=file: fast.all_tensors(fast.handle(f, "pt")),
                 lambda f=file: stock.all_tensors(stock.handle(f, "pt")),
             )
+
+
+def test_what_handles_say(sample, stock, fast, agree) -> None:
+    """Messages name the class that was called, open or closed."""
+    with open(sample, "rb") as file:
+        ours, theirs = fast.handle(file, "pt"), stock.handle(file, "pt")
+    for _ in ("open", "closed"):
+        for use in (
+            lambda h: h.no_such_method(),
+            lambda h: h.get_tensor("missing"),
+            lambda h: h.get_tensor(3),
+            lambda h: h.keys(1),
+            pickle.dumps,
+            copy.copy,
+            lambda h: repr(h).split(" at 0x")[0],
+            lambda h: h.__exit__(None, None, None),
+        ):
+            agree(functools.partial(use, ours), functools.partial(use, theirs))
