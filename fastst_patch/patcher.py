@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 # The oldest and newest versions that the test suite has passed with.
-TESTED = {"safetensors": ("0.4.3", "0.8.0"), "torch": ("2.4.0", "2.13.0")}
+TESTED = {"safetensors": ("0.4.3", "0.8.0"), "torch": ("2.4.0", "2.15.0")}
 
 
 @dataclasses.dataclass(frozen=True)
