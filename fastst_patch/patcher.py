@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import inspect
 import pkgutil
 import re
 import sys
@@ -113,6 +114,13 @@ class _Proxy(wrapt.FunctionWrapper):  # type: ignore[type-arg,misc,unused-ignore
         if module is not None and getattr(module, name, None) is self.__wrapped__:
             return pkgutil.resolve_name, (f"{module.__name__}:{name}",)
         return name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # Since 3.13 inspect does not look behind what calls itself a class, and fails on it.
+        if not isinstance(self.__wrapped__, type):
+            raise AttributeError("__signature__")
+        return inspect.signature(self.__wrapped__)
 
     def __repr__(self) -> str:
         return repr(self.__wrapped__)

@@ -11,8 +11,9 @@ import contextlib
 import functools
 import importlib
 import inspect
+import os
 import sys
-import tempfile
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,11 +57,19 @@ def original(target: str) -> Any:
 
 @contextlib.contextmanager
 def small_file(header: bytes, nbytes: int = 0) -> Iterator[Any]:
-    """A temporary file with this header and zeros behind it, for questions to stock."""
-    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-        file.write(len(header).to_bytes(8, "little") + header + b"\0" * nbytes)
-        file.flush()
-        yield file
+    """A file in memory with this header and zeros behind it, for questions to stock.
+
+    Has ``name`` and ``fileno`` as a file object has.
+
+    Raises:
+        OSError: no descriptor is left.
+    """
+    fd = os.memfd_create("fastst_patch question", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, len(header).to_bytes(8, "little") + header + b"\0" * nbytes)
+        yield types.SimpleNamespace(name=f"/proc/self/fd/{fd}", fileno=lambda: fd)
+    finally:
+        os.close(fd)
 
 
 def opens(header: bytes) -> bool:

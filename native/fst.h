@@ -79,7 +79,12 @@ uint64_t fst_open_files(void);
 /* Reads exactly length bytes at offset, through the page cache. */
 int fst_file_read(fst_file *file, uint64_t offset, void *to, uint64_t length, fst_error *err);
 
-enum fst_probe { FST_PROBE_NONE = 0, FST_PROBE_CACHESTAT = 1, FST_PROBE_NOWAIT = 2, FST_PROBE_MINCORE = 3 };
+enum fst_probe {
+    FST_PROBE_NONE = 0,
+    FST_PROBE_CACHESTAT = 1,
+    FST_PROBE_NOWAIT = 2,
+    FST_PROBE_MINCORE = 3
+};
 /* How many bytes of the extent are in the page cache, and which probe told:
  * FST_PROBE_NONE means unknown (*resident is 0 then). Never blocks on I/O. */
 int fst_file_residency(fst_file *file, uint64_t offset, uint64_t length, uint64_t *resident,
@@ -88,9 +93,29 @@ int fst_file_residency(fst_file *file, uint64_t offset, uint64_t length, uint64_
 /* ---- header ------------------------------------------------------------- */
 
 enum fst_dtype {
-    FST_BOOL, FST_F4, FST_F6_E2M3, FST_F6_E3M2, FST_U8, FST_I8, FST_F8_E5M2, FST_F8_E4M3,
-    FST_F8_E8M0, FST_F8_E4M3FNUZ, FST_F8_E5M2FNUZ, FST_I16, FST_U16, FST_F16, FST_BF16, FST_I32,
-    FST_U32, FST_F32, FST_C64, FST_F64, FST_I64, FST_U64, FST_DTYPES
+    FST_BOOL,
+    FST_F4,
+    FST_F6_E2M3,
+    FST_F6_E3M2,
+    FST_U8,
+    FST_I8,
+    FST_F8_E5M2,
+    FST_F8_E4M3,
+    FST_F8_E8M0,
+    FST_F8_E4M3FNUZ,
+    FST_F8_E5M2FNUZ,
+    FST_I16,
+    FST_U16,
+    FST_F16,
+    FST_BF16,
+    FST_I32,
+    FST_U32,
+    FST_F32,
+    FST_C64,
+    FST_F64,
+    FST_I64,
+    FST_U64,
+    FST_DTYPES
 };
 
 typedef struct fst_tensor {
@@ -105,7 +130,7 @@ typedef struct fst_layout fst_layout;
 
 typedef struct fst_layout_view { /* borrowed from the layout */
     uint64_t count;
-    uint64_t data_begin; /* file offset of the first tensor's bytes */
+    uint64_t data_begin;       /* file offset of the first tensor's bytes */
     const fst_tensor *tensors; /* ordered by (begin, end, place in the header) */
     const int64_t *dims;
     uint64_t dims_count;
@@ -151,14 +176,17 @@ typedef struct fst_segment {
     uint64_t arena_offset; /* ignored by read-ahead: a map keeps the file's offsets */
 } fst_segment;
 
-enum fst_read_mode { FST_READ_BUFFERED = 0, FST_READ_DIRECT = 1 };
+enum fst_read_mode {
+    FST_READ_BUFFERED = 0,
+    FST_READ_DIRECT = 1
+};
 
 typedef struct fst_job_options {
-    uint32_t struct_bytes; /* sizeof(fst_job_options), for growth */
-    int32_t threads;       /* 1..64 */
-    uint64_t chunk_bytes;  /* 64 KiB..64 MiB, rounded up to pages */
-    int32_t mode;          /* enum fst_read_mode; reads only */
-    int32_t drop_cache;    /* reads only: evict each chunk from the page cache once read */
+    uint32_t struct_bytes;  /* sizeof(fst_job_options), for growth */
+    int32_t threads;        /* 1..64 */
+    uint64_t chunk_bytes;   /* 64 KiB..64 MiB, rounded up to pages */
+    int32_t mode;           /* enum fst_read_mode; reads only */
+    int32_t drop_cache;     /* reads only: evict each chunk from the page cache once read */
     uint64_t reserve_bytes; /* read-ahead stops when less memory than this is left */
 } fst_job_options;
 
@@ -218,9 +246,9 @@ uint64_t fst_memory_headroom(void);
 typedef struct fst_pool_stats {
     int32_t threads;
     int32_t jobs;
-    uint64_t arenas;        /* alive */
-    uint64_t arena_bytes;   /* alive, anonymous */
-    uint64_t files;         /* open */
+    uint64_t arenas;      /* alive */
+    uint64_t arena_bytes; /* alive, anonymous */
+    uint64_t files;       /* open */
     uint64_t bytes_prefetched;
     uint64_t bytes_buffered;
     uint64_t bytes_direct;

@@ -11,8 +11,7 @@
 static int new_arena(enum fst_arena_kind kind, void *data, uint64_t bytes, fst_arena **out,
                      fst_error *err) {
     fst_arena *arena = calloc(1, sizeof *arena);
-    if (arena == NULL)
-        return fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory for an arena's record");
+    if (arena == NULL) return fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory for an arena's record");
     atomic_init(&arena->users, 1);
     atomic_init(&arena->refs, 1);
     arena->kind = kind;
@@ -30,7 +29,8 @@ int fst_arena_map(fst_file *file, fst_arena **out, fst_error *err) {
     if (bytes == 0 || bytes > SIZE_MAX)
         return fst_fail(err, FST_E_INVALID, EINVAL, "%s: cannot map %llu bytes", file->path,
                         (unsigned long long)bytes);
-    void *map = FST_SYS->mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, file->fd, 0);
+    void *map =
+        FST_SYS->mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, file->fd, 0);
     if (map == MAP_FAILED)
         return fst_fail(err, errno == ENOMEM ? FST_E_NOMEM : FST_E_SYS, errno,
                         "%s: mapping %llu bytes: %s", file->path, (unsigned long long)bytes,

@@ -4,8 +4,8 @@
  *
  * An element is a plain and a versioned DLPack struct side by side; a consumer gets one
  * of them. All elements and the creator share one count: the block, and with it the
- * arena's reference, goes with the last tensor. Deleters run on any thread, without the GIL, during and
- * after interpreter shutdown; they touch two atomics and, at the end, free and munmap.
+ * arena's reference, goes with the last tensor. Deleters run on any thread, without the GIL, during
+ * and after interpreter shutdown; they touch two atomics and, at the end, free and munmap.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -26,7 +26,8 @@ struct fst_batch {
 
 void fst_batch_drop(fst_batch *batch, uint64_t elements) {
     if (elements == 0) return;
-    if (atomic_fetch_sub_explicit(&batch->alive, elements, memory_order_acq_rel) != elements) return;
+    if (atomic_fetch_sub_explicit(&batch->alive, elements, memory_order_acq_rel) != elements)
+        return;
     fst_arena_release_user(batch->arena);
     free(batch);
 }
@@ -60,8 +61,8 @@ static void contiguous_strides(const int64_t *shape, uint32_t ndim, int64_t *str
 }
 
 static void describe(fst_batch *batch, uint64_t i, const fst_layout_view *view,
-                     const fst_tensor *tensor, uint64_t offset, fst_dl_dtype dtype,
-                     int64_t *shape, int64_t *strides) {
+                     const fst_tensor *tensor, uint64_t offset, fst_dl_dtype dtype, int64_t *shape,
+                     int64_t *strides) {
     element *e = &batch->elements[i];
     dl_tensor *t = &e->plain.tensor;
     uint64_t bytes = tensor->end - tensor->begin;
@@ -126,7 +127,8 @@ int fst_batch_create(fst_arena *arena, const fst_layout_view *view, const uint64
         const fst_tensor *tensor = &view->tensors[which == NULL ? i : which[i]];
         uint64_t offset = offsets == NULL ? file_base + tensor->begin : offsets[i];
         uint64_t length = tensor->end - tensor->begin;
-        if (!table[tensor->dtype].known || offset > arena->bytes || length > arena->bytes - offset) {
+        if (!table[tensor->dtype].known || offset > arena->bytes ||
+            length > arena->bytes - offset) {
             bool known = table[tensor->dtype].known;
             free(batch);
             return known ? fst_fail(err, FST_E_INVALID, EINVAL, "a tensor lies outside its arena")

@@ -10,8 +10,14 @@
 
 #include "fst_internal.h"
 
-enum { DL_CPU = 1, DL_CUDA = 2, DL_ROCM = 10 };
-enum { DL_UINT = 1 };
+enum {
+    DL_CPU = 1,
+    DL_CUDA = 2,
+    DL_ROCM = 10
+};
+enum {
+    DL_UINT = 1
+};
 
 typedef struct dl_device {
     int32_t type;

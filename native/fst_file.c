@@ -152,7 +152,9 @@ static bool mincore_is_honest(int fd) {
 }
 
 static bool probe_mincore(int fd, uint64_t offset, uint64_t length, uint64_t *resident) {
-    enum { BATCH = 4096 }; /* pages at a time */
+    enum {
+        BATCH = 4096
+    }; /* pages at a time */
     unsigned char flags[BATCH];
     uint64_t begin = fst_align_down(offset, fst_page()), pages = 0, total = 0;
     if (!mincore_is_honest(fd)) return false;

@@ -94,8 +94,10 @@ static void *reserve(parser *p, void *array, size_t *room, size_t count, size_t 
     size_t grown = *room == 0 ? 64 : *room * 2;
     void *moved = NULL;
     if (grown > *room && grown <= SIZE_MAX / element) moved = realloc(array, grown * element);
-    if (moved == NULL) p->no_memory = true;
-    else *room = grown;
+    if (moved == NULL)
+        p->no_memory = true;
+    else
+        *room = grown;
     return moved;
 }
 
@@ -287,13 +289,16 @@ static bool parse_shape(parser *p, fst_tensor *tensor) {
 
 static bool parse_offsets(parser *p, fst_tensor *tensor) {
     return expect(p, '[', "data_offsets is not an array") && unsigned_number(p, &tensor->begin) &&
-           expect(p, ',', "data_offsets has not two entries") &&
-           unsigned_number(p, &tensor->end) &&
+           expect(p, ',', "data_offsets has not two entries") && unsigned_number(p, &tensor->end) &&
            expect(p, ']', "data_offsets has not two entries");
 }
 
 static bool parse_tensor(parser *p, fst_tensor *tensor) {
-    enum { DTYPE = 1, SHAPE = 2, OFFSETS = 4 };
+    enum {
+        DTYPE = 1,
+        SHAPE = 2,
+        OFFSETS = 4
+    };
     int seen = 0;
     bool bad = false;
     memset(tensor, 0, sizeof *tensor);
@@ -391,8 +396,10 @@ static bool valid_utf8(const unsigned char *at, const unsigned char *end) {
             at++;
             continue;
         }
-        int extra = *at >= 0xC2 && *at <= 0xDF ? 1 : *at >= 0xE0 && *at <= 0xEF ? 2 :
-                    *at >= 0xF0 && *at <= 0xF4 ? 3 : 0;
+        int extra = *at >= 0xC2 && *at <= 0xDF   ? 1
+                    : *at >= 0xE0 && *at <= 0xEF ? 2
+                    : *at >= 0xF0 && *at <= 0xF4 ? 3
+                                                 : 0;
         if (extra == 0 || end - at <= extra) return false;
         if ((*at == 0xE0 && at[1] < 0xA0) || (*at == 0xED && at[1] > 0x9F) ||
             (*at == 0xF0 && at[1] < 0x90) || (*at == 0xF4 && at[1] > 0x8F))
@@ -543,13 +550,20 @@ int fst_layout_parse(const char *header, uint64_t header_bytes, uint64_t file_si
     return parse_owned(copy, header_bytes, file_size, out, view, err);
 }
 
+/* A file that has shrunk since it was opened is stock's to judge. */
+static int read_header(fst_file *file, uint64_t offset, void *to, uint64_t bytes, fst_error *err) {
+    int code = fst_file_read(file, offset, to, bytes, err);
+    if (code == FST_E_TRUNCATED) code = err->code = FST_DOUBT;
+    return code;
+}
+
 int fst_layout_read(fst_file *file, fst_layout *cached, fst_layout **out, fst_layout_view *view,
                     fst_error *err) {
     unsigned char length[LENGTH_BYTES];
     uint64_t size = file->info.size, header_bytes = 0;
     *out = NULL;
     if (size < LENGTH_BYTES) return fst_fail(err, FST_DOUBT, 0, "%s: too short", file->path);
-    int code = fst_file_read(file, 0, length, LENGTH_BYTES, err);
+    int code = read_header(file, 0, length, LENGTH_BYTES, err);
     if (code != FST_OK) return code;
     for (unsigned i = 0; i < LENGTH_BYTES; i++) header_bytes |= (uint64_t)length[i] << 8 * i;
     if (header_bytes > MAX_HEADER_BYTES || header_bytes > size - LENGTH_BYTES)
@@ -559,7 +573,7 @@ int fst_layout_read(fst_file *file, fst_layout *cached, fst_layout **out, fst_la
     if (header == NULL)
         return fst_fail(err, FST_E_NOMEM, ENOMEM, "%s: no memory for a header of %llu bytes",
                         file->path, (unsigned long long)header_bytes);
-    code = fst_file_read(file, LENGTH_BYTES, header, header_bytes, err);
+    code = read_header(file, LENGTH_BYTES, header, header_bytes, err);
     if (code != FST_OK) {
         free(header);
         return code;

@@ -46,11 +46,15 @@ int fst_file_open_direct(const fst_file *file);
 
 /* ---- arenas ---- */
 
-enum fst_arena_kind { FST_ARENA_MAP, FST_ARENA_ANONYMOUS, FST_ARENA_BORROWED };
+enum fst_arena_kind {
+    FST_ARENA_MAP,
+    FST_ARENA_ANONYMOUS,
+    FST_ARENA_BORROWED
+};
 
 struct fst_arena {
-    atomic_uint users; /* creator and batches of tensors */
-    atomic_uint refs;  /* one for all users together, one for each job */
+    atomic_uint users;         /* creator and batches of tensors */
+    atomic_uint refs;          /* one for all users together, one for each job */
     atomic_ullong ahead_bytes; /* of a map: read ahead into the page cache for its users */
     enum fst_arena_kind kind;
     unsigned char *data;

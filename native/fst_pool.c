@@ -31,7 +31,10 @@
 #define SEGMENT_GAP (64u << 10) /* unwanted bytes worth reading over in one request */
 #define HEADROOM_EVERY (64u << 20)
 
-enum job_kind { JOB_PREFETCH, JOB_READ };
+enum job_kind {
+    JOB_PREFETCH,
+    JOB_READ
+};
 
 struct fst_job {
     unsigned refs; /* owner, queue; under the lock like all below but stop */
@@ -143,9 +146,7 @@ static void unlink_job(fst_job *job) {
     pool.jobs--;
 }
 
-static bool has_chunk(const fst_job *job) {
-    return !job->done && job->next_segment < job->count;
-}
+static bool has_chunk(const fst_job *job) { return !job->done && job->next_segment < job->count; }
 
 static void give_up_rest(fst_job *job) { job->next_segment = job->count; }
 
@@ -198,8 +199,9 @@ static int run_read(const fst_job *job, fst_io_context *io, worker *w, bool dire
     if (direct) {
         /* One extra block: a chunk may begin inside its first block. */
         if (!ensure_slot(w, job->options.chunk_bytes + FST_DIRECT_ALIGN))
-            return fst_fail(err, FST_E_NOMEM, errno, "%s: no memory for a read buffer of %llu bytes",
-                            io->file->path, (unsigned long long)job->options.chunk_bytes);
+            return fst_fail(err, FST_E_NOMEM, errno,
+                            "%s: no memory for a read buffer of %llu bytes", io->file->path,
+                            (unsigned long long)job->options.chunk_bytes);
         io->slot = w->slot;
         io->slot_bytes = w->slot_bytes;
         int code = fst_io_direct(io, err);
@@ -228,9 +230,12 @@ static int run_prefetch(const fst_job *job, fst_io_context *io, worker *w, bool 
 }
 
 static void count_bytes(enum job_kind kind, bool direct, uint64_t wanted, uint64_t cold) {
-    if (kind == JOB_PREFETCH) atomic_fetch_add(&fst_counts.bytes_prefetched, cold);
-    else if (direct) atomic_fetch_add(&fst_counts.bytes_direct, wanted);
-    else atomic_fetch_add(&fst_counts.bytes_buffered, wanted);
+    if (kind == JOB_PREFETCH)
+        atomic_fetch_add(&fst_counts.bytes_prefetched, cold);
+    else if (direct)
+        atomic_fetch_add(&fst_counts.bytes_direct, wanted);
+    else
+        atomic_fetch_add(&fst_counts.bytes_buffered, wanted);
 }
 
 /* Called with the lock held and a chunk to claim; returns with the lock held. */
@@ -316,8 +321,8 @@ static fst_job *next_job(void) {
     fst_job *best = NULL;
     for (fst_job *job = pool.head; job != NULL; job = job->next) {
         if (!has_chunk(job) || job->in_flight >= job->options.threads) continue;
-        if (best == NULL || (job->kind == JOB_READ &&
-                             (best->kind != JOB_READ || job->in_flight < best->in_flight)))
+        if (best == NULL ||
+            (job->kind == JOB_READ && (best->kind != JOB_READ || job->in_flight < best->in_flight)))
             best = job;
     }
     return best;
@@ -493,13 +498,16 @@ static int submit(enum job_kind kind, fst_file *file, fst_arena *arena, const fs
     }
 
     lock();
-    if (pool.tail == NULL) pool.head = job;
-    else pool.tail->next = job;
+    if (pool.tail == NULL)
+        pool.head = job;
+    else
+        pool.tail->next = job;
     pool.tail = job;
     pool.jobs++;
     uint64_t chunks = total / job->options.chunk_bytes + 1;
     int wanted = (int)fst_min((uint64_t)job->options.threads, chunks);
-    while (pool.threads < wanted && start_worker()) {}
+    while (pool.threads < wanted && start_worker()) {
+    }
     job->inline_help = pool.threads == 0;
     if (job->inline_help && kind == JOB_PREFETCH) give_up_rest(job);
     finish_if_over(job); /* nothing to do at all */
@@ -548,7 +556,8 @@ int fst_job_wait(fst_job *job, int timeout_ms, fst_error *err) {
 static void cancel_locked(fst_job *job) {
     atomic_store(&job->stop, true);
     if (job->done) return;
-    if (job->kind == JOB_READ && job->result == FST_OK && job->stats.bytes_done < job->stats.bytes_total)
+    if (job->kind == JOB_READ && job->result == FST_OK &&
+        job->stats.bytes_done < job->stats.bytes_total)
         job->result = fst_fail(&job->error, FST_E_CANCELLED, ECANCELED, "load cancelled");
     give_up_rest(job);
     finish_if_over(job);

@@ -69,8 +69,8 @@ int fst_tensors_import(fst_arena *arena, fst_layout *layout, const uint64_t *whi
      * 60 of 74 ms for 18,867 tensors in a process that has imported torch. */
     int collecting = PyGC_Disable();
     for (uint64_t i = 0; i < count && code == FST_OK; i++) {
-        PyObject *tensor = import_one(batch, i, (const dl_exchange_api *)exchange_api,
-                                      (PyObject *)from_dlpack);
+        PyObject *tensor =
+            import_one(batch, i, (const dl_exchange_api *)exchange_api, (PyObject *)from_dlpack);
         if (tensor == NULL || PyList_Append((PyObject *)list, tensor) != 0) {
             code = describe_exception(err);
             fst_batch_drop(batch, count - i - 1);

@@ -66,13 +66,24 @@ _Atomic(const fst_sys_table *) fst_sys_in_force = &real_table;
 /* ---- the faulting twin ---- */
 
 enum fault_call {
-    CALL_OPEN, CALL_FSTAT, CALL_PREAD, CALL_PREADV, CALL_PREADV2, CALL_MMAP, CALL_MADVISE,
-    CALL_READAHEAD, CALL_CACHESTAT, CALL_MINCORE, CALL_FADVISE, CALL_PTHREAD_CREATE, CALLS
+    CALL_OPEN,
+    CALL_FSTAT,
+    CALL_PREAD,
+    CALL_PREADV,
+    CALL_PREADV2,
+    CALL_MMAP,
+    CALL_MADVISE,
+    CALL_READAHEAD,
+    CALL_CACHESTAT,
+    CALL_MINCORE,
+    CALL_FADVISE,
+    CALL_PTHREAD_CREATE,
+    CALLS
 };
 
 static const char *const call_names[CALLS] = {
-    "open", "fstat", "pread", "preadv", "preadv2", "mmap", "madvise",
-    "readahead", "cachestat", "mincore", "fadvise", "pthread_create",
+    "open",    "fstat",     "pread",     "preadv",  "preadv2", "mmap",
+    "madvise", "readahead", "cachestat", "mincore", "fadvise", "pthread_create",
 };
 
 static struct fault {
@@ -123,8 +134,7 @@ static ssize_t faulty_preadv(int fd, const struct iovec *to, int count, off_t of
     int fault = fault_for(CALL_PREADV);
     if (fault < 0) return -1;
     if (fault == 0) return preadv(fd, to, count, offset);
-    return cut_short(CALL_PREADV, to[0].iov_base,
-                     pread(fd, to[0].iov_base, to[0].iov_len, offset));
+    return cut_short(CALL_PREADV, to[0].iov_base, pread(fd, to[0].iov_base, to[0].iov_len, offset));
 }
 
 static ssize_t faulty_preadv2(int fd, const struct iovec *to, int count, off_t offset, int flags) {
