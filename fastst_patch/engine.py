@@ -189,11 +189,13 @@ class Arena:
 
     Attributes:
         nbytes: its size.
+        keep: whoever owns borrowed memory.
     """
 
-    __slots__ = ("handle", "nbytes")
+    __slots__ = ("handle", "keep", "nbytes")
 
     def __init__(self, handle: Any) -> None:
+        self.keep: object = None
         self.handle = _ffi.gc(handle, _lib.fst_arena_release)
         self.nbytes: int = _lib.fst_arena_bytes(handle)
 
@@ -223,10 +225,12 @@ def alloc_arena(nbytes: int) -> Arena:
     return _arena(lambda out, err: _lib.fst_arena_alloc(nbytes, out, err))
 
 
-def borrow_arena(address: int, nbytes: int) -> Arena:
-    """Memory of the caller's, which must outlive every job that reads into it."""
+def borrow_arena(address: int, nbytes: int, owner: object) -> Arena:
+    """Memory that belongs to ``owner``, which is kept as long as the arena or a job on it."""
     base = _ffi.cast("void *", address)
-    return _arena(lambda out, err: _lib.fst_arena_borrow(base, nbytes, out, err))
+    arena = _arena(lambda out, err: _lib.fst_arena_borrow(base, nbytes, out, err))
+    arena.keep = owner
+    return arena
 
 
 # ---- jobs ----
@@ -246,12 +250,35 @@ class JobStats:
 
 
 class Job:
-    """Work in progress. Collecting an unfinished read cancels and drains it."""
+    """Work in progress. Releasing or collecting an unfinished read cancels and drains it.
 
-    __slots__ = ("handle",)
+    The object exists before the native job does, and holds what the job works on: at no
+    moment can an interrupt leave workers writing into memory that is about to be freed.
+    """
 
-    def __init__(self, handle: Any) -> None:
-        self.handle = _ffi.gc(handle, _lib.fst_job_release)
+    __slots__ = ("_at", "_keep")
+
+    def __init__(self, keep: object) -> None:
+        self._keep = keep
+        self._at = _ffi.gc(_ffi.new("fst_job **"), _lib.fst_job_release_at)
+
+    def __del__(self) -> None:
+        self.release()  # before what it works on goes
+
+    def start(self, call: Any, *arguments: Any) -> None:
+        """Let a native function create the job; raises what it reports."""
+        err = _ffi.new("fst_error *")
+        try:
+            code = call(*arguments, self._at, err)
+        except BaseException:
+            self.release()
+            raise
+        if code:
+            _raise(err)
+
+    def release(self) -> None:
+        """Let go of the job; of a read, nothing is in flight afterwards."""
+        _ffi.release(self._at)
 
     def wait(self, on_progress: Callable[[JobStats], None] | None = None) -> JobStats:
         """Wait until all bytes are there; an interrupt cancels and drains the job.
@@ -261,11 +288,11 @@ class Job:
         """
         err = _ffi.new("fst_error *")
         try:
-            while (code := _lib.fst_job_wait(self.handle, _WAIT_MS, err)) == _lib.FST_PENDING:
+            while (code := _lib.fst_job_wait(self._at[0], _WAIT_MS, err)) == _lib.FST_PENDING:
                 if on_progress is not None:
                     on_progress(self.stats())
         except BaseException:
-            _ffi.release(self.handle)  # nothing is in flight after this
+            self.release()
             raise
         if code != _lib.FST_OK:
             _raise(err)
@@ -276,12 +303,12 @@ class Job:
 
     def cancel(self) -> None:
         """Start nothing more; what is in flight still lands."""
-        _lib.fst_job_cancel(self.handle)
+        _lib.fst_job_cancel(self._at[0])
 
     def stats(self) -> JobStats:
         """Counters as of now."""
         out = _ffi.new("fst_job_stats *")
-        _lib.fst_job_get_stats(self.handle, out)
+        _lib.fst_job_get_stats(self._at[0], out)
         return JobStats(
             out.bytes_total,
             out.bytes_done,
@@ -322,11 +349,10 @@ def prefetch(
         "fst_job_options *",
         [_ffi.sizeof("fst_job_options"), threads, chunk_bytes, 0, 0, reserve_bytes],
     )
-    out, err = _ffi.new("fst_job **"), _ffi.new("fst_error *")
     pointer, count = _segments(segments)
-    if _lib.fst_job_prefetch(file.handle, arena.handle, pointer, count, options, out, err):
-        _raise(err, file.path)
-    return Job(out[0])
+    job = Job(arena)
+    job.start(_lib.fst_job_prefetch, file.handle, arena.handle, pointer, count, options)
+    return job
 
 
 def read(
@@ -355,11 +381,10 @@ def read(
         "fst_job_options *",
         [_ffi.sizeof("fst_job_options"), threads, chunk_bytes, mode, int(drop_cache), 0],
     )
-    out, err = _ffi.new("fst_job **"), _ffi.new("fst_error *")
     pointer, count = _segments(segments)
-    if _lib.fst_job_read(file.handle, arena.handle, pointer, count, options, out, err):
-        _raise(err, file.path)
-    return Job(out[0])
+    job = Job(arena)
+    job.start(_lib.fst_job_read, file.handle, arena.handle, pointer, count, options)
+    return job
 
 
 # ---- tensors ----

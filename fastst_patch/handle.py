@@ -419,13 +419,15 @@ class FastSlice:
         opened = self._opened
         try:
             if not opened.mapped:
-                found = _leading_rows(index, opened.layout.shape(self._i))
-                if found is not None:
-                    start, stop, rest = found
+                rows = _leading_rows(index, opened.layout.shape(self._i))
+                if rows is not None:
+                    start, stop, rest = rows
                     return opened.rows(self._i, start, stop)[rest]
-            return opened.tensor(self._i, for_slice=True)[index]
-        except Doubt:
+            whole = opened.tensor(self._i, for_slice=True)
+        except (Doubt, MemoryError) as doubt:
+            opened.account.note = str(doubt)
             return self._stock()[index]
+        return whole[index]
 
 
 def _leading_rows(index: Any, shape: list[int]) -> tuple[int, int, Any] | None:

@@ -288,7 +288,7 @@ class OpenedFile:
         for begin, nbytes, tensor in sorted(places, key=lambda place: place[0]):
             segments.extend((begin, nbytes, tensor.data_ptr() - base))
         total = sum(nbytes for _, nbytes, _ in places)
-        self._run(engine.borrow_arena(base, top - base), segments, total)
+        self._run(engine.borrow_arena(base, top - base, places), segments, total)
 
     def _run(self, arena: engine.Arena, segments: array[int], nbytes: int) -> None:
         job = engine.read(

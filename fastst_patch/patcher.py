@@ -30,7 +30,7 @@ import wrapt
 
 from . import engine, handle, stock
 from .config import environment_enabled, environment_targets, pop, push
-from .errors import OptionError, UntestedVersionWarning
+from .errors import FallbackWarning, OptionError, UntestedVersionWarning
 from .locks import fork_safe
 
 __all__ = [
@@ -277,6 +277,12 @@ def _impossible() -> str | None:
     return engine.native_error()
 
 
+@functools.cache
+def _say_impossible(reason: str) -> None:
+    if engine.native_error() is not None:  # FASTST_ENABLED=0 is the user's own word
+        warnings.warn(f"fastst_patch patches nothing: {reason}", FallbackWarning, stacklevel=4)
+
+
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text.split("+", maxsplit=1)[0])[:3])
 
@@ -321,6 +327,7 @@ def patch(
         reason = _impossible()
         if reason is not None:
             pop(token)
+            _say_impossible(reason)
             return PatchReport(patch_map(), reason)
         _permanent_options.append(token)
         _warn_of_untested_versions()
@@ -372,6 +379,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
             reason = _impossible()
             if reason is not None:
                 names = []
+                _say_impossible(reason)
             else:
                 _warn_of_untested_versions()
             _use(names, rebind_aliases)

@@ -228,13 +228,20 @@ def import_batch(
 
 
 def empty(layout: FileLayout, i: int, rows: int | None = None) -> torch.Tensor:
-    """An allocation of torch's own for tensor i, or for some rows of its first dimension."""
+    """An allocation of torch's own for tensor i, or for some rows of its first dimension.
+
+    Raises:
+        MemoryError: torch got no memory.
+    """
     import torch
 
     shape = _storage_shape(layout, i)
     if rows is not None:
         shape[0] = rows
-    return torch.empty(shape, dtype=_dtypes().torch[layout.dtype(i)])
+    try:
+        return torch.empty(shape, dtype=_dtypes().torch[layout.dtype(i)])
+    except RuntimeError as error:
+        raise MemoryError(str(error)) from error
 
 
 def whole_storage(arena: engine.Arena) -> torch.UntypedStorage:

@@ -214,6 +214,9 @@ int fst_job_wait(fst_job *job, int timeout_ms, fst_error *err);
 void fst_job_cancel(fst_job *job);
 void fst_job_get_stats(fst_job *job, fst_job_stats *stats);
 void fst_job_release(fst_job *job);
+/* The same for the job at an address, which becomes NULL: a destructor that can be in place
+ * before the job exists. */
+void fst_job_release_at(fst_job **job);
 
 /* ---- tensors ------------------------------------------------------------ */
 

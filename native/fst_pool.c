@@ -589,6 +589,12 @@ void fst_job_release(fst_job *job) {
     if (last) destroy_job(job);
 }
 
+void fst_job_release_at(fst_job **job) {
+    fst_job *held = *job;
+    *job = NULL;
+    fst_job_release(held);
+}
+
 void fst_pool_get_stats(fst_pool_stats *stats) {
     memset(stats, 0, sizeof *stats);
     (void)pthread_once(&pool_once, init_pool); /* else a fork now would find the lock taken */

@@ -40,7 +40,8 @@ def test_without_the_native_extension(
     text = capsys.readouterr().out
     assert "NOT LOADED" in text
     assert "no compiler was there" in text
-    report = fastst_patch.patch()
+    with pytest.warns(fastst_patch.FallbackWarning, match="no compiler was there"):
+        report = fastst_patch.patch()
     assert report.reason == "no compiler was there"
     assert not fastst_patch.is_patched()
 

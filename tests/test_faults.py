@@ -417,7 +417,9 @@ from fastst_patch import engine
 path = sys.argv[1]
 expected = {k: v.clone() for k, v in safetensors.torch.load_file(path).items()}
 CHUNKS = {"chunk_bytes": 64 << 10, "threads": 3, "small_file_bytes": 0}
-WAYS = [{"io": "mmap"}, {"io": "auto"}, {"io": "buffered"}, {"io": "direct"}, {"tensors": "owned"}]
+# Complete, because a forked child keeps the options of a thread that it does not have.
+WAYS = [{"io": io, "tensors": "auto"} for io in ("mmap", "auto", "buffered", "direct")]
+WAYS.append({"io": "auto", "tensors": "owned"})
 
 def load(**options):
     with fastst_patch.patched(**CHUNKS, **options):
@@ -546,7 +548,9 @@ def test_fork_during_a_load(program, way) -> None:
         f"""
         load_every_way()
         results = []
-        loader = threading.Thread(target=lambda: results.append(load(**{WAYS[way]!r})))
+        loader = threading.Thread(
+            target=lambda: results.append(load(**{WAYS[way]!r})), daemon=True
+        )
         first = hold({call!r}, errno.{code}, {count})
         loader.start()
         wait_until(lambda: engine.fault_calls({call!r}) > first + 5)
@@ -713,4 +717,7 @@ def test_little_address_space(program, raw, margin) -> None:
     assert len(outcomes) == 5
     for stocks, ours in outcomes:
         assert ours in ("loaded", stocks), outcomes
-    assert (margin < 96) == (outcomes[0] != ["loaded", "loaded"]), outcomes
+    if margin < 96:  # the limit bites
+        assert outcomes[0][1] != "loaded", outcomes
+    if margin >= 200:  # stock maps the file twice on its way
+        assert outcomes[0] == ["loaded", "loaded"], outcomes

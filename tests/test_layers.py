@@ -76,7 +76,8 @@ def test_only_engine_imports_the_native_module() -> None:
     assert set(importers) <= {"engine.py"}
 
 
-def test_import_is_cheap_and_needs_no_torch() -> None:
+def test_import_is_cheap_and_needs_no_torch(tmp_path: Path) -> None:
     code = "import sys, fastst_patch; fastst_patch.patch(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "False"

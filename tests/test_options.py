@@ -283,11 +283,14 @@ def test_log_level_gives_one_line_per_load(
 
 
 @pytest.mark.parametrize(("value", "expected"), [("0", "False"), ("1", "True")])
-def test_enabled_variable(value: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_enabled_variable(
+    value: str, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("FASTST_ENABLED", value)
     call = "" if value == "1" else "report = fastst_patch.patch(); print(report.reason);"
     code = f"import fastst_patch; {call} print(fastst_patch.is_patched())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.split()[-1] == expected
 
 
