@@ -8,6 +8,9 @@
 #include "fst_internal.h"
 #include "fst_sys.h"
 
+/* Reading, clearing and copying a MiB takes under 0.5 ms of a core that has the memory. */
+#define SLOW_NANOSECONDS_PER_MIB 1200000u
+
 static int new_arena(enum fst_arena_kind kind, void *data, uint64_t bytes, fst_arena **out,
                      fst_error *err) {
     fst_arena *arena = calloc(1, sizeof *arena);
@@ -43,6 +46,17 @@ int fst_arena_map(fst_file *file, fst_arena **out, fst_error *err) {
     (*out)->mapped = map;
     (*out)->mapped_bytes = bytes;
     return FST_OK;
+}
+
+/* Where a host backs a guest's free memory only when it is touched, whole free blocks are
+ * what it has taken back: 1.7 GB filled in huge pages took 2.0 to 3.2 s there, and 0.9 to
+ * 1.1 s in small ones, which the kernel cuts from memory freed lately. */
+void fst_arena_note_fill(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds) {
+    if (arena->kind != FST_ARENA_ANONYMOUS || bytes < FST_HUGE_PAGE) return;
+    if (cpu_nanoseconds < (bytes >> 20) * SLOW_NANOSECONDS_PER_MIB) return;
+    if (atomic_exchange(&arena->small_pages, true)) return;
+    /* For what is not touched yet; advice only. */
+    (void)FST_SYS->madvise(arena->mapped, (size_t)arena->mapped_bytes, MADV_NOHUGEPAGE);
 }
 
 int fst_arena_alloc(uint64_t bytes, fst_arena **out, fst_error *err) {
@@ -114,7 +128,11 @@ bool fst_arena_abandoned(const fst_arena *arena) {
     return atomic_load_explicit(&arena->users, memory_order_acquire) == 0;
 }
 
+/* At most the map's size: what was pushed out and read again is there once. */
 void fst_arena_count_ahead(fst_arena *arena, uint64_t bytes) {
-    atomic_fetch_add(&arena->ahead_bytes, bytes);
-    atomic_fetch_add(&fst_counts.bytes_ahead, bytes);
+    unsigned long long before = atomic_load(&arena->ahead_bytes), more;
+    do {
+        more = fst_min(bytes, arena->bytes - before);
+    } while (!atomic_compare_exchange_weak(&arena->ahead_bytes, &before, before + more));
+    atomic_fetch_add(&fst_counts.bytes_ahead, more);
 }

@@ -56,6 +56,7 @@ struct fst_arena {
     atomic_uint users;         /* creator and batches of tensors */
     atomic_uint refs;          /* one for all users together, one for each job */
     atomic_ullong ahead_bytes; /* of a map: read ahead into the page cache for its users */
+    atomic_bool small_pages;   /* huge pages were given up for what is not filled yet */
     enum fst_arena_kind kind;
     unsigned char *data;
     uint64_t bytes;
@@ -68,6 +69,8 @@ void fst_arena_release_user(fst_arena *arena);
 void fst_arena_retain(fst_arena *arena); /* a job's hold: keeps the memory, not the purpose */
 void fst_arena_unref(fst_arena *arena);
 bool fst_arena_abandoned(const fst_arena *arena);
+/* Tells how much processor time it took to fill part of an arena: see there. */
+void fst_arena_note_fill(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds);
 void fst_arena_count_ahead(fst_arena *arena, uint64_t bytes);
 
 /* ---- counters shown by fst_pool_get_stats ---- */

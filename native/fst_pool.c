@@ -238,6 +238,12 @@ static void count_bytes(enum job_kind kind, bool direct, uint64_t wanted, uint64
         atomic_fetch_add(&fst_counts.bytes_buffered, wanted);
 }
 
+static uint64_t thread_nanoseconds(void) {
+    struct timespec now;
+    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now) != 0) return 0;
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
 /* Called with the lock held and a chunk to claim; returns with the lock held. */
 static void run_chunk(fst_job *job, worker *w) {
     fst_io_context io = {.file = job->file,
@@ -262,8 +268,11 @@ static void run_chunk(fst_job *job, worker *w) {
 
     if (job->kind == JOB_PREFETCH)
         failed = run_prefetch(job, &io, w, look_at_memory, &cold);
-    else
+    else {
+        uint64_t before = thread_nanoseconds();
         code = run_read(job, &io, w, direct, &refused, &error);
+        fst_arena_note_fill(io.arena, wanted, thread_nanoseconds() - before);
+    }
     bool moved = code == FST_OK && failed == 0;
     if (moved) count_bytes(job->kind, direct && refused == 0, wanted, cold);
     if (moved && cold > 0) fst_arena_count_ahead(io.arena, cold);

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastst_patch import engine
 
-from . import job, machine, residency
+from . import job, machine, residency, settle
 from .errors import BenchError
 from .job import run_json
 
@@ -67,6 +68,8 @@ class Ceiling:
 
     def _read(self, variant: Variant, paths: Sequence[str]) -> tuple[float, int]:
         state = residency.prepare(self.cache, paths)
+        if self.cache == "cold" and not variant.direct:  # what is read takes fresh memory
+            settle.memory(sum(os.stat(path).st_size for path in paths))
         self.verified = residency.weakest([self.verified, state.verified])
         total_bytes, total_s = 0, 0.0
         for path in paths:

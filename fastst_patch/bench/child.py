@@ -26,7 +26,7 @@ import torch
 
 from fastst_patch import engine
 
-from . import residency
+from . import residency, settle
 from .job import LoadJob, Sample
 
 H2D_BYTES = 256 << 20
@@ -60,6 +60,7 @@ def run(job: LoadJob) -> Sample:
     else:
         _require_stock()
     _open_device(job.device)
+    settle.memory(sum(Path(path).stat().st_size for path in job.paths))
     gc.collect()
     gc.freeze()  # the patched process imported more: neither shall pay for traversing that
     memory_before = _memory()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from . import ceilings, residency, settle
+from . import ceilings, residency
 from .ceilings import Ceiling
 from .errors import BenchError
 from .files import CheckpointFile
@@ -75,8 +75,6 @@ class Outcome:
 
 def race(plan: Plan) -> Outcome:
     """Run all rounds, or as many as the time cap allows, at least one."""
-    # Twice: tensors of their own beside a file in the page cache.
-    settle.memory(2 * sum(file.file_bytes for file in plan.files))
     beside = ceilings.plan(plan.caches, plan.device, plan.direct_wanted)
     runs: dict[tuple[str, str], list[Run]] = {
         (cache, loader): [] for cache in plan.caches for loader in LOADERS
