@@ -1,9 +1,9 @@
 /* fst_io_direct.c - read a chunk with O_DIRECT into the worker's slot, then scatter it.
  *
  * Tensors sit wherever their file put them, so landing in place would need their
- * alignment to match the device's. The slot stays in cache, and copying from it beside
- * the reads cost nothing measurable: 0.79 s for 1.7 GB by way of slots, 0.85 s and more
- * straight into huge pages, whose zeroing then sits inside the system call.
+ * alignment to match the device's. The copy is not free: in one comparison (1.7 GB, medians
+ * of 7 in random order, very noisy) slots took 1.87 and 1.49 s where reads straight into
+ * huge pages, without regard to alignment, took 1.36 to 1.49 and 1.25 to 1.34 s.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -3,10 +3,10 @@
  * readahead() in pieces queues the whole chunk at the device at once whatever the
  * mount's read-ahead setting is, and MADV_POPULATE_READ then waits for it and fills the
  * page table, so that the reader takes no faults. No byte is copied. On one virtual
- * disk (2.4 GB/s raw, 2 cores) 1.7 GB came in 0.72 s against 0.82 s for pread into
- * scratch memory and 2.1 s for plain faults at 128 KiB read-ahead. What is cached
- * already is left alone: populating it beside the reader gained nothing (0.12 to 0.18 s
- * against 0.12 s for 1.7 GB) and costs whoever loads more than he reads.
+ * disk and 2 cores, 1.7 GB, medians of 7 in random order: 1.21 s against 1.27 s for 8
+ * threads reading into scratch memory (within the noise) and 2.19 s for plain faults, at
+ * 128 KiB read-ahead; 1.24, 1.27 and 1.99 s at 8 MiB. What is cached already is left alone:
+ * populating it beside the reader gained nothing, and costs whoever loads more than he reads.
  */
 #define _GNU_SOURCE
 #include <errno.h>
