@@ -55,7 +55,7 @@ class build_ext(_build_ext):
         glue = Path(self.build_temp) / "fst_glue.c"
         emit_glue(glue)
         ext.sources = [str(glue), *sorted(str(path) for path in NATIVE.glob("fst_*.c"))]
-        ext.depends = [str(path) for path in NATIVE.glob("*.h")]
+        ext.depends = [str(path) for kind in ("*.h", "*.def") for path in NATIVE.glob(kind)]
         ext.include_dirs = [str(NATIVE)]
         ext.py_limited_api = True
         ext.define_macros = [("Py_LIMITED_API", "0x030a0000"), ("_FILE_OFFSET_BITS", "64")]
@@ -67,7 +67,7 @@ class build_ext(_build_ext):
             *WARNINGS,
             *(["-Werror"] if os.environ.get("FASTST_WERROR") else []),
         ]
-        ext.extra_link_args = ["-pthread"]
+        ext.extra_link_args = ["-pthread", "-ldl"]
         super().build_extension(ext)
 
 

@@ -53,6 +53,8 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("-o", "--option", type=option, action="append", default=[],
                         metavar="NAME=VALUE", dest="options",
                         help="an option for patch(), such as -o threads=4; repeatable")  # fmt: skip
+    parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=True,
+                        help="measure what the hardware can give at most")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     parser.add_argument("--plot", metavar="FILE", help="draw a chart (extra: fastst-patch[plot])")
 

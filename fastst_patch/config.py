@@ -45,14 +45,18 @@ class Config:
     Attributes:
         io: how bytes are moved. ``auto`` maps the file and reads ahead in parallel; ``mmap``
             maps it and leaves reading to the kernel, as stock does; ``buffered`` reads through
-            the page cache into memory of our own; ``direct`` does so with O_DIRECT; ``gds``
-            is not available yet.
+            the page cache into memory of our own; ``direct`` does so with O_DIRECT. To a device,
+            ``auto`` is ``buffered`` unless the file is too large to be cached, ``gds`` reads by
+            cuFile (to the CPU it is ``auto``), and ``mmap`` is left to stock.
         page_cache: ``auto`` and ``keep`` leave the file cached; ``drop`` leaves it uncached,
             which makes ``io="auto"`` read with O_DIRECT.
         threads: most workers on one load, 1 to 64; 0 chooses by CPUs.
         chunk_bytes: bytes one worker handles at a time, 64 KiB to 64 MiB.
-        pinned_bytes: not available yet (CUDA).
-        device_memory_budget: not available yet (CUDA).
+        pinned_bytes: most host memory the process pins for copies to devices; None: 256 MiB.
+            Pinned as needed, and kept. With less than one chunk, nothing is pinned.
+        device_memory_budget: most device memory, in bytes, of tensors that a handle reads ahead
+            of their use, and the largest block that tensors share; None: 256 MiB. With 0 a
+            handle reads nothing ahead. A tensor larger than it gets a block of its own.
         tensors: ``dlpack`` places tensors in shared arenas, each with storage of its own;
             ``owned`` gives each an allocation of its own from torch; ``auto`` is ``dlpack``.
         fallback: when a call goes to stock: ``auto`` reports it, ``warn`` also warns,
@@ -111,12 +115,8 @@ def _size(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
-def _not_yet(name: str, value: object) -> None:
-    if value is not None and value != "":
-        raise OptionError(
-            f"option {name}={value!r}: not available yet, it arrives with the CUDA engine;"
-            " leave it unset"
-        )
+def _bytes_or_default(name: str, value: object) -> int | None:
+    return None if value is None or value == "" else _size(name, value, 0, 1 << 62)
 
 
 def _log_level(name: str, value: object) -> str | None:
@@ -125,22 +125,13 @@ def _log_level(name: str, value: object) -> str | None:
     return _choice(name, value, _LOG_LEVELS)
 
 
-def _io(name: str, value: object) -> str:
-    if _choice(name, value, _IO) == "gds":
-        raise OptionError(
-            f"option {name}='gds': not available yet, it arrives with the CUDA engine;"
-            " allowed now are auto, mmap, buffered, direct"
-        )
-    return _choice(name, value, _IO)
-
-
 _VALIDATORS = {
-    "io": _io,
+    "io": lambda name, value: _choice(name, value, _IO),
     "page_cache": lambda name, value: _choice(name, value, _PAGE_CACHE),
     "threads": lambda name, value: _size(name, value, 0, 64),
     "chunk_bytes": lambda name, value: _size(name, value, 64 * KIB, 64 * MIB),
-    "pinned_bytes": _not_yet,
-    "device_memory_budget": _not_yet,
+    "pinned_bytes": _bytes_or_default,
+    "device_memory_budget": _bytes_or_default,
     "tensors": lambda name, value: _choice(name, value, _TENSORS),
     "fallback": lambda name, value: _choice(name, value, _FALLBACK),
     "verify": _boolean,

@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import engine, tensors
 from .config import Config
+from .device import Target
+from .device import target as find_target
 from .errors import Doubt, FallbackWarning, FaststError
+from .ondevice import DeviceFile
+from .onhost import HostFile
 from .opened import OpenedFile, open_checked
 from .report import LoadReport, emit
 
@@ -49,16 +53,8 @@ def path_of(filename: object) -> str:
     return path
 
 
-def _check_device(device: object) -> None:
-    if device is None or (type(device) is str and device == "cpu"):
-        return
-    if isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda")):
-        raise Doubt(f"device {device!r}: CUDA is not accelerated yet")
-    raise Doubt(f"device {device!r} is not accelerated")
-
-
-def check_call(framework: object, device: object, backend: object) -> None:
-    """Doubt unless the call is for torch tensors on the CPU, made now, from a map."""
+def check_call(framework: object, device: object, backend: object) -> Target | None:
+    """Doubt unless the call is for torch tensors, made now, from a map; the device, if any."""
     error = engine.native_error()
     if error is not None:
         raise Doubt(error)
@@ -66,9 +62,10 @@ def check_call(framework: object, device: object, backend: object) -> None:
         raise Doubt(f"framework {framework!r} is not accelerated")
     if backend != "mmap":
         raise Doubt(f"backend {backend!r} is not accelerated")
-    _check_device(device)
+    target = find_target(device)
     if not tensors.ordinary_mode():
         raise Doubt("a torch mode or default device is in force")
+    return target
 
 
 def check_descriptors() -> None:
@@ -88,8 +85,14 @@ class SmallFile(Doubt):
     """Stock is faster on a file this small: not a shortcoming, so never warned about."""
 
 
-def open_fast(path: str, config: Config) -> OpenedFile:
-    """Open a file whose header is certainly fine; Doubt on everything else."""
+def open_fast(path: str, config: Config, target: Target | None) -> OpenedFile:
+    """Open a file whose header is certainly fine; Doubt on everything else.
+
+    Args:
+        path: of the file.
+        config: in force for it from now on.
+        target: the device its tensors go to; None for the CPU.
+    """
     limit = config.small_file_bytes
     if limit:
         try:
@@ -102,7 +105,9 @@ def open_fast(path: str, config: Config) -> OpenedFile:
         file, layout = open_checked(path)
     except (OSError, MemoryError) as error:
         raise Doubt(f"opening failed: {error}") from error
-    return OpenedFile(file, layout, config)
+    if target is None:
+        return HostFile(file, layout, config)
+    return DeviceFile(file, layout, config, target)
 
 
 def fell_back(config: Config, call: str, path: str, reason: Doubt) -> None:

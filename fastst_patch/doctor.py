@@ -21,7 +21,7 @@ from typing import Any
 from . import engine, patcher, stock
 from .config import config
 from .errors import Doubt, OptionError
-from .machine import cpu_limit, io_threads
+from .machine import NETWORKED, cpu_limit, io_threads
 
 __all__ = ["examine", "main"]
 
@@ -35,8 +35,6 @@ _FILE_SYSTEMS = {
     0x6969: "nfs", 0x65735546: "fuse", 0x0BD00BD0: "lustre", 0x794C7630: "overlayfs",
     0x2FC12FC1: "zfs", 0xFF534D42: "cifs", 0xFE534D42: "smb2", 0xF2F52010: "f2fs",
 }  # fmt: skip
-_NETWORKED = {"nfs", "fuse", "lustre", "cifs", "smb2"}
-
 _LIBRARIES = {
     "libcuda.so.1": "CUDA driver",
     "libcufile.so.0": "GPU Direct Storage",
@@ -53,12 +51,19 @@ for name in sys.argv[1:]:
     except OSError as error:
         found[name] = str(error)
 gpus = []
+def engine(i):
+    try:
+        from fastst_patch import device, engine
+        info = engine.device_info(device.Runtime().native(i))
+        return f"ready, {info.free_bytes / 2**30:.1f} GiB free, NUMA node {info.numa_node}"
+    except Exception as error:
+        return f"cannot use it: {error}"
 try:
     import torch
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
-            gpus.append({"name": p.name, "memory_bytes": p.total_memory})
+            gpus.append({"name": p.name, "memory_bytes": p.total_memory, "engine": engine(i)})
     reason = None if gpus else (
         "this torch is built without CUDA" if torch.version.cuda is None and not torch.version.hip
         else "torch sees no usable GPU")
@@ -136,7 +141,7 @@ def _probe_file(path: str) -> dict[str, Any]:
         direct = os.strerror(error.errno or 0)
     return {
         "file_system": kind,
-        "networked": kind in _NETWORKED,
+        "networked": magic in NETWORKED,
         "bytes": file.size,
         "cached_bytes": resident,
         "residency_probe": probe,
@@ -155,7 +160,7 @@ def _patching() -> dict[str, Any]:
         "reason": report.reason,
         "targets": targets,
         "left_to_stock": {
-            "device other than cpu": "the CUDA engine is not there yet",
+            "device other than cpu and cuda": "torch and stock know how",
             "framework other than torch": "numpy, tf, jax, mlx, paddle: stock does it",
             'backend="pread"': "stock's stricter indexing and copies are kept",
             "safetensors.torch.load(bytes)": "no file is read",
@@ -218,7 +223,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f" huge pages: {machine['transparent_huge_pages']}",
     ]
     for gpu in found["gpus"]:
-        lines.append(f"GPU: {gpu['name']}, {_gib(gpu['memory_bytes'])}")
+        lines.append(f"GPU: {gpu['name']}, {_gib(gpu['memory_bytes'])}; engine: {gpu['engine']}")
     if found["gpu_reason"]:
         lines.append(f"GPU: none ({found['gpu_reason']})")
     for name, reason in found["libraries"].items():

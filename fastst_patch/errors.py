@@ -31,3 +31,14 @@ class Doubt(Exception):  # noqa: N818 - internal control flow, not an error
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+    @classmethod
+    def alone(cls, error: Exception) -> Doubt:
+        """A Doubt, or another exception as one, without what it keeps alive.
+
+        Stock is asked after the ``except`` block: memory that we held is free by then, and
+        what stock raises has nothing of ours in its context.
+        """
+        doubt = error if isinstance(error, Doubt) else cls(f"not enough memory: {error}")
+        doubt.__cause__ = doubt.__context__ = None
+        return doubt.with_traceback(None)

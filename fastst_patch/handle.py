@@ -55,24 +55,38 @@ def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     """``safetensors.torch.load_file``, faster: same arguments, results and exceptions."""
     config, started = current(), time.perf_counter()
     try:
-        if "backend" in kwargs and not stock.BACKENDS:
-            raise Doubt("this safetensors has no backend argument")
-        try:
-            filename, device, backend = _bind_load_file(*args, **kwargs)
-        except TypeError:
-            raise Doubt("the arguments are not load_file's") from None
-        path = path_of(filename)
-        check_call("pt", device, backend)
-        opened = open_fast(path, config)
-        result = _load_opened(opened)
-    except Doubt as doubt:
-        return _stock_load_file(config, started, doubt, args, kwargs)
+        path, opened, result = _fast_load_file(config, args, kwargs)
+    except Doubt as error:
+        doubt = Doubt.alone(error)
+    else:
+        _report_loaded(path, opened, started)
+        if config.verify:
+            return verified(config, path, result, stock.load_file(*args, **kwargs))
+        return result
+    return _stock_load_file(config, started, doubt, args, kwargs)
+
+
+def _fast_load_file(
+    config: Config, args: Any, kwargs: Any
+) -> tuple[str, OpenedFile, dict[str, torch.Tensor]]:
+    if "backend" in kwargs and not stock.BACKENDS:
+        raise Doubt("this safetensors has no backend argument")
+    try:
+        filename, device, backend = _bind_load_file(*args, **kwargs)
+    except TypeError:
+        raise Doubt("the arguments are not load_file's") from None
+    path = path_of(filename)
+    opened = open_fast(path, config, check_call("pt", device, backend))
+    return path, opened, _load_opened(opened)
+
+
+def _report_loaded(path: str, opened: OpenedFile, started: float) -> None:
     account = opened.account
     emit(
         LoadReport(
             "load_file",
             path,
-            "cpu",
+            opened.device,
             account.path,
             account.bytes,
             account.tensors,
@@ -81,9 +95,6 @@ def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
             account.note,
         )
     )
-    if config.verify:
-        return verified(config, path, result, stock.load_file(*args, **kwargs))
-    return result
 
 
 def _load_opened(opened: OpenedFile) -> dict[str, torch.Tensor]:
@@ -146,14 +157,15 @@ def open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any
         except TypeError:
             raise Doubt("the arguments are not safe_open's") from None
         path = find_path(filename)
-        check_call(framework, device, backend)
+        target = check_call(framework, device, backend)
         check_descriptors()
-        return FastHandle(stock_class, open_fast(path, config), started)
-    except Doubt as doubt:
-        handle = stock_class(*args, **kwargs)
-        fell_back(config, "safe_open", str(filename), doubt)
-        report_stock("safe_open", filename, device, doubt, seconds=time.perf_counter() - started)
-        return handle
+        return FastHandle(stock_class, open_fast(path, config, target), started)
+    except Doubt as error:
+        doubt = Doubt.alone(error)
+    handle = stock_class(*args, **kwargs)
+    fell_back(config, "safe_open", str(filename), doubt)
+    report_stock("safe_open", filename, device, doubt, seconds=time.perf_counter() - started)
+    return handle
 
 
 def safe_open(*args: Any, **kwargs: Any) -> Any:
@@ -245,12 +257,14 @@ class FastHandle:
         started = time.perf_counter()
         try:
             result = opened.tensor(i)
-        except (Doubt, MemoryError) as doubt:
-            return self._left_to_stock("get_tensor", doubt, args, kwargs)
-        self._seconds += time.perf_counter() - started
-        if opened.config.verify:
-            return self._verified_tensor(opened, result, args, kwargs)
-        return result
+        except (Doubt, MemoryError) as error:
+            doubt = Doubt.alone(error)
+        else:
+            self._seconds += time.perf_counter() - started
+            if opened.config.verify:
+                return self._verified_tensor(opened, result, args, kwargs)
+            return result
+        return self._left_to_stock("get_tensor", doubt, args, kwargs)
 
     def get_slice(self, *args: Any, **kwargs: Any) -> Any:
         """A view that reads when indexed."""
@@ -285,7 +299,7 @@ class FastHandle:
             LoadReport(
                 "safe_open",
                 opened.file.path,
-                "cpu",
+                opened.device,
                 account.path,
                 account.bytes,
                 account.tensors,
@@ -295,13 +309,12 @@ class FastHandle:
             )
         )
 
-    def _left_to_stock(self, method: str, doubt: Exception, args: Any, kwargs: Any) -> Any:
+    def _left_to_stock(self, method: str, doubt: Doubt, args: Any, kwargs: Any) -> Any:
         opened = self._opened
         result = getattr(self._stock(), method)(*args, **kwargs)
         if opened is not None:
-            reason = doubt if isinstance(doubt, Doubt) else Doubt(f"not enough memory: {doubt}")
-            opened.account.note = reason.reason
-            fell_back(opened.config, method, opened.file.path, reason)
+            opened.account.note = doubt.reason
+            fell_back(opened.config, method, opened.file.path, doubt)
         return result
 
     def _verified_tensor(self, opened: OpenedFile, ours: Any, args: Any, kwargs: Any) -> Any:
@@ -328,14 +341,15 @@ def _get_tensors(self: FastHandle, *args: Any, **kwargs: Any) -> Any:
     started = time.perf_counter()
     try:
         result = opened.all_tensors()
-    except (Doubt, MemoryError) as doubt:
-        return self._left_to_stock("get_tensors", doubt, args, kwargs)
-    self._seconds += time.perf_counter() - started
-    if opened.config.verify:
-        return verified(
-            opened.config, opened.file.path, result, self._stock().get_tensors(*args, **kwargs)
-        )
-    return result
+    except (Doubt, MemoryError) as error:
+        doubt = Doubt.alone(error)
+    else:
+        self._seconds += time.perf_counter() - started
+        if not opened.config.verify:
+            return result
+        theirs = self._stock().get_tensors(*args, **kwargs)
+        return verified(opened.config, opened.file.path, result, theirs)
+    return self._left_to_stock("get_tensors", doubt, args, kwargs)
 
 
 # Methods that came with later versions exist on our handle when they exist on stock's.
@@ -362,14 +376,15 @@ def _number(opened: OpenedFile, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _stock_over(opened: OpenedFile, stock_class: Any = stock.safe_open) -> Any:
     """A stock handle over the very file that is open here."""
     link = f"/proc/self/fd/{opened.file.fd}"
-    return _stock_handle(stock_class, link if os.path.exists(link) else opened.file.path)
+    path = link if os.path.exists(link) else opened.file.path
+    return _stock_handle(stock_class, path, opened.device_argument)
 
 
-def _stock_handle(stock_class: Any, path: str) -> Any:
+def _stock_handle(stock_class: Any, path: str, device: object = "cpu") -> Any:
     if stock_class is not stock.safe_open_handle:
-        return stock_class(path, "pt")
+        return stock_class(path, "pt", device)
     with open(path, "rb") as file:
-        return stock_class(file, "pt")
+        return stock_class(file, "pt", device)
 
 
 class FastSlice:
@@ -422,12 +437,18 @@ class FastSlice:
                 rows = _leading_rows(index, opened.layout.shape(self._i))
                 if rows is not None:
                     start, stop, rest = rows
-                    return opened.rows(self._i, start, stop)[rest]
-            whole = opened.tensor(self._i, for_slice=True)
-        except (Doubt, MemoryError) as doubt:
-            opened.account.note = str(doubt)
-            return self._stock()[index]
-        return whole[index]
+                    return opened.index(opened.rows(self._i, start, stop), rest)
+            return opened.index(opened.tensor(self._i, for_slice=True), index)
+        except (Doubt, MemoryError) as error:
+            doubt = Doubt.alone(error)
+        return self._left_to_stock(doubt, index)
+
+    def _left_to_stock(self, doubt: Doubt, index: Any) -> Any:
+        opened = self._opened
+        result = self._stock()[index]
+        opened.account.note = doubt.reason
+        fell_back(opened.config, "get_slice", opened.file.path, doubt)
+        return result
 
 
 def _leading_rows(index: Any, shape: list[int]) -> tuple[int, int, Any] | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["cpu_limit", "io_threads"]
+__all__ = ["NETWORKED", "cpu_limit", "io_threads"]
+
+NETWORKED = frozenset((0x6969, 0x65735546, 0x0BD00BD0, 0xFF534D42, 0xFE534D42))
+"""statfs types of NFS, FUSE, Lustre, CIFS and SMB2, where O_DIRECT is for who asks for it."""
 
 
 def _cgroup_cpus() -> float | None:

@@ -137,7 +137,7 @@ _TARGETS = {
     for target in (
         _Target(
             "safetensors.safe_open",
-            "handles on the CPU: zero-copy map, batched tensors, parallel read-ahead",
+            "CPU: zero-copy map, batched tensors, parallel read-ahead; CUDA: pinned ring",
             lambda original, args, kwargs: handle.safe_open(*args, **kwargs),
         ),
         _Target(
@@ -149,7 +149,7 @@ _TARGETS = {
         ),
         _Target(
             "safetensors.torch.load_file",
-            "whole files on the CPU in one batch",
+            "whole files in one batch, to the CPU or a CUDA device",
             lambda original, args, kwargs: handle.load_file(*args, **kwargs),
         ),
         _Target(

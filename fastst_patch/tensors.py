@@ -26,6 +26,7 @@ __all__ = [
     "import_batch",
     "known_to_stock",
     "ordinary_mode",
+    "shape_and_dtype",
     "whole_storage",
 ]
 
@@ -227,6 +228,20 @@ def import_batch(
     return result
 
 
+def shape_and_dtype(
+    layout: FileLayout, i: int, rows: int | None = None
+) -> tuple[list[int], torch.dtype]:
+    """Of tensor i as torch holds it, or of some rows of its first dimension."""
+    shape, kind = layout.shape(i), layout.dtype(i)
+    if kind == _F4:
+        shape[-1] //= 2
+    if rows is not None:
+        shape[0] = rows
+    dtype = _dtypes().torch[kind]
+    assert dtype is not None  # checked before
+    return shape, dtype
+
+
 def empty(layout: FileLayout, i: int, rows: int | None = None) -> torch.Tensor:
     """An allocation of torch's own for tensor i, or for some rows of its first dimension.
 
@@ -235,11 +250,9 @@ def empty(layout: FileLayout, i: int, rows: int | None = None) -> torch.Tensor:
     """
     import torch
 
-    shape = _storage_shape(layout, i)
-    if rows is not None:
-        shape[0] = rows
+    shape, dtype = shape_and_dtype(layout, i, rows)
     try:
-        return torch.empty(shape, dtype=_dtypes().torch[layout.dtype(i)])
+        return torch.empty(shape, dtype=dtype)
     except RuntimeError as error:
         raise MemoryError(str(error)) from error
 

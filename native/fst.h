@@ -12,6 +12,7 @@
  *        |              a private map of a whole file     (fst_arena_map)
  *        |              anonymous huge-page memory        (fst_arena_alloc)
  *        |              somebody else's memory            (fst_arena_borrow)
+ *        |              a DLPack struct's, on any device  (fst_arena_adopt)
  *        |  held by: a Python handle, every batch of tensors, a running job
  *        v
  *      batch -------- one block of DLPack structs made by one fst_tensors_import;
@@ -49,7 +50,8 @@ enum fst_code {
     FST_E_TRUNCATED = 5, /* the file ended before the bytes its header promises */
     FST_E_CANCELLED = 6, /* the job was cancelled, or the process forked */
     FST_E_INVALID = 7,   /* an argument is out of range */
-    FST_E_PYTHON = 8     /* a Python exception is set in the calling thread */
+    FST_E_PYTHON = 8,    /* a Python exception is set in the calling thread */
+    FST_E_DEVICE = 9     /* a call of the device's driver failed */
 };
 
 typedef struct fst_error {
@@ -168,6 +170,51 @@ uint64_t fst_arena_bytes(fst_arena *arena);
 /* Gives up the creator's reference. Read-ahead on a map stops with its last user. */
 void fst_arena_release(fst_arena *arena);
 
+/* Memory that a DLManagedTensor (unversioned, contiguous, on any device) describes, as torch
+ * exports it. The arena takes the struct over: its deleter is called once, after the last
+ * user and the last copy into the memory, from any thread, without the GIL or a lock of ours.
+ * On an error the struct stays the caller's. */
+int fst_arena_adopt(uintptr_t managed, fst_arena **out, fst_error *err);
+/* The same from a PyObject* of a "dltensor" capsule, which becomes "used_dltensor". Takes the
+ * GIL itself. */
+int fst_arena_adopt_capsule(uintptr_t capsule, fst_arena **out, fst_error *err);
+
+/* ---- devices ------------------------------------------------------------ */
+
+enum fst_gpu_kind {
+    FST_GPU_CUDA = 0,
+    FST_GPU_HIP = 1
+};
+
+typedef struct fst_device fst_device;
+
+/* A device of a driver library, used in its primary context. Kept until the process ends: the
+ * same library and ordinal give the same object. The first one initialises the driver (cuInit),
+ * which must not happen in a process that means to fork. library NULL means the driver's usual
+ * name; otherwise a path (tests: the fake). FST_E_DEVICE: no library, symbol, driver or device,
+ * or the process has forked since; the message says which. The calling thread's current
+ * context is left as it was. */
+int fst_device_open(int kind, const char *library, int ordinal, fst_device **out, fst_error *err);
+
+typedef struct fst_device_info {
+    int32_t kind;
+    int32_t ordinal;
+    int32_t streams;     /* that copies are spread over */
+    int32_t numa_node;   /* the device's, or -1 */
+    uint64_t free_bytes; /* the driver's own figure, now */
+    uint64_t total_bytes;
+} fst_device_info;
+int fst_device_get_info(fst_device *device, fst_device_info *info, fst_error *err);
+
+/* Cancels every job to a device and returns when nothing of them is in flight: for the end of
+ * the process, before drivers unload. */
+void fst_device_quiesce(void);
+
+/* Reads device memory back and compares it with the file: FST_OK with *equal set. Waits for
+ * nothing but its own copy: the bytes must have landed. */
+int fst_device_compare(fst_device *device, fst_arena *arena, uint64_t arena_offset, fst_file *file,
+                       uint64_t file_offset, uint64_t bytes, int32_t *equal, fst_error *err);
+
 /* ---- jobs --------------------------------------------------------------- */
 
 typedef struct fst_segment {
@@ -178,7 +225,9 @@ typedef struct fst_segment {
 
 enum fst_read_mode {
     FST_READ_BUFFERED = 0,
-    FST_READ_DIRECT = 1
+    FST_READ_DIRECT = 1,
+    FST_READ_DIRECT_IF_COLD = 2, /* what the page cache holds is taken from there */
+    FST_READ_GDS = 3             /* cuFile; devices only */
 };
 
 typedef struct fst_job_options {
@@ -188,6 +237,11 @@ typedef struct fst_job_options {
     int32_t mode;           /* enum fst_read_mode; reads only */
     int32_t drop_cache;     /* reads only: evict each chunk from the page cache once read */
     uint64_t reserve_bytes; /* read-ahead stops when less memory than this is left */
+    /* Reads into device memory: through pinned slots, copied on streams of our own. */
+    fst_device *device;    /* NULL: the arena is host memory */
+    uintptr_t stream;      /* the one the arena was allocated on: copies wait for what is
+                              pending there when the job starts */
+    uint64_t pinned_bytes; /* most host memory pinned by the process */
 } fst_job_options;
 
 typedef struct fst_job_stats {
@@ -196,8 +250,11 @@ typedef struct fst_job_stats {
     uint64_t bytes_cold;    /* of those done: not in the page cache beforehand */
     uint64_t bytes_skipped; /* read-ahead given up: memory low, cancelled, unreadable */
     uint64_t bytes_direct;  /* moved by O_DIRECT */
+    uint64_t bytes_gds;     /* moved by cuFile */
     int32_t direct_errno;   /* why O_DIRECT was given up for buffered reads, or 0 */
     int32_t done;
+    int32_t gds_refused; /* cuFile was given up for the ring */
+    char gds_note[120];  /* why cuFile was given up, or how it works here; or empty */
 } fst_job_stats;
 
 typedef struct fst_job fst_job;
@@ -211,6 +268,8 @@ int fst_job_read(fst_file *file, fst_arena *arena, const fst_segment *segments, 
                  const fst_job_options *options, fst_job **out, fst_error *err);
 /* FST_PENDING after timeout_ms; else the job's result, with nothing left in flight. */
 int fst_job_wait(fst_job *job, int timeout_ms, fst_error *err);
+/* The same for the bytes before a file offset only: FST_OK once they have landed. */
+int fst_job_wait_until(fst_job *job, uint64_t file_offset, int timeout_ms, fst_error *err);
 void fst_job_cancel(fst_job *job);
 void fst_job_get_stats(fst_job *job, fst_job_stats *stats);
 void fst_job_release(fst_job *job);
@@ -255,11 +314,14 @@ typedef struct fst_pool_stats {
     uint64_t bytes_prefetched;
     uint64_t bytes_buffered;
     uint64_t bytes_direct;
+    uint64_t bytes_copied;       /* to devices */
+    uint64_t pinned_bytes;       /* now */
+    uint64_t pinned_nanoseconds; /* that pinning has taken so far */
 } fst_pool_stats;
 
 void fst_pool_get_stats(fst_pool_stats *stats);
-/* Waits for jobs in flight, then ends the workers and frees their buffers. The next
- * job starts them again. */
+/* Waits for jobs in flight, then ends the workers and frees their buffers, pinned ones too.
+ * The next job starts them again. */
 void fst_pool_shutdown(void);
 
 /* ---- measuring ---------------------------------------------------------- */

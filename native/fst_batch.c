@@ -78,7 +78,7 @@ static void describe(fst_batch *batch, uint64_t i, const fst_layout_view *view,
     }
     contiguous_strides(shape, (uint32_t)t->ndim, strides);
     t->data = batch->arena->data + offset;
-    t->device = (dl_device){DL_CPU, 0};
+    t->device = (dl_device){batch->arena->device_type, batch->arena->device_id};
     t->shape = shape;
     t->strides = strides;
     e->versioned.tensor = *t;

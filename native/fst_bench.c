@@ -207,16 +207,6 @@ static int ceiling_race(fst_ceiling_reader *readers, int threads, double *second
     return result;
 }
 
-/* Page aligned for O_DIRECT, huge where allowed (fewer pages to pin), and faulted in
- * here, so that the clock sees reads and nothing else. */
-static unsigned char *ceiling_slots(uint64_t bytes) {
-    void *slots = NULL;
-    if (posix_memalign(&slots, FST_HUGE_PAGE, (size_t)bytes) != 0) return NULL;
-    (void)madvise(slots, (size_t)bytes, MADV_HUGEPAGE); /* a hint: refusal costs speed only */
-    memset(slots, 0, (size_t)bytes);
-    return slots;
-}
-
 /* Opens one descriptor per reader. Returns how many were opened. */
 static int ceiling_prepare(fst_ceiling *shared, fst_ceiling_reader *readers, int threads,
                            unsigned char *slots, fst_error *err) {
@@ -245,19 +235,21 @@ int fst_read_ceiling(const char *path, int direct, int threads, uint64_t chunk_b
                           .chunk_bytes = fst_align_up(chunk_bytes, FST_DIRECT_ALIGN),
                           .direct = direct != 0};
     fst_ceiling_reader *readers = calloc((size_t)threads, sizeof *readers);
-    unsigned char *slots = ceiling_slots((uint64_t)threads * shared.chunk_bytes);
+    fst_pages slots = {0};
     int opened = 0, result;
-    if (readers == NULL || slots == NULL) {
+    if (readers == NULL || fst_pages_map(&slots, (uint64_t)threads * shared.chunk_bytes) != 0) {
         result = fst_fail(err, FST_E_NOMEM, ENOMEM, "%s: no memory for %d buffers of %llu bytes",
                           path, threads, (unsigned long long)shared.chunk_bytes);
         goto out;
     }
-    opened = ceiling_prepare(&shared, readers, threads, slots, err);
+    /* Faulted in here, so that the clock sees reads and nothing else. */
+    memset(slots.data, 0, (size_t)slots.bytes);
+    opened = ceiling_prepare(&shared, readers, threads, slots.data, err);
     result = opened == threads ? ceiling_race(readers, threads, seconds, err) : err->code;
     for (int i = 0; i < opened; i++) *bytes += readers[i].bytes;
 out:
     for (int i = 0; i < opened; i++) (void)close(readers[i].fd);
-    free(slots);
+    fst_pages_unmap(&slots);
     free(readers);
     return result;
 }

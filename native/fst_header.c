@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "fst_dlpack.h"
+#include "fst_header_lex.h"
 #include "fst_internal.h"
 
 #define LENGTH_BYTES 8u
@@ -66,10 +67,7 @@ typedef struct entry { /* a tensor before sorting */
 } entry;
 
 typedef struct parser {
-    const char *at;
-    const char *end;
-    const char *begin;
-    const char *doubt; /* why, when something is off */
+    fst_lexer in;
     bool no_memory;
     entry *entries;
     size_t count, entries_room;
@@ -81,11 +79,6 @@ typedef struct parser {
     size_t metadata_bytes;
     bool metadata_seen;
 } parser;
-
-static bool doubt(parser *p, const char *why) {
-    if (p->doubt == NULL) p->doubt = why;
-    return false;
-}
 
 /* The array with room for one more element, NULL when there is no memory (the array stays
  * as it was). Doubles, so amortised constant. */
@@ -101,196 +94,51 @@ static void *reserve(parser *p, void *array, size_t *room, size_t count, size_t 
     return moved;
 }
 
-/* ---- lexing ---- */
-
-static void skip_space(parser *p) {
-    while (p->at < p->end && (*p->at == ' ' || *p->at == '\n' || *p->at == '\t' || *p->at == '\r'))
-        p->at++;
-}
-
-static bool peek(parser *p, char c) {
-    skip_space(p);
-    return p->at < p->end && *p->at == c;
-}
-
-static bool expect(parser *p, char c, const char *why) {
-    if (!peek(p, c)) return doubt(p, why);
-    p->at++;
-    return true;
-}
-
-static int hex_digit(char c) {
-    if (c >= '0' && c <= '9') return c - '0';
-    if (c >= 'a' && c <= 'f') return c - 'a' + 10;
-    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
-    return -1;
-}
-
-static bool four_hex(parser *p, unsigned *out) {
-    if (p->end - p->at < 4) return doubt(p, "short \\u escape");
-    unsigned value = 0;
-    for (int i = 0; i < 4; i++) {
-        int digit = hex_digit(*p->at++);
-        if (digit < 0) return doubt(p, "bad \\u escape");
-        value = value << 4 | (unsigned)digit;
-    }
-    *out = value;
-    return true;
-}
-
-static size_t put_utf8(char *to, unsigned code) {
-    if (code < 0x80) {
-        to[0] = (char)code;
-        return 1;
-    }
-    if (code < 0x800) {
-        to[0] = (char)(0xC0 | code >> 6);
-        to[1] = (char)(0x80 | (code & 0x3F));
-        return 2;
-    }
-    if (code < 0x10000) {
-        to[0] = (char)(0xE0 | code >> 12);
-        to[1] = (char)(0x80 | (code >> 6 & 0x3F));
-        to[2] = (char)(0x80 | (code & 0x3F));
-        return 3;
-    }
-    to[0] = (char)(0xF0 | code >> 18);
-    to[1] = (char)(0x80 | (code >> 12 & 0x3F));
-    to[2] = (char)(0x80 | (code >> 6 & 0x3F));
-    to[3] = (char)(0x80 | (code & 0x3F));
-    return 4;
-}
-
-static bool unicode_escape(parser *p, char **to) {
-    unsigned code, low;
-    if (!four_hex(p, &code)) return false;
-    if (code >= 0xDC00 && code <= 0xDFFF) return doubt(p, "lone surrogate");
-    if (code >= 0xD800 && code <= 0xDBFF) {
-        if (p->end - p->at < 2 || p->at[0] != '\\' || p->at[1] != 'u')
-            return doubt(p, "lone surrogate");
-        p->at += 2;
-        if (!four_hex(p, &low)) return false;
-        if (low < 0xDC00 || low > 0xDFFF) return doubt(p, "lone surrogate");
-        code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
-    }
-    if (code == 0) return doubt(p, "NUL in a string");
-    *to += put_utf8(*to, code);
-    return true;
-}
-
-static bool escape(parser *p, char **to) {
-    static const char from[] = "\"\\/bfnrt", into[] = "\"\\/\b\f\n\r\t";
-    if (p->at >= p->end) return doubt(p, "string not closed");
-    char c = *p->at++;
-    if (c == 'u') return unicode_escape(p, to);
-    const char *found = c == '\0' ? NULL : strchr(from, c);
-    if (found == NULL) return doubt(p, "unknown escape");
-    *(*to)++ = into[found - from];
-    return true;
-}
-
-/* Unescapes the string at the cursor into *to, which has room for its raw length:
- * no escape is shorter than what it stands for. */
-static bool string_into(parser *p, char **to) {
-    if (!expect(p, '"', "string expected")) return false;
-    while (p->at < p->end) {
-        const char *run = p->at;
-        while (p->at < p->end && *p->at != '"' && *p->at != '\\' && (unsigned char)*p->at >= 0x20)
-            p->at++;
-        size_t bytes = (size_t)(p->at - run);
-        memcpy(*to, run, bytes);
-        *to += bytes;
-        if (p->at >= p->end) break;
-        char c = *p->at++;
-        if (c == '"') return true;
-        if (c != '\\') return doubt(p, "control character in a string");
-        if (!escape(p, to)) return false;
-    }
-    return doubt(p, "string not closed");
-}
-
-static bool unsigned_number(parser *p, uint64_t *out) {
-    skip_space(p);
-    const char *first = p->at;
-    uint64_t value = 0;
-    while (p->at < p->end && *p->at >= '0' && *p->at <= '9') {
-        uint64_t digit = (uint64_t)(*p->at++ - '0');
-        if (value > ((uint64_t)INT64_MAX - digit) / 10) return doubt(p, "number too large");
-        value = value * 10 + digit;
-    }
-    if (p->at == first) return doubt(p, "unsigned integer expected");
-    if (*first == '0' && p->at - first > 1) return doubt(p, "leading zero");
-    if (p->at < p->end && (*p->at == '.' || *p->at == 'e' || *p->at == 'E'))
-        return doubt(p, "not an integer");
-    *out = value;
-    return true;
-}
-
-/* A short literal without escapes, such as a key or a dtype. */
-static bool plain_string(parser *p, const char **text, size_t *bytes) {
-    if (!expect(p, '"', "string expected")) return false;
-    *text = p->at;
-    while (p->at < p->end && *p->at != '"' && *p->at != '\\' && (unsigned char)*p->at >= 0x20)
-        p->at++;
-    if (p->at >= p->end || *p->at != '"') return doubt(p, "unusual string");
-    *bytes = (size_t)(p->at++ - *text);
-    return true;
-}
+/* ---- grammar ---- */
 
 static bool is(const char *text, size_t bytes, const char *literal) {
     return strlen(literal) == bytes && memcmp(text, literal, bytes) == 0;
 }
 
-/* After an element: true to go on, false at the closing character or on doubt. */
-static bool more(parser *p, char close, bool *bad) {
-    skip_space(p);
-    if (p->at < p->end && *p->at == ',') {
-        p->at++;
-        return true;
-    }
-    *bad = !expect(p, close, "',' or a closing bracket expected");
-    return false;
-}
-
-/* ---- grammar ---- */
-
 static bool parse_dtype(parser *p, uint32_t *out) {
     const char *text;
     size_t bytes;
-    if (!plain_string(p, &text, &bytes)) return false;
+    if (!fst_lex_plain_string(&p->in, &text, &bytes)) return false;
     for (uint32_t i = 0; i < FST_DTYPES; i++) {
         if (is(text, bytes, dtypes[i].name)) {
             *out = i;
             return true;
         }
     }
-    return doubt(p, "unknown dtype");
+    return fst_lex_doubt(&p->in, "unknown dtype");
 }
 
 static bool parse_shape(parser *p, fst_tensor *tensor) {
     bool bad = false;
-    if (!expect(p, '[', "shape is not an array")) return false;
+    if (!fst_lex_expect(&p->in, '[', "shape is not an array")) return false;
     tensor->dims_index = p->dims_count;
-    if (peek(p, ']')) {
-        p->at++;
+    if (fst_lex_peek(&p->in, ']')) {
+        p->in.at++;
         return true;
     }
     do {
         uint64_t dim;
-        if (!unsigned_number(p, &dim)) return false;
+        if (!fst_lex_unsigned(&p->in, &dim)) return false;
         int64_t *dims = reserve(p, p->dims, &p->dims_room, p->dims_count, sizeof *dims);
         if (dims == NULL) return false;
         p->dims = dims;
         dims[p->dims_count++] = (int64_t)dim;
-        if (++tensor->ndim > 64) return doubt(p, "more than 64 dimensions");
-    } while (more(p, ']', &bad));
+        if (++tensor->ndim > 64) return fst_lex_doubt(&p->in, "more than 64 dimensions");
+    } while (fst_lex_more(&p->in, ']', &bad));
     return !bad;
 }
 
 static bool parse_offsets(parser *p, fst_tensor *tensor) {
-    return expect(p, '[', "data_offsets is not an array") && unsigned_number(p, &tensor->begin) &&
-           expect(p, ',', "data_offsets has not two entries") && unsigned_number(p, &tensor->end) &&
-           expect(p, ']', "data_offsets has not two entries");
+    return fst_lex_expect(&p->in, '[', "data_offsets is not an array") &&
+           fst_lex_unsigned(&p->in, &tensor->begin) &&
+           fst_lex_expect(&p->in, ',', "data_offsets has not two entries") &&
+           fst_lex_unsigned(&p->in, &tensor->end) &&
+           fst_lex_expect(&p->in, ']', "data_offsets has not two entries");
 }
 
 static bool parse_tensor(parser *p, fst_tensor *tensor) {
@@ -302,64 +150,68 @@ static bool parse_tensor(parser *p, fst_tensor *tensor) {
     int seen = 0;
     bool bad = false;
     memset(tensor, 0, sizeof *tensor);
-    if (!expect(p, '{', "tensor is not an object")) return false;
+    if (!fst_lex_expect(&p->in, '{', "tensor is not an object")) return false;
     do {
         const char *key;
         size_t bytes;
         int which;
-        skip_space(p);
-        if (!plain_string(p, &key, &bytes) || !expect(p, ':', "':' expected")) return false;
+        fst_lex_space(&p->in);
+        if (!fst_lex_plain_string(&p->in, &key, &bytes) ||
+            !fst_lex_expect(&p->in, ':', "':' expected"))
+            return false;
         if (is(key, bytes, "dtype")) {
             which = DTYPE;
             if (!parse_dtype(p, &tensor->dtype)) return false;
         } else if (is(key, bytes, "shape")) {
             which = SHAPE;
-            if (seen & SHAPE || !parse_shape(p, tensor)) return doubt(p, "shape twice");
+            if (seen & SHAPE || !parse_shape(p, tensor))
+                return fst_lex_doubt(&p->in, "shape twice");
         } else if (is(key, bytes, "data_offsets")) {
             which = OFFSETS;
             if (!parse_offsets(p, tensor)) return false;
         } else {
-            return doubt(p, "unknown tensor field");
+            return fst_lex_doubt(&p->in, "unknown tensor field");
         }
-        if (seen & which) return doubt(p, "tensor field twice");
+        if (seen & which) return fst_lex_doubt(&p->in, "tensor field twice");
         seen |= which;
-    } while (more(p, '}', &bad));
+    } while (fst_lex_more(&p->in, '}', &bad));
     if (bad) return false;
-    return seen == (DTYPE | SHAPE | OFFSETS) || doubt(p, "tensor field missing");
+    return seen == (DTYPE | SHAPE | OFFSETS) || fst_lex_doubt(&p->in, "tensor field missing");
 }
 
 /* An object of strings to strings; remembers its span for the caller to decode. */
 static bool parse_metadata(parser *p, char *scratch) {
     bool bad = false;
-    if (p->metadata_seen) return doubt(p, "__metadata__ twice");
+    if (p->metadata_seen) return fst_lex_doubt(&p->in, "__metadata__ twice");
     p->metadata_seen = true;
-    skip_space(p);
-    if (p->end - p->at >= 4 && memcmp(p->at, "null", 4) == 0) { /* as if absent */
-        p->at += 4;
+    fst_lex_space(&p->in);
+    if (p->in.end - p->in.at >= 4 && memcmp(p->in.at, "null", 4) == 0) { /* as if absent */
+        p->in.at += 4;
         return true;
     }
-    p->metadata = p->at;
-    if (!expect(p, '{', "__metadata__ is not an object")) return false;
-    if (peek(p, '}')) {
-        p->at++;
+    p->metadata = p->in.at;
+    if (!fst_lex_expect(&p->in, '{', "__metadata__ is not an object")) return false;
+    if (fst_lex_peek(&p->in, '}')) {
+        p->in.at++;
     } else {
         do {
             char *to = scratch;
-            if (!string_into(p, &to) || !expect(p, ':', "':' expected")) return false;
-            skip_space(p);
+            if (!fst_lex_string(&p->in, &to) || !fst_lex_expect(&p->in, ':', "':' expected"))
+                return false;
+            fst_lex_space(&p->in);
             to = scratch;
-            if (!string_into(p, &to)) return false;
-        } while (more(p, '}', &bad));
+            if (!fst_lex_string(&p->in, &to)) return false;
+        } while (fst_lex_more(&p->in, '}', &bad));
         if (bad) return false;
     }
-    p->metadata_bytes = (size_t)(p->at - p->metadata);
+    p->metadata_bytes = (size_t)(p->in.at - p->metadata);
     return true;
 }
 
 static bool parse_member(parser *p) {
     char *name = p->names + p->names_bytes, *to = name;
-    skip_space(p);
-    if (!string_into(p, &to) || !expect(p, ':', "':' expected")) return false;
+    fst_lex_space(&p->in);
+    if (!fst_lex_string(&p->in, &to) || !fst_lex_expect(&p->in, ':', "':' expected")) return false;
     if (is(name, (size_t)(to - name), "__metadata__")) return parse_metadata(p, name);
     entry *entries = reserve(p, p->entries, &p->entries_room, p->count, sizeof *entries);
     if (entries == NULL) return false;
@@ -377,38 +229,17 @@ static bool parse_member(parser *p) {
 
 static bool parse_header(parser *p) {
     bool bad = false;
-    if (!expect(p, '{', "header is not an object")) return false;
-    if (peek(p, '}')) {
-        p->at++;
+    if (!fst_lex_expect(&p->in, '{', "header is not an object")) return false;
+    if (fst_lex_peek(&p->in, '}')) {
+        p->in.at++;
     } else {
         do {
             if (!parse_member(p)) return false;
-        } while (more(p, '}', &bad));
+        } while (fst_lex_more(&p->in, '}', &bad));
         if (bad) return false;
     }
-    skip_space(p);
-    return p->at == p->end || doubt(p, "bytes after the header's object");
-}
-
-static bool valid_utf8(const unsigned char *at, const unsigned char *end) {
-    while (at < end) {
-        if (*at < 0x80) {
-            at++;
-            continue;
-        }
-        int extra = *at >= 0xC2 && *at <= 0xDF   ? 1
-                    : *at >= 0xE0 && *at <= 0xEF ? 2
-                    : *at >= 0xF0 && *at <= 0xF4 ? 3
-                                                 : 0;
-        if (extra == 0 || end - at <= extra) return false;
-        if ((*at == 0xE0 && at[1] < 0xA0) || (*at == 0xED && at[1] > 0x9F) ||
-            (*at == 0xF0 && at[1] < 0x90) || (*at == 0xF4 && at[1] > 0x8F))
-            return false;
-        for (int i = 1; i <= extra; i++)
-            if ((at[i] & 0xC0) != 0x80) return false;
-        at += extra + 1;
-    }
-    return true;
+    fst_lex_space(&p->in);
+    return p->in.at == p->in.end || fst_lex_doubt(&p->in, "bytes after the header's object");
 }
 
 /* ---- validation, as stock's Metadata::validate ---- */
@@ -449,12 +280,12 @@ static bool validate(parser *p, uint64_t data_bytes) {
         const fst_tensor *tensor = &p->entries[i].tensor;
         uint64_t bytes;
         if (tensor->begin != start || tensor->end < tensor->begin)
-            return doubt(p, "offsets do not follow each other");
+            return fst_lex_doubt(&p->in, "offsets do not follow each other");
         if (!tensor_bytes(p, tensor, &bytes) || bytes != tensor->end - tensor->begin)
-            return doubt(p, "shape, dtype and offsets disagree");
+            return fst_lex_doubt(&p->in, "shape, dtype and offsets disagree");
         start = tensor->end;
     }
-    return start == data_bytes || doubt(p, "file length and offsets disagree");
+    return start == data_bytes || fst_lex_doubt(&p->in, "file length and offsets disagree");
 }
 
 /* ---- result ---- */
@@ -495,7 +326,7 @@ static bool fill_layout(parser *p, fst_layout *layout) {
 /* Takes over the header buffer, also on failure. */
 static int parse_owned(char *header, uint64_t header_bytes, uint64_t file_bytes, fst_layout **out,
                        fst_layout_view *view, fst_error *err) {
-    parser p = {.at = header, .begin = header, .end = header + header_bytes};
+    parser p = {.in = {.at = header, .begin = header, .end = header + header_bytes}};
     fst_layout *layout = calloc(1, sizeof *layout);
     int code = FST_OK;
     p.names = malloc(header_bytes + 1);
@@ -509,20 +340,20 @@ static int parse_owned(char *header, uint64_t header_bytes, uint64_t file_bytes,
     layout->header_bytes = header_bytes;
     layout->file_bytes = file_bytes;
     if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__)
-        (void)doubt(&p, "this machine is big-endian and the file is not");
-    else if (!valid_utf8((const unsigned char *)p.at, (const unsigned char *)p.end))
-        (void)doubt(&p, "header is not UTF-8");
+        (void)fst_lex_doubt(&p.in, "this machine is big-endian and the file is not");
+    else if (!fst_lex_utf8(&p.in))
+        (void)fst_lex_doubt(&p.in, "header is not UTF-8");
     else if (parse_header(&p)) {
         sort_entries(&p);
         (void)validate(&p, file_bytes - LENGTH_BYTES - header_bytes);
     }
-    if (p.doubt == NULL && !p.no_memory && !fill_layout(&p, layout)) p.no_memory = true;
+    if (p.in.doubt == NULL && !p.no_memory && !fill_layout(&p, layout)) p.no_memory = true;
     if (p.no_memory)
         code = fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory to parse a header of %llu bytes",
                         (unsigned long long)header_bytes);
-    else if (p.doubt != NULL)
-        code = fst_fail(err, FST_DOUBT, 0, "header byte %lld: %s", (long long)(p.at - p.begin),
-                        p.doubt);
+    else if (p.in.doubt != NULL)
+        code = fst_fail(err, FST_DOUBT, 0, "header byte %lld: %s",
+                        (long long)(p.in.at - p.in.begin), p.in.doubt);
 out:
     free(p.entries);
     free(p.dims);

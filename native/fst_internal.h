@@ -31,6 +31,20 @@ static inline uint64_t fst_align_up(uint64_t n, uint64_t to) {
 /* The kernel's page: 4 KiB on x86_64, up to 64 KiB on aarch64. */
 static inline uint64_t fst_page(void) { return (uint64_t)sysconf(_SC_PAGESIZE); }
 
+/* ---- memory ---- */
+
+typedef struct fst_pages {
+    unsigned char *data;
+    uint64_t bytes;
+    void *map; /* what munmap takes; data lies aligned in it */
+    uint64_t map_bytes;
+} fst_pages;
+
+/* Zeroed memory, 2 MiB aligned and in huge pages where it is as large as one and the system
+ * allows them. Returns 0 or an errno. */
+int fst_pages_map(fst_pages *pages, uint64_t bytes);
+void fst_pages_unmap(fst_pages *pages); /* and empties it; nothing to do for an empty one */
+
 /* ---- files ---- */
 
 struct fst_file {
@@ -49,19 +63,25 @@ int fst_file_open_direct(const fst_file *file);
 enum fst_arena_kind {
     FST_ARENA_MAP,
     FST_ARENA_ANONYMOUS,
-    FST_ARENA_BORROWED
+    FST_ARENA_BORROWED,
+    FST_ARENA_ADOPTED
 };
 
 struct fst_arena {
     atomic_uint users;         /* creator and batches of tensors */
     atomic_uint refs;          /* one for all users together, one for each job */
     atomic_ullong ahead_bytes; /* of a map: read ahead into the page cache for its users */
-    atomic_bool small_pages;   /* huge pages were given up for what is not filled yet */
+    atomic_ullong fill_bytes;  /* since the last judgement of fst_arena_note_fill */
+    atomic_ullong fill_nanoseconds;
+    atomic_bool small_pages; /* huge pages were given up for what is not filled yet */
+    atomic_bool slots_only;  /* O_DIRECT reads in place failed */
     enum fst_arena_kind kind;
     unsigned char *data;
     uint64_t bytes;
-    uint64_t mapped_bytes; /* what munmap takes */
-    void *mapped;
+    fst_pages pages;     /* what is to be unmapped; of borrowed memory, nothing */
+    int32_t device_type; /* DLPack's; the CPU's for all but adopted memory */
+    int32_t device_id;
+    void *managed; /* of adopted memory: the DLManagedTensor */
 };
 
 void fst_arena_retain_user(fst_arena *arena);
@@ -73,6 +93,9 @@ bool fst_arena_abandoned(const fst_arena *arena);
 void fst_arena_note_fill(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds);
 void fst_arena_count_ahead(fst_arena *arena, uint64_t bytes);
 
+/* Makes forks find the pool; whatever lives longer than a call does this first. */
+void fst_pool_prepare(void);
+
 /* ---- counters shown by fst_pool_get_stats ---- */
 
 typedef struct fst_counters {
@@ -83,6 +106,7 @@ typedef struct fst_counters {
     atomic_ullong bytes_prefetched;
     atomic_ullong bytes_buffered;
     atomic_ullong bytes_direct;
+    atomic_ullong bytes_copied; /* to devices */
 } fst_counters;
 
 extern fst_counters fst_counts;
@@ -101,15 +125,22 @@ typedef struct fst_io_context { /* what one chunk needs; lives on the worker's s
     bool drop_cache;
     unsigned char *slot; /* bounce buffer, page aligned, slot_bytes long */
     uint64_t slot_bytes;
+    unsigned char *into;     /* buffered: where begin goes, and the rest behind it as in the file;
+                                NULL: every piece to its place in the arena */
     const atomic_bool *stop; /* the job was cancelled: give up between system calls */
 } fst_io_context;
 
 int fst_io_buffered(const fst_io_context *io, fst_error *err);
 /* FST_E_INVALID with sys_errno: O_DIRECT refused here, nothing was moved. */
 int fst_io_direct(const fst_io_context *io, fst_error *err);
+/* The reading of it only: the file's bytes from fst_align_down(begin, FST_DIRECT_ALIGN) on lie
+ * in the slot then. */
+int fst_io_direct_slot(const fst_io_context *io, fst_error *err);
 /* Returns 0 when the chunk is resident (and, where the kernel can, mapped), ENOBUFS when
  * it needs a slot for that, else why it gave up. */
 int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes);
+/* What of the chunk is not cached is read into the page cache, many pages at a time. */
+void fst_io_fill_cache(const fst_io_context *io);
 /* The rest of a chunk for which fst_io_prefetch asked for a slot; returns as it does. */
 int fst_io_read_through(const fst_io_context *io);
 

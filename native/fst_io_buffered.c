@@ -8,14 +8,17 @@
 #include "fst_internal.h"
 #include "fst_sys.h"
 
-#define PIECES 64 /* tensors filled by one system call */
-#define READAHEAD_BYTES (512u << 10)
+#define PIECES 64         /* tensors filled by one system call */
 #define EAGAIN_TRIES 1000 /* of 1 ms */
 
 /* The destinations of the file range [at, io->end) that follow each other without a
  * gap, at most PIECES; *segment is where at lies. Returns how many. */
 static int gather(const fst_io_context *io, uint64_t segment, uint64_t at, struct iovec *to) {
     int count = 0;
+    if (io->into != NULL) { /* gaps and all */
+        *to = (struct iovec){io->into + (at - io->begin), (size_t)(io->end - at)};
+        return 1;
+    }
     while (count < PIECES && segment < io->count && at < io->end) {
         const fst_segment *s = &io->segments[segment];
         if (s->bytes == 0) {
@@ -34,18 +37,6 @@ static int gather(const fst_io_context *io, uint64_t segment, uint64_t at, struc
     return count;
 }
 
-static void queue_cold(const fst_io_context *io) {
-    uint64_t resident = 0;
-    int probe = FST_PROBE_NONE;
-    (void)fst_file_residency((fst_file *)(uintptr_t)io->file, io->begin, io->end - io->begin,
-                             &resident, &probe);
-    if (resident >= io->end - io->begin) return;
-    for (uint64_t at = io->begin; at < io->end; at += READAHEAD_BYTES)
-        if (FST_SYS->readahead(io->file->fd, (off_t)at,
-                               (size_t)fst_min(READAHEAD_BYTES, io->end - at)) != 0)
-            return;
-}
-
 static uint64_t skip_to(const fst_io_context *io, uint64_t segment, uint64_t *at) {
     while (segment < io->count) {
         const fst_segment *s = &io->segments[segment];
@@ -58,10 +49,10 @@ static uint64_t skip_to(const fst_io_context *io, uint64_t segment, uint64_t *at
     return segment;
 }
 
-/* Whole pages: the kernel keeps those of which the range covers a part only. */
+/* Whole huge pages: the kernel keeps those of which the range covers a part only. */
 static void drop_chunk(const fst_io_context *io) {
-    uint64_t first = fst_align_down(io->begin, fst_page());
-    uint64_t bytes = fst_align_up(io->end, fst_page()) - first;
+    uint64_t first = fst_align_down(io->begin, FST_HUGE_PAGE);
+    uint64_t bytes = fst_align_up(io->end, FST_HUGE_PAGE) - first;
     (void)FST_SYS->fadvise(io->file->fd, (off_t)first, (off_t)bytes, POSIX_FADV_DONTNEED);
 }
 
@@ -69,7 +60,7 @@ int fst_io_buffered(const fst_io_context *io, fst_error *err) {
     struct iovec to[PIECES];
     uint64_t at = io->begin, segment = io->first;
     int again = 0;
-    queue_cold(io);
+    fst_io_fill_cache(io);
     for (;;) {
         segment = skip_to(io, segment, &at);
         if (segment == io->count || at >= io->end) break;

@@ -1,12 +1,21 @@
-/* fst_io_prefetch.c - pull a chunk of a mapped file into page cache and page table.
+/* fst_io_prefetch.c - pull a chunk of a file into the page cache, and into its map's page table.
  *
- * readahead() in pieces queues the whole chunk at the device at once whatever the
- * mount's read-ahead setting is, and MADV_POPULATE_READ then waits for it and fills the
- * page table, so that the reader takes no faults. No byte is copied. On one virtual
- * disk and 2 cores, 1.7 GB, medians of 7 in random order: 1.21 s against 1.27 s for 8
- * threads reading into scratch memory (within the noise) and 2.19 s for plain faults, at
- * 128 KiB read-ahead; 1.24, 1.27 and 1.99 s at 8 MiB. What is cached already is left alone:
- * populating it beside the reader gained nothing, and costs whoever loads more than he reads.
+ * Where a map is advised to be in huge pages, a fault reads 2 MiB into one folio, whatever the
+ * read-ahead setting (Linux 5.18), and maps it by one entry (on file systems with large
+ * folios). MADV_POPULATE_READ faults the chunk in, so that the reader takes no faults. No byte
+ * is copied. 1.7 GB on a virtual disk, 2 cores, 8 threads beside the reader, medians of 5
+ * alternating runs, at 128 KiB and 8 MiB read-ahead: 0.96 and 0.87 s, and 0.2 s of processor
+ * time; by readahead() and small pages 1.33 and 1.54 s, 0.8 s of processor time; plain faults
+ * 1.95 and 1.21 s. Reading the file again, then cached, takes 0.12 s after the first, 0.3 s
+ * after the second.
+ *
+ * Where a fault turns out to read less, readahead() in pieces queues the whole chunk at the
+ * device first. What is cached already is left alone: populating it beside the reader gained
+ * nothing, and costs whoever loads more than he reads.
+ *
+ * Buffered reads fill the cache in the same way, through a map that lasts as long: 1.02 and
+ * 1.13 s in the same setting, where reads alone took 1.48 and 1.75 s, and after readahead()
+ * 1.60 and 1.70 s.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -45,26 +54,62 @@ int fst_io_read_through(const fst_io_context *io) {
     return 0;
 }
 
-static int populate(const fst_io_context *io) {
-    uint64_t page = fst_page(), first = fst_align_down(io->begin, page);
-    size_t bytes = (size_t)(fst_align_up(io->end, page) - first);
+/* Faults file bytes [begin, end) in; mapped is where the page of io->begin is mapped. */
+static int populate(const fst_io_context *io, unsigned char *mapped, uint64_t begin, uint64_t end) {
+    uint64_t page = fst_page(), first = fst_align_down(begin, page);
+    unsigned char *from = mapped + (first - fst_align_down(io->begin, page));
+    size_t bytes = (size_t)(fst_align_up(end, page) - first);
     for (int tries = 0; tries < POPULATE_TRIES; tries++) {
-        if (FST_SYS->madvise(io->arena->data + first, bytes, MADV_POPULATE_READ) == 0) return 0;
+        if (FST_SYS->madvise(from, bytes, MADV_POPULATE_READ) == 0) return 0;
         if (errno != EINTR && errno != EAGAIN) return errno;
         if (atomic_load_explicit(io->stop, memory_order_relaxed)) return ECANCELED;
     }
     return EAGAIN;
 }
 
-int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes) {
+/* Asks for huge pages, and tries on the chunk's first page whether a fault brings one. */
+static bool faults_are_huge(const fst_io_context *io, unsigned char *mapped) {
+    uint64_t first = fst_align_down(io->begin, fst_page()), resident = 0;
+    uint64_t huge_end = fst_align_down(io->begin, FST_HUGE_PAGE) + FST_HUGE_PAGE;
+    int probe = FST_PROBE_NONE;
+    /* Of less, a fault would read more than is wanted. */
+    if (io->end - io->begin < FST_HUGE_PAGE) return false;
+    if (FST_SYS->madvise(mapped, (size_t)(io->end - first), MADV_HUGEPAGE) != 0) return false;
+    if (populate(io, mapped, io->begin, io->begin + 1) != 0) return false;
+    (void)fst_file_residency((fst_file *)(uintptr_t)io->file, first, huge_end - first, &resident,
+                             &probe);
+    return resident == huge_end - first;
+}
+
+static uint64_t cold_bytes_of(const fst_io_context *io) {
     uint64_t resident = 0, length = io->end - io->begin;
     int probe = FST_PROBE_NONE;
-    *cold_bytes = 0;
     (void)fst_file_residency((fst_file *)(uintptr_t)io->file, io->begin, length, &resident, &probe);
-    if (resident >= length) return 0; /* faulting it in is cheap, and only if it is used */
-    *cold_bytes = length - resident;
-    queue_reads(io);
-    int code = populate(io);
+    return length - fst_min(resident, length);
+}
+
+static int fill(const fst_io_context *io, unsigned char *mapped) {
+    if (!faults_are_huge(io, mapped)) queue_reads(io);
+    return populate(io, mapped, io->begin, io->end);
+}
+
+void fst_io_fill_cache(const fst_io_context *io) {
+    if (cold_bytes_of(io) == 0) return;
+    uint64_t first = fst_align_down(io->begin, fst_page());
+    size_t bytes = (size_t)(fst_align_up(io->end, fst_page()) - first);
+    void *map = FST_SYS->mmap(NULL, bytes, PROT_READ, MAP_SHARED, io->file->fd, (off_t)first);
+    if (map == MAP_FAILED) {
+        queue_reads(io);
+        return;
+    }
+    (void)fill(io, map); /* whatever is wrong, the read that follows says it */
+    (void)munmap(map, bytes);
+}
+
+int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes) {
+    *cold_bytes = cold_bytes_of(io);
+    if (*cold_bytes == 0) return 0; /* faulting it in is cheap, and only if it is used */
+    int code = fill(io, io->arena->data + fst_align_down(io->begin, fst_page()));
     if (code != EINVAL) return code;
     return io->slot == NULL ? ENOBUFS : fst_io_read_through(io);
 }

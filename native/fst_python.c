@@ -82,3 +82,19 @@ int fst_tensors_import(fst_arena *arena, fst_layout *layout, const uint64_t *whi
     fst_batch_drop(batch, 1);
     return code;
 }
+
+int fst_arena_adopt_capsule(uintptr_t capsule, fst_arena **out, fst_error *err) {
+    PyObject *object = (PyObject *)capsule;
+    int code;
+    *out = NULL;
+    PyGILState_STATE gil = PyGILState_Ensure();
+    if (PyCapsule_IsValid(object, "dltensor")) {
+        code = fst_arena_adopt((uintptr_t)PyCapsule_GetPointer(object, "dltensor"), out, err);
+        /* Else its destructor would give the memory back, too. */
+        if (code == FST_OK) (void)PyCapsule_SetName(object, "used_dltensor");
+    } else {
+        code = fst_fail(err, FST_E_INVALID, 0, "no unused DLPack capsule");
+    }
+    PyGILState_Release(gil);
+    return code;
+}

@@ -108,10 +108,14 @@ static int fault_for(enum fault_call call) {
 
 /* Cuts a read short after the fact, since O_DIRECT refuses odd lengths, and spoils what lies
  * behind the cut, as a device may. */
-static ssize_t cut_short(enum fault_call call, void *to, ssize_t got) {
-    uint64_t most = atomic_load(&faults[call].short_bytes);
+static ssize_t cut_short(enum fault_call call, const struct iovec *to, int count, ssize_t got) {
+    uint64_t most = atomic_load(&faults[call].short_bytes), at = 0;
     if (got < 0 || (uint64_t)got <= most) return got;
-    memset((char *)to + most, 0xA5, (size_t)got - (size_t)most);
+    for (int i = 0; i < count; at += to[i++].iov_len) {
+        uint64_t keep = most > at ? fst_min(most - at, to[i].iov_len) : 0;
+        uint64_t filled = (uint64_t)got > at ? fst_min((uint64_t)got - at, to[i].iov_len) : 0;
+        if (filled > keep) memset((char *)to[i].iov_base + keep, 0xA5, (size_t)(filled - keep));
+    }
     return (ssize_t)most;
 }
 
@@ -127,14 +131,15 @@ static ssize_t faulty_pread(int fd, void *to, size_t bytes, off_t offset) {
     int fault = fault_for(CALL_PREAD);
     if (fault < 0) return -1;
     ssize_t got = pread(fd, to, bytes, offset);
-    return fault == 0 ? got : cut_short(CALL_PREAD, to, got);
+    const struct iovec all = {to, bytes};
+    return fault == 0 ? got : cut_short(CALL_PREAD, &all, 1, got);
 }
 
 static ssize_t faulty_preadv(int fd, const struct iovec *to, int count, off_t offset) {
     int fault = fault_for(CALL_PREADV);
     if (fault < 0) return -1;
-    if (fault == 0) return preadv(fd, to, count, offset);
-    return cut_short(CALL_PREADV, to[0].iov_base, pread(fd, to[0].iov_base, to[0].iov_len, offset));
+    ssize_t got = preadv(fd, to, count, offset);
+    return fault == 0 ? got : cut_short(CALL_PREADV, to, count, got);
 }
 
 static ssize_t faulty_preadv2(int fd, const struct iovec *to, int count, off_t offset, int flags) {

@@ -7,6 +7,7 @@ silently become the fast version and every comparison would compare a thing with
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -27,6 +28,8 @@ import safetensors.torch
 import torch
 
 import fastst_patch
+from fastst_patch import engine
+from fastst_patch.bench import checkpoint
 
 # The default profile is deterministic: a failure seen once is seen again. HYPOTHESIS_PROFILE=long
 # looks for new ones. Tests take multiples of the profile's max_examples.
@@ -225,6 +228,34 @@ def sample(raw: RawFiles) -> str:
     return raw.tensors(tensors)
 
 
+@pytest.fixture
+def model(raw) -> str:
+    """About 2.8 MB, with odd lengths, a scalar and an empty tensor: read-ahead starts at 1 MiB."""
+    generator = torch.Generator().manual_seed(11)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    return raw.tensors(
+        {
+            "bytes": numbers(1_200_003),
+            "floats": numbers(300, 700).float(),
+            "halves": numbers(3, 5).to(torch.bfloat16),
+            "scalar": torch.tensor(1 << 40),
+            "empty": torch.empty(0, 4),
+            "flags": numbers(777_777) > 127,
+        }
+    )
+
+
+@pytest.fixture
+def transformer(tmp_path: Path) -> Path:
+    """The bench's kind of model, small, in one file."""
+    path = tmp_path / "model.safetensors"
+    checkpoint.write_checkpoint(path, checkpoint.transformer_specs(300_000), lambda _: None)
+    return path
+
+
 # ---------------------------------------------------------------- comparison
 
 
@@ -397,3 +428,100 @@ class Watch:
 @pytest.fixture(scope="session")
 def watch() -> type[Watch]:
     return Watch
+
+
+# ---------------------------------------------------------------- the system below
+
+
+def _evict(path: Path) -> None:
+    """Take a file out of the page cache; skips where that cannot be done."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    if engine.residency(str(path)).resident_bytes:
+        pytest.skip("this file system does not let go of cached pages (tmpfs?)")
+
+
+@pytest.fixture(scope="session")
+def evict() -> Callable[[Path], None]:
+    return _evict
+
+
+def _need_o_direct(path: str) -> None:
+    """Skip where the file system of the tests does not take O_DIRECT: those reads never come."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError as error:
+        pytest.skip(f"no O_DIRECT here: {error.strerror}")
+
+
+@pytest.fixture(scope="session")
+def need_o_direct() -> Callable[[str], None]:
+    return _need_o_direct
+
+
+def _held() -> dict[str, int]:
+    gc.collect()
+    engine.shutdown()  # finishes what is in flight
+    names = ("threads", "jobs", "arenas", "arena_bytes", "files")
+    counters = engine.counters()
+    return {name: counters[name] for name in names}
+
+
+def _descriptors(folder: Path) -> list[str]:
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue
+        if target.startswith(os.path.realpath(folder)):
+            found.append(target)
+    return found
+
+
+@pytest.fixture
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    """Whatever the test did, the engine holds afterwards what it held before, and no fault."""
+    before = _held()
+    yield
+    engine.clear_faults()
+    assert _held() == before
+    assert _descriptors(tmp_path) == []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _young_heap() -> Iterator[None]:
+    """Collections look at what the module's own tests made.
+
+    Many tests collect, and a heap that has seen transformers and hypothesis takes half a second.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The fake device driver, built once; see fake_device.py."""
+    import fake_device
+
+    library = fake_device.build(tmp_path_factory.mktemp("fake"))
+    if library is None:
+        pytest.skip("needs a C compiler, to build the fake device driver")
+    driver = fake_device.Driver(library)
+    driver.lib.fake_devices(4)
+    return driver
+
+
+@pytest.fixture
+def cuda(fake_driver: Any) -> Iterator[Any]:
+    """A FakeRuntime in CUDA's place, on the fake driver."""
+    import fake_device
+
+    with fake_device.fake_cuda(fake_driver) as runtime:
+        yield runtime

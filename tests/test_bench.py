@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from fastst_patch import cli, engine
 from fastst_patch.bench import (
     ceilings,
-    checkpoint,
     child,
     files,
     job,
@@ -31,14 +28,6 @@ from fastst_patch.bench import (
 from fastst_patch.bench.errors import BenchError, UsageError
 
 native = pytest.mark.skipif(engine.native_error() is not None, reason="no native extension")
-
-
-@pytest.fixture
-def model(tmp_path):
-    """A small model in one file."""
-    path = tmp_path / "model.safetensors"
-    checkpoint.write_checkpoint(path, checkpoint.transformer_specs(300_000), lambda _: None)
-    return path
 
 
 @pytest.fixture
@@ -83,143 +72,6 @@ def fake_runs(monkeypatch):
     return jobs, answers
 
 
-# ---- checkpoints --------------------------------------------------------
-
-
-def test_checkpoint_is_what_stock_reads(model):
-    specs = checkpoint.transformer_specs(300_000)
-    tensors = load_file(model)
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        spec.name: spec.shape for spec in specs
-    }
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert int.from_bytes(model.read_bytes()[:8], "little") % 8 == 0
-
-
-def test_checkpoint_is_the_same_every_time(model, tmp_path):
-    again = tmp_path / "again.safetensors"
-    checkpoint.write_checkpoint(again, checkpoint.transformer_specs(300_000), lambda _: None)
-    assert again.read_bytes() == model.read_bytes()
-
-
-def test_no_two_blocks_of_a_checkpoint_are_alike():
-    stream = checkpoint._noise()
-    digests = {hashlib.sha256(next(stream)[:4096]).digest() for _ in range(500)}
-    assert len(digests) == 500  # 2 GB worth
-
-
-@pytest.mark.parametrize("budget", [10**6, 10**8, checkpoint.LARGEST])
-def test_transformer_fits_its_budget(budget):
-    specs = checkpoint.transformer_specs(budget)
-    assert len({spec.name for spec in specs}) == len(specs) == 147
-    assert 0.6 * budget < sum(spec.nbytes for spec in specs) <= budget
-
-
-def test_moe_has_as_many_tensors_as_asked():
-    specs = checkpoint.moe_specs(18_867)
-    assert len({spec.name for spec in specs}) == 18_867
-
-
-@pytest.mark.parametrize("ending", [ValueError, KeyboardInterrupt, SystemExit])
-def test_checkpoint_is_removed_whatever_ends_it(tmp_path, ending):
-    def use():
-        with checkpoint.temporary_checkpoint(tmp_path, checkpoint.moe_specs(3)) as path:
-            assert path.exists()
-            raise ending
-
-    with pytest.raises(ending):
-        use()
-    assert not list(tmp_path.iterdir())
-
-
-def test_checkpoint_is_removed_when_writing_is_interrupted(tmp_path):
-    def interrupt(_):
-        raise KeyboardInterrupt
-
-    context = checkpoint.temporary_checkpoint(tmp_path, checkpoint.moe_specs(3), interrupt)
-    with pytest.raises(KeyboardInterrupt), context:
-        pass
-    assert not list(tmp_path.iterdir())
-
-
-def test_checkpoint_is_never_put_in_memory(tmp_path, monkeypatch):
-    in_memory = machine.Filesystem("/", "tmpfs", "tmpfs")
-    monkeypatch.setattr(machine, "filesystem", lambda path: in_memory)
-    with pytest.raises(UsageError, match=r"tmpfs is memory.*--dir"):
-        checkpoint.pick_directory(None)
-    with pytest.raises(UsageError, match=str(tmp_path)):
-        checkpoint.pick_directory(str(tmp_path))
-
-
-def test_too_small_a_machine_is_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "memory_available", lambda: 10**8)
-    with pytest.raises(UsageError, match="25 MB"):
-        checkpoint.budget(tmp_path)
-
-
-# ---- files --------------------------------------------------------------
-
-
-def test_folder_means_its_safetensors_sorted(model):
-    shard = model.with_name("a.safetensors")
-    shard.write_bytes(model.read_bytes())
-    model.with_name("notes.txt").write_text("no")
-    assert [file.name for file in files.expand([str(model.parent)])] == [
-        "a.safetensors",
-        "model.safetensors",
-    ]
-
-
-def test_index_decides_what_belongs_to_a_model(model):
-    model.with_name("other.safetensors").write_bytes(model.read_bytes())
-    index = {"weight_map": {"x": model.name, "y": model.name}}
-    model.with_name(files.INDEX_NAME).write_text(json.dumps(index))
-    assert [file.name for file in files.expand([str(model.parent)])] == [model.name]
-
-
-def test_file_named_twice_counts_once(model):
-    assert len(files.expand([str(model), str(model.parent)])) == 1
-
-
-def test_order_is_by_offset(tmp_path):
-    path = tmp_path / "x.safetensors"
-    save_file({"b": torch.zeros(4, dtype=torch.int8), "a": torch.zeros(4)}, path)
-    described = files.describe(path)
-    assert described.order == ("a", "b")  # the wider dtype lies first
-    assert described.tensor_bytes == 20
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "No such file"),
-        (b"abc", "not a safetensors file"),
-        ((10**6).to_bytes(8, "little") + b"{}", "first 8 bytes"),
-        ((2).to_bytes(8, "little") + b"[]", "not a safetensors file"),
-        ((2).to_bytes(8, "little") + b"{}", "no tensors"),
-    ],
-)
-def test_bad_file_is_named(tmp_path, content, message):
-    path = tmp_path / "bad.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UsageError, match=message) as caught:
-        files.expand([str(path)])
-    assert str(path) in str(caught.value)
-
-
-def test_bad_folder_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"no \*\.safetensors"):
-        files.expand([str(tmp_path)])
-    index = tmp_path / files.INDEX_NAME
-    index.write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
-    with pytest.raises(UsageError, match=r"not there: gone\.safetensors"):
-        files.expand([str(tmp_path)])
-    index.write_text("[]")
-    with pytest.raises(UsageError, match="not an index"):
-        files.expand([str(tmp_path)])
-
-
 # ---- cache state --------------------------------------------------------
 
 
@@ -230,19 +82,21 @@ def test_weakest_verdict_counts():
 
 
 @native
-def test_prepare_makes_and_proves_both_states(model, on_disk):
+def test_prepare_makes_and_proves_both_states(transformer, on_disk):
     for cache in ("cold", "warm", "cold"):
-        state = residency.prepare(cache, [str(model)])
+        state = residency.prepare(cache, [str(transformer)])
         if state.fraction is None:
             pytest.skip("this kernel does not tell what is cached")
         assert state.verified, state
 
 
 @native
-def test_warm_run_called_cold_is_caught(model, on_disk, monkeypatch, fake_runs, capsys, tmp_path):
+def test_warm_run_called_cold_is_caught(
+    transformer, on_disk, monkeypatch, fake_runs, capsys, tmp_path
+):
     monkeypatch.setattr(residency, "evict", residency.warm)
     report = tmp_path / "report.json"
-    status = run_cli("bench", model, "--cache", "cold", "--repeat", 1, "--json", report)
+    status = run_cli("bench", transformer, "--cache", "cold", "--repeat", 1, "--json", report)
     written = json.loads(report.read_text())
     if written["verified"] is None:
         pytest.skip("this kernel does not tell what is cached")
@@ -267,11 +121,11 @@ def test_unknown_residency_is_no_failure(monkeypatch):
     assert residency.CacheState("cold", None, "unknown").verified is None
 
 
-def test_cold_file_in_memory_is_refused(model, monkeypatch, capsys):
+def test_cold_file_in_memory_is_refused(transformer, monkeypatch, capsys):
     in_memory = machine.Filesystem("/", "tmpfs", "tmpfs")
     monkeypatch.setattr(machine, "filesystem", lambda path: in_memory)
     monkeypatch.setattr(engine, "native_error", lambda: None)
-    assert run_cli("bench", model) == 2
+    assert run_cli("bench", transformer) == 2
     assert "never cold" in capsys.readouterr().err
 
 
@@ -279,18 +133,18 @@ def test_cold_file_in_memory_is_refused(model, monkeypatch, capsys):
 
 
 @native
-def test_wrong_loader_is_caught(model, fake_runs, capsys):
+def test_wrong_loader_is_caught(transformer, fake_runs, capsys):
     _, answers = fake_runs
     answers["patched"] = lambda loader: sample(loader, digests=("other",))
-    assert run_cli("bench", model, "--cache", "warm", "--repeat", 1) == 1
-    assert str(model) in capsys.readouterr().err
+    assert run_cli("bench", transformer, "--cache", "warm", "--repeat", 1) == 1
+    assert str(transformer) in capsys.readouterr().err
 
 
 @native
-def test_loaders_alternate_and_only_patched_gets_options(model, fake_runs):
+def test_loaders_alternate_and_only_patched_gets_options(transformer, fake_runs):
     jobs, _ = fake_runs
     arguments = ("--cache", "warm", "--repeat", 3, "--io", "direct", "-o", "threads=3")
-    assert run_cli("bench", model, *arguments) == 0
+    assert run_cli("bench", transformer, *arguments) == 0
     loaders = [one.loader for one in jobs]
     assert loaders == ["stock", "patched", "patched", "stock", "stock", "patched"]
     assert {one.loader: one.options for one in jobs} == {
@@ -300,20 +154,20 @@ def test_loaders_alternate_and_only_patched_gets_options(model, fake_runs):
 
 
 @native
-def test_time_cap_leaves_one_round_and_says_so(model, fake_runs, capsys):
+def test_time_cap_leaves_one_round_and_says_so(transformer, fake_runs, capsys):
     jobs, _ = fake_runs
-    assert run_cli("bench", model, "--cache", "warm", "--max-seconds", 0) == 0
+    assert run_cli("bench", transformer, "--cache", "warm", "--max-seconds", 0) == 0
     assert len(jobs) == 2
     assert "1 of 5 rounds" in capsys.readouterr().out
 
 
 @native
-def test_ceilings_read_every_byte(model):
-    size = model.stat().st_size
+def test_ceilings_read_every_byte(transformer):
+    size = transformer.stat().st_size
     for direct in (False, True):
         try:
             read, seconds = engine.read_ceiling(
-                str(model), direct=direct, threads=3, chunk_bytes=1 << 16
+                str(transformer), direct=direct, threads=3, chunk_bytes=1 << 16
             )
         except OSError:
             assert direct  # not every file system has O_DIRECT
@@ -323,17 +177,17 @@ def test_ceilings_read_every_byte(model):
 
 
 @native
-def test_missing_o_direct_is_no_failure(monkeypatch, model):
+def test_missing_o_direct_is_no_failure(monkeypatch, transformer):
     def refuse(path, **_):
         raise OSError(22, "O_DIRECT: Invalid argument")
 
     monkeypatch.setattr(engine, "read_ceiling", refuse)
     direct = ceilings.Ceiling(ceilings.DIRECT, "warm", [ceilings.Variant(True, 8, 1 << 20)])
-    direct.measure([str(model)])
+    direct.measure([str(transformer)])
     assert "Invalid argument" in direct.unavailable
     buffered = ceilings.Ceiling(ceilings.PAGE_CACHE, "warm", [ceilings.Variant(False, 1, 1 << 20)])
     with pytest.raises(BenchError, match="page-cache read"):
-        buffered.measure([str(model)])
+        buffered.measure([str(transformer)])
 
 
 def test_failed_child_shows_its_last_words():
@@ -435,6 +289,8 @@ def test_summary_and_paired_ratio():
         ("cold", "stock", ceilings.COLD_BUFFERED),
         ("cold", "direct", ceilings.DIRECT),
         ("warm", "mmap", ceilings.PAGE_CACHE),
+        ("warm", "ring+direct", ceilings.DIRECT),
+        ("cold", "gds (compatibility mode)", ceilings.DIRECT),
     ],
 )
 def test_binding_ceiling_follows_the_path(cache, path, name):
@@ -451,6 +307,37 @@ def test_table_fits_a_terminal_and_tells_the_conditions():
     assert "50% cold buffered" in text
     assert "read-ahead" in text
     assert stats.SPREAD in text
+
+
+def test_memory_of_a_device_is_told():
+    made = outcome()
+    memory = {"peak_rss": 9 * 10**8, "pinned": 64 * 10**6, "device_used": 3 * 10**9}
+    for runs in made.runs.values():
+        for run in runs:
+            changed = dataclasses.replace(
+                run.sample,
+                memory=memory,
+                memory_before={"device_used": 10**9},
+                parts={"pinning": 1},
+            )
+            object.__setattr__(run, "sample", changed)
+    made.plan = dataclasses.replace(made.plan, device="cuda")
+    text = table.render(made, environment())
+    assert "2000               0         64               900" in text
+    assert max(map(len, text.splitlines())) <= 125
+    row = results.to_json(made, environment())["results"][0]
+    assert row["memory"]["device_used"] == 2 * 10**9
+    assert row["parts"] == {"pinning": 1}
+
+
+def test_without_ceilings(fake_runs, monkeypatch):
+    monkeypatch.setattr(
+        residency, "prepare", lambda cache, _: residency.CacheState(cache, None, "")
+    )
+    described = files.CheckpointFile(__file__, 10**9, 10**9, ())
+    made = runner.race(runner.Plan([described], rounds=1, ceilings=False))
+    assert made.ceilings == []
+    assert "ceilings" not in table.render(made, environment())
 
 
 def test_json_schema():
@@ -490,25 +377,25 @@ def test_missing_native_extension_is_told(monkeypatch, capsys):
 
 
 @native
-def test_unusable_cuda_is_told(monkeypatch, capsys, model):
+def test_unusable_cuda_is_told(monkeypatch, capsys, transformer):
     answer = {"usable": False, "reason": "Torch not compiled with CUDA enabled"}
     monkeypatch.setattr(job, "run_json", lambda *_: answer)
-    assert run_cli("bench", model, "--device", "cuda:0") == 2
+    assert run_cli("bench", transformer, "--device", "cuda:0") == 2
     assert "not compiled with CUDA" in capsys.readouterr().err
 
 
 @native
-def test_bad_option_is_told_before_measuring(fake_runs, capsys, model):
+def test_bad_option_is_told_before_measuring(fake_runs, capsys, transformer):
     jobs, _ = fake_runs
-    assert run_cli("bench", model, "--io", "bogus") == 2
+    assert run_cli("bench", transformer, "--io", "bogus") == 2
     assert "bogus" in capsys.readouterr().err
     assert not jobs
 
 
 @native
-def test_outputs_are_checked_before_measuring(fake_runs, capsys, model, tmp_path):
+def test_outputs_are_checked_before_measuring(fake_runs, capsys, transformer, tmp_path):
     jobs, _ = fake_runs
-    assert run_cli("bench", model, "--json", tmp_path / "absent" / "x.json") == 2
+    assert run_cli("bench", transformer, "--json", tmp_path / "absent" / "x.json") == 2
     assert "folder does not exist" in capsys.readouterr().err
     assert not jobs
 
@@ -532,10 +419,10 @@ def test_mounts_are_told_apart():
 
 
 @native
-def test_bench_end_to_end(model, on_disk, tmp_path, capsys):
+def test_bench_end_to_end(transformer, on_disk, tmp_path, capsys):
     report = tmp_path / "report.json"
     arguments = ("--repeat", 1, "-o", "small_file_bytes=0", "--json", report)
-    status = run_cli("bench", model, *arguments)
+    status = run_cli("bench", transformer, *arguments)
     written = json.loads(report.read_text())
     assert status == 0, capsys.readouterr().err
     assert {row["path"] for row in written["results"] if row["loader"] == "stock"} == {"stock"}

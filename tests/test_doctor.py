@@ -35,7 +35,7 @@ def test_json_is_complete(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 def test_without_the_native_extension(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engine, "_native_error", "no compiler was there")
+    monkeypatch.setattr(engine._lib, "_native_error", "no compiler was there")
     assert doctor.main() == 1
     text = capsys.readouterr().out
     assert "NOT LOADED" in text

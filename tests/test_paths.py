@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,23 +18,12 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path: Path, evict: Callable[[Path], None]) -> Path:
     """48 tensors of 4 MiB, in file order t00 to t47, not cached."""
     path = tmp_path / "model.safetensors"
     save_file({f"t{i:02d}": torch.full((MIB,), float(i)) for i in range(48)}, path)
-    _evict(path)
+    evict(path)
     return path
-
-
-def _evict(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-    if engine.residency(str(path)).resident_bytes:
-        pytest.skip("this file system does not let go of cached pages (tmpfs?)")
 
 
 def _cached(path: Path, begin: int, nbytes: int) -> float:
@@ -61,9 +50,9 @@ def test_load_file_reads_ahead_all_of_it(model: Path) -> None:
     assert all(loaded[f"t{i:02d}"][-1] == i for i in range(48))
 
 
-def test_a_handle_reads_what_is_asked_for(model: Path) -> None:
+def test_a_handle_reads_what_is_asked_for(model: Path, evict: Callable[[Path], None]) -> None:
     data = engine.read_layout(engine.open_file(str(model))).data_begin
-    _evict(model)
+    evict(model)
     with fastst_patch.profile() as profile, fastst_patch.safe_open(model, "pt") as f:
         tensor = f.get_tensor("t30")
         assert _until(lambda: _cached(model, data + 30 * 4 * MIB, 4 * MIB) == 1.0)
@@ -72,9 +61,9 @@ def test_a_handle_reads_what_is_asked_for(model: Path) -> None:
     assert profile.reports[0].path == "mmap+readahead"
 
 
-def test_a_handle_walked_in_order_runs_ahead(model: Path) -> None:
+def test_a_handle_walked_in_order_runs_ahead(model: Path, evict: Callable[[Path], None]) -> None:
     data = engine.read_layout(engine.open_file(str(model))).data_begin
-    _evict(model)
+    evict(model)
     with fastst_patch.safe_open(model, "pt") as f:
         f.get_slice("t00")[:]
         f.get_slice("t01")[:]
@@ -98,7 +87,7 @@ def test_reading_ahead_ends_with_the_last_tensor(model: Path) -> None:
 
 
 def test_reading_ahead_leaves_memory_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastst_patch.opened.RESERVE", 1 << 60)
+    monkeypatch.setattr("fastst_patch.onhost.RESERVE", 1 << 60)
     monkeypatch.setattr(engine, "memory_headroom", lambda: 1 << 62)  # a tenth is still too much
     with fastst_patch.config_context(progress=True):  # waits for the job
         loaded = fastst_patch.load_file(model)

@@ -62,8 +62,9 @@ def _bench(args: argparse.Namespace) -> int:
     with _measured_files(args.paths, args.dir) as files:
         _require_cache_possible(files, caches)
         plan = runner.Plan(
-            files, args.device, caches, args.repeat, args.max_seconds, patch_options(args)
-        )
+            files, args.device, caches, args.repeat, args.max_seconds, patch_options(args),
+            args.ceilings,
+        )  # fmt: skip
         environment = machine.environment(files[0].path)
         outcome = runner.race(plan)
     first = outcome.runs[caches[0], "stock"][0].sample

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 
 from fastst_patch import engine
+from fastst_patch.device import target
 
 from . import residency, settle
 from .job import LoadJob, Sample
@@ -54,16 +55,21 @@ def _load(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(job: LoadJob) -> Sample:
-    """Time one load, and then collect what describes it."""
+    """Time one load, and then collect what describes it.
+
+    The sample's parts, of loads to a device: ``context`` (torch's, before the clock), ``engine``
+    (library, streams; before the clock if the job is split, else not given and in the load) and
+    ``pinning`` (within the load, by all workers together).
+    """
     if job.loader == "patched":
         _patch(job.options)
     else:
         _require_stock()
-    _open_device(job.device)
+    parts = _open_device(job)
     settle.memory(sum(Path(path).stat().st_size for path in job.paths))
     gc.collect()
     gc.freeze()  # the patched process imported more: neither shall pay for traversing that
-    memory_before = _memory()
+    memory_before = _memory() | _device_memory(job.device)
     resident = residency.resident_fraction(job.paths)[0] if job.probe else None
 
     with _reports(job.loader) as reports:
@@ -75,7 +81,10 @@ def run(job: LoadJob) -> Sample:
         checksums = _touch(loaded, job.orders) if touching else None
         end = time.perf_counter() if touching else ready
 
-    memory = _memory()
+    memory = _memory() | _device_memory(job.device)
+    if not _on_cpu(job.device):
+        parts["pinning"] = engine.counters()["pinned_nanoseconds"] / 1e9
+    # A device's bytes are read now, after the clock: each once, in file order, as on the CPU.
     checksums = checksums or _touch(loaded, job.orders)
     tensors = [tensor for file in loaded for tensor in file.values()]
     return Sample(
@@ -91,6 +100,7 @@ def run(job: LoadJob) -> Sample:
         memory_before=memory_before,
         versions={"torch": torch.__version__, "safetensors": safetensors.__version__},
         device_name=_device_name(job.device),
+        parts=parts,
     )
 
 
@@ -167,11 +177,21 @@ def _on_cpu(device: str) -> bool:
     return device == "cpu"
 
 
-def _open_device(device: str) -> None:
+def _open_device(job: LoadJob) -> dict[str, float]:
     """Create the context, which costs a program its first second whatever it loads."""
-    if not _on_cpu(device):
-        torch.empty(1, device=device)
-        _synchronize(device)
+    if _on_cpu(job.device):
+        return {}
+    begin = time.perf_counter()
+    torch.empty(1, device=job.device)
+    _synchronize(job.device)
+    parts = {"context": time.perf_counter() - begin}
+    if job.split and job.loader == "patched":
+        found = target(job.device)
+        begin = time.perf_counter()
+        if found is not None:
+            found.native()
+        parts["engine"] = time.perf_counter() - begin
+    return parts
 
 
 def _synchronize(device: str) -> None:
@@ -195,6 +215,19 @@ def _memory() -> dict[str, int]:
                 if match and match[1] in wanted:
                     found[wanted[match[1]]] = int(match[2]) * 1024
     return found
+
+
+def _device_memory(device: str) -> dict[str, int]:
+    """What the driver and torch's allocator say of the device, and what is pinned for copies."""
+    if _on_cpu(device):
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "device_used": total - free,
+        "device_allocated": torch.cuda.memory_allocated(device),
+        "device_reserved_peak": torch.cuda.max_memory_reserved(device),
+        "pinned": engine.counters()["pinned_bytes"],
+    }
 
 
 # ---- other jobs ---------------------------------------------------------

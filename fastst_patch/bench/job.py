@@ -31,6 +31,7 @@ class LoadJob:
     options: Mapping[str, object] = field(default_factory=dict)  # for patch()
     touch: bool = True  # time reading every byte too (CPU only)
     probe: bool = True  # report the residency just before the clock starts
+    split: bool = False  # start the engine's device before the clock, and time that apart
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Sample:
     memory_before: Mapping[str, int]  # bytes, torch imported and nothing loaded
     versions: Mapping[str, str]
     device_name: str
+    parts: Mapping[str, float] = field(default_factory=dict)  # seconds; see child.run
 
     @property
     def total_s(self) -> float:

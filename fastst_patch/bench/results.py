@@ -55,7 +55,7 @@ def gb_per_s(ceiling: Ceiling) -> float:
 
 def binding_ceiling(cache: str, path: str, device: str, speeds: Mapping[str, float]) -> str | None:
     """Name the narrowest place on the way the bytes took; None if it was not measured."""
-    if "direct" in path:
+    if "direct" in path or "gds" in path:  # past the page cache
         source = ceilings.DIRECT
     else:
         source = ceilings.COLD_BUFFERED if cache == "cold" else ceilings.PAGE_CACHE
@@ -94,6 +94,28 @@ def _row(outcome: Outcome, cache: str, loader: str, speeds: Mapping[str, float])
         verified=residency.weakest(run.verified for run in runs),
         runs=tuple(runs),
     )
+
+
+def memory(row: Row) -> dict[str, int]:
+    """What a load to a device took, the most of all rounds, in bytes.
+
+    ``device_used`` is the driver's figure, without what was in use before the load.
+    """
+    pairs = [(run.sample.memory, run.sample.memory_before) for run in row.runs]
+    found = {
+        name: max(after.get(name, 0) for after, _ in pairs)
+        for name in ("peak_rss", "pinned", "device_allocated", "device_reserved_peak")
+    }
+    used = [after.get("device_used", 0) - before.get("device_used", 0) for after, before in pairs]
+    return {**found, "device_used": max(used)}
+
+
+def _parts(row: Row) -> dict[str, float]:
+    names = {name for run in row.runs for name in run.sample.parts}
+    return {
+        name: statistics.median(run.sample.parts.get(name, 0.0) for run in row.runs)
+        for name in sorted(names)
+    }
 
 
 def to_json(outcome: Outcome, environment: Mapping[str, object]) -> dict[str, Any]:
@@ -160,5 +182,6 @@ def _row_json(row: Row) -> dict[str, Any]:
             for run in row.runs
         ],
         "peak_rss": max(sample.memory.get("peak_rss", 0) for sample in samples),
+        **({} if row.device == "cpu" else {"memory": memory(row), "parts": _parts(row)}),
         "digests": list(samples[0].digests),
     }

@@ -29,6 +29,7 @@ class Plan:
     rounds: int = 5
     max_seconds: float = 240.0
     options: Mapping[str, object] = field(default_factory=dict)  # for patch()
+    ceilings: bool = True  # measure them too
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -38,7 +39,8 @@ class Plan:
     @property
     def direct_wanted(self) -> bool:
         """Whether the options ask for O_DIRECT, whatever the cache state."""
-        return self.options.get("io") == "direct" or self.options.get("page_cache") == "drop"
+        io, page_cache = self.options.get("io"), self.options.get("page_cache")
+        return io in ("direct", "gds") or page_cache == "drop"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class Outcome:
 
 def race(plan: Plan) -> Outcome:
     """Run all rounds, or as many as the time cap allows, at least one."""
-    beside = ceilings.plan(plan.caches, plan.device, plan.direct_wanted)
+    beside: dict[str, list[Ceiling]] = {cache: [] for cache in plan.caches}
+    if plan.ceilings:
+        beside = ceilings.plan(plan.caches, plan.device, plan.direct_wanted)
     runs: dict[tuple[str, str], list[Run]] = {
         (cache, loader): [] for cache in plan.caches for loader in LOADERS
     }

@@ -24,7 +24,7 @@ def memory(wanted: int) -> None:
     if nbytes <= 0:
         return
     ones = b"\1" * BLOCK
-    with mmap.mmap(-1, nbytes) as memory_map:
+    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory_map:
         with contextlib.suppress(OSError):  # huge pages only make it quicker
             memory_map.madvise(mmap.MADV_HUGEPAGE)
         for begin in range(0, nbytes, BLOCK):

@@ -13,6 +13,9 @@ _HEADINGS = (
     "loader", "device", "cache", "files", "tensors", "GB", "load s", "touch s", "GB/s",
     "time/stock", "of ceiling", "path",
 )  # fmt: skip
+_MEMORY_HEADINGS = (
+    "loader", "cache", "device MB by driver", "by torch, peak", "pinned MB", "host RSS peak MB",
+)  # fmt: skip
 _LEFT = {"loader", "device", "cache", "of ceiling", "path"}
 _SHORT = {
     ceilings.DIRECT: "O_DIRECT",
@@ -25,7 +28,11 @@ _SHORT = {
 def render(outcome: Outcome, environment: Mapping[str, object]) -> str:
     """Return conditions, rows, ceilings and notes as one text."""
     rows = results.rows(outcome)
-    parts = [_conditions(environment), "", *_grid(rows), "", *_ceilings(outcome)]
+    parts = [_conditions(environment), "", *_grid([_HEADINGS, *map(_cells, rows)])]
+    if outcome.plan.device != "cpu":
+        parts += ["", *_grid([_MEMORY_HEADINGS, *map(_memory_cells, rows)])]
+    if outcome.ceilings:
+        parts += ["", *_ceilings(outcome)]
     return "\n".join([*parts, "", *_notes(outcome, rows)])
 
 
@@ -43,18 +50,27 @@ def _conditions(environment: Mapping[str, object]) -> str:
     )
 
 
-def _grid(rows: Sequence[Row]) -> list[str]:
-    cells = [_HEADINGS, *map(_cells, rows)]
+def _grid(cells: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:
         padded = (
             cell.ljust(width) if heading in _LEFT else cell.rjust(width)
-            for cell, width, heading in zip(line, widths, _HEADINGS, strict=True)
+            for cell, width, heading in zip(line, widths, cells[0], strict=True)
         )
         lines.append("  ".join(padded).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return lines
+
+
+def _memory_cells(row: Row) -> tuple[str, ...]:
+    found = results.memory(row)
+    sizes = (found["device_used"], found["device_reserved_peak"], found["pinned"])
+    return (
+        row.loader,
+        row.cache,
+        *(f"{size / 1e6:.0f}" for size in (*sizes, found["peak_rss"])),
+    )
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -4,7 +4,8 @@
 # Variants: address (ASan and UBSan), thread (TSan), none (warnings are errors); all three
 # when none is named. CC chooses the compiler, CFLAGS adds flags, JOBS says how many
 # compilers run at once, and TMPDIR where builds and test files go: on a disk, since tmpfs
-# may refuse O_DIRECT. Exits with 1 when anything failed.
+# may refuse O_DIRECT. With variant none the engine is also built without each of its ordering
+# rules, and that rule's cases of test_device_order must fail. Exits with 1 when anything failed.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 native=$(dirname "$here")
@@ -13,6 +14,7 @@ variants=${*:-none address thread}
 jobs=${JOBS:-$(nproc 2>/dev/null || echo 2)}
 warnings="-Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wformat=2"
 passed=0 failed=0
+programs=$(cd "$here" && for source in test_*.c fuzz_*.c; do echo "${source%.c}"; done)
 
 on_disk() { [ -d "$1" ] && [ -w "$1" ] && [ "$(stat -f -c %T "$1" 2>/dev/null)" != tmpfs ]; }
 
@@ -47,21 +49,29 @@ runner_of() {
     return 1
 }
 
+# The fake device driver, which programs find through FAKE_CUDA.
+build_fake() { # variant
+    # shellcheck disable=SC2046,SC2086
+    $CC -std=c11 -g -pthread -fPIC -shared -fvisibility=hidden -D_FILE_OFFSET_BITS=64 $warnings \
+        $(flags_of "$1") ${CFLAGS:-} "$here"/fake_*.c -o "$build/$1/libfake_cuda.so"
+}
+
 compile() { # variant
     mkdir "$build/$1"
     # shellcheck disable=SC2016 # the inner shell expands it
-    for source in "$native"/fst_*.c "$here"/*.c; do
+    for source in "$native"/fst_*.c "$here"/test_*.c "$here"/fuzz_*.c; do
         [ "$(basename "$source")" = fst_python.c ] || echo "$source"
     done | FLAGS="-std=c11 -g -pthread -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-}" \
         CC=$CC OUT="$build/$1" NATIVE=$native \
         xargs -P "$jobs" -I '{}' sh -c '$CC $FLAGS -I"$NATIVE" -c "$1" -o "$OUT/$(basename "$1" .c).o"' sh '{}' ||
         return 1
-    for source in "$here"/*.c; do
-        program=$(basename "$source" .c) wrap=
+    build_fake "$1" || return 1
+    for program in $programs; do
+        wrap=
         if [ "$program" = test_nomem ]; then wrap=-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc; fi
         # shellcheck disable=SC2046,SC2086
         $CC -pthread $(flags_of "$1") $wrap "$build/$1/$program.o" "$build/$1"/fst_*.o \
-            -o "$build/$1/$program" || return 1
+            -ldl -o "$build/$1/$program" || return 1
     done
 }
 
@@ -72,7 +82,8 @@ run_one() { # variant, program, runner
     fuzz_header:*) arguments=200000 ;;
     esac
     # shellcheck disable=SC2086
-    TMPDIR=$build UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=die_after_fork=0:halt_on_error=1 \
+    TMPDIR=$build FAKE_CUDA=$build/$1/libfake_cuda.so \
+        UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=die_after_fork=0:halt_on_error=1 \
         $3 "$build/$1/$2" $arguments >"$build/log" 2>&1
     case $? in
     0) passed=$((passed + 1)) result=ok ;;
@@ -81,6 +92,39 @@ run_one() { # variant, program, runner
     esac
     printf '%-8s %-8s %s\n' "$1" "$result" "$2"
     cat "$build/log"
+}
+
+# The engine without one rule, linked to a program of its own.
+build_mutant() { # variant, rule
+    mkdir "$build/$2"
+    cp "$build/$1"/fst_*.o "$build/$2"
+    grep -l FST_KEEPS "$native"/fst_*.c | while read -r source; do
+        # shellcheck disable=SC2046,SC2086
+        $CC -std=c11 -g -pthread -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-} \
+            "-DFST_OMIT=FST_RULE_$2" -I"$native" -c "$source" \
+            -o "$build/$2/$(basename "$source" .c).o" || exit 1
+    done || return 1
+    # shellcheck disable=SC2046,SC2086
+    $CC -pthread $(flags_of "$1") "$build/$1/test_device_order.o" "$build/$2"/fst_*.o -ldl \
+        -o "$build/$2/mutant"
+}
+
+# A case that passes without its rule is no test of it.
+run_mutants() { # variant, runner
+    if ! "$build/$1/test_device_order" list >"$build/cases"; then return 1; fi
+    while read -r rule name; do
+        if [ ! -d "$build/$rule" ] && ! build_mutant "$1" "$rule"; then return 1; fi
+        TMPDIR=$build FAKE_CUDA=$build/$1/libfake_cuda.so $2 "$build/$rule/mutant" "$name" \
+            >"$build/log" 2>&1
+        status=$?
+        case $status in
+        77) result=skipped ;;
+        0 | 126 | 127 | 142) failed=$((failed + 1)) result=FAILED ;; # 142: it hung
+        *) passed=$((passed + 1)) result=ok ;;                           # a crash is as good
+        esac
+        printf '%-8s %-8s %s without %s: exit status %s\n' "$1" "$result" "$name" "$rule" "$status"
+        if [ "$result" = FAILED ]; then cat "$build/log"; fi
+    done <"$build/cases"
 }
 
 for variant in $variants; do
@@ -97,9 +141,13 @@ for variant in $variants; do
         failed=$((failed + 1))
         continue
     fi
-    for source in "$here"/*.c; do
-        run_one "$variant" "$(basename "$source" .c)" "$runner"
+    for program in $programs; do
+        run_one "$variant" "$program" "$runner"
     done
+    if [ "$variant" = none ] && ! run_mutants "$variant" "$runner"; then
+        printf '%-8s FAILED   to build without a rule\n' "$variant"
+        failed=$((failed + 1))
+    fi
 done
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -25,6 +25,18 @@
 
 #define WATCHDOG_SECONDS 120 /* a case that hangs ends the program */
 
+/* TSan supports no threads in the child of a process that had some, and is slow. */
+#if defined __has_feature
+#if __has_feature(thread_sanitizer)
+#define __SANITIZE_THREAD__ 1
+#endif
+#endif
+#ifdef __SANITIZE_THREAD__
+#define UNDER_TSAN 1
+#else
+#define UNDER_TSAN 0
+#endif
+
 static int test_failures;
 static const char *test_case = "";
 

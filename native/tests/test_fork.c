@@ -3,22 +3,6 @@
 
 #include <sys/wait.h>
 
-/* TSan's runtime supports no threads in the child of a process that had some. */
-#if defined __has_feature
-#if __has_feature(thread_sanitizer)
-#define __SANITIZE_THREAD__ 1
-#endif
-#endif
-#ifdef __SANITIZE_THREAD__
-enum {
-    CHILD_MAY_LOAD = 0
-};
-#else
-enum {
-    CHILD_MAY_LOAD = 1
-};
-#endif
-
 /* In the child: the parent's jobs have ended, a pool of its own works. Never returns. */
 static void child_main(const load *parents, bool cancelled) {
     fst_pool_stats stats;
@@ -33,7 +17,7 @@ static void child_main(const load *parents, bool cancelled) {
     fst_pool_get_stats(&stats);
     CHECK_EQ(stats.threads, 0);
     CHECK_EQ(stats.jobs, 0);
-    for (int mode = FST_READ_BUFFERED; CHILD_MAY_LOAD && mode <= FST_READ_DIRECT; mode++) {
+    for (int mode = FST_READ_BUFFERED; !UNDER_TSAN && mode <= FST_READ_DIRECT; mode++) {
         load own = start_load(7, mode, 2);
         CHECK_EQ(wait_for(own.job), FST_OK);
         CHECK(bytes_right(&own));
@@ -156,7 +140,7 @@ static void test_fork_beside_helper(void) {
 }
 
 int main(void) {
-    if (!CHILD_MAY_LOAD) test_skip("loads in forked children", "TSan cannot");
+    if (UNDER_TSAN) test_skip("loads in forked children", "TSan cannot");
     RUN(test_fork_during_reads);
     RUN(test_fork_during_prefetch);
     if (test_direct_works()) {

@@ -1,89 +1,11 @@
 /* test_io.c - reads give the file's bytes or an error, never anything else, whatever the
  * system calls do.
  */
-#include "test.h"
-
-#include <sys/mman.h>
+#include "plan.h"
 
 #define CANARY 0xEE
 
 static bool direct_works;
-
-/* ---- what to read, and where it goes ---- */
-
-typedef struct plan {
-    fst_segment *segments;
-    uint64_t count;
-    uint64_t bytes; /* of all segments */
-    uint64_t arena_bytes;
-} plan;
-
-static uint64_t some_bytes(uint64_t *random) {
-    switch (test_below(random, 5)) {
-    case 0:
-        return 0;
-    case 1:
-        return 1 + test_below(random, 100);
-    case 2:
-        return 4000 + test_below(random, 200);
-    case 3:
-        return 65400 + test_below(random, 300);
-    default:
-        return test_below(random, 400000);
-    }
-}
-
-/* Gaps are mostly none or small, sometimes larger than what is read over. */
-static uint64_t some_gap(uint64_t *random) {
-    switch (test_below(random, 6)) {
-    case 0:
-        return 1 + test_below(random, 100);
-    case 1:
-        return 65530 + test_below(random, 12);
-    case 2:
-        return test_below(random, 200000);
-    default:
-        return 0;
-    }
-}
-
-/* Ordered by file offset, but in any order in memory, with unused bytes between. */
-static void place(plan *p, uint64_t *random) {
-    uint64_t at = test_below(random, 50);
-    bool backwards = test_below(random, 2) == 1;
-    for (uint64_t i = 0; i < p->count; i++) {
-        fst_segment *s = &p->segments[backwards ? p->count - 1 - i : i];
-        s->arena_offset = at;
-        at += s->bytes + (test_below(random, 2) ? test_below(random, 300) : 0);
-    }
-    p->arena_bytes = at;
-}
-
-static plan random_plan(uint64_t file_bytes, uint64_t *random) {
-    plan p = {.segments = calloc(256, sizeof *p.segments)};
-    MUST(p.segments != NULL);
-    for (uint64_t at = some_gap(random); at < file_bytes && p.count < 256;) {
-        uint64_t bytes = some_bytes(random);
-        if (bytes > file_bytes - at) bytes = file_bytes - at;
-        p.segments[p.count++] = (fst_segment){at, bytes, 0};
-        p.bytes += bytes;
-        at += bytes + some_gap(random);
-    }
-    place(&p, random);
-    return p;
-}
-
-static plan whole_plan(uint64_t file_bytes) {
-    plan p = {.segments = calloc(1, sizeof *p.segments),
-              .count = 1,
-              .bytes = file_bytes,
-              .arena_bytes = file_bytes};
-    MUST(p.segments != NULL);
-    p.segments[0].bytes = file_bytes;
-    return p;
-}
-
-static void free_plan(plan *p) { free(p->segments); }
 
 /* ---- one load ---- */
 
@@ -92,20 +14,6 @@ typedef struct load_result {
     fst_error err;
     fst_job_stats stats;
 } load_result;
-
-static fst_job_options options_for(int mode) {
-    return (fst_job_options){.struct_bytes = sizeof(fst_job_options),
-                             .threads = 3,
-                             .chunk_bytes = 64 << 10,
-                             .mode = mode};
-}
-
-static int wait_for(fst_job *job, fst_error *err) {
-    int code;
-    while ((code = fst_job_wait(job, 1000, err)) == FST_PENDING) {
-    }
-    return code;
-}
 
 /* What a file holds; made once for the file in use, since sanitizers make loops slow. */
 static const unsigned char *content_of(const test_file *file) {
@@ -135,18 +43,13 @@ static void check_memory(const test_file *file, const plan *p, const unsigned ch
     free(wanted);
 }
 
-/* Into malloc'ed memory of the exact size: ASan sees what lies beside it. */
-static load_result load_open(fst_file *opened, const test_file *file, const plan *p,
-                             const fst_job_options *options) {
+static load_result load_into(fst_arena *arena, fst_file *opened, const test_file *file,
+                             const plan *p, const fst_job_options *options) {
     load_result result = {0};
-    fst_arena *arena = NULL;
     fst_job *job = NULL;
-    unsigned char *memory = malloc(p->arena_bytes + 1);
-    MUST(memory != NULL);
+    unsigned char *memory = fst_arena_data(arena);
     memset(memory, CANARY, p->arena_bytes);
-    MUST(fst_arena_borrow(memory, p->arena_bytes, &arena, &result.err) == FST_OK);
     result.code = fst_job_read(opened, arena, p->segments, p->count, options, &job, &result.err);
-    fst_arena_release(arena); /* the job holds it */
     if (job != NULL) {
         result.code = wait_for(job, &result.err);
         fst_job_get_stats(job, &result.stats);
@@ -159,7 +62,31 @@ static load_result load_open(fst_file *opened, const test_file *file, const plan
     const plan *touched = job == NULL ? &nothing : p;
     fst_job_release(job);
     check_memory(file, touched, memory, result.code == FST_OK);
+    return result;
+}
+
+/* Into malloc'ed memory of the exact size: ASan sees what lies beside it. */
+static load_result load_open(fst_file *opened, const test_file *file, const plan *p,
+                             const fst_job_options *options) {
+    fst_error err = {0};
+    fst_arena *arena = NULL;
+    unsigned char *memory = malloc(p->arena_bytes + 1);
+    MUST(memory != NULL);
+    MUST(fst_arena_borrow(memory, p->arena_bytes, &arena, &err) == FST_OK);
+    load_result result = load_into(arena, opened, file, p, options);
+    fst_arena_release(arena);
     free(memory);
+    return result;
+}
+
+/* Into huge pages, where O_DIRECT may read in place. */
+static load_result load_huge(fst_file *opened, const test_file *file, const plan *p,
+                             const fst_job_options *options) {
+    fst_error err = {0};
+    fst_arena *arena = NULL;
+    MUST(fst_arena_alloc(p->arena_bytes, &arena, &err) == FST_OK);
+    load_result result = load_into(arena, opened, file, p, options);
+    fst_arena_release(arena);
     return result;
 }
 
@@ -275,7 +202,6 @@ typedef struct fault_case {
     int direct_errno;
 } fault_case;
 
-#define ALL UINT64_MAX
 #define BUFFERED FST_READ_BUFFERED
 #define DIRECT FST_READ_DIRECT
 
@@ -327,6 +253,7 @@ static const fault_case fallback_faults[] = {
 
 static void check_fault(const test_file *file, const plan *p, const fault_case *c, bool refused) {
     fst_job_options options = options_for(c->mode);
+    if (strcmp(c->call, "madvise") == 0) options.chunk_bytes = 2u << 20; /* less asks for none */
     fst_file *opened = test_open(file);
     test_case = c->what;
     if (refused) CHECK_EQ(fst_fault_set("pread", 1, ALL, EINVAL, 0), 0);
@@ -366,6 +293,187 @@ static void test_read_faults(void) {
     }
     test_remove(&file);
 }
+
+/* ---- O_DIRECT in place ---- */
+
+#define IN_PLACE_CHUNK ((1u << 20) + (64u << 10)) /* pieces of 1 MiB land in place */
+
+static fst_job_options in_place_options(int threads) {
+    fst_job_options options = options_for(DIRECT);
+    options.threads = threads;
+    options.chunk_bytes = IN_PLACE_CHUNK;
+    return options;
+}
+
+static void count_calls(const char *call) { CHECK_EQ(fst_fault_set(call, ALL, 1, EIO, 0), 0); }
+
+static plan shifted_plan(uint64_t begin, uint64_t end, uint64_t arena_offset) {
+    plan p = whole_plan(end - begin);
+    p.segments[0].file_offset = begin;
+    p.segments[0].arena_offset = arena_offset;
+    p.arena_bytes += arena_offset + 5000;
+    return p;
+}
+
+/* Every kind of distance between a block's place in the file and in memory, with odd first and
+ * last blocks; what lies beside the chunks, and beside all of them, stays as it was. */
+static void test_in_place(void) {
+    static const uint64_t begins[] = {0, 8, 504, 513, 2049, 4095, 4096 + 256};
+    static const uint64_t places[] = {0, 1, 256, 511, 2047, 2048, 2049, 4095, 4096, 12800};
+    static const uint64_t short_of[] = {0, 1, 511, 777, 4096, 4873};
+    test_file file = test_create((3 << 20) + 777, 3);
+    fst_file *opened = test_open(&file);
+    fst_job_options options = in_place_options(3);
+    for (size_t i = 0; i < sizeof begins / sizeof *begins; i++)
+        for (size_t k = 0; k < sizeof places / sizeof *places; k++) {
+            plan p = shifted_plan(begins[i], file.size - short_of[(i + k) % 6], places[k]);
+            count_calls("pread");
+            count_calls("preadv");
+            load_result r = load_huge(opened, &file, &p, &options);
+            CHECK_EQ(r.code, FST_OK);
+            CHECK_EQ(r.stats.bytes_direct, p.bytes);
+            CHECK_EQ(fst_fault_calls("preadv"), 2);
+            CHECK_EQ(fst_fault_calls("pread"), 1); /* the last chunk is too small */
+            fst_fault_clear();
+            free_plan(&p);
+        }
+    fst_file_release(opened);
+    test_remove(&file);
+}
+
+/* Some segments too small to land in place, and gaps, in chunks with one that is not. */
+static plan mixed_plan(uint64_t file_bytes, uint64_t *random) {
+    plan p = {.segments = calloc(256, sizeof *p.segments)};
+    MUST(p.segments != NULL);
+    for (uint64_t at = some_gap(random); at < file_bytes && p.count < 256;) {
+        bool large = test_below(random, 3) == 0;
+        uint64_t bytes = large ? 1000000 + test_below(random, 1000000) : some_bytes(random);
+        if (bytes > file_bytes - at) bytes = file_bytes - at;
+        p.segments[p.count++] = (fst_segment){at, bytes, 0};
+        p.bytes += bytes;
+        at += bytes + some_gap(random);
+    }
+    place(&p, random);
+    return p;
+}
+
+static void test_in_place_mixed(void) {
+    uint64_t random = 21, in_place = 0;
+    test_file file = test_create((4 << 20) - 77, 3);
+    fst_file *opened = test_open(&file);
+    for (int i = 0; i < 40; i++) {
+        fst_job_options options = in_place_options((int)(1 + test_below(&random, 4)));
+        options.chunk_bytes += test_below(&random, 1 << 20);
+        plan p = mixed_plan(file.size, &random);
+        count_calls("preadv");
+        load_result r = load_huge(opened, &file, &p, &options);
+        in_place += fst_fault_calls("preadv");
+        fst_fault_clear();
+        CHECK_EQ(r.code, FST_OK);
+        CHECK_EQ(r.stats.bytes_direct, p.bytes);
+        free_plan(&p);
+    }
+    CHECK(in_place > 20);
+    fst_file_release(opened);
+    test_remove(&file);
+}
+
+/* Whatever happens in place, the slot gets its turn: the second fault is its. */
+static const struct {
+    fault_case in_place;
+    fault_case slot;
+} in_place_faults[] = {
+#define FAULT(what, sys_errno, bytes) {what, DIRECT, "preadv", 1, ALL, sys_errno, bytes, FST_OK, 0}
+#define NONE {"", DIRECT, "pread", ALL, 1, EIO, 0, FST_OK, 0}
+    {FAULT("memory refused", EINVAL, 0), NONE},
+    {FAULT("not supported", EOPNOTSUPP, 0), NONE},
+    {FAULT("EINTR", EINTR, 0), NONE},
+    {FAULT("EAGAIN", EAGAIN, 0), NONE},
+    {FAULT("EIO once", EIO, 0), NONE},
+    {FAULT("no memory", EFAULT, 0), NONE},
+    {FAULT("nothing", 0, 0), NONE},
+    {FAULT("short, within the first block", 0, 700), NONE},
+    {FAULT("short, after the first block", 0, 4096), NONE},
+    {FAULT("short, in the middle", 0, 500001), NONE},
+    {FAULT("short, before the last block", 0, IN_PLACE_CHUNK - 4096), NONE},
+    {FAULT("short, by a byte", 0, IN_PLACE_CHUNK - 1), NONE},
+    {FAULT("short, EINTR", 0, 500001), {"", DIRECT, "pread", 1, 10, EINTR, 0, FST_OK, 0}},
+    {FAULT("EAGAIN twice", EAGAIN, 0), {"", DIRECT, "pread", 1, 1, EAGAIN, 0, FST_OK, 0}},
+    {FAULT("short, short", 0, 500001), {"", DIRECT, "pread", 1, ALL, 0, 4096, FST_OK, 0}},
+    {FAULT("EIO", EIO, 0), {"", DIRECT, "pread", 1, 1, EIO, 0, FST_E_SYS, 0}},
+    {FAULT("short, EIO", 0, 4096), {"", DIRECT, "pread", 3, 1, EIO, 0, FST_E_SYS, 0}},
+    {FAULT("truncated", 0, 8192), {"", DIRECT, "pread", 2, 1, 0, 0, FST_E_TRUNCATED, 0}},
+    {{"O_DIRECT refused", DIRECT, "preadv", 1, 1, EINVAL, 0, FST_OK, 0},
+     {"", DIRECT, "pread", 1, ALL, EINVAL, 0, FST_OK, EINVAL}},
+    {{"O_DIRECT refused later", DIRECT, "preadv", 2, 1, EINVAL, 0, FST_OK, 0},
+     {"", DIRECT, "pread", 1, ALL, EINVAL, 0, FST_OK, EINVAL}},
+#undef FAULT
+#undef NONE
+};
+
+static void test_in_place_faults(void) {
+    test_file file = test_create((4 << 20) - 77, 3);
+    fst_file *opened = test_open(&file);
+    plan p = shifted_plan(504, file.size, 256);
+    fst_job_options options = in_place_options(1); /* so that calls come in order */
+    for (size_t i = 0; i < sizeof in_place_faults / sizeof *in_place_faults; i++) {
+        const fault_case *first = &in_place_faults[i].in_place, *then = &in_place_faults[i].slot;
+        test_case = first->what;
+        CHECK_EQ(fst_fault_set(first->call, first->first, first->count, first->sys_errno,
+                               first->short_bytes),
+                 0);
+        CHECK_EQ(
+            fst_fault_set(then->call, then->first, then->count, then->sys_errno, then->short_bytes),
+            0);
+        load_result r = load_huge(opened, &file, &p, &options);
+        CHECK_EQ(r.code, then->code);
+        CHECK_EQ(r.stats.direct_errno, then->direct_errno);
+        if (r.code == FST_E_SYS) CHECK_EQ(r.err.sys_errno, then->sys_errno);
+        if (r.code != FST_OK) CHECK(strstr(r.err.message, "offset") != NULL);
+        if (then->direct_errno == 0) { /* else the page cache, read with preadv, took over */
+            CHECK_EQ(fst_fault_calls("preadv"), 1); /* it was not tried again */
+            if (r.code == FST_OK) CHECK_EQ(r.stats.bytes_direct, p.bytes);
+        }
+        fst_fault_clear();
+    }
+    fst_file_release(opened);
+    free_plan(&p);
+    test_remove(&file);
+}
+
+static void test_in_place_truncated(void) {
+    static const uint64_t sizes[] = {0, 5000, 1 << 20, (2 << 20) + 511, (4 << 20) - 78};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        test_file file = test_create((4 << 20) - 77, 3);
+        fst_file *opened = test_open(&file);
+        plan p = shifted_plan(504, file.size, 0);
+        fst_job_options options = in_place_options(2);
+        MUST(truncate(file.path, (off_t)sizes[i]) == 0);
+        load_result r = load_huge(opened, &file, &p, &options);
+        CHECK_EQ(r.code, FST_E_TRUNCATED);
+        fst_file_release(opened);
+        free_plan(&p);
+        test_remove(&file);
+    }
+}
+
+/* Small pages, or somebody else's: the slot's huge ones are quicker. */
+static void test_not_in_place(void) {
+    test_file file = test_create((4 << 20) - 77, 3);
+    fst_file *opened = test_open(&file);
+    plan borrowed = shifted_plan(504, file.size, 0), small = shifted_plan(0, 1500000, 0);
+    fst_job_options options = in_place_options(2);
+    count_calls("preadv");
+    CHECK_EQ(load_open(opened, &file, &borrowed, &options).code, FST_OK);
+    CHECK_EQ(load_huge(opened, &file, &small, &options).code, FST_OK);
+    CHECK_EQ(fst_fault_calls("preadv"), 0);
+    fst_file_release(opened);
+    free_plan(&borrowed);
+    free_plan(&small);
+    test_remove(&file);
+}
+
+/* ---- more that may happen to a file ---- */
 
 /* A storage that never has bytes: an error after a second, not an endless loop. */
 static void test_again_forever(void) {
@@ -425,156 +533,11 @@ static void test_drop_cache(void) {
         options.drop_cache = 1;
         CHECK_EQ(fst_fault_set("fadvise", 1, ALL, EINVAL, 0), 0); /* a wish, not a condition */
         CHECK_EQ(load(&file, &p, &options).code, FST_OK);
-        CHECK_EQ(fst_fault_calls("fadvise"), mode == DIRECT ? 1 : 16);
+        CHECK_EQ(fst_fault_calls("fadvise"), mode == DIRECT ? 1 : 17);
         fst_fault_clear();
     }
     free_plan(&p);
     test_remove(&file);
-}
-
-/* ---- read-ahead ---- */
-
-static fst_job_stats prefetch(const test_file *file, fst_file *opened, const plan *p,
-                              uint64_t reserve, bool check) {
-    fst_job_options options = options_for(0);
-    fst_job_stats stats = {0};
-    fst_error err = {0};
-    fst_arena *map = NULL;
-    fst_job *job = NULL;
-    options.reserve_bytes = reserve;
-    if (reserve > 0) options.threads = 1; /* others may go on until one has looked */
-    MUST(fst_arena_map(opened, &map, &err) == FST_OK);
-    if (CHECK_EQ(fst_job_prefetch(opened, map, p->segments, p->count, &options, &job, &err),
-                 FST_OK))
-        CHECK_EQ(wait_for(job, &err), FST_OK); /* errors only stop it */
-    fst_job_get_stats(job, &stats);
-    fst_job_release(job);
-    CHECK(stats.done);
-    CHECK_EQ(stats.bytes_done + stats.bytes_skipped, p->bytes);
-    const unsigned char *bytes = fst_arena_data(map);
-    for (uint64_t i = 0; check && i < p->count; i++)
-        for (uint64_t k = 0; k < p->segments[i].bytes; k += 97) {
-            uint64_t at = p->segments[i].file_offset + k;
-            if (bytes[at] == test_byte(at, file->salt)) continue;
-            FAIL("a byte of the map is wrong");
-            return stats;
-        }
-    fst_arena_release(map);
-    return stats;
-}
-
-/* With no probe left, nothing is known to be cached and every chunk is worked on. */
-static void blind_probes(void) {
-    CHECK_EQ(fst_fault_set("cachestat", 1, ALL, ENOSYS, 0), 0);
-    CHECK_EQ(fst_fault_set("preadv2", 1, ALL, EOPNOTSUPP, 0), 0);
-    CHECK_EQ(fst_fault_set("mincore", 1, ALL, ENOSYS, 0), 0);
-}
-
-static const struct {
-    const char *what;
-    const char *call;
-    uint64_t first, count;
-    int sys_errno;
-    uint64_t short_bytes;
-    bool old_kernel; /* without MADV_POPULATE_READ */
-    bool skips;
-} prefetch_faults[] = {
-    {"no readahead", "readahead", 1, ALL, EINVAL, 0, false, false},
-    {"EINTR", "madvise", 1, 20, EINTR, 0, false, false},
-    {"EAGAIN", "madvise", 1, 20, EAGAIN, 0, false, false},
-    {"EAGAIN for ever", "madvise", 1, ALL, EAGAIN, 0, false, true},
-    {"unreadable", "madvise", 3, 1, EFAULT, 0, false, true},
-    {"poisoned", "madvise", 1, ALL, EHWPOISON, 0, false, true},
-    {"no thread", "pthread_create", 1, ALL, EAGAIN, 0, false, true},
-    {"one thread", "pthread_create", 2, ALL, EAGAIN, 0, false, false},
-    {"old kernel", "readahead", 1, ALL, EINVAL, 0, true, false},
-    {"old kernel, short", "pread", 1, ALL, 0, 1000, true, false},
-    {"old kernel, EINTR", "pread", 1, 100, EINTR, 0, true, false},
-    {"old kernel, EIO", "pread", 2, 1, EIO, 0, true, true},
-    {"old kernel, no buffer", "mmap", 2, ALL, ENOMEM, 0, true, true}, /* the first is the map */
-};
-
-static void test_prefetch(void) {
-    uint64_t random = 5;
-    test_file file = test_create((1 << 20) + 99, 5);
-    fst_file *opened = test_open(&file);
-    for (int i = 0; i < 5; i++) {
-        plan p = random_plan(file.size, &random);
-        CHECK_EQ(prefetch(&file, opened, &p, 0, true).bytes_skipped, 0);
-        blind_probes();
-        fst_job_stats stats = prefetch(&file, opened, &p, 0, true);
-        CHECK_EQ(stats.bytes_skipped, 0);
-        CHECK(stats.bytes_cold >= p.bytes);
-        fst_fault_clear();
-        free_plan(&p);
-    }
-    fst_file_release(opened);
-    test_remove(&file);
-}
-
-static void test_prefetch_faults(void) {
-    test_file file = test_create((1 << 20) + 99, 5);
-    plan p = whole_plan(file.size);
-    fst_file *opened = test_open(&file);
-    for (size_t i = 0; i < sizeof prefetch_faults / sizeof *prefetch_faults; i++) {
-        test_case = prefetch_faults[i].what;
-        blind_probes();
-        if (prefetch_faults[i].old_kernel) CHECK_EQ(fst_fault_set("madvise", 1, ALL, EINVAL, 0), 0);
-        CHECK_EQ(fst_fault_set(prefetch_faults[i].call, prefetch_faults[i].first,
-                               prefetch_faults[i].count, prefetch_faults[i].sys_errno,
-                               prefetch_faults[i].short_bytes),
-                 0);
-        fst_job_stats stats = prefetch(&file, opened, &p, 0, true);
-        CHECK(fst_fault_calls(prefetch_faults[i].call) > 0);
-        CHECK_EQ(stats.bytes_skipped > 0, prefetch_faults[i].skips);
-        fst_fault_clear();
-        fst_pool_shutdown();
-    }
-    fst_file_release(opened);
-    free_plan(&p);
-    test_remove(&file);
-}
-
-static void test_prefetch_limits(void) {
-    test_file file = test_create(1 << 20, 5), other = test_create(5000, 1);
-    plan p = whole_plan(file.size);
-    fst_file *opened = test_open(&file), *wrong = test_open(&other);
-    fst_job_options options = options_for(0);
-    fst_error err = {0};
-    fst_arena *memory = NULL, *map = NULL;
-    fst_job *job = NULL;
-    if (fst_memory_headroom() != UINT64_MAX) /* less memory is left than must be left */
-        CHECK_EQ(prefetch(&file, opened, &p, UINT64_MAX, true).bytes_skipped, p.bytes);
-    MUST(fst_arena_alloc(file.size, &memory, &err) == FST_OK);
-    MUST(fst_arena_map(wrong, &map, &err) == FST_OK);
-    CHECK_EQ(fst_job_prefetch(opened, memory, p.segments, 1, &options, &job, &err), FST_E_INVALID);
-    CHECK_EQ(fst_job_prefetch(opened, map, p.segments, 1, &options, &job, &err), FST_E_INVALID);
-    CHECK_EQ(fst_job_prefetch(wrong, map, p.segments, 1, &options, &job, &err), FST_E_INVALID);
-    CHECK(job == NULL);
-    fst_arena_release(memory);
-    fst_arena_release(map);
-    fst_file_release(opened);
-    fst_file_release(wrong);
-    free_plan(&p);
-    test_remove(&file);
-    test_remove(&other);
-}
-
-/* Read-ahead over a file that has shrunk gives up; only a reader would get SIGBUS. */
-static void test_prefetch_truncated(void) {
-    for (int old_kernel = 0; old_kernel <= 1; old_kernel++) {
-        test_file file = test_create(1 << 20, 5);
-        plan p = whole_plan(file.size);
-        fst_file *opened = test_open(&file);
-        MUST(truncate(file.path, 200000) == 0);
-        blind_probes();
-        if (old_kernel) CHECK_EQ(fst_fault_set("madvise", 1, ALL, EINVAL, 0), 0);
-        CHECK(prefetch(&file, opened, &p, 0, false).bytes_skipped > 0);
-        fst_fault_clear();
-        fst_file_release(opened);
-        free_plan(&p);
-        test_remove(&file);
-    }
 }
 
 int main(void) {
@@ -588,13 +551,16 @@ int main(void) {
     RUN(test_nothing_to_read);
     RUN(test_bad_arguments);
     RUN(test_read_faults);
+    if (direct_works) {
+        RUN(test_in_place);
+        RUN(test_in_place_mixed);
+        RUN(test_in_place_faults);
+        RUN(test_in_place_truncated);
+        RUN(test_not_in_place);
+    }
     RUN(test_again_forever);
     if (direct_works) RUN(test_replaced_file);
     RUN(test_truncated);
     RUN(test_drop_cache);
-    RUN(test_prefetch);
-    RUN(test_prefetch_faults);
-    RUN(test_prefetch_limits);
-    RUN(test_prefetch_truncated);
     return test_result();
 }

@@ -1,0 +1,157 @@
+"""Puts the results of `gpu.sh` into one JSON file and one page, whatever there is of them by now.
+
+    python benchmarks/gpu_summary.py RAW RESULTS
+
+Standard library only: it runs after every step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    raw, results = map(Path, sys.argv[1:3])
+    found = {path.stem: _read(path) for path in sorted(raw.glob("*.json"))}
+    steps = raw / "steps.tsv"
+    lines = steps.read_text(encoding="utf-8").splitlines() if steps.exists() else []
+    rows = [line.split("\t") for line in lines]
+    order = {row[0]: place for place, row in enumerate(rows)}
+    names = sorted(filter(found.get, found), key=lambda name: order.get(name, -1))
+    found = {name: found[name] for name in names} | {"steps": rows}
+    (results / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (results / "summary.md").write_text(summary(found), encoding="utf-8")
+    return 0
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # a step was ended while it wrote
+        return None
+
+
+def summary(found: dict[str, Any]) -> str:
+    parts = [
+        conditions(found),
+        bench_table(found),
+        many_table(found),
+        first_table(found.get("first-load")),
+        ceilings_table(found.get("ceilings")),
+        steps_table(found["steps"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def conditions(found: dict[str, Any]) -> str:
+    runs = [value for name, value in found.items() if name.startswith("bench-")]
+    if not runs:
+        return ""
+    machine, result = runs[0]["environment"], runs[0]["results"][0]
+    gpu = found.get("ceilings", {}).get("environment", {})
+    driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
+    return (
+        f"{result['bytes'] / 1e9:.2f} GB in {result['tensors']} tensors to {machine.get('gpu')}"
+        f"{driver}, medians of {runs[0]['rounds']['done']} alternating rounds in fresh processes; "
+        f"{machine['cpus']} cores ({machine['cpu']}), {machine['memory'] / 1e9:.0f} GB, "
+        f"{machine['fs']} on {machine['block_device']}, {machine['kernel']}, torch "
+        f"{machine['torch']}, safetensors {machine['safetensors']}. The context is made before "
+        "the clock starts; opening the driver and pinning count."
+    )
+
+
+def bench_table(found: dict[str, Any]) -> str:
+    lines = []
+    for name, run in found.items():
+        if not name.startswith("bench-"):
+            continue
+        options = ", ".join(f"{key}={value}" for key, value in run["options"].items())
+        file = "" if name.startswith("bench-dense") else f"{run['files'][0]['tensors']} tensors, "
+        for cache in dict.fromkeys(row["cache"] for row in run["results"]):
+            rows = {row["loader"]: row for row in run["results"] if row["cache"] == cache}
+            stock, patched = rows["stock"], rows["patched"]
+            memory = patched.get("memory", {})
+            proven = "" if stock["verified"] and patched["verified"] else " (cache not proven)"
+            ceiling = "-"
+            if patched["ceiling_fraction"] is not None:
+                ceiling = f"{patched['ceiling_fraction']:.0%} of {patched['ceiling']}"
+            lines.append(
+                f"| {file}{cache}{proven}, {options} | {stock['load_s']:.2f} s "
+                f"| {patched['load_s']:.2f} s | {patched['gb_per_s']:.2f} "
+                f"| **{patched['ratio_to_stock']:.2f}** | {patched['path']} | {ceiling} "
+                f"| {memory.get('device_used', 0) / 1e9:.2f} / {memory.get('pinned', 0) / 1e6:.0f} "
+                f"/ {memory.get('peak_rss', 0) / 1e6:.0f} MB |"
+            )
+            lines += [f"| fell back: {reason} | | | | | | | |" for reason in patched["fallbacks"]]
+    return _table(
+        "| page cache, options | stock | patched | GB/s | patched / stock | path | of the ceiling "
+        "| device GB / pinned / host peak |",
+        lines,
+    )
+
+
+def many_table(found: dict[str, Any]) -> str:
+    lines = []
+    for name, run in found.items():
+        if not name.startswith("many-"):
+            continue
+        each = {
+            loader: 1e6 * sorted(seconds)[len(seconds) // 2] / run["tensors"]
+            for loader, seconds in run["seconds"].items()
+        }
+        lines.append(
+            f"| {run['tensors']} | {run['options'].get('tensors')} | {each['stock']:.2f} µs "
+            f"| {each['patched']:.2f} µs | **{run['ratio_to_stock']:.2f}** | {run['path']} |"
+        )
+    return _table(
+        "| tensors of 32 KiB, warm | mode | stock, each | patched, each | patched / stock | path |",
+        lines,
+    )
+
+
+def first_table(run: dict[str, Any] | None) -> str:
+    lines = [
+        f"| {row['loader']} | {row['turn']} | {row['context_s']:.2f} | {row['engine_s']:.3f} "
+        f"| {row['pinning_s']:.3f} | {row['load_s']:.2f} | {row['device_used'] / 1e9:.2f} GB "
+        f"| {row['pinned'] / 1e6:.0f} MB | {row['peak_rss'] / 1e6:.0f} MB | {row['path']} |"
+        for row in (run or {}).get("rows", [])
+    ]
+    return _table(
+        "| loader | cold, then again in a new process | context s | engine s "
+        "| pinning s, all workers | load s | device | pinned | host peak | path |",
+        lines,
+    )
+
+
+def ceilings_table(run: dict[str, Any] | None) -> str:
+    lines = []
+    for name, value in (run or {}).items():
+        if name == "environment":
+            continue
+        for row in value if isinstance(value, list) else [value]:
+            if isinstance(row.get("slot"), int):
+                row = row | {"slot": f"{row['slot'] >> 20} MiB"}  # noqa: PLW2901
+            cells = [
+                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in row.items()
+                if value is not None
+            ]
+            lines.append(f"| {name} | {', '.join(cells)} |")
+    return _table("| ceiling | |", lines)
+
+
+def steps_table(steps: list[list[str]]) -> str:
+    return _table("| step | result | s |", [f"| {' | '.join(step)} |" for step in steps])
+
+
+def _table(head: str, lines: list[str]) -> str:
+    if not lines:
+        return ""
+    return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

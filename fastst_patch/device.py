@@ -1,0 +1,206 @@
+"""Devices as torch sees them: which one a caller means, its memory, and the stream it came on.
+
+`Runtime` is all that the layers above know of one; the tests put a runtime over the fake driver
+in its place (`replaced`), where CPU memory stands for a device's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from . import engine
+from .errors import Doubt
+from .locks import fork_safe
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Runtime", "Target", "prove", "replaced", "target"]
+
+_NAMED = re.compile(r"cuda(?::([0-9]{1,4}))?", re.ASCII)
+
+PROOF_BYTES = 4 << 20
+"""Read back and compared after the first load to a device: one chunk."""
+
+
+class Runtime:
+    """CUDA, or ROCm behind the same names, through torch. Nothing is touched before it is used."""
+
+    def doubt(self, ordinal: int) -> str | None:
+        """Why a device cannot be used in this process now; None when it can."""
+        import torch
+
+        if torch.version.cuda is None and torch.version.hip is None:
+            return "this torch is a build without CUDA"
+        if torch.cuda._is_in_bad_fork():
+            return "CUDA cannot be used again in a forked process"
+        if not torch.cuda.is_available() or ordinal >= torch.cuda.device_count():
+            return f"torch sees no device cuda:{ordinal}"
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            # Asked on its own device: the question alone makes a context on the current one.
+            with torch.cuda.device(ordinal):
+                if torch.cuda.is_current_stream_capturing():
+                    return "a CUDA graph is being captured"
+        return None
+
+    def native(self, ordinal: int) -> engine.Device:
+        """The engine's device, in the primary context that torch uses too."""
+        import torch
+
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        return engine.open_device(ordinal, kind="cuda" if torch.version.hip is None else "hip")
+
+    def stream(self, ordinal: int) -> int:
+        """Address of the stream on which torch allocates now."""
+        import torch
+
+        return int(torch.cuda.current_stream(ordinal).cuda_stream)
+
+    def arena(self, nbytes: int, ordinal: int) -> engine.Arena:
+        """A block from torch's caching allocator.
+
+        Raises:
+            torch.OutOfMemoryError: there is none.
+        """
+        import torch
+
+        block = torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{ordinal}")
+        return engine.adopt_arena(torch._C._to_dlpack(block))
+
+    def empty(self, shape: list[int], dtype: torch.dtype, ordinal: int) -> torch.Tensor:
+        """A tensor with an allocation of its own. Raises as `arena`."""
+        import torch
+
+        # A number rather than a name, which would be parsed for every tensor.
+        return torch.empty(shape, dtype=dtype, device=ordinal)
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether an exception says that the device's memory is used up."""
+        import torch
+
+        return isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+_runtime = Runtime()
+_lock = threading.Lock()
+fork_safe(_lock)
+_opened: dict[tuple[int, int], engine.Device] = {}  # by runtime and ordinal
+_proved: set[tuple[int, int]] = set()
+_refused: dict[int, str] = {}  # ordinal -> why, once bytes came out wrong
+
+
+class Target:
+    """A device that a load goes to.
+
+    Attributes:
+        name: as tensors show it, such as ``cuda:0``.
+        argument: as the caller named it; stock is given the same.
+        ordinal: its number.
+    """
+
+    def __init__(self, argument: object, ordinal: int, runtime: Runtime) -> None:
+        self.name = f"cuda:{ordinal}"
+        self.argument = argument
+        self.ordinal = ordinal
+        self.runtime = runtime
+
+    def check(self) -> None:
+        """Doubt unless the device can be used in this process now."""
+        why = _refused.get(self.ordinal) or self.runtime.doubt(self.ordinal)
+        if why is not None:
+            raise Doubt(why)
+
+    def native(self) -> engine.Device:
+        """The engine's device, opened on first use in the process. Doubt when it cannot be."""
+        key = (id(self.runtime), self.ordinal)
+        found = _opened.get(key)
+        if found is None:
+            opened = self.runtime.native(self.ordinal)
+            with _lock:
+                found = _opened.setdefault(key, opened)
+        return found
+
+    def destination(self, pinned_bytes: int) -> engine.Destination:
+        """For a job on memory that was allocated just now, by this thread."""
+        return engine.Destination(self.native(), self.runtime.stream(self.ordinal), pinned_bytes)
+
+
+def target(device: object) -> Target | None:
+    """The device that a caller's argument means, as stock reads it; None for the CPU.
+
+    Raises:
+        Doubt: it is another kind of device, cannot be used now, or stock must say what is wrong.
+    """
+    if device is None or (type(device) is str and device == "cpu"):
+        return None
+    ordinal: int | None = None
+    if type(device) is int:
+        ordinal = device if 0 <= device < 1 << 16 else None
+    elif type(device) is str:
+        named = _NAMED.fullmatch(device)
+        ordinal = int(named[1] or 0) if named else None
+    if ordinal is None:
+        raise Doubt(f"device {device!r} is not accelerated")
+    found = Target(device, ordinal, _runtime)
+    found.check()
+    return found
+
+
+def prove(found: Target, arena: engine.Arena, file: engine.File, segments: Any) -> None:
+    """After the first load of the process to a device: read a chunk back and compare.
+
+    Args:
+        found: the device.
+        arena: whose bytes have landed.
+        file: where they come from.
+        segments: of the load: flat triples (file offset, bytes, arena offset).
+
+    Raises:
+        Doubt: it differs. From then on everything for that device goes to stock.
+    """
+    key = (id(found.runtime), found.ordinal)
+    if key in _proved or not len(segments):
+        return
+    equal = engine.compare(
+        found.native(),
+        arena,
+        file,
+        file_offset=segments[0],
+        nbytes=min(segments[1], PROOF_BYTES),
+        arena_offset=segments[2],
+    )
+    if not equal:
+        why = f"bytes read back from {found.name} differed from the file's"
+        with _lock:
+            _refused[found.ordinal] = why
+        logging.getLogger("fastst_patch").error(
+            "%s: %s; from now on stock loads to this device. Please report this.", file.path, why
+        )
+        raise Doubt(why)
+    with _lock:
+        _proved.add(key)
+
+
+@contextlib.contextmanager
+def replaced(runtime: Runtime) -> Iterator[None]:
+    """Let another runtime stand for CUDA, and forget what was learned of the last (tests)."""
+    global _runtime  # noqa: PLW0603 - the one place where it changes
+    before, _runtime = _runtime, runtime
+    _forget()
+    try:
+        yield
+    finally:
+        _runtime = before
+        _forget()
+
+
+def _forget() -> None:
+    with _lock:
+        _opened.clear()
+        _proved.clear()
+        _refused.clear()

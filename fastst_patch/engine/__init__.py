@@ -1,0 +1,54 @@
+"""Python's side of the native engine: files, arenas, jobs and tensors.
+
+Objects here own native handles and give them back when collected. What a native error
+becomes is in `_lib`.
+"""
+
+from __future__ import annotations
+
+from ._lib import native_error, native_file
+from .arenas import Arena, adopt_arena, alloc_arena, borrow_arena, map_arena
+from .devices import Device, DeviceInfo, compare, device_info, open_device
+from .faults import clear_faults, fault_calls, set_fault
+from .files import File, Residency, open_file, open_files, parse_header, read_layout, residency
+from .importing import DlDtype, dl_table, import_tensors
+from .jobs import Destination, Job, JobStats, prefetch, read
+from .machine import counters, memory_headroom, read_ceiling, shutdown, touch
+
+__all__ = [
+    "Arena",
+    "Destination",
+    "Device",
+    "DeviceInfo",
+    "DlDtype",
+    "File",
+    "Job",
+    "JobStats",
+    "Residency",
+    "adopt_arena",
+    "alloc_arena",
+    "borrow_arena",
+    "clear_faults",
+    "compare",
+    "counters",
+    "device_info",
+    "dl_table",
+    "fault_calls",
+    "import_tensors",
+    "map_arena",
+    "memory_headroom",
+    "native_error",
+    "native_file",
+    "open_device",
+    "open_file",
+    "open_files",
+    "parse_header",
+    "prefetch",
+    "read",
+    "read_ceiling",
+    "read_layout",
+    "residency",
+    "set_fault",
+    "shutdown",
+    "touch",
+]

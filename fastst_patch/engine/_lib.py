@@ -1,0 +1,59 @@
+"""The only importer of the native extension, and what its errors become.
+
+=====================  =====================================================================
+native code            Python
+=====================  =====================================================================
+FST_DOUBT              `Doubt`: the caller asks stock
+FST_E_DEVICE           `Doubt`: stock meets the same device and says it in torch's words
+FST_E_SYS              OSError with errno, file and offset (a cancelled load: see `Job.wait`)
+FST_E_NOMEM            MemoryError
+FST_E_TRUNCATED        safetensors.SafetensorError
+FST_E_INVALID, other   FaststError (a bug of ours)
+=====================  =====================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import Doubt, FaststError
+
+__all__ = ["ffi", "lib", "native_error", "native_file", "raise_"]
+
+try:
+    from .._native import ffi, lib
+
+    _native_error: str | None = None
+except ImportError as error:  # no compiler at install time, or another platform
+    ffi = lib = None
+    _native_error = f"the native extension cannot be loaded: {error}"
+
+
+def native_error() -> str | None:
+    """Why the native engine cannot be used here; None when it can."""
+    return _native_error
+
+
+def native_file() -> str | None:
+    """Path of the loaded extension."""
+    if _native_error is not None:
+        return None
+    from .. import _native
+
+    return str(_native.__file__)
+
+
+def raise_(err: Any, filename: str | None = None) -> None:
+    """Raise what a filled-in ``fst_error`` means, by the table at the top."""
+    code, message = err.code, ffi.string(err.message).decode("utf-8", "replace")
+    if code in (lib.FST_DOUBT, lib.FST_E_DEVICE):
+        raise Doubt(message)
+    if code == lib.FST_E_SYS:
+        raise OSError(err.sys_errno, message, filename)
+    if code == lib.FST_E_NOMEM:
+        raise MemoryError(message)
+    if code == lib.FST_E_TRUNCATED:
+        from safetensors import SafetensorError
+
+        raise SafetensorError(message)
+    raise FaststError(message)

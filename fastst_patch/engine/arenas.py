@@ -1,0 +1,70 @@
+"""Memory that tensors live in: a file's map, memory of our own, or somebody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ._lib import ffi, lib, raise_
+from .files import File
+
+
+class Arena:
+    """Memory that tensors live in; the tensors keep it alive after this object is gone.
+
+    Attributes:
+        nbytes: its size.
+        keep: whoever owns borrowed memory.
+    """
+
+    __slots__ = ("handle", "keep", "nbytes")
+
+    def __init__(self, handle: Any) -> None:
+        self.keep: object = None
+        self.handle = ffi.gc(handle, lib.fst_arena_release)
+        self.nbytes: int = lib.fst_arena_bytes(handle)
+
+
+def _arena(create: Callable[[Any, Any], int], filename: str | None = None) -> Arena:
+    out, err = ffi.new("fst_arena **"), ffi.new("fst_error *")
+    if create(out, err):
+        raise_(err, filename)
+    return Arena(out[0])
+
+
+def map_arena(file: File) -> Arena:
+    """Map a whole file privately: writes to it never reach the file.
+
+    Raises:
+        MemoryError, OSError: the map was refused.
+    """
+    return _arena(lambda out, err: lib.fst_arena_map(file.handle, out, err), file.path)
+
+
+def alloc_arena(nbytes: int) -> Arena:
+    """Anonymous memory, in huge pages where the system allows them.
+
+    Raises:
+        MemoryError: it was refused.
+    """
+    return _arena(lambda out, err: lib.fst_arena_alloc(nbytes, out, err))
+
+
+def borrow_arena(address: int, nbytes: int, owner: object) -> Arena:
+    """Memory that belongs to ``owner``, which is kept as long as the arena or a job on it."""
+    base = ffi.cast("void *", address)
+    arena = _arena(lambda out, err: lib.fst_arena_borrow(base, nbytes, out, err))
+    arena.keep = owner
+    return arena
+
+
+def adopt_arena(owner: object) -> Arena:
+    """Memory on any device, given back by its owner's own deleter after its last user.
+
+    Args:
+        owner: a ``dltensor`` capsule of bytes, which is used up; or the address of a
+            ``DLManagedTensor``.
+    """
+    if isinstance(owner, int):
+        return _arena(lambda out, err: lib.fst_arena_adopt(owner, out, err))
+    return _arena(lambda out, err: lib.fst_arena_adopt_capsule(id(owner), out, err))

@@ -1,0 +1,75 @@
+"""Torch tensors over an arena, made in one native call."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import Doubt
+from ..layout import FileLayout
+from ._lib import ffi, lib, raise_
+from .arenas import Arena
+
+
+@dataclasses.dataclass(frozen=True)
+class DlDtype:
+    """How torch takes one dtype through DLPack."""
+
+    code: int = 0
+    bits: int = 0
+    as_bytes: bool = False
+    known: bool = False
+
+
+def dl_table(entries: Sequence[DlDtype]) -> Any:
+    """Native form of a table with one entry per ``DTYPE_NAMES``."""
+    rows = [[e.code, e.bits, int(e.as_bytes), int(e.known)] for e in entries]
+    return ffi.new("fst_dl_dtype[]", rows)
+
+
+def import_tensors(
+    arena: Arena,
+    layout: FileLayout,
+    table: Any,
+    importer: tuple[int, int],
+    *,
+    tensors: array[int] | None = None,
+    offsets: array[int] | None = None,
+) -> list[Any]:
+    """Make torch tensors over an arena in one native call.
+
+    Args:
+        arena: holds the bytes.
+        layout: describes the tensors.
+        table: from `dl_table`.
+        importer: addresses of torch's DLPack exchange API (or 0) and of the callable that
+            takes a ``dltensor`` capsule (or 0).
+        tensors: their numbers; all when None.
+        offsets: where each begins in the arena; as in the file when None.
+
+    Raises:
+        Doubt: this torch cannot hold one of the dtypes.
+        MemoryError: no memory to describe them.
+    """
+    result: list[Any] = []
+    err = ffi.new("fst_error *")
+    code = lib.fst_tensors_import(
+        arena.handle,
+        layout.owner,
+        ffi.NULL if tensors is None else ffi.from_buffer("uint64_t[]", tensors),
+        len(layout.names) if tensors is None else len(tensors),
+        ffi.NULL if offsets is None else ffi.from_buffer("uint64_t[]", offsets),
+        layout.data_begin,
+        table,
+        importer[0],
+        importer[1],
+        id(result),
+        err,
+    )
+    if code == lib.FST_E_PYTHON:
+        raise Doubt(ffi.string(err.message).decode("utf-8", "replace"))
+    if code:
+        raise_(err)
+    return result

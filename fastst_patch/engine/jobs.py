@@ -1,0 +1,214 @@
+"""Reads and read-ahead in progress."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from ._lib import ffi, lib, raise_
+from .arenas import Arena
+from .devices import Device
+from .files import File
+
+_WAIT_MS = 100
+"""A wait returns to Python this often, so that Ctrl-C is seen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JobStats:
+    """Counters of a job, in bytes; see ``fst_job_stats`` in native/fst.h."""
+
+    bytes_total: int
+    bytes_done: int
+    bytes_cold: int
+    bytes_skipped: int
+    bytes_direct: int
+    bytes_gds: int
+    direct_errno: int
+    done: bool
+    gds_refused: bool
+    gds_note: str
+
+
+class Job:
+    """Work in progress. Releasing or collecting an unfinished read cancels and drains it.
+
+    The object exists before the native job does, and holds what the job works on: at no
+    moment can an interrupt leave workers writing into memory that is about to be freed.
+    """
+
+    __slots__ = ("_at", "_keep")
+
+    def __init__(self, keep: object) -> None:
+        self._keep = keep
+        self._at = ffi.gc(ffi.new("fst_job **"), lib.fst_job_release_at)
+
+    def __del__(self) -> None:
+        self.release()  # before what it works on goes
+
+    def start(self, call: Any, *arguments: Any) -> None:
+        """Let a native function create the job; raises what it reports."""
+        err = ffi.new("fst_error *")
+        try:
+            code = call(*arguments, self._at, err)
+        except BaseException:
+            self.release()
+            raise
+        if code:
+            raise_(err)
+
+    def release(self) -> None:
+        """Let go of the job; of a read, nothing is in flight afterwards."""
+        ffi.release(self._at)
+
+    def wait(self, on_progress: Callable[[JobStats], None] | None = None) -> JobStats:
+        """Wait until all bytes are there; an interrupt cancels and drains the job.
+
+        Raises:
+            OSError, MemoryError, SafetensorError: as the table in `_lib` says.
+        """
+        err = ffi.new("fst_error *")
+        try:
+            while (code := lib.fst_job_wait(self._at[0], _WAIT_MS, err)) == lib.FST_PENDING:
+                if on_progress is not None:
+                    on_progress(self.stats())
+        except BaseException:
+            self.release()
+            raise
+        if code != lib.FST_OK:
+            raise_(err)
+        stats = self.stats()
+        if on_progress is not None:
+            on_progress(stats)
+        return stats
+
+    def wait_until(self, file_offset: int) -> None:
+        """Wait until the bytes before a file offset have landed; raises as `wait`.
+
+        For several threads at once: an interrupt of one leaves the job to the others.
+        """
+        err = ffi.new("fst_error *")
+        while True:
+            code = lib.fst_job_wait_until(self._at[0], file_offset, _WAIT_MS, err)
+            if code != lib.FST_PENDING:
+                break
+        if code != lib.FST_OK:
+            raise_(err)
+
+    def cancel(self) -> None:
+        """Start nothing more; what is in flight still lands."""
+        lib.fst_job_cancel(self._at[0])
+
+    def stats(self) -> JobStats:
+        """Counters as of now."""
+        out = ffi.new("fst_job_stats *")
+        lib.fst_job_get_stats(self._at[0], out)
+        return JobStats(
+            out.bytes_total,
+            out.bytes_done,
+            out.bytes_cold,
+            out.bytes_skipped,
+            out.bytes_direct,
+            out.bytes_gds,
+            out.direct_errno,
+            bool(out.done),
+            bool(out.gds_refused),
+            ffi.string(out.gds_note).decode("utf-8", "replace"),
+        )
+
+
+def _segments(flat: array[int]) -> tuple[Any, int]:
+    if not len(flat):
+        return ffi.NULL, 0
+    return ffi.from_buffer("fst_segment[]", flat), len(flat) // 3
+
+
+def prefetch(
+    file: File,
+    arena: Arena,
+    segments: array[int],
+    *,
+    threads: int,
+    chunk_bytes: int,
+    reserve_bytes: int,
+) -> Job:
+    """Start pulling extents of a mapped file into memory, in the order given.
+
+    Args:
+        file: whose map ``arena`` is.
+        arena: the map; read-ahead ends when nobody uses it any more.
+        segments: flat 64-bit triples (file offset, bytes, ignored).
+        threads: most workers.
+        chunk_bytes: bytes one worker handles at a time.
+        reserve_bytes: stop when less memory than this is left.
+    """
+    options = ffi.new(
+        "fst_job_options *",
+        [ffi.sizeof("fst_job_options"), threads, chunk_bytes, 0, 0, reserve_bytes],
+    )
+    pointer, count = _segments(segments)
+    job = Job(arena)
+    job.start(lib.fst_job_prefetch, file.handle, arena.handle, pointer, count, options)
+    return job
+
+
+@dataclasses.dataclass(frozen=True)
+class Destination:
+    """Where on a device a read goes.
+
+    Attributes:
+        device: owns the memory.
+        stream: address of the stream that the arena was allocated on; copies wait for what is
+            pending there when the job starts.
+        pinned_bytes: most host memory that the process may have pinned for copies.
+    """
+
+    device: Device
+    stream: int
+    pinned_bytes: int
+
+
+_MODES = {"buffered": 0, "direct": 1, "direct-if-cold": 2, "gds": 3}  # enum fst_read_mode
+
+
+def read(
+    file: File,
+    arena: Arena,
+    segments: array[int],
+    *,
+    threads: int,
+    chunk_bytes: int,
+    mode: str,
+    drop_cache: bool,
+    to: Destination | None = None,
+) -> Job:
+    """Start reading extents into an arena.
+
+    Args:
+        file: to read from.
+        arena: to read into.
+        segments: flat 64-bit triples (file offset, bytes, arena offset), by file offset.
+        threads: most workers.
+        chunk_bytes: bytes one worker handles at a time.
+        mode: ``buffered``; ``direct``, with O_DIRECT, or through the page cache after all where
+            that is refused; ``direct-if-cold``, which takes from the page cache what it holds;
+            ``gds``, to devices only.
+        drop_cache: leave nothing of them in the page cache.
+        to: the device whose memory the arena is; None when it is the host's.
+
+    Raises:
+        Doubt: the device's driver failed.
+    """
+    options = ffi.new(
+        "fst_job_options *",
+        [ffi.sizeof("fst_job_options"), threads, chunk_bytes, _MODES[mode], int(drop_cache), 0],
+    )
+    if to is not None:
+        options.device, options.stream = to.device.handle, to.stream
+        options.pinned_bytes = to.pinned_bytes
+    pointer, count = _segments(segments)
+    job = Job(arena)
+    job.start(lib.fst_job_read, file.handle, arena.handle, pointer, count, options)
+    return job

@@ -1,0 +1,49 @@
+"""What this machine can give at most, and what the engine holds and has moved."""
+
+from __future__ import annotations
+
+import os
+
+from ._lib import ffi, lib, native_error, raise_
+
+
+def touch(address: int, nbytes: int) -> int:
+    """Read every byte once; returns an order-sensitive 64-bit checksum."""
+    return int(lib.fst_touch(ffi.cast("void *", address), nbytes))
+
+
+def read_ceiling(path: str, *, direct: bool, threads: int, chunk_bytes: int) -> tuple[int, float]:
+    """Read a file raw, in parallel, into small reused buffers.
+
+    Returns:
+        Bytes read and seconds taken.
+
+    Raises:
+        OSError: reading failed, or O_DIRECT is refused here.
+    """
+    nbytes, seconds, err = ffi.new("uint64_t *"), ffi.new("double *"), ffi.new("fst_error *")
+    encoded = os.fsencode(path)
+    if lib.fst_read_ceiling(encoded, int(direct), threads, chunk_bytes, nbytes, seconds, err):
+        raise_(err, path)
+    return nbytes[0], seconds[0]
+
+
+def memory_headroom() -> int | None:
+    """Bytes this process may still take (MemAvailable and cgroups); None when nothing tells."""
+    headroom = int(lib.fst_memory_headroom())
+    return None if headroom == (1 << 64) - 1 else headroom
+
+
+def counters() -> dict[str, int]:
+    """What the engine holds now and has moved since the start (``fst_pool_stats``)."""
+    if native_error() is not None:
+        return {}
+    out = ffi.new("fst_pool_stats *")
+    lib.fst_pool_get_stats(out)
+    return {name: int(getattr(out, name)) for name, _ in ffi.typeof("fst_pool_stats").fields}
+
+
+def shutdown() -> None:
+    """End idle workers and free their buffers now; the next load starts them again."""
+    if native_error() is None:
+        lib.fst_pool_shutdown()

@@ -1,0 +1,409 @@
+"""One opened file on its way to a device: arenas, streaming ahead, and who holds what.
+
+==================  =========================================================================
+path                what happens
+==================  =========================================================================
+ring                parallel reads through the page cache into pinned slots, copied from there
+ring+direct         the same with O_DIRECT
+gds                 cuFile into staging blocks on the device, copied from there; by nvidia-fs or,
+                    where that is not loaded, in cuFile's compatibility mode
+==================  =========================================================================
+
+Tensors lie in arenas of torch's memory, at 256-byte boundaries; with ``tensors="owned"`` each
+has an allocation of its own. A tensor is handed out when its own bytes have landed, and is
+usable from any stream then.
+
+Memory: `OpenedFile.all_tensors` takes the tensors and nothing else. A handle that is walked in
+file order also holds windows, arenas of tensors read ahead of their use, up to the budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import traceback
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from . import device, engine, tensors
+from .config import Config
+from .errors import Doubt, FaststError
+from .layout import ARENA_ALIGNMENT, FileLayout, LoadPlan, plan_arena, plan_rows
+from .machine import NETWORKED, io_threads
+from .opened import OpenedFile, progress_bar
+from .stock import SafetensorError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DeviceFile"]
+
+MIB = 1 << 20
+ARENA = 256 * MIB
+"""Bytes of one arena, unless a tensor is larger. One tensor that survives keeps its arena."""
+
+BUDGET = 256 * MIB
+"""Default of ``device_memory_budget``: bytes read ahead of their use."""
+
+PINNED = 256 * MIB
+"""Default of ``pinned_bytes``. Slots are pinned as workers need them: 16 of 4 MiB for 8."""
+
+
+_PATHS = {
+    "buffered": "ring",
+    "direct": "ring+direct",
+    "direct-if-cold": "ring+direct",
+    "gds": "gds",
+}
+
+
+@dataclasses.dataclass(eq=False)
+class _Window:
+    """Tensors under way, in one arena. The job goes with the last who waits for it."""
+
+    plan: LoadPlan
+    arena: engine.Arena
+    job: engine.Job
+    waiting: dict[int, torch.Tensor]  # not handed out yet
+
+
+class DeviceFile(OpenedFile):
+    """An open file whose tensors go to a device. Usable from any thread.
+
+    Holds the descriptor and what was read ahead; tensors handed out outlive this object.
+    """
+
+    def __init__(
+        self, file: engine.File, layout: FileLayout, config: Config, target: device.Target
+    ) -> None:
+        super().__init__(file, layout, config)
+        self.device = target.name
+        self.device_argument = target.argument
+        self._target = target
+        self._guard = threading.Lock()
+        self._windows: deque[_Window] = deque()
+        self._mode = self._read_mode()
+        self.account.path = _PATHS[self._mode]
+
+    # ---- which path ----
+
+    def _read_mode(self) -> str:
+        config = self.config
+        if config.io == "mmap":
+            raise Doubt("io='mmap' copies to a device from the map, which is what stock does")
+        if config.io != "auto":
+            return config.io
+        if config.page_cache == "drop":
+            return "direct"
+        headroom = engine.memory_headroom()
+        if config.page_cache == "keep" or headroom is None or self.file.fs_magic in NETWORKED:
+            return "buffered"
+        # Caching it would push out half of what there is.
+        return "direct-if-cold" if self.file.size > headroom // 2 else "buffered"
+
+    @property
+    def _budget(self) -> int:
+        given = self.config.device_memory_budget
+        return BUDGET if given is None else given
+
+    # ---- tensors ----
+
+    def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
+        """Tensor i on the device, usable on any stream.
+
+        Raises:
+            Doubt: stock must do it.
+            OSError, MemoryError, SafetensorError: its bytes could not be read.
+        """
+        self._check(i)
+        with _Failing(self):
+            result = self._take(i)
+        self.count(1, self.layout.nbytes(i))
+        return result
+
+    def _take(self, i: int) -> torch.Tensor:
+        end = self.layout.extent(i)[1]
+        with self._guard:
+            window = self._window_with(i)
+            result = window.waiting.pop(i)
+            self._drop_used()
+        try:
+            self._landed(window, end)
+            return result
+        except BaseException as error:
+            self._drop(window)  # other tensors that wait there are read anew
+            unread = isinstance(error, (OSError, SafetensorError, FaststError))
+            if len(window.plan.tensors) == 1 or not unread:
+                raise
+        # The error may be that of a tensor nobody has asked for.
+        alone = self._start([i])
+        self._landed(alone, end)
+        return alone.waiting[i]
+
+    def all_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name, in offset order. Raises as `tensor`."""
+        self._check()
+        with _Failing(self):
+            result = self._take_all()
+        self.count(len(result), self.layout.data_bytes)
+        return result
+
+    def _take_all(self) -> dict[str, torch.Tensor]:
+        names = self.layout.names
+        windows: list[_Window] = []
+        made: list[torch.Tensor] = []
+        for numbers in self._groups(range(len(names)), max(min(ARENA, self._budget), 1)):
+            windows.append(self._start(numbers))
+            made += windows[-1].waiting.values()
+        self._finish(windows)
+        return dict(zip(names, made, strict=True))
+
+    def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of tensor i's first dimension, read alone. Raises as `tensor`."""
+        self._check(i)
+        first, last = plan_rows(self.layout, i, start, stop)
+        begin = self.layout.extent(i)[0] + first
+        with _Failing(self):
+            result = self._filled(i, stop - start, begin, last - first)
+        self.count(1, last - first)
+        return result
+
+    def _filled(self, i: int, rows: int, begin: int, nbytes: int) -> torch.Tensor:
+        result = self._empty(i, rows)
+        if nbytes:
+            self._fill([(begin, nbytes, result)])
+        return result
+
+    def index(self, whole: torch.Tensor, index: Any) -> torch.Tensor:
+        """What stock's slice gives: the index taken, and a tensor that is all its own."""
+        if not _plain(index):
+            raise Doubt("an index of tensors or lists")
+        result = whole[index]
+        # A view of nothing may still begin somewhere, as no copy does.
+        return result if result.numel() == whole.numel() > 0 else result.clone()
+
+    def _check(self, i: int | None = None) -> None:
+        self._target.check()
+        tensors.check(self.layout, i)
+        if not tensors.ordinary_mode():
+            raise Doubt("a torch mode or default device is in force")
+
+    def failed(self, error: BaseException, trace: Any) -> None:
+        """Let go of the device's memory; being out of it is a Doubt.
+
+        Stock loads tensor by tensor, which may still fit; if not, the exception is torch's own.
+        """
+        # A traceback keeps frames, and these the memory; users and shells keep tracebacks.
+        traceback.clear_frames(trace)
+        out_of_memory = self._target.runtime.is_out_of_memory(error)
+        if out_of_memory or not isinstance(error, Exception):  # an interrupt ends it all
+            with self._guard:
+                self._windows.clear()
+        if out_of_memory:
+            raise Doubt(f"not enough memory on {self.device} for arenas") from None
+
+    # ---- windows ----
+
+    def _window_with(self, i: int) -> _Window:
+        """The window that tensor i waits in; a new one, and those behind it, if there is none."""
+        sequential = self.follows_another(i)
+        for window in self._windows:
+            if i in window.waiting:
+                if window is self._windows[-1]:
+                    self._stream_on(window)
+                return window
+        if not sequential:
+            return self._start([i])
+        numbers = next(self._groups(range(i, len(self.layout.names)), self._window_bytes))
+        self._make_room(numbers)
+        found = self._start(numbers)
+        self._windows.append(found)
+        self._stream_on(found)
+        return found
+
+    @property
+    def _window_bytes(self) -> int:
+        # A third of the budget: what is being used, what comes next, and what threads that
+        # share the walk have not quite finished with.
+        return max(min(ARENA, self._budget) // 3, 1)
+
+    def _stream_on(self, last: _Window) -> None:
+        """Read the tensors behind the last window ahead, if the budget has room for them."""
+        following = range(int(last.plan.tensors[-1]) + 1, len(self.layout.names))
+        numbers = next(self._groups(following, self._window_bytes), None)
+        if numbers is None:
+            return
+        if not self._make_room(numbers, last):
+            return
+        try:
+            self._windows.append(self._start(numbers))
+        except Exception as error:  # what is asked for comes without it
+            if not self._target.runtime.is_out_of_memory(error):
+                raise
+
+    def _make_room(self, numbers: list[int], last: _Window | None = None) -> bool:
+        """Drop windows before the last until some tensors fit the budget; whether they do."""
+        wanted = sum(self._padded(i) for i in numbers)
+        while self._held + wanted > self._budget:
+            if not self._windows or self._windows[0] is last:
+                return False
+            self._windows.popleft()
+        return True
+
+    @property
+    def _held(self) -> int:
+        return sum(window.plan.arena_bytes for window in self._windows)
+
+    def _drop_used(self) -> None:
+        for used in [window for window in self._windows if not window.waiting]:
+            self._windows.remove(used)
+
+    def _drop(self, window: _Window) -> None:
+        with self._guard:
+            if window in self._windows:
+                self._windows.remove(window)
+
+    def _padded(self, i: int) -> int:
+        return -(-self.layout.nbytes(i) // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
+
+    def _groups(self, numbers: range, size: int) -> Iterator[list[int]]:
+        """Runs of tensors of about so many bytes together, at least one tensor each."""
+        group: list[int] = []
+        held = 0
+        for i in numbers:
+            nbytes = self._padded(i)
+            if group and held + nbytes > size:
+                yield group
+                group, held = [], 0
+            group.append(i)
+            held += nbytes
+        if group:
+            yield group
+
+    # ---- moving ----
+
+    def _start(self, numbers: list[int]) -> _Window:
+        """Start reading tensors into an arena of their own, or into one allocation each."""
+        if self.config.tensors == "owned":
+            return self._start_owned(numbers)
+        plan = plan_arena(self.layout, numbers)
+        arena = self._target.runtime.arena(plan.arena_bytes, self._target.ordinal)
+        job = self._read(arena, plan.segments)
+        made = tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
+        return _Window(plan, arena, job, dict(zip(plan.tensors, made, strict=True)))
+
+    def _start_owned(self, numbers: list[int]) -> _Window:
+        layout = self.layout
+        made = {i: self._empty(i) for i in numbers}
+        places = []
+        for i, tensor in made.items():
+            begin, end = layout.extent(i)
+            places.append((begin, end - begin, tensor))
+        arena, segments = self._borrow(places)
+        data_bytes = sum(segments[1::3])
+        plan = LoadPlan(
+            array("Q", numbers), array("Q"), segments, max(data_bytes, 1), data_bytes
+        )  # fmt: skip
+        return _Window(plan, arena, self._read(arena, segments), made)
+
+    def _fill(self, places: list[tuple[int, int, torch.Tensor]]) -> None:
+        arena, segments = self._borrow(places)
+        job = self._read(arena, segments)
+        job.wait()
+        self._note(job)
+        device.prove(self._target, arena, self.file, segments)
+
+    def _borrow(
+        self, places: list[tuple[int, int, torch.Tensor]]
+    ) -> tuple[engine.Arena, array[int]]:
+        """Tensors that exist as one arena, which reaches from the lowest to the highest."""
+        found = [(begin, size, tensor.data_ptr()) for begin, size, tensor in places if size]
+        segments = array("Q")
+        if not found:
+            return engine.borrow_arena(0, 0, places), segments
+        base = min([address for _, _, address in found])
+        top = max([address + size for _, size, address in found])
+        for begin, size, address in found:  # in offset order already
+            segments.extend((begin, size, address - base))
+        return engine.borrow_arena(base, top - base, places), segments
+
+    def _read(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
+        pinned = PINNED if self.config.pinned_bytes is None else self.config.pinned_bytes
+        return engine.read(
+            self.file,
+            arena,
+            segments,
+            threads=io_threads(self.config.threads),
+            chunk_bytes=self.config.chunk_bytes,
+            mode=self._mode,
+            drop_cache=self.config.page_cache == "drop",
+            to=self._target.destination(pinned),
+        )
+
+    def _empty(self, i: int, rows: int | None = None) -> torch.Tensor:
+        shape, dtype = tensors.shape_and_dtype(self.layout, i, rows)
+        return self._target.runtime.empty(shape, dtype, self._target.ordinal)
+
+    def _landed(self, window: _Window, end: int) -> None:
+        window.job.wait_until(end)
+        self._note(window.job)
+        first = window.plan.segments
+        if len(first) and first[0] + min(first[1], device.PROOF_BYTES) <= end:
+            device.prove(self._target, window.arena, self.file, first)
+
+    def _finish(self, windows: list[_Window]) -> None:
+        """Wait for everything, in order, with a progress bar if one is wanted."""
+        if not self.config.progress:
+            for window in windows:
+                window.job.wait()
+        else:
+            done = 0
+            with progress_bar(self.file.path, self.layout.data_bytes) as advance:
+                for window in windows:
+
+                    def tell(stats: engine.JobStats, before: int = done) -> None:
+                        advance(before + stats.bytes_done)
+
+                    window.job.wait(tell)
+                    done += window.plan.data_bytes
+        for window in windows:
+            self._note(window.job)
+        if windows:
+            device.prove(self._target, windows[0].arena, self.file, windows[0].plan.segments)
+
+    def _note(self, job: engine.Job) -> None:
+        stats = job.stats()
+        if stats.gds_refused:
+            self.account.path = "ring+direct" if stats.bytes_direct else "ring"
+            self.account.note = f"cuFile gave way: {stats.gds_note}"
+        elif stats.bytes_gds:
+            self.account.path = f"gds ({stats.gds_note})"
+        if stats.direct_errno:
+            self.account.path = "ring"
+            self.account.note = f"O_DIRECT was refused ({os.strerror(stats.direct_errno)})"
+
+
+class _Failing:
+    """Tells a file of errors in a ``with`` block whose work is in functions of their own.
+
+    Their frames are over by then, and can be cleared.
+    """
+
+    def __init__(self, opened: DeviceFile) -> None:
+        self._opened = opened
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self._opened.failed(error, trace)
+
+
+def _plain(index: Any) -> bool:
+    """Whether an index means the same on the device as on the CPU, where stock takes it."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or type(part) in (slice, int) for part in parts)

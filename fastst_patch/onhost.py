@@ -1,0 +1,267 @@
+"""One opened file on its way to CPU tensors.
+
+=================  ==========================================================================
+path               what happens
+=================  ==========================================================================
+mmap               private zero-copy map; nothing is copied
+mmap+readahead     the same, and workers pull what is not cached, in the order of use
+buffered, direct   parallel reads into one huge-page arena, tensors at 256-byte boundaries
+owned              parallel reads into one torch allocation per tensor
+=================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from . import engine, tensors
+from .config import Config
+from .errors import Doubt
+from .layout import FileLayout, plan_arena, plan_rows
+from .machine import io_threads
+from .opened import OpenedFile, progress_bar, shared_lock
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["HostFile"]
+
+MIB = 1 << 20
+WORKERS_FROM = 1 * MIB
+"""Bytes from which a load is worth waking workers for; a thread costs about 30 us."""
+
+AHEAD = 64 * MIB
+"""How far read-ahead runs in front of a handle that is walked in file order."""
+
+RESERVE = 512 * MIB
+"""Read-ahead stops when less memory than this (or a tenth of what was free) is left."""
+
+
+class HostFile(OpenedFile):
+    """An open file whose tensors are the CPU's. Usable from any thread.
+
+    Holds the descriptor and, from the first tensor on, the map; tensors handed out hold the
+    map themselves and outlive this object.
+    """
+
+    def __init__(self, file: engine.File, layout: FileLayout, config: Config) -> None:
+        super().__init__(file, layout, config)
+        self.account.path = self._path_name()
+        self._map: engine.Arena | None = None
+        self._storage: torch.UntypedStorage | None = None  # of the whole map
+        self._covered = (0, 0)  # file range last looked after
+
+    # ---- which path ----
+
+    def _path_name(self) -> str:
+        config = self.config
+        if config.tensors == "owned":
+            return "owned"
+        if config.io in ("buffered", "direct"):
+            return config.io
+        return "direct" if config.page_cache == "drop" else "mmap"
+
+    @property
+    def mapped(self) -> bool:  # type: ignore[override]
+        """Whether tensors are views of the file's map."""
+        return self.account.path.startswith("mmap")
+
+    @property
+    def _direct(self) -> bool:
+        return self.config.io == "direct" or (
+            self.config.io == "auto" and self.config.page_cache == "drop"
+        )
+
+    # ---- tensors ----
+
+    def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
+        """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
+
+        Raises:
+            Doubt: stock must do it.
+            OSError, MemoryError, SafetensorError: its bytes could not be read.
+        """
+        tensors.check(self.layout, i)
+        if not tensors.ordinary_mode():
+            result = self._in_mode(i, for_slice)
+        elif self.mapped:
+            self._look_ahead(i)
+            result = tensors.import_batch(self.map(), self.layout, array("Q", (i,)))[0]
+        else:
+            result = self._read([i])[0]
+        self.count(1, self.layout.nbytes(i))
+        return result
+
+    def all_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name, in offset order. Raises as `tensor`."""
+        layout = self.layout
+        tensors.check(layout)
+        if not layout.names:
+            return {}
+        if not tensors.ordinary_mode():
+            return {name: self.tensor(i) for i, name in enumerate(layout.names)}
+        if self.mapped:
+            arena = self.map()
+            self._read_ahead_all(arena)
+            made = tensors.import_batch(arena, layout)
+        else:
+            made = self._read(range(len(layout.names)))
+        self.count(len(made), layout.data_bytes)
+        return dict(zip(layout.names, made, strict=True))
+
+    def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of tensor i's first dimension, read alone; not for mapped files."""
+        tensors.check(self.layout, i)
+        result = tensors.empty(self.layout, i, stop - start)
+        first, last = plan_rows(self.layout, i, start, stop)
+        begin = self.layout.extent(i)[0] + first
+        self._fill([(begin, last - first, result)])
+        self.count(1, last - first)
+        return result
+
+    def _in_mode(self, i: int, for_slice: bool) -> torch.Tensor:
+        """Tensor i the way stock makes it, for torch modes to see.
+
+        Over our own map, so that what was changed in place through earlier tensors is there.
+        """
+        if not self.mapped:
+            raise Doubt("a torch mode or default device is in force")
+        if self._storage is None:
+            self._storage = tensors.whole_storage(self.map())
+        return tensors.by_stocks_recipe(self._storage, self.layout, i, for_slice)
+
+    # ---- mapped ----
+
+    def map(self) -> engine.Arena:
+        """The file's private map, made on first use.
+
+        Raises:
+            MemoryError, OSError: the map was refused.
+        """
+        found = self._map
+        if found is None:
+            with shared_lock:
+                found = self._map
+                if found is None:
+                    found = self._map = engine.map_arena(self.file)
+        return found
+
+    def _read_ahead_all(self, arena: engine.Arena) -> None:
+        layout = self.layout
+        if self.config.io == "mmap" or layout.data_bytes < WORKERS_FROM:
+            return
+        self._note_residency(layout.data_begin, layout.data_bytes)
+        # Where samples find everything cached, one worker makes sure of the rest.
+        threads = 1 if self.account.resident == 1.0 else io_threads(self.config.threads)
+        job = self._start(arena, layout.data_begin, layout.data_bytes, threads)
+        self._covered = (0, self.file.size)
+        if job is not None and self.config.progress:
+            with progress_bar(self.file.path, layout.data_bytes) as advance:
+                job.wait(lambda stats: advance(stats.bytes_done))
+
+    def _look_ahead(self, i: int) -> None:
+        """Bring in tensor i's extent, and what follows when the file is walked in order."""
+        begin, end = self.layout.extent(i)
+        if self.config.io == "mmap" or begin == end:
+            return
+        low, high = self._covered
+        sequential = self.follows_another(i)
+        if low <= begin and end <= high:
+            if sequential and high - end < AHEAD // 2 and high < self.file.size:
+                self._cover(low, high, min(high + AHEAD, self.file.size))
+        elif sequential:
+            self._cover(begin, begin, min(max(end, begin + AHEAD), self.file.size))
+        elif end - begin >= WORKERS_FROM:  # less is a few faults, which the kernel serves
+            self._cover(begin, begin, end)
+
+    def _cover(self, low: int, begin: int, end: int) -> None:
+        """Start read-ahead of an extent unless it is cached; (low, end) is covered then."""
+        self._covered = (low, end)
+        resident, probe = self.file.residency(begin, end - begin)
+        if self.account.resident is None and probe != "none":
+            self.account.resident = resident / (end - begin)
+        if resident < end - begin:
+            self.account.path = "mmap+readahead"
+            self._start(self.map(), begin, end - begin, io_threads(self.config.threads))
+
+    def _note_residency(self, begin: int, nbytes: int) -> None:
+        """Sample how much is cached, for the report; workers look at every chunk themselves."""
+        samples, size = 16, min(nbytes, 256 << 10)
+        step = max((nbytes - size) // (samples - 1), 1)
+        resident = looked = 0
+        for k in range(samples):
+            found, probe = self.file.residency(min(begin + k * step, begin + nbytes - size), size)
+            if probe == "none":
+                return
+            resident, looked = resident + found, looked + size
+        self.account.resident = resident / looked
+        if resident < looked:
+            self.account.path = "mmap+readahead"
+
+    def _start(
+        self, arena: engine.Arena, begin: int, nbytes: int, threads: int
+    ) -> engine.Job | None:
+        """Start read-ahead; it runs on by itself, whatever becomes of the job.
+
+        None when there is no memory for it: the kernel then reads on demand, as for stock.
+        """
+        headroom = engine.memory_headroom()
+        try:
+            return engine.prefetch(
+                self.file,
+                arena,
+                array("Q", (begin, nbytes, 0)),
+                threads=threads,
+                chunk_bytes=self.config.chunk_bytes,
+                reserve_bytes=min(RESERVE, headroom // 10) if headroom is not None else 0,
+            )
+        except MemoryError:
+            return None
+
+    # ---- read into memory of our own ----
+
+    def _read(self, wanted: Iterable[int]) -> list[torch.Tensor]:
+        if self.config.tensors == "owned":
+            made = [(i, tensors.empty(self.layout, i)) for i in wanted]
+            self._fill([(self.layout.extent(i)[0], self.layout.nbytes(i), t) for i, t in made])
+            return [tensor for _, tensor in made]
+        plan = plan_arena(self.layout, wanted)
+        arena = engine.alloc_arena(plan.arena_bytes)
+        self._run(arena, plan.segments, plan.data_bytes)
+        return tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
+
+    def _fill(self, places: list[tuple[int, int, torch.Tensor]]) -> None:
+        """Read (file offset, bytes) into tensors that already exist."""
+        places = [place for place in places if place[1]]
+        if not places:
+            return
+        base = min(tensor.data_ptr() for _, _, tensor in places)
+        top = max(tensor.data_ptr() + nbytes for _, nbytes, tensor in places)
+        segments = array("Q")
+        for begin, nbytes, tensor in sorted(places, key=lambda place: place[0]):
+            segments.extend((begin, nbytes, tensor.data_ptr() - base))
+        total = sum(nbytes for _, nbytes, _ in places)
+        self._run(engine.borrow_arena(base, top - base, places), segments, total)
+
+    def _run(self, arena: engine.Arena, segments: array[int], nbytes: int) -> None:
+        job = engine.read(
+            self.file,
+            arena,
+            segments,
+            threads=io_threads(self.config.threads),
+            chunk_bytes=self.config.chunk_bytes,
+            mode="direct" if self._direct else "buffered",
+            drop_cache=self.config.page_cache == "drop",
+        )
+        if self.config.progress:
+            with progress_bar(self.file.path, nbytes) as advance:
+                stats = job.wait(lambda stats: advance(stats.bytes_done))
+        else:
+            stats = job.wait()
+        if self._direct and stats.direct_errno:
+            if self.account.path == "direct":
+                self.account.path = "buffered"
+            self.account.note = f"O_DIRECT was refused ({os.strerror(stats.direct_errno)})"

@@ -1,0 +1,321 @@
+/* fst_chunk.c - claiming a piece of a job, moving its bytes, and accounting for it. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <time.h>
+
+#include "fst_pool.h"
+#include "fst_sys.h"
+
+#define SEGMENT_GAP (64u << 10) /* unwanted bytes worth reading over in one request */
+#define HEADROOM_EVERY (64u << 20)
+
+/* ---- claiming and accounting, with the lock held ---- */
+
+/* A file range that starts at the cursor and runs on over the segments behind it as long as
+ * it fits and no large gap lies between. */
+static void claim(fst_job *job, fst_io_context *io, fst_chunk *chunk) {
+    uint64_t begin = job->next_offset, end = begin, wanted = 0, at = job->next_segment;
+    /* Workers shall not meet in one block, nor in one huge page of the cache. */
+    uint64_t unit = job->options.chunk_bytes < FST_HUGE_PAGE ? FST_DIRECT_ALIGN : FST_HUGE_PAGE;
+    uint64_t limit = fst_align_down(begin, unit) + job->options.chunk_bytes;
+    bool split = false;
+    io->first = at;
+    io->begin = begin;
+    for (; at < job->count; at++) {
+        const fst_segment *s = &job->segments[at];
+        uint64_t from = at == io->first ? begin : s->file_offset;
+        uint64_t to = s->file_offset + s->bytes;
+        if (s->bytes == 0) continue;
+        if (from < end || from >= limit || from - end > SEGMENT_GAP) break;
+        end = fst_min(to, limit);
+        wanted += end - from;
+        split = to > limit;
+        if (split) break;
+    }
+    io->end = end;
+    if (split) { /* the rest of this segment is the next chunk's */
+        job->next_segment = at;
+        job->next_offset = limit;
+    } else {
+        fst_job_set_cursor(job, at);
+    }
+    *chunk = (fst_chunk){.job = job, .begin = begin, .wanted = wanted, .next = job->chunks};
+    job->chunks = chunk;
+}
+
+static void account(fst_chunk *chunk, int code, const fst_error *error) {
+    fst_job *job = chunk->job;
+    fst_chunk **link = &job->chunks;
+    while (*link != chunk) link = &(*link)->next;
+    *link = chunk->next;
+    if (code != FST_OK) {
+        fst_job_fail(job, code, error);
+        return;
+    }
+    job->stats.bytes_done += chunk->wanted;
+    if (chunk->direct) job->stats.bytes_direct += chunk->wanted;
+    if (chunk->gds) job->stats.bytes_gds += chunk->wanted;
+}
+
+/* Whether it is time to look at memory again. */
+static bool headroom_due(fst_job *job) {
+    if (job->options.reserve_bytes == 0 || job->stats.bytes_done < job->headroom_at) return false;
+    job->headroom_at = job->stats.bytes_done + HEADROOM_EVERY;
+    return true;
+}
+
+/* ---- moving, without the lock ---- */
+
+static bool ensure_slot(fst_worker *worker, uint64_t bytes) {
+    if (worker->slot.bytes >= bytes) return true;
+    fst_pages_unmap(&worker->slot);
+    int failed = fst_pages_map(&worker->slot, bytes);
+    errno = failed;
+    return failed == 0;
+}
+
+/* Cached pages count as free memory, also those read ahead for maps still in use. To read
+ * on would push them out before anybody came for them. */
+static bool memory_is_short(const fst_job *job) {
+    uint64_t headroom = fst_memory_headroom(), ahead = atomic_load(&fst_counts.bytes_ahead);
+    return headroom < ahead || headroom - ahead < job->options.reserve_bytes;
+}
+
+/* Returns 0, or why it gave up. */
+static int move_ahead(const fst_job *job, fst_io_context *io, fst_worker *worker,
+                      bool look_at_memory, uint64_t *cold) {
+    if (look_at_memory && memory_is_short(job)) return ENOMEM;
+    int code = fst_io_prefetch(io, cold);
+    if (code != ENOBUFS) return code;
+    if (!ensure_slot(worker, job->options.chunk_bytes)) return ENOMEM;
+    io->slot = worker->slot.data;
+    io->slot_bytes = worker->slot.bytes;
+    return fst_io_read_through(io);
+}
+
+static uint64_t thread_nanoseconds(void) {
+    struct timespec now;
+    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now) != 0) return 0;
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static bool is_cached(const fst_io_context *io) {
+    uint64_t resident = 0;
+    int probe = FST_PROBE_NONE;
+    (void)fst_file_residency((fst_file *)(uintptr_t)io->file, io->begin, io->end - io->begin,
+                             &resident, &probe);
+    return resident == io->end - io->begin;
+}
+
+/* Into host memory. *refused becomes the errno with which O_DIRECT was refused, if it was. */
+static int read_to_memory(const fst_job *job, fst_io_context *io, fst_worker *worker,
+                          fst_chunk *chunk, int *refused, fst_error *err) {
+    if (chunk->direct) {
+        if (!ensure_slot(worker, job->options.chunk_bytes))
+            return fst_fail(err, FST_E_NOMEM, errno,
+                            "%s: no memory for a read buffer of %llu bytes", io->file->path,
+                            (unsigned long long)job->options.chunk_bytes);
+        io->slot = worker->slot.data;
+        io->slot_bytes = worker->slot.bytes;
+        int code = fst_io_direct(io, err);
+        if (code != FST_E_INVALID) return code;
+        *refused = err->sys_errno; /* the page cache takes over */
+        chunk->direct = false;
+    }
+    return fst_io_buffered(io, err);
+}
+
+/* A slot to fill; those of this worker's copies that are over make room. Takes the lock. */
+static int take_slot(const fst_job *job, fst_worker *worker, fst_slot **slot, fst_error *err) {
+    const fst_job_options *o = &job->options;
+    for (;;) {
+        bool wait = worker->in_flight == 0;
+        int code = fst_ring_take(o->device, o->chunk_bytes, o->pinned_bytes, wait, slot, err);
+        if (code != FST_PENDING) return code;
+        if (atomic_load_explicit(&job->stop, memory_order_relaxed))
+            return fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled", job->file->path);
+        if (wait) continue;
+        fst_pool_lock();
+        fst_chunk_retire(worker, true);
+        fst_pool_unlock();
+    }
+}
+
+/* Into a slot. */
+static int fill_slot(const fst_job *job, fst_io_context *io, fst_worker *worker, fst_chunk *chunk,
+                     int *refused, fst_error *err) {
+    fst_slot *slot;
+    int code = take_slot(job, worker, &slot, err);
+    if (code != FST_OK) return code;
+    io->slot = slot->pages.data;
+    io->slot_bytes = slot->pages.bytes;
+    code = chunk->direct ? fst_io_direct_slot(io, err) : FST_E_INVALID;
+    if (code == FST_E_INVALID) {
+        if (chunk->direct) *refused = err->sys_errno;
+        chunk->direct = false;
+        io->into = io->slot + (io->begin - fst_align_down(io->begin, FST_DIRECT_ALIGN));
+        code = fst_io_buffered(io, err);
+    }
+    if (code == FST_OK)
+        chunk->transfer.slot = slot;
+    else
+        fst_ring_give(slot);
+    return code;
+}
+
+static int fill_staging(const fst_job *job, const fst_io_context *io, fst_chunk *chunk,
+                        fst_error *err) {
+    fst_staging *staging;
+    int code = fst_gds_take(job->options.device, job->options.chunk_bytes, &staging, err);
+    if (code != FST_OK) return code;
+    code = fst_gds_read(io, job->gds_handle, staging, err);
+    if (code == FST_OK)
+        chunk->transfer.staging = staging;
+    else
+        fst_gds_give(staging);
+    return code;
+}
+
+/* Into a slot or a staging block and, from there, on its way. *gds_refused is filled where
+ * cuFile would not. */
+static int read_to_device(const fst_job *job, fst_io_context *io, fst_worker *worker,
+                          fst_chunk *chunk, int *refused, fst_error *gds_refused, fst_error *err) {
+    int code = FST_E_INVALID;
+    chunk->transfer.device = job->options.device;
+    if (chunk->gds) {
+        code = fill_staging(job, io, chunk, err);
+        if (code == FST_E_INVALID) {
+            *gds_refused = *err;
+            chunk->gds = false;
+            chunk->direct = !is_cached(io);
+        }
+    }
+    if (code == FST_E_INVALID) code = fill_slot(job, io, worker, chunk, refused, err);
+    if (code != FST_OK) return code;
+    return fst_transfer_start(&chunk->transfer, worker->number, job->allocated, io, err);
+}
+
+static void count_bytes(const fst_job *job, const fst_chunk *chunk, uint64_t cold) {
+    if (job->kind == JOB_PREFETCH)
+        atomic_fetch_add(&fst_counts.bytes_prefetched, cold);
+    else if (!chunk->gds)
+        atomic_fetch_add(chunk->direct ? &fst_counts.bytes_direct : &fst_counts.bytes_buffered,
+                         chunk->wanted);
+    if (job->options.device != NULL) atomic_fetch_add(&fst_counts.bytes_copied, chunk->wanted);
+}
+
+/* ---- a worker's part ---- */
+
+static fst_io_context context_of(const fst_job *job) {
+    return (fst_io_context){.file = job->file,
+                            .direct_fd = job->direct_fd,
+                            .arena = job->arena,
+                            .segments = job->segments,
+                            .count = job->count,
+                            .drop_cache = job->options.drop_cache != 0,
+                            .stop = &job->stop};
+}
+
+static bool wants_direct(const fst_job *job) {
+    return job->kind == JOB_READ &&
+           (job->options.mode == FST_READ_DIRECT || job->options.mode == FST_READ_DIRECT_IF_COLD);
+}
+
+static void run_prefetch(fst_job *job, fst_worker *worker) {
+    fst_io_context io = context_of(job);
+    fst_chunk chunk;
+    uint64_t cold = 0;
+    if (fst_arena_abandoned(job->arena)) {
+        fst_job_give_up_rest(job); /* nobody is left to use it */
+        return;
+    }
+    bool look_at_memory = headroom_due(job);
+    claim(job, &io, &chunk);
+    job->reading++;
+    fst_pool_unlock();
+    int failed = move_ahead(job, &io, worker, look_at_memory, &cold);
+    if (failed == 0) {
+        count_bytes(job, &chunk, cold);
+        if (cold > 0) fst_arena_count_ahead(io.arena, cold);
+    }
+    fst_pool_lock();
+    job->reading--;
+    if (failed != 0) chunk.wanted = 0;
+    account(&chunk, FST_OK, NULL);
+    if (failed != 0)
+        fst_job_give_up_rest(job); /* no failure: the map still works */
+    else
+        job->stats.bytes_cold += cold;
+}
+
+static void run_read(fst_job *job, fst_worker *worker) {
+    fst_io_context io = context_of(job);
+    fst_chunk here, *chunk = &here;
+    fst_error error = {0}, gds_refused = {0};
+    int refused = 0, code;
+    bool to_device = job->options.device != NULL, direct = wants_direct(job);
+    bool if_cold = job->options.mode == FST_READ_DIRECT_IF_COLD;
+    bool shared = direct && !to_device; /* with a child, if the process forks now */
+    /* The worker has room: see fst_chunk_retire. Taking a slot may retire the oldest, which
+     * moves neither this place nor its turn. */
+    if (to_device) chunk = &worker->chunks[(worker->oldest + worker->in_flight) % FST_IN_FLIGHT];
+    claim(job, &io, chunk);
+    chunk->gds = job->options.mode == FST_READ_GDS;
+    job->reading++;
+    fst_pool.in_flight_direct += shared;
+    fst_pool_unlock();
+
+    chunk->direct = direct && !(if_cold && is_cached(&io));
+    uint64_t before = thread_nanoseconds();
+    if (to_device) {
+        code = read_to_device(job, &io, worker, chunk, &refused, &gds_refused, &error);
+    } else {
+        code = read_to_memory(job, &io, worker, chunk, &refused, &error);
+        fst_arena_note_fill(io.arena, chunk->wanted, thread_nanoseconds() - before);
+    }
+    if (code == FST_OK) count_bytes(job, chunk, 0);
+
+    fst_pool_lock();
+    fst_pool.in_flight_direct -= shared;
+    job->reading--;
+    if (gds_refused.code != FST_OK) fst_job_refuse_gds(job, &gds_refused);
+    if (refused != 0) {
+        job->options.mode = FST_READ_BUFFERED;
+        if (job->stats.direct_errno == 0) job->stats.direct_errno = refused;
+    }
+    if (!to_device || code != FST_OK) {
+        account(chunk, code, &error);
+        return;
+    }
+    worker->in_flight++;
+    if (!FST_KEEPS(FST_RULE_LANDED)) chunk->begin = UINT64_MAX;
+}
+
+void fst_chunk_run(fst_job *job, fst_worker *worker) {
+    if (job->kind == JOB_PREFETCH)
+        run_prefetch(job, worker);
+    else
+        run_read(job, worker);
+}
+
+void fst_chunk_retire(fst_worker *worker, bool wait) {
+    while (worker->in_flight > 0) {
+        fst_chunk *chunk = &worker->chunks[worker->oldest];
+        fst_error error = {0};
+        fst_pool_unlock();
+        if (!wait && !fst_transfer_ready(&chunk->transfer)) {
+            fst_pool_lock();
+            return;
+        }
+        int code = fst_transfer_finish(&chunk->transfer, &error);
+        fst_pool_lock();
+        worker->oldest = (worker->oldest + 1) % FST_IN_FLIGHT;
+        worker->in_flight--;
+        fst_job *job = chunk->job;
+        account(chunk, code, &error);
+        fst_job_finish_if_over(job);
+        (void)pthread_cond_broadcast(&fst_pool.event);
+        wait = false; /* one was asked for; the others if they are over too */
+    }
+}

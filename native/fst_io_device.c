@@ -1,0 +1,129 @@
+/* fst_io_device.c - from a filled slot to device memory, and comparing what arrived. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fst_gpu.h"
+
+/* Enqueues the copies of every piece of the chunk. Neighbours were merged when the load was
+ * planned: most chunks are one piece. */
+static int enqueue(const fst_transfer *transfer, void *stream, const fst_io_context *io,
+                   fst_error *err) {
+    const fst_gpu *gpu = transfer->device->gpu;
+    uint64_t source_begin = fst_align_down(io->begin, FST_DIRECT_ALIGN);
+    for (uint64_t i = io->first; i < io->count; i++) {
+        const fst_segment *s = &io->segments[i];
+        if (s->file_offset >= io->end) break;
+        uint64_t begin = s->file_offset > io->begin ? s->file_offset : io->begin;
+        uint64_t end = fst_min(s->file_offset + s->bytes, io->end);
+        if (begin >= end) continue;
+        uintptr_t to = (uintptr_t)io->arena->data + s->arena_offset + (begin - s->file_offset);
+        uint64_t skip = begin - source_begin;
+        size_t bytes = (size_t)(end - begin);
+        int status = transfer->slot != NULL
+                         ? gpu->copy_in(to, transfer->slot->pages.data + skip, bytes, stream)
+                         : gpu->copy_within(to, transfer->staging->address + skip, bytes, stream);
+        if (status != 0)
+            return fst_gpu_fail(err, transfer->device, "copying to the device", status);
+    }
+    return FST_OK;
+}
+
+static void give_sources(fst_transfer *transfer) {
+    fst_ring_give(transfer->slot);
+    fst_gds_give(transfer->staging);
+    transfer->slot = NULL;
+    transfer->staging = NULL;
+}
+
+int fst_transfer_start(fst_transfer *transfer, int stream, void *after, const fst_io_context *io,
+                       fst_error *err) {
+    fst_device *device = transfer->device;
+    const fst_gpu *gpu = device->gpu;
+    void *queue = transfer->queue = device->streams[stream % FST_STREAMS];
+    fst_gpu_scope scope;
+    int status = 0;
+    int code = fst_gpu_enter(device, &scope, err);
+    if (code != FST_OK) {
+        give_sources(transfer);
+        return code;
+    }
+    transfer->event = fst_gpu_take_event(device, err);
+    if (transfer->event == NULL) code = err->code;
+    if (code == FST_OK && FST_KEEPS(FST_RULE_ALLOCATION))
+        status = gpu->stream_wait(queue, after, 0);
+    if (code == FST_OK && status == 0) {
+        code = enqueue(transfer, queue, io, err);
+        if (code == FST_OK) status = gpu->event_record(transfer->event, queue);
+        /* Some copies may be under way, and no event tells of their end. */
+        if (code != FST_OK || status != 0) (void)gpu->stream_sync(queue);
+    }
+    if (code == FST_OK && status != 0)
+        code = fst_gpu_fail(err, device, "ordering copies on a stream", status);
+    fst_gpu_leave(&scope);
+    if (code != FST_OK) {
+        fst_gpu_give_event(device, transfer->event);
+        transfer->event = NULL;
+        give_sources(transfer);
+    }
+    if (!FST_KEEPS(FST_RULE_SLOT) && transfer->slot != NULL) give_sources(transfer);
+    if (!FST_KEEPS(FST_RULE_STAGING) && transfer->staging != NULL) give_sources(transfer);
+    return code;
+}
+
+bool fst_transfer_ready(const fst_transfer *transfer) {
+    fst_gpu_scope scope;
+    fst_error ignored = {0};
+    if (fst_gpu_enter(transfer->device, &scope, &ignored) != FST_OK) return true;
+    int status = transfer->device->gpu->event_query(transfer->event);
+    fst_gpu_leave(&scope);
+    return status != FST_GPU_NOT_READY; /* a failure is for finish to report */
+}
+
+int fst_transfer_finish(fst_transfer *transfer, fst_error *err) {
+    fst_device *device = transfer->device;
+    fst_gpu_scope scope;
+    int code = fst_gpu_enter_surely(device, &scope, err);
+    if (code == FST_OK) {
+        int status = device->gpu->event_sync(transfer->event);
+        if (status != 0) {
+            code = fst_gpu_fail(err, device, "waiting for copies", status);
+            /* The error may be another's, and the copies still to come. A driver that cannot
+             * wait this way either copies nothing any more. */
+            (void)device->gpu->stream_sync(transfer->queue);
+        }
+        fst_gpu_leave(&scope);
+    }
+    fst_gpu_give_event(device, transfer->event);
+    give_sources(transfer);
+    *transfer = (fst_transfer){0};
+    return code;
+}
+
+int fst_device_compare(fst_device *device, fst_arena *arena, uint64_t arena_offset, fst_file *file,
+                       uint64_t file_offset, uint64_t bytes, int32_t *equal, fst_error *err) {
+    *equal = 0;
+    if (arena_offset > arena->bytes || bytes > arena->bytes - arena_offset || bytes > SIZE_MAX / 2)
+        return fst_fail(err, FST_E_INVALID, EINVAL, "no such bytes in the arena");
+    unsigned char *both = malloc(bytes == 0 ? 1 : 2 * (size_t)bytes);
+    if (both == NULL)
+        return fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory to compare %llu bytes",
+                        (unsigned long long)bytes);
+    fst_gpu_scope scope;
+    int code = fst_file_read(file, file_offset, both, bytes, err);
+    if (code == FST_OK) code = fst_gpu_enter(device, &scope, err);
+    if (code == FST_OK) {
+        void *stream = device->streams[0];
+        int status = device->gpu->copy_out(both + bytes, (uintptr_t)arena->data + arena_offset,
+                                           (size_t)bytes, stream);
+        int synced = device->gpu->stream_sync(stream); /* even then: both is about to be freed */
+        if (synced != 0) (void)device->gpu->stream_sync(stream);
+        if (status == 0) status = synced;
+        if (status != 0) code = fst_gpu_fail(err, device, "reading back", status);
+        fst_gpu_leave(&scope);
+    }
+    if (code == FST_OK) *equal = memcmp(both, both + bytes, (size_t)bytes) == 0;
+    free(both);
+    return code;
+}

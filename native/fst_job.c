@@ -1,0 +1,351 @@
+/* fst_job.c - what is to be moved: submitting, waiting, cancelling, and letting go. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fst_pool.h"
+#include "fst_sys.h"
+
+/* ---- with the lock held ---- */
+
+/* Only for jobs that are done: these hold no file and no arena any more. */
+static void destroy(fst_job *job) {
+    free(job->segments);
+    free(job);
+}
+
+static void unlink_job(fst_job *job) {
+    fst_job **link = &fst_pool.head, *previous = NULL;
+    while (*link != NULL && *link != job) {
+        previous = *link;
+        link = &(*link)->next;
+    }
+    if (*link == NULL) return;
+    *link = job->next;
+    if (fst_pool.tail == job) fst_pool.tail = previous;
+    fst_pool.jobs--;
+}
+
+void fst_job_set_cursor(fst_job *job, uint64_t segment) {
+    while (segment < job->count && job->segments[segment].bytes == 0) segment++;
+    job->next_segment = segment;
+    if (segment < job->count) job->next_offset = job->segments[segment].file_offset;
+}
+
+void fst_job_fail(fst_job *job, int code, const fst_error *error) {
+    if (job->result == FST_OK) {
+        job->result = code;
+        job->error = *error;
+    }
+    fst_job_give_up_rest(job);
+    if (!FST_KEEPS(FST_RULE_RELEASE) && job->arena != NULL) {
+        fst_arena_unref(job->arena);
+        job->arena = NULL;
+    }
+}
+
+/* It is done, for whoever waits, only when it has let go of everything: a waiting owner then
+ * holds counters only. */
+void fst_job_finish_if_over(fst_job *job) {
+    if (job->done || job->finishing || job->chunks != NULL || fst_job_has_chunk(job)) return;
+    fst_file *file = job->file;
+    fst_arena *arena = job->arena;
+    int fd = job->direct_fd;
+    bool drop = job->kind == JOB_READ && job->options.drop_cache;
+    job->finishing = true;
+    fst_pool.finishing++;
+    fst_pool_unlock(); /* dropping caches and unmapping gigabytes take their time */
+    if (drop)          /* what was there before, and what was read around the chunks */
+        (void)FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_DONTNEED);
+    fst_gds_deregister(job->options.device, job->gds_handle);
+    if (fd >= 0) close(fd);
+    fst_file_release(file);
+    if (arena != NULL) fst_arena_unref(arena);
+    if (job->allocated != NULL) fst_gpu_give_event(job->options.device, job->allocated);
+    fst_pool_lock();
+    fst_pool.finishing--;
+    unlink_job(job);
+    job->file = NULL;
+    job->arena = NULL;
+    job->stats.bytes_skipped = job->stats.bytes_total - job->stats.bytes_done;
+    job->stats.done = 1;
+    job->done = true;
+    if (--job->refs == 0) destroy(job);
+    (void)pthread_cond_broadcast(&fst_pool.event);
+}
+
+static bool goes_first(const fst_job *job, const fst_job *other) {
+    if (job->kind != JOB_READ) return false;
+    if (other->kind != JOB_READ) return true;
+    /* Of one file, in the order asked for: somebody waits for the first tensors. */
+    return job->file != other->file && job->reading < other->reading;
+}
+
+/* Reads first, since somebody waits for them, and the least served of those; then
+ * read-ahead in the order asked for, which is the order of consumption. */
+fst_job *fst_job_next(void) {
+    fst_job *best = NULL;
+    for (fst_job *job = fst_pool.head; job != NULL; job = job->next) {
+        if (!fst_job_has_chunk(job) || job->reading >= job->options.threads) continue;
+        if (best == NULL || goes_first(job, best)) best = job;
+    }
+    return best;
+}
+
+void fst_job_refuse_gds(fst_job *job, const fst_error *error) {
+    if (job->options.mode != FST_READ_GDS) return; /* the first reason counts */
+    job->options.mode = FST_READ_DIRECT_IF_COLD;
+    job->stats.gds_refused = 1;
+    (void)snprintf(job->stats.gds_note, sizeof job->stats.gds_note, "%.*s",
+                   (int)sizeof job->stats.gds_note - 1, error->message);
+}
+
+static void cancel_locked(fst_job *job) {
+    atomic_store(&job->stop, true);
+    if (job->done) return;
+    if (job->kind == JOB_READ && job->stats.bytes_done < job->stats.bytes_total) {
+        fst_error error;
+        (void)fst_fail(&error, FST_E_CANCELLED, ECANCELED, "load cancelled");
+        fst_job_fail(job, FST_E_CANCELLED, &error);
+    }
+    fst_job_give_up_rest(job);
+    fst_job_finish_if_over(job);
+}
+
+/* Whether every wanted byte before a file offset is where it belongs. */
+static bool landed(const fst_job *job, uint64_t file_offset) {
+    if (job->result != FST_OK) return false;
+    if (fst_job_has_chunk(job) && job->next_offset < file_offset) return false;
+    for (const fst_chunk *chunk = job->chunks; chunk != NULL; chunk = chunk->next)
+        if (chunk->begin < file_offset) return false;
+    return true;
+}
+
+/* ---- public ---- */
+
+static bool segments_fit(const fst_segment *segments, uint64_t count, uint64_t file_bytes,
+                         const fst_arena *arena, bool into_arena, uint64_t *total) {
+    uint64_t previous_end = 0;
+    *total = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        const fst_segment *s = &segments[i];
+        if (s->file_offset > file_bytes || s->bytes > file_bytes - s->file_offset) return false;
+        if (into_arena && (s->file_offset < previous_end || s->arena_offset > arena->bytes ||
+                           s->bytes > arena->bytes - s->arena_offset))
+            return false;
+        previous_end = s->file_offset + s->bytes;
+        *total += s->bytes; /* at most count file sizes; counters only */
+    }
+    return true;
+}
+
+static bool options_fit(const fst_job_options *options) {
+    bool to_device = options->device != NULL;
+    return options->struct_bytes == sizeof *options && options->threads >= 1 &&
+           options->threads <= FST_MAX_THREADS && options->chunk_bytes >= FST_CHUNK_MIN &&
+           options->chunk_bytes <= FST_CHUNK_MAX && options->mode >= FST_READ_BUFFERED &&
+           options->mode <= (to_device ? FST_READ_GDS : FST_READ_DIRECT_IF_COLD);
+}
+
+/* An event behind whatever is pending where the arena was allocated. */
+static int note_allocation(fst_job *job, fst_error *err) {
+    fst_device *device = job->options.device;
+    fst_gpu_scope scope;
+    int code = fst_gpu_enter(device, &scope, err);
+    if (code != FST_OK) return code;
+    void *event = fst_gpu_take_event(device, err);
+    int status = event == NULL ? 0 : device->gpu->event_record(event, (void *)job->options.stream);
+    fst_gpu_leave(&scope);
+    if (event == NULL) return err->code;
+    if (status != 0) {
+        fst_gpu_give_event(device, event);
+        return fst_gpu_fail(err, device, "recording an event on the allocating stream", status);
+    }
+    job->allocated = event;
+    return FST_OK;
+}
+
+static fst_job *new_job(enum job_kind kind, const fst_segment *segments, uint64_t count,
+                        const fst_job_options *options) {
+    fst_job *job = calloc(1, sizeof *job);
+    fst_segment *copy = malloc(count == 0 ? 1 : (size_t)count * sizeof *copy);
+    if (job == NULL || copy == NULL) {
+        free(job);
+        free(copy);
+        return NULL;
+    }
+    if (count > 0) memcpy(copy, segments, (size_t)count * sizeof *copy);
+    job->kind = kind;
+    job->refs = 2;
+    job->direct_fd = -1;
+    job->segments = copy;
+    job->count = count;
+    job->options = *options;
+    job->options.chunk_bytes = fst_align_up(options->chunk_bytes, FST_DIRECT_ALIGN);
+    fst_job_set_cursor(job, 0);
+    return job;
+}
+
+static void open_direct(fst_job *job, const fst_file *file) {
+    if (job->kind != JOB_READ || job->options.mode == FST_READ_BUFFERED) return;
+    job->direct_fd = fst_file_open_direct(file);
+    if (job->direct_fd < 0) {
+        job->stats.direct_errno = errno;
+        job->options.mode = FST_READ_BUFFERED;
+    } else if (job->options.mode == FST_READ_GDS) {
+        fst_error error = {0};
+        if (fst_gds_register(job->options.device, job->direct_fd, &job->gds_handle, &error) ==
+            FST_OK)
+            (void)snprintf(job->stats.gds_note, sizeof job->stats.gds_note, "%s", fst_gds_kind());
+        else
+            fst_job_refuse_gds(job, &error);
+    }
+}
+
+static void enqueue(fst_job *job) {
+    fst_pool_lock();
+    if (fst_pool.tail == NULL)
+        fst_pool.head = job;
+    else
+        fst_pool.tail->next = job;
+    fst_pool.tail = job;
+    fst_pool.jobs++;
+    uint64_t chunks = job->stats.bytes_total / job->options.chunk_bytes + 1;
+    fst_pool_grow((int)fst_min((uint64_t)job->options.threads, chunks));
+    job->inline_help = fst_pool.threads == 0;
+    if (job->inline_help && job->kind == JOB_PREFETCH) fst_job_give_up_rest(job);
+    fst_job_finish_if_over(job); /* nothing to do at all */
+    (void)pthread_cond_broadcast(&fst_pool.work);
+    fst_pool_unlock();
+}
+
+static int submit(enum job_kind kind, fst_file *file, fst_arena *arena, const fst_segment *segments,
+                  uint64_t count, const fst_job_options *options, fst_job **out, fst_error *err) {
+    uint64_t total;
+    *out = NULL;
+    if (!options_fit(options) || count > SIZE_MAX / sizeof *segments)
+        return fst_fail(err, FST_E_INVALID, EINVAL, "%s: job options out of range", file->path);
+    if (!segments_fit(segments, count, file->info.size, arena, kind == JOB_READ, &total))
+        return fst_fail(err, FST_E_INVALID, EINVAL, "%s: a segment is out of range", file->path);
+    fst_pool_prepare();
+    fst_job *job = new_job(kind, segments, count, options);
+    if (job == NULL)
+        return fst_fail(err, FST_E_NOMEM, ENOMEM, "%s: no memory for a job of %llu segments",
+                        file->path, (unsigned long long)count);
+    job->stats.bytes_total = total;
+    int code = options->device == NULL ? FST_OK : note_allocation(job, err);
+    if (code != FST_OK) {
+        destroy(job);
+        return code;
+    }
+    fst_file_retain(file);
+    fst_arena_retain(arena);
+    job->file = file;
+    job->arena = arena;
+    open_direct(job, file);
+    enqueue(job);
+    *out = job;
+    return FST_OK;
+}
+
+int fst_job_prefetch(fst_file *file, fst_arena *map, const fst_segment *segments, uint64_t count,
+                     const fst_job_options *options, fst_job **out, fst_error *err) {
+    if (map->kind != FST_ARENA_MAP || map->bytes != file->info.size) {
+        *out = NULL;
+        return fst_fail(err, FST_E_INVALID, EINVAL, "%s: read-ahead needs the file's map",
+                        file->path);
+    }
+    return submit(JOB_PREFETCH, file, map, segments, count, options, out, err);
+}
+
+int fst_job_read(fst_file *file, fst_arena *arena, const fst_segment *segments, uint64_t count,
+                 const fst_job_options *options, fst_job **out, fst_error *err) {
+    return submit(JOB_READ, file, arena, segments, count, options, out, err);
+}
+
+int fst_job_wait_until(fst_job *job, uint64_t file_offset, int timeout_ms, fst_error *err) {
+    struct timespec until = fst_deadline(timeout_ms);
+    fst_worker helper = {0};
+    fst_pool_lock();
+    int timed_out = 0;
+    while ((!job->done || job->quiesced) && !landed(job, file_offset) && timed_out == 0) {
+        if (job->inline_help && fst_job_has_chunk(job) && fst_pool.forking == 0) {
+            fst_chunk_run(job, &helper);
+            fst_job_finish_if_over(job);
+            fst_chunk_retire(&helper, true);               /* it goes with this call */
+            (void)pthread_cond_broadcast(&fst_pool.event); /* a fork may wait for this chunk */
+            break; /* back to the caller between chunks: it may have been interrupted */
+        }
+        timed_out = pthread_cond_timedwait(&fst_pool.event, &fst_pool.lock, &until);
+    }
+    int code = job->done || landed(job, file_offset) ? job->result : FST_PENDING;
+    if (job->quiesced && code == FST_E_CANCELLED) code = FST_PENDING;
+    if (code != FST_OK && code != FST_PENDING) *err = job->error;
+    fst_pool_unlock();
+    fst_pages_unmap(&helper.slot);
+    return code;
+}
+
+int fst_job_wait(fst_job *job, int timeout_ms, fst_error *err) {
+    int code = fst_job_wait_until(job, UINT64_MAX, timeout_ms, err);
+    if (code != FST_OK) return code;
+    /* All landed; what is left is letting go of file and arena. */
+    fst_pool_lock();
+    while (!job->done) (void)pthread_cond_wait(&fst_pool.event, &fst_pool.lock);
+    fst_pool_unlock();
+    return FST_OK;
+}
+
+void fst_job_cancel(fst_job *job) {
+    if (job == NULL) return;
+    fst_pool_lock();
+    cancel_locked(job);
+    fst_pool_unlock();
+}
+
+static fst_job *device_job(void) {
+    fst_job *job = fst_pool.head;
+    while (job != NULL && job->options.device == NULL) job = job->next;
+    return job;
+}
+
+void fst_device_quiesce(void) {
+    fst_pool_prepare();
+    fst_pool_lock();
+    for (fst_job *job; (job = device_job()) != NULL;) {
+        job->quiesced = true; /* a daemon thread is not to be told of an error at the very end */
+        if (job->finishing || atomic_load(&job->stop))
+            (void)pthread_cond_wait(&fst_pool.event, &fst_pool.lock);
+        else
+            cancel_locked(job); /* which may let go of the lock: look again from the start */
+    }
+    fst_pool_unlock();
+}
+
+void fst_job_get_stats(fst_job *job, fst_job_stats *stats) {
+    fst_pool_lock();
+    *stats = job->stats;
+    fst_pool_unlock();
+}
+
+void fst_job_release(fst_job *job) {
+    if (job == NULL) return;
+    fst_pool_lock();
+    if (job->kind == JOB_READ && !job->done) {
+        /* Its destination may be the caller's: nothing may be in flight after this. */
+        cancel_locked(job);
+        while (!job->done) (void)pthread_cond_wait(&fst_pool.event, &fst_pool.lock);
+    }
+    bool last = --job->refs == 0;
+    fst_pool_unlock();
+    if (last) destroy(job);
+}
+
+void fst_job_release_at(fst_job **job) {
+    fst_job *held = *job;
+    *job = NULL;
+    fst_job_release(held);
+}

@@ -1,0 +1,502 @@
+/* fake_memory.c - the fake driver's device blocks, registered host memory and copies. */
+#include "fake_core.h"
+
+/* ---- blocks ---- */
+
+enum {
+    PAGE = 4096,
+    TORCH_ALIGNMENT = 512,
+    LARGE = 1 << 20 /* from here on cuMemAlloc gives whole pages */
+};
+
+enum block_state {
+    LIVE,
+    QUARANTINED, /* freed: nobody may write there any more */
+    ORPHAN       /* dropped by a reset, its DLPack struct not yet deleted */
+};
+
+struct block {
+    struct block *next; /* older */
+    uintptr_t base;
+    size_t bytes;
+    size_t capacity;
+    void *memory; /* what to free, or NULL: the caller's */
+    struct context *context;
+    struct stream *stream; /* it was allocated on, or NULL: cuMemAlloc */
+    enum block_state state;
+    bool managed;  /* a DLPack struct exists */
+    bool unfilled; /* copies were free when it was freed */
+};
+
+static struct block *blocks; /* newest first; freeing makes new */
+static uint64_t quarantine_limit, quarantined_bytes;
+static int dlpack_type;
+
+static struct block **place_of(const struct block *block) {
+    struct block **place = &blocks;
+    while (*place != NULL && *place != block) place = &(*place)->next;
+    return place;
+}
+
+static void block_unlink(struct block *block) { *place_of(block) = block->next; }
+
+static void block_push(struct block *block) {
+    block->next = blocks;
+    blocks = block;
+}
+
+static void block_end(struct block *block) {
+    block_unlink(block);
+    free(block->memory);
+    free(block);
+}
+
+static struct block *block_holding(uintptr_t base, size_t bytes) {
+    for (struct block *block = blocks; block != NULL; block = block->next)
+        if (block->state == LIVE && base >= block->base && base - block->base < block->bytes &&
+            bytes <= block->bytes - (base - block->base))
+            return block;
+    return NULL;
+}
+
+static struct block *block_starting(uintptr_t base) {
+    struct block *block = block_holding(base, 1);
+    return block != NULL && block->base == base ? block : NULL;
+}
+
+bool memory_live(uintptr_t base, size_t bytes, int device) {
+    struct block *block = block_holding(base, bytes);
+    return block != NULL && (device < 0 || block->context->ordinal == device);
+}
+
+static void block_fill(struct block *block, int byte) {
+    block->unfilled = fake.free_copies;
+    if (!fake.free_copies) memset((void *)block->base, byte, block->bytes);
+}
+
+static uint64_t used_bytes(const struct context *context) {
+    uint64_t used = 0;
+    for (struct block *block = blocks; block != NULL; block = block->next)
+        if (block->state == LIVE && block->context == context) used += block->bytes;
+    return used;
+}
+
+/* ---- quarantine ---- */
+
+static bool all_freed(const unsigned char *bytes, size_t count) {
+    return count == 0 || (bytes[0] == FAKE_FREED && memcmp(bytes, bytes + 1, count - 1) == 0);
+}
+
+static void block_check(struct block *block) {
+    if (block->state != QUARANTINED || block->unfilled) return;
+    if (all_freed((void *)block->base, block->bytes)) return;
+    violation("block of %zu bytes at %#zx written after it was freed", block->bytes,
+              (size_t)block->base);
+    block_fill(block, FAKE_FREED); /* is told once */
+}
+
+void quarantine_check(void) {
+    for (struct block *block = blocks; block != NULL; block = block->next) block_check(block);
+}
+
+static void quarantine_leave(struct block *block) {
+    block_check(block);
+    quarantined_bytes -= block->capacity;
+}
+
+/* Lets the oldest go until no more than a limit is kept, but keeps the newest for reuse. */
+static void quarantine_shrink(void) {
+    while (quarantined_bytes > quarantine_limit) {
+        struct block *newest = NULL, *oldest = NULL;
+        for (struct block *block = blocks; block != NULL; block = block->next) {
+            if (block->state != QUARANTINED) continue;
+            if (newest == NULL) newest = block;
+            oldest = block;
+        }
+        if (oldest == newest) return;
+        quarantine_leave(oldest);
+        block_end(oldest);
+    }
+}
+
+void quarantine_clear(void) {
+    for (struct block *block = blocks, *next; block != NULL; block = next) {
+        next = block->next;
+        if (block->state != QUARANTINED) continue;
+        quarantine_leave(block);
+        block_end(block);
+    }
+}
+
+/* What torch does: the block freed last is the first to be handed out again. */
+static struct block *block_reuse(size_t bytes, const struct context *context) {
+    for (struct block *block = blocks; block != NULL; block = block->next) {
+        if (block->state != QUARANTINED || block->context != context || block->stream == NULL ||
+            block->capacity < bytes)
+            continue;
+        quarantine_leave(block);
+        block_unlink(block);
+        return block;
+    }
+    return NULL;
+}
+
+/* ---- allocating and freeing ---- */
+
+/* Whole pages, or an address that is a multiple of 512 only. */
+static struct block *block_alloc(struct context *context, size_t bytes, bool pages) {
+    size_t shift = pages ? 0 : TORCH_ALIGNMENT;
+    void *memory = NULL;
+    if (bytes > fake.device_bytes - shift ||
+        used_bytes(context) > fake.device_bytes - shift - bytes ||
+        posix_memalign(&memory, PAGE, bytes + shift) != 0)
+        return NULL;
+    struct block *block = zeroed(sizeof *block);
+    *block = (struct block){.base = (uintptr_t)memory + shift,
+                            .bytes = bytes,
+                            .capacity = bytes,
+                            .memory = memory,
+                            .context = context};
+    return block;
+}
+
+static void block_live(struct block *block) {
+    block->state = LIVE;
+    block_push(block);
+    block_fill(block, FAKE_FRESH);
+}
+
+int memory_alloc(struct context *context, uintptr_t *out, size_t bytes) {
+    if (out == NULL || bytes == 0) return INVALID_VALUE;
+    struct block *block = block_alloc(context, bytes, bytes >= LARGE);
+    if (block == NULL) return OUT_OF_MEMORY;
+    block_live(block);
+    *out = block->base;
+    return OK;
+}
+
+/* Nothing may be pending on a block that goes, but what its own stream orders before its next
+ * use: that is of no consequence where it writes there, and done now where it reads. */
+static void block_settle(struct block *block) {
+    struct op *op = NULL;
+    while ((op = op_touching(op, block->base, block->bytes)) != NULL) {
+        bool own = block->stream != NULL && op->stream == block->stream;
+        if (!own)
+            violation("block of %zu bytes freed before a copy that uses it has run", block->bytes);
+        if (own && op_reads(op, block->base, block->bytes)) {
+            op_force(op);
+            op = NULL; /* the queues have changed */
+        } else {
+            op->kind = NOTHING_TO_DO;
+        }
+    }
+    if (file_buffer_within(block->base, block->bytes))
+        violation("block of %zu bytes freed while registered with cuFile", block->bytes);
+}
+
+static void block_free(struct block *block) {
+    block_settle(block);
+    block_unlink(block);
+    block_push(block);
+    block->state = QUARANTINED;
+    block_fill(block, FAKE_FREED);
+    quarantined_bytes += block->capacity;
+    quarantine_shrink();
+}
+
+int memory_free(struct context *context, uintptr_t address) {
+    if (address == 0) return OK;
+    struct block *block = block_starting(address);
+    if (block == NULL || block->stream != NULL) {
+        violation("freed %#zx, which was not allocated or is freed already", (size_t)address);
+        return INVALID_VALUE;
+    }
+    if (block->context != context) {
+        violation("memory of device %d freed in device %d's context", block->context->ordinal,
+                  context->ordinal);
+        return INVALID_HANDLE;
+    }
+    block_free(block);
+    return OK;
+}
+
+int memory_info(struct context *context, size_t *free_bytes, size_t *total_bytes) {
+    uint64_t used = used_bytes(context);
+    if (free_bytes == NULL || total_bytes == NULL) return INVALID_VALUE;
+    *total_bytes = fake.device_bytes;
+    *free_bytes = used < fake.device_bytes ? fake.device_bytes - used : 0;
+    return OK;
+}
+
+/* ---- blocks as torch's allocator hands them out ---- */
+
+struct managed { /* DLManagedTensor, and what it points to */
+    void *data;
+    struct {
+        int32_t type;
+        int32_t id;
+    } device;
+    int32_t dimensions;
+    struct {
+        uint8_t code;
+        uint8_t bits;
+        uint16_t lanes;
+    } dtype;
+    int64_t *shape;
+    int64_t *strides;
+    uint64_t byte_offset;
+    void *manager;
+    void (*deleter)(struct managed *self);
+    int64_t extent;
+};
+
+static void managed_delete(struct managed *managed) {
+    struct block *block = managed->manager;
+    (void)pthread_mutex_lock(&fake.lock);
+    block->managed = false;
+    if (block->state == ORPHAN)
+        block_end(block);
+    else
+        block_free(block);
+    (void)pthread_mutex_unlock(&fake.lock);
+    free(managed);
+}
+
+static void leave_work(struct block *block) {
+    if (fake.free_copies) return;
+    struct op *op = op_submit(block->stream, FILL);
+    op->to = block->base;
+    op->bytes = block->bytes;
+}
+
+static int block_hand_out(uint64_t bytes, int device, uintptr_t stream_handle, void **managed) {
+    struct context *context = device_context(device);
+    if (context == NULL) return INVALID_DEVICE;
+    struct stream *stream = stream_find(context, stream_handle);
+    if (stream == NULL) return INVALID_HANDLE;
+    if (bytes == 0 || managed == NULL) return INVALID_VALUE;
+    struct block *block = NULL;
+    if (quarantined_bytes > quarantine_limit) block = block_reuse(bytes, context);
+    if (block == NULL) block = block_alloc(context, bytes, false);
+    if (block == NULL) return OUT_OF_MEMORY;
+    block->bytes = bytes;
+    block->stream = stream;
+    block->managed = true;
+    block_live(block);
+    leave_work(block);
+    struct managed *made = zeroed(sizeof *made);
+    made->data = (void *)block->base;
+    made->device.type = dlpack_type;
+    made->device.id = dlpack_type == 1 ? 0 : device;
+    made->dimensions = 1;
+    made->dtype.code = 1; /* unsigned */
+    made->dtype.bits = 8;
+    made->dtype.lanes = 1;
+    made->extent = (int64_t)bytes;
+    made->shape = &made->extent;
+    made->manager = block;
+    made->deleter = managed_delete;
+    *managed = made;
+    return OK;
+}
+
+int fake_block(uint64_t bytes, int device, uintptr_t stream, void **managed) {
+    (void)pthread_mutex_lock(&fake.lock);
+    int code = block_hand_out(bytes, device, stream, managed);
+    (void)pthread_mutex_unlock(&fake.lock);
+    return code;
+}
+
+static int block_note(void *memory, uint64_t bytes, int device, uintptr_t stream_handle) {
+    struct context *context = device_context(device);
+    if (context == NULL) return INVALID_DEVICE;
+    struct stream *stream = stream_find(context, stream_handle);
+    if (stream == NULL) return INVALID_HANDLE;
+    if (memory == NULL || bytes == 0) return INVALID_VALUE;
+    if (block_holding((uintptr_t)memory, 1) != NULL) return ALREADY_REGISTERED;
+    struct block *block = zeroed(sizeof *block);
+    block->base = (uintptr_t)memory;
+    block->bytes = bytes;
+    block->context = context;
+    block->stream = stream;
+    block_push(block);
+    leave_work(block);
+    return OK;
+}
+
+int fake_note(void *memory, uint64_t bytes, int device, uintptr_t stream) {
+    (void)pthread_mutex_lock(&fake.lock);
+    int code = block_note(memory, bytes, device, stream);
+    (void)pthread_mutex_unlock(&fake.lock);
+    return code;
+}
+
+int fake_forget(void *memory) {
+    (void)pthread_mutex_lock(&fake.lock);
+    struct block *block = block_starting((uintptr_t)memory);
+    bool noted = block != NULL && block->memory == NULL;
+    if (noted) {
+        block_settle(block);
+        block_end(block);
+    }
+    (void)pthread_mutex_unlock(&fake.lock);
+    return noted ? OK : INVALID_VALUE;
+}
+
+/* ---- registered host memory ---- */
+
+struct range {
+    struct range *next;
+    uintptr_t base;
+    size_t bytes;
+};
+
+static struct range *ranges;
+
+static struct range *range_overlapping(uintptr_t base, size_t bytes) {
+    for (struct range *range = ranges; range != NULL; range = range->next)
+        if (range->base < base + bytes && base < range->base + range->bytes) return range;
+    return NULL;
+}
+
+int host_register(void *base, size_t bytes) {
+    if (base == NULL || bytes == 0) return INVALID_VALUE;
+    if (range_overlapping((uintptr_t)base, bytes) != NULL) return ALREADY_REGISTERED;
+    struct range *range = zeroed(sizeof *range);
+    *range = (struct range){ranges, (uintptr_t)base, bytes};
+    ranges = range;
+    return OK;
+}
+
+int host_unregister(void *base) {
+    struct range **place = &ranges;
+    while (*place != NULL && (*place)->base != (uintptr_t)base) place = &(*place)->next;
+    struct range *range = *place;
+    if (range == NULL) {
+        violation("host memory at %p unregistered, but it is not registered", base);
+        return NOT_REGISTERED;
+    }
+    /* The caller will free it: a pending copy must not touch it any more. */
+    struct op *op = NULL;
+    while ((op = op_touching(op, range->base, range->bytes)) != NULL) {
+        violation("host memory at %p unregistered before a copy that uses it has run", base);
+        op->kind = NOTHING_TO_DO;
+    }
+    *place = range->next;
+    free(range);
+    return OK;
+}
+
+/* ---- copies ---- */
+
+/* One end of a copy on the device. */
+static int check_block(const struct context *context, uintptr_t base, size_t bytes) {
+    if (memory_live(base, bytes, context->ordinal)) return OK;
+    bool other = memory_live(base, bytes, -1);
+    violation("copy of %zu bytes at %#zx: %s", bytes, (size_t)base,
+              other ? "another device's memory" : "not within a live block");
+    return other ? INVALID_HANDLE : INVALID_VALUE;
+}
+
+/* The other one on the host. */
+static int check_host(uintptr_t base, size_t bytes) {
+    struct range *range = range_overlapping(base, bytes);
+    if (base == 0) return INVALID_VALUE;
+    if (range == NULL) {
+        fake.pageable_copies++;
+        return OK;
+    }
+    if (base >= range->base && base + bytes <= range->base + range->bytes) return OK;
+    violation("copy of %zu bytes at %#zx: only partly registered", bytes, (size_t)base);
+    return INVALID_VALUE;
+}
+
+int copy(struct context *context, enum kind kind, uintptr_t to, uintptr_t from, size_t bytes,
+         uintptr_t stream_handle) {
+    struct stream *stream = stream_find(context, stream_handle);
+    if (stream == NULL) return INVALID_HANDLE;
+    if (bytes == 0) return OK;
+    int code = kind == COPY_OUT ? check_host(to, bytes) : check_block(context, to, bytes);
+    if (code == OK)
+        code = kind == COPY_IN ? check_host(from, bytes) : check_block(context, from, bytes);
+    if (code != OK) return code;
+    if (fake.free_copies) {
+        fake.copied_bytes += bytes;
+        return OK;
+    }
+    struct op *op = op_submit(stream, kind);
+    op->to = to;
+    op->from = from;
+    op->bytes = bytes;
+    return OK;
+}
+
+void op_run(struct op *op) {
+    const struct context *context = op->stream->context;
+    if (op->kind == FILL) memset((void *)op->to, FAKE_LATE, op->bytes);
+    if (op->kind != COPY_IN && op->kind != COPY_OUT && op->kind != COPY_ON) return;
+    if (op->kind != COPY_OUT && check_block(context, op->to, op->bytes) != OK) return;
+    if (op->kind != COPY_IN && check_block(context, op->from, op->bytes) != OK) return;
+    memmove((void *)op->to, (const void *)op->from, op->bytes);
+    fake.copied_bytes += op->bytes;
+}
+
+uint64_t fake_copied_bytes(void) {
+    (void)pthread_mutex_lock(&fake.lock);
+    uint64_t bytes = fake.copied_bytes;
+    (void)pthread_mutex_unlock(&fake.lock);
+    return bytes;
+}
+
+uint64_t fake_pageable_copies(void) {
+    (void)pthread_mutex_lock(&fake.lock);
+    uint64_t copies = fake.pageable_copies;
+    (void)pthread_mutex_unlock(&fake.lock);
+    return copies;
+}
+
+/* ---- the whole ---- */
+
+void fake_quarantine(uint64_t bytes) {
+    (void)pthread_mutex_lock(&fake.lock);
+    quarantine_limit = bytes;
+    (void)pthread_mutex_unlock(&fake.lock);
+}
+
+void fake_dlpack_device(int type) {
+    (void)pthread_mutex_lock(&fake.lock);
+    dlpack_type = type;
+    (void)pthread_mutex_unlock(&fake.lock);
+}
+
+void memory_defaults(void) {
+    quarantine_limit = UINT64_C(64) << 20;
+    dlpack_type = 1;
+}
+
+void memory_reset(void) {
+    cancel_all(); /* what is pending on blocks that go */
+    quarantine_clear();
+    for (struct block *block = blocks, *next; block != NULL; block = next) {
+        next = block->next;
+        block->state = ORPHAN;
+        if (!block->managed) block_end(block);
+    }
+    while (ranges != NULL) {
+        struct range *range = ranges;
+        ranges = range->next;
+        free(range);
+    }
+}
+
+void memory_count(fake_counts *out) {
+    for (struct range *range = ranges; range != NULL; range = range->next) {
+        out->ranges++;
+        out->range_bytes += range->bytes;
+    }
+    for (struct block *block = blocks; block != NULL; block = block->next) {
+        if (block->state != LIVE) continue;
+        out->blocks++;
+        out->block_bytes += block->bytes;
+    }
+}

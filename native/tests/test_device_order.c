@@ -1,0 +1,231 @@
+/* test_device_order.c - the ordering rules of fst_gpu.h, one case each at least: run.sh builds
+ * the engine without a rule and sees each of the rule's cases fail.
+ *
+ *   test_device_order          all cases
+ *   test_device_order list     prints each case, with its rule before it
+ *   test_device_order CASE     that case only
+ */
+#include "device.h"
+#include "gate.h"
+
+static bool alone; /* one case was asked for: it says so when it cannot run here */
+
+/* One worker, which stops at the gate before the read number n: the copies of the chunks
+ * before that have been started, and all but the last one were waited for. */
+static device_load start_gated(uint64_t reads) {
+    device_load l = {.made = test_create(BYTES, 9)};
+    fst_job_options options = options_to(0, FST_READ_BUFFERED);
+    options.threads = 1;
+    gate_install(true);
+    MUST(device_start(&l, &options) == FST_OK);
+    gate_allow((int)reads);
+    gate_wait((int)reads, 1);
+    return l;
+}
+
+static void end_gated(device_load *l) {
+    gate_remove();
+    device_end(l);
+    test_remove(&l->made);
+}
+
+/* ---- ALLOCATION ---- */
+
+/* What was pending on the block comes before our copies, not after. */
+static void test_allocation(void) {
+    fst_job_stats stats;
+    test_file made = test_create(BYTES, 9);
+    for (int mode = FAKE_LATE_MODE; mode <= FAKE_RANDOM_MODE; mode++) {
+        FAKE(fake_mode)(mode, 1);
+        for (int ordinal = 0; ordinal < DEVICES; ordinal++) {
+            fst_job_options options = options_to(ordinal, FST_READ_BUFFERED);
+            CHECK_EQ(device_load_once(&made, &options, &stats), FST_OK);
+        }
+    }
+    test_remove(&made);
+}
+
+/* On the default stream, too; and each job waits for its own block's stream. */
+static void test_allocation_default_stream(void) {
+    device_load l = {.made = test_create(BYTES, 9)};
+    fst_job_options options = options_to(0, FST_READ_BUFFERED);
+    uintptr_t usual = device_streams[0];
+    device_streams[0] = options.stream = 0;
+    CHECK_EQ(device_start(&l, &options), FST_OK);
+    CHECK_EQ(job_result(l.job, &l.err), FST_OK);
+    CHECK(device_right(&l));
+    device_streams[0] = usual;
+    device_end(&l);
+    test_remove(&l.made);
+}
+
+/* ---- SLOT ---- */
+
+/* Every chunk goes through the same slot, whose copies are late. */
+static void test_slot(void) {
+    fst_job_stats stats;
+    test_file made = test_create(BYTES, 9);
+    for (int slots = 1; slots <= 3; slots++) {
+        for (int threads = 1; threads <= 3; threads += 2) {
+            fst_job_options options = options_to(0, FST_READ_BUFFERED);
+            options.threads = threads;
+            options.pinned_bytes = (uint64_t)slots * SLOT_BYTES;
+            CHECK_EQ(device_load_once(&made, &options, &stats), FST_OK);
+        }
+    }
+    test_remove(&made);
+}
+
+/* ---- STAGING ---- */
+
+/* Every chunk lands in the same staging block, out of which copies are late. */
+static void test_staging(void) {
+    fst_job_stats stats;
+    if (!test_direct_works()) { /* cuFile needs such a descriptor */
+        if (alone) exit(77);
+        return;
+    }
+    test_file made = test_create(BYTES, 9);
+    fst_job_options options = options_to(0, FST_READ_GDS);
+    options.threads = 1;
+    CHECK_EQ(device_load_once(&made, &options, &stats), FST_OK);
+    CHECK_EQ(stats.gds_refused, 0);
+    CHECK_EQ(stats.bytes_gds, stats.bytes_total);
+    test_remove(&made);
+}
+
+/* ---- LANDED ---- */
+
+/* Chunk 1 was waited for; the copy of chunk 2 is pending and nothing forces it. */
+static void test_landed(void) {
+    device_load l = start_gated(2);
+    CHECK_EQ(fst_job_wait_until(l.job, CHUNK, 1000, &l.err), FST_OK);
+    CHECK(segments_right(&l.made, l.arena, &l.all, 1, CHUNK));
+    CHECK_EQ(fst_job_wait_until(l.job, CHUNK + 1, 20, &l.err), FST_PENDING);
+    CHECK_EQ(fst_job_wait_until(l.job, 2 * CHUNK, 0, &l.err), FST_PENDING);
+    CHECK_EQ(fst_job_wait_until(l.job, UINT64_MAX, 0, &l.err), FST_PENDING);
+    CHECK_EQ(fst_job_wait(l.job, 0, &l.err), FST_PENDING);
+    CHECK(!segments_right(&l.made, l.arena, &l.all, 1, 2 * CHUNK)); /* it would have been wrong */
+    gate_allow(1);
+    gate_wait(3, 1);
+    CHECK_EQ(fst_job_wait_until(l.job, 2 * CHUNK, 1000, &l.err), FST_OK);
+    CHECK(segments_right(&l.made, l.arena, &l.all, 1, 2 * CHUNK));
+    gate_remove();
+    CHECK_EQ(job_result(l.job, &l.err), FST_OK);
+    CHECK(device_right(&l));
+    end_gated(&l);
+}
+
+/* ---- RELEASE ---- */
+
+static void *release_job(void *argument) {
+    fst_job_release(argument);
+    return NULL;
+}
+
+/* Every other user is gone: the block is free the moment the job lets go of it, and the fake
+ * tells if a copy was pending then. */
+static void check_released(device_load *l) {
+    fake_counts live;
+    fst_arena_release(l->arena);
+    l->arena = NULL;
+    FAKE(fake_live)(&live);
+    CHECK_EQ(live.blocks, 1); /* the job's */
+}
+
+static void test_release_cancelled(void) {
+    device_load l = start_gated(2);
+    check_released(&l);
+    CHECK(FAKE(fake_pending)() > 0);
+    fst_job_cancel(l.job);
+    CHECK_EQ(fst_job_wait(l.job, 0, &l.err), FST_PENDING); /* a copy is in flight */
+    gate_remove();
+    CHECK_EQ(job_result(l.job, &l.err), FST_E_CANCELLED);
+    (void)check_violations();
+    end_gated(&l);
+}
+
+static void test_release_failed(void) {
+    test_file made = test_create(BYTES, 9);
+    for (uint64_t call = 2; call <= 4; call++) {
+        device_load l = {.made = made};
+        fst_job_options options = options_to(0, FST_READ_BUFFERED);
+        options.threads = 1;
+        CHECK_EQ(fst_fault_set("preadv", call, 1, EIO, 0), 0);
+        MUST(device_start(&l, &options) == FST_OK);
+        fst_arena_release(l.arena);
+        l.arena = NULL;
+        CHECK_EQ(job_result(l.job, &l.err), FST_E_SYS);
+        (void)check_violations();
+        fst_fault_clear();
+        device_end(&l);
+    }
+    test_remove(&made);
+}
+
+/* A release waits: when it is back, the memory may be anybody's. */
+static void test_release_waits(void) {
+    pthread_t thread;
+    fake_counts live;
+    device_load l = start_gated(2);
+    check_released(&l);
+    MUST(pthread_create(&thread, NULL, release_job, l.job) == 0);
+    for (int i = 0; i < 20; i++) nap(); /* one that does not wait would be back */
+    FAKE(fake_live)(&live);
+    CHECK_EQ(live.blocks, 1);
+    gate_remove();
+    MUST(pthread_join(thread, NULL) == 0);
+    FAKE(fake_live)(&live);
+    CHECK_EQ(live.blocks, 0);
+    l.job = NULL;
+    (void)check_violations();
+    end_gated(&l);
+}
+
+/* ---- which case is whose ---- */
+
+static const struct {
+    const char *rule; /* FST_RULE_... */
+    const char *name;
+    void (*run)(void);
+} cases[] = {
+#define CASE(rule, function) {rule, #function, function}
+    CASE("ALLOCATION", test_allocation),
+    CASE("ALLOCATION", test_allocation_default_stream),
+    CASE("SLOT", test_slot),
+    CASE("STAGING", test_staging),
+    CASE("LANDED", test_landed),
+    CASE("RELEASE", test_release_cancelled),
+    CASE("RELEASE", test_release_failed),
+    CASE("RELEASE", test_release_waits),
+#undef CASE
+};
+
+enum {
+    CASES = sizeof cases / sizeof *cases
+};
+
+static int list_cases(void) {
+    for (int i = 0; i < CASES; i++) (void)printf("%s %s\n", cases[i].rule, cases[i].name);
+    return 0;
+}
+
+static int running; /* of cases */
+
+static void one_case(void) {
+    test_case = cases[running].name;
+    cases[running].run();
+}
+
+int main(int count, char **arguments) {
+    const char *only = count > 1 ? arguments[1] : NULL;
+    alone = only != NULL;
+    int ran = 0;
+    if (only != NULL && strcmp(only, "list") == 0) return list_cases();
+    for (running = 0; running < CASES; running++) {
+        if (only != NULL && strcmp(cases[running].name, only) != 0) continue;
+        RUN_ON(one_case);
+        ran++;
+    }
+    return ran == 0 ? 77 : test_result();
+}

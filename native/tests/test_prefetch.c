@@ -1,0 +1,155 @@
+/* test_prefetch.c - read-ahead brings the bytes in or says how many it skipped, whatever the
+ * system calls do; what is mapped stays the file's.
+ */
+#include "plan.h"
+
+static fst_job_stats prefetch(const test_file *file, fst_file *opened, const plan *p,
+                              uint64_t reserve, bool check) {
+    fst_job_options options = options_for(0);
+    fst_job_stats stats = {0};
+    fst_error err = {0};
+    fst_arena *map = NULL;
+    fst_job *job = NULL;
+    options.reserve_bytes = reserve;
+    if (reserve > 0) options.threads = 1; /* others may go on until one has looked */
+    MUST(fst_arena_map(opened, &map, &err) == FST_OK);
+    if (CHECK_EQ(fst_job_prefetch(opened, map, p->segments, p->count, &options, &job, &err),
+                 FST_OK))
+        CHECK_EQ(wait_for(job, &err), FST_OK); /* errors only stop it */
+    fst_job_get_stats(job, &stats);
+    fst_job_release(job);
+    CHECK(stats.done);
+    CHECK_EQ(stats.bytes_done + stats.bytes_skipped, p->bytes);
+    const unsigned char *bytes = fst_arena_data(map);
+    for (uint64_t i = 0; check && i < p->count; i++)
+        for (uint64_t k = 0; k < p->segments[i].bytes; k += 97) {
+            uint64_t at = p->segments[i].file_offset + k;
+            if (bytes[at] == test_byte(at, file->salt)) continue;
+            FAIL("a byte of the map is wrong");
+            return stats;
+        }
+    fst_arena_release(map);
+    return stats;
+}
+
+/* With no probe left, nothing is known to be cached and every chunk is worked on. */
+static void blind_probes(void) {
+    CHECK_EQ(fst_fault_set("cachestat", 1, ALL, ENOSYS, 0), 0);
+    CHECK_EQ(fst_fault_set("preadv2", 1, ALL, EOPNOTSUPP, 0), 0);
+    CHECK_EQ(fst_fault_set("mincore", 1, ALL, ENOSYS, 0), 0);
+}
+
+static const struct {
+    const char *what;
+    const char *call;
+    uint64_t first, count;
+    int sys_errno;
+    uint64_t short_bytes;
+    bool old_kernel; /* without MADV_POPULATE_READ */
+    bool skips;
+} prefetch_faults[] = {
+    {"no readahead", "readahead", 1, ALL, EINVAL, 0, false, false},
+    {"EINTR", "madvise", 1, 20, EINTR, 0, false, false},
+    {"EAGAIN", "madvise", 1, 20, EAGAIN, 0, false, false},
+    {"EAGAIN for ever", "madvise", 1, ALL, EAGAIN, 0, false, true},
+    {"unreadable", "madvise", 3, 1, EFAULT, 0, false, true},
+    {"poisoned", "madvise", 1, ALL, EHWPOISON, 0, false, true},
+    {"no thread", "pthread_create", 1, ALL, EAGAIN, 0, false, true},
+    {"one thread", "pthread_create", 2, ALL, EAGAIN, 0, false, false},
+    {"old kernel", "readahead", 1, ALL, EINVAL, 0, true, false},
+    {"old kernel, short", "pread", 1, ALL, 0, 1000, true, false},
+    {"old kernel, EINTR", "pread", 1, 100, EINTR, 0, true, false},
+    {"old kernel, EIO", "pread", 2, 1, EIO, 0, true, true},
+    {"old kernel, no buffer", "mmap", 2, ALL, ENOMEM, 0, true, true}, /* the first is the map */
+};
+
+static void test_prefetch(void) {
+    uint64_t random = 5;
+    test_file file = test_create((1 << 20) + 99, 5);
+    fst_file *opened = test_open(&file);
+    for (int i = 0; i < 5; i++) {
+        plan p = random_plan(file.size, &random);
+        CHECK_EQ(prefetch(&file, opened, &p, 0, true).bytes_skipped, 0);
+        blind_probes();
+        fst_job_stats stats = prefetch(&file, opened, &p, 0, true);
+        CHECK_EQ(stats.bytes_skipped, 0);
+        CHECK(stats.bytes_cold >= p.bytes);
+        fst_fault_clear();
+        free_plan(&p);
+    }
+    fst_file_release(opened);
+    test_remove(&file);
+}
+
+static void test_prefetch_faults(void) {
+    test_file file = test_create((1 << 20) + 99, 5);
+    plan p = whole_plan(file.size);
+    fst_file *opened = test_open(&file);
+    for (size_t i = 0; i < sizeof prefetch_faults / sizeof *prefetch_faults; i++) {
+        test_case = prefetch_faults[i].what;
+        blind_probes();
+        if (prefetch_faults[i].old_kernel) CHECK_EQ(fst_fault_set("madvise", 1, ALL, EINVAL, 0), 0);
+        CHECK_EQ(fst_fault_set(prefetch_faults[i].call, prefetch_faults[i].first,
+                               prefetch_faults[i].count, prefetch_faults[i].sys_errno,
+                               prefetch_faults[i].short_bytes),
+                 0);
+        fst_job_stats stats = prefetch(&file, opened, &p, 0, true);
+        CHECK(fst_fault_calls(prefetch_faults[i].call) > 0);
+        CHECK_EQ(stats.bytes_skipped > 0, prefetch_faults[i].skips);
+        fst_fault_clear();
+        fst_pool_shutdown();
+    }
+    fst_file_release(opened);
+    free_plan(&p);
+    test_remove(&file);
+}
+
+static void test_prefetch_limits(void) {
+    test_file file = test_create(1 << 20, 5), other = test_create(5000, 1);
+    plan p = whole_plan(file.size);
+    fst_file *opened = test_open(&file), *wrong = test_open(&other);
+    fst_job_options options = options_for(0);
+    fst_error err = {0};
+    fst_arena *memory = NULL, *map = NULL;
+    fst_job *job = NULL;
+    if (fst_memory_headroom() != UINT64_MAX) /* less memory is left than must be left */
+        CHECK_EQ(prefetch(&file, opened, &p, UINT64_MAX, true).bytes_skipped, p.bytes);
+    MUST(fst_arena_alloc(file.size, &memory, &err) == FST_OK);
+    MUST(fst_arena_map(wrong, &map, &err) == FST_OK);
+    CHECK_EQ(fst_job_prefetch(opened, memory, p.segments, 1, &options, &job, &err), FST_E_INVALID);
+    CHECK_EQ(fst_job_prefetch(opened, map, p.segments, 1, &options, &job, &err), FST_E_INVALID);
+    CHECK_EQ(fst_job_prefetch(wrong, map, p.segments, 1, &options, &job, &err), FST_E_INVALID);
+    CHECK(job == NULL);
+    fst_arena_release(memory);
+    fst_arena_release(map);
+    fst_file_release(opened);
+    fst_file_release(wrong);
+    free_plan(&p);
+    test_remove(&file);
+    test_remove(&other);
+}
+
+/* Read-ahead over a file that has shrunk gives up; only a reader would get SIGBUS. */
+static void test_prefetch_truncated(void) {
+    for (int old_kernel = 0; old_kernel <= 1; old_kernel++) {
+        test_file file = test_create(1 << 20, 5);
+        plan p = whole_plan(file.size);
+        fst_file *opened = test_open(&file);
+        MUST(truncate(file.path, 200000) == 0);
+        blind_probes();
+        if (old_kernel) CHECK_EQ(fst_fault_set("madvise", 1, ALL, EINVAL, 0), 0);
+        CHECK(prefetch(&file, opened, &p, 0, false).bytes_skipped > 0);
+        fst_fault_clear();
+        fst_file_release(opened);
+        free_plan(&p);
+        test_remove(&file);
+    }
+}
+
+int main(void) {
+    RUN(test_prefetch);
+    RUN(test_prefetch_faults);
+    RUN(test_prefetch_limits);
+    RUN(test_prefetch_truncated);
+    return test_result();
+}

@@ -1,0 +1,209 @@
+"""A device without a GPU: the fake driver, and a runtime that lets CPU memory stand for cuda:N.
+
+What the driver leaves late or reordered is in native/tests/fake_cuda.h. Blocks come with work
+still pending on the stream they were allocated on, as those of torch's allocator may, and are
+poisoned when they are freed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastst_patch import device, engine, handle, stock
+
+SOURCES = Path(__file__).resolve().parent.parent / "native" / "tests"
+
+
+def build(folder: Path) -> Path | None:
+    """The fake driver as a shared library; None where there is no compiler."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    library = folder / "libfake_cuda.so"
+    flags = ["-std=c11", "-g", "-O1", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden"]
+    sources = sorted(str(path) for path in SOURCES.glob("fake_*.c"))
+    subprocess.run([compiler, *flags, *sources, "-o", str(library)], check=True)
+    return library
+
+
+class Counts(ctypes.Structure):
+    """``fake_counts``: what of the driver is alive."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("contexts", "streams", "events", "ranges")),
+        ("range_bytes", ctypes.c_uint64),
+        *((name, ctypes.c_int32) for name in ("blocks", "file_driver")),
+        ("block_bytes", ctypes.c_uint64),
+        *((name, ctypes.c_int32) for name in ("file_handles", "file_buffers")),
+    )
+
+
+class Driver:
+    """The control functions of a fake driver library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.lib = ctypes.CDLL(self.path)
+        self.streams: dict[int, int] = {}  # the allocator's, by ordinal
+        for name, result, arguments in (
+            ("fake_fail", ctypes.c_int, "suui"),
+            ("fake_calls", ctypes.c_uint64, "s"),
+            ("fake_refuse_pin", None, "uu"),
+            ("fake_stream", ctypes.c_size_t, "i"),
+            ("fake_block", ctypes.c_int, "uizp"),
+            ("fake_mode", None, "iu"),
+            ("fake_device_bytes", None, "u"),
+            ("fake_violations", ctypes.c_uint64, ""),
+            ("fake_violation_text", ctypes.c_char_p, "u"),
+            ("fake_copied_bytes", ctypes.c_uint64, ""),
+            ("fake_pageable_copies", ctypes.c_uint64, ""),
+            ("fake_pending", ctypes.c_uint64, ""),
+        ):
+            function = getattr(self.lib, name)
+            function.restype = result
+            kinds = {"s": ctypes.c_char_p, "u": ctypes.c_uint64, "i": ctypes.c_int}
+            kinds |= {"z": ctypes.c_size_t, "p": ctypes.c_void_p}
+            function.argtypes = [kinds[letter] for letter in arguments]
+
+    def clear(self) -> None:
+        """Run what is pending; no faults, counters or violations; default settings."""
+        self.lib.fake_clear()
+
+    def fail(self, name: str, first: int = 1, count: int = 1, code: int = 719) -> None:
+        """Make calls of a driver's function fail."""
+        assert self.lib.fake_fail(name.encode(), first, count, code) == 0, name
+
+    def calls(self, name: str) -> int:
+        """Calls of a driver's function since the last `clear`."""
+        return int(self.lib.fake_calls(name.encode()))
+
+    def violations(self) -> list[str]:
+        """Breaches of the driver's rules, and writes into freed memory."""
+        count = min(self.lib.fake_violations(), 64)
+        return [self.lib.fake_violation_text(i).decode() for i in range(count)]
+
+    def live(self) -> Counts:
+        """What is alive."""
+        counts = Counts()
+        self.lib.fake_live(ctypes.byref(counts))
+        return counts
+
+
+class FakeRuntime(device.Runtime):
+    """Stands for CUDA up to the Python layer; tensors are the CPU's, over the fake's blocks."""
+
+    def __init__(self, driver: Driver, devices: int = 2, kind: str = "cuda") -> None:
+        self.driver = driver
+        self.devices = devices
+        self.kind = kind
+        self.refuse_from: int | None = None  # allocations before memory runs out
+        self.allocated = 0
+        self.bytes = 0
+        self.largest = 0
+
+    def doubt(self, ordinal: int) -> str | None:
+        return None if ordinal < self.devices else f"torch sees no device cuda:{ordinal}"
+
+    def native(self, ordinal: int) -> engine.Device:
+        return engine.open_device(ordinal, kind=self.kind, library=self.driver.path)
+
+    def stream(self, ordinal: int) -> int:
+        # Work pending on a block is ordered before nothing but what waits for its very stream.
+        streams = self.driver.streams
+        return streams.get(ordinal) or streams.setdefault(
+            ordinal, int(self.driver.lib.fake_stream(ordinal))
+        )
+
+    def _block(self, nbytes: int, ordinal: int) -> int:
+        managed = ctypes.c_void_p()
+        self.allocated += 1
+        self.bytes += nbytes
+        self.largest = max(self.largest, nbytes)
+        short = self.refuse_from is not None and self.allocated >= self.refuse_from
+        code = 2 if short else self.driver.lib.fake_block(
+            max(nbytes, 1), ordinal, self.stream(ordinal), ctypes.byref(managed)
+        )  # fmt: skip
+        if code == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory (fake)")
+        assert code == 0
+        assert managed.value is not None
+        return managed.value
+
+    def arena(self, nbytes: int, ordinal: int) -> engine.Arena:
+        return engine.adopt_arena(self._block(nbytes, ordinal))
+
+    def empty(self, shape: list[int], dtype: torch.dtype, ordinal: int) -> torch.Tensor:
+        nbytes = dtype.itemsize
+        for length in shape:
+            nbytes *= length
+        if nbytes == 0:  # no block, as torch's allocator does it
+            return torch.empty(shape, dtype=dtype)
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype = ctypes.py_object
+        new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        capsule = new(self._block(nbytes, ordinal), b"dltensor", None)
+        raw: torch.Tensor = torch._C._from_dlpack(capsule)
+        return raw[:nbytes].view(dtype).view(shape)
+
+
+@contextmanager
+def fake_cuda(driver: Driver, **options: Any) -> Iterator[FakeRuntime]:
+    """Let the fake stand for CUDA in a ``with`` block; breaches of its rules fail the test."""
+    driver.clear()
+    runtime = FakeRuntime(driver, **options)
+    with device.replaced(runtime):
+        yield runtime
+    engine.shutdown()
+    assert driver.violations() == []
+    driver.clear()
+
+
+class StockOnCpu:
+    """Stock, which answers for a device with the CPU's tensors: no torch here has a device.
+
+    Attributes:
+        asked: what stock was asked for, by name of the call.
+        alive: blocks of the device that were alive when it was.
+        error: raised in its place, if set.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
+        self.asked: list[str] = []
+        self.alive: list[int] = []
+        self.error: BaseException | None = None
+        load_file, stock_handle = stock.load_file, handle._stock_handle
+
+        def note(call: str) -> None:
+            self.asked.append(call)
+            self.alive.append(driver.live().blocks)
+            if self.error is not None:
+                raise self.error
+
+        def load_on_cpu(filename: Any, device: Any = "cpu", **options: Any) -> Any:
+            note("load_file")
+            return load_file(filename, "cpu", **options)
+
+        def handle_on_cpu(stock_class: Any, path: str, device: object = "cpu") -> Any:
+            if device != "cpu":  # else it is asked how a closed handle talks
+                note("handle")
+            return stock_handle(stock_class, path)
+
+        monkeypatch.setattr(stock, "load_file", load_on_cpu)
+        monkeypatch.setattr(handle, "_stock_handle", handle_on_cpu)
+
+
+def on_device(view: torch.Tensor) -> torch.Tensor:
+    """What ``view.to(device)`` makes of a view: memory of its own, and the strides that it gets."""
+    copy = torch.empty_strided(view.shape, view.to("meta").stride(), dtype=view.dtype)
+    copy.data.copy_(view)
+    return copy

@@ -1,0 +1,65 @@
+"""Lets `benchmarks/gpu.sh rehearse` run where there is no GPU; on PYTHONPATH there, nowhere else.
+
+The fake driver stands for CUDA (../fake_device.py), CPU memory for the device's. Of torch only
+what the benchmarks call is replaced. Numbers mean nothing, every line is run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import wrapt
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+
+def _is_cuda(device: object) -> bool:
+    return str(device).startswith("cuda")
+
+
+@wrapt.when_imported("torch")
+def _torch(torch: Any) -> None:
+    made = torch.empty
+
+    @functools.wraps(made)
+    def empty(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Any:
+        return made(*args, device=None if _is_cuda(device) else device, **kwargs)
+
+    torch.empty = empty
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.get_device_name = lambda device=None: "rehearsal"
+    torch.cuda.mem_get_info = lambda device=None: (1 << 34, 1 << 35)
+    torch.cuda.memory_allocated = lambda device=None: 0
+    torch.cuda.max_memory_reserved = lambda device=None: 0
+
+
+@wrapt.when_imported("safetensors.torch")
+def _stock(module: Any) -> None:
+    load = module.load_file
+
+    def load_file(filename: Any, device: Any = "cpu", **kwargs: Any) -> Any:
+        loaded = load(filename, device="cpu" if _is_cuda(device) else device, **kwargs)
+        return {name: tensor.clone() for name, tensor in loaded.items()}
+
+    module.load_file = load_file
+
+
+@wrapt.when_imported("fastst_patch.device")
+def _device(module: Any) -> None:
+    import fake_device
+
+    driver = fake_device.Driver(Path(os.environ["REHEARSAL_DRIVER"]))
+    module._runtime = fake_device.FakeRuntime(driver)
+    atexit.register(_must_be_clean, driver)
+
+
+def _must_be_clean(driver: Any) -> None:
+    found = driver.violations()
+    if found:
+        print("the fake driver objects:", *found, sep="\n  ", file=sys.stderr, flush=True)
+        os._exit(9)
