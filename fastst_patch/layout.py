@@ -151,8 +151,9 @@ def plan_arena(layout: FileLayout, tensors: Iterable[int] | None = None) -> Load
     offsets, segments = array("Q"), array("Q")
     place = data_bytes = 0
     file_end = arena_end = -1
-    for i in chosen:
-        begin, end = layout.extent(i)
+    records, data_begin = layout._records, layout.data_begin
+    for i in chosen:  # of some 20,000: no call for each
+        begin, end = data_begin + records[i * _FIELDS], data_begin + records[i * _FIELDS + 1]
         length = end - begin
         offsets.append(place)
         if length == 0:

@@ -21,9 +21,10 @@
  *      torch.Tensor - own storage of exactly its size; its deleter (C, needs no
  *                     GIL, takes no lock of ours) drops one count of the batch
  *
- *      fst_job ------ chunks of work for the pool: reads into an arena, or
- *                     read-ahead beside a map. Holds file and arena until the last
- *                     chunk in flight is finished, whatever its owner does.
+ *      fst_job ------ chunks of work for the pool: reads into an arena, uploads of
+ *                     host memory into one, or read-ahead beside a map. Holds file and
+ *                     arena until the last chunk in flight is finished, whatever its
+ *                     owner does.
  *
  * Every create/open pairs with a release that accepts NULL. Functions return an
  * fst_code and, on anything but FST_OK or FST_PENDING, fill *err (never NULL).
@@ -211,14 +212,15 @@ int fst_device_get_info(fst_device *device, fst_device_info *info, fst_error *er
 void fst_device_quiesce(void);
 
 /* Reads device memory back and compares it with the file: FST_OK with *equal set. Waits for
- * nothing but its own copy: the bytes must have landed. */
+ * nothing but its own copy: the bytes must have landed. Leaves nothing more of the file in the
+ * page cache than was there. */
 int fst_device_compare(fst_device *device, fst_arena *arena, uint64_t arena_offset, fst_file *file,
                        uint64_t file_offset, uint64_t bytes, int32_t *equal, fst_error *err);
 
 /* ---- jobs --------------------------------------------------------------- */
 
 typedef struct fst_segment {
-    uint64_t file_offset;
+    uint64_t file_offset; /* of an upload: an address of host memory */
     uint64_t bytes;
     uint64_t arena_offset; /* ignored by read-ahead: a map keeps the file's offsets */
 } fst_segment;
@@ -234,10 +236,10 @@ typedef struct fst_job_options {
     uint32_t struct_bytes;  /* sizeof(fst_job_options), for growth */
     int32_t threads;        /* 1..64 */
     uint64_t chunk_bytes;   /* 64 KiB..64 MiB, rounded up to pages */
-    int32_t mode;           /* enum fst_read_mode; reads only */
+    int32_t mode;           /* enum fst_read_mode; reads only, else 0 */
     int32_t drop_cache;     /* reads only: evict each chunk from the page cache once read */
     uint64_t reserve_bytes; /* read-ahead stops when less memory than this is left */
-    /* Reads into device memory: through pinned slots, copied on streams of our own. */
+    /* Into device memory: through pinned slots, copied on streams of our own. */
     fst_device *device;    /* NULL: the arena is host memory */
     uintptr_t stream;      /* the one the arena was allocated on: copies wait for what is
                               pending there when the job starts */
@@ -266,6 +268,15 @@ int fst_job_prefetch(fst_file *file, fst_arena *map, const fst_segment *segments
 /* Reads the segments (ordered by file offset, not overlapping) into the arena. */
 int fst_job_read(fst_file *file, fst_arena *arena, const fst_segment *segments, uint64_t count,
                  const fst_job_options *options, fst_job **out, fst_error *err);
+/* Copies host memory into an arena of options->device, which an upload must have; what
+ * concerns files (mode, drop_cache, reserve_bytes) must be 0. In its segments, and in
+ * fst_job_wait_until, file_offset is an address; they are ordered by it and do not overlap. The
+ * memory is the caller's: readable and unchanged until the job is done or released. Reading a
+ * map whose file was truncated raises SIGBUS, as anybody's reading does. Segments that follow
+ * each other both here and in the arena, there less than 256 bytes apart, go in one copy: what
+ * is between them becomes zeros, unless the arena is borrowed. */
+int fst_job_upload(fst_arena *arena, const fst_segment *segments, uint64_t count,
+                   const fst_job_options *options, fst_job **out, fst_error *err);
 /* FST_PENDING after timeout_ms; else the job's result, with nothing left in flight. */
 int fst_job_wait(fst_job *job, int timeout_ms, fst_error *err);
 /* The same for the bytes before a file offset only: FST_OK once they have landed. */
@@ -315,6 +326,7 @@ typedef struct fst_pool_stats {
     uint64_t bytes_buffered;
     uint64_t bytes_direct;
     uint64_t bytes_copied;       /* to devices */
+    uint64_t bytes_uploaded;     /* of those: from host memory, not from files */
     uint64_t pinned_bytes;       /* now */
     uint64_t pinned_nanoseconds; /* that pinning has taken so far */
 } fst_pool_stats;

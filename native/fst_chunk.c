@@ -12,31 +12,63 @@
 
 /* ---- claiming and accounting, with the lock held ---- */
 
+/* Whether chunks may be packed into their slots: not what is read in whole blocks. */
+static bool may_pack(const fst_job *job) {
+    return job->kind == JOB_UPLOAD || (job->kind == JOB_READ && job->options.device != NULL &&
+                                       (job->options.mode == FST_READ_BUFFERED ||
+                                        job->options.mode == FST_READ_DIRECT_IF_COLD));
+}
+
+/* Where a piece that begins at `from` and belongs at `arena_at` has to end so that a packed slot
+ * holds it; `from` when not a byte of it fits. */
+static uint64_t pack(const fst_job *job, fst_packing *packing, uint64_t from, uint64_t to,
+                     uint64_t arena_at, uint64_t unit, bool *joins) {
+    uint64_t place = fst_pack(packing, job->arena, arena_at, joins);
+    if (place >= job->options.chunk_bytes) return from;
+    uint64_t room = job->options.chunk_bytes - place;
+    if (to - from > room) {
+        to = from + room;
+        if (fst_align_down(to, unit) > from) to = fst_align_down(to, unit);
+    }
+    *packing = (fst_packing){arena_at + (to - from), place + (to - from)};
+    return to;
+}
+
 /* A file range that starts at the cursor and runs on over the segments behind it as long as
- * it fits and no large gap lies between. */
+ * it fits and no large gap lies between. Of memory gaps are not read, and do not matter. */
 static void claim(fst_job *job, fst_io_context *io, fst_chunk *chunk) {
     uint64_t begin = job->next_offset, end = begin, wanted = 0, at = job->next_segment;
     /* Workers shall not meet in one block, nor in one huge page of the cache. */
     uint64_t unit = job->options.chunk_bytes < FST_HUGE_PAGE ? FST_DIRECT_ALIGN : FST_HUGE_PAGE;
-    uint64_t limit = fst_align_down(begin, unit) + job->options.chunk_bytes;
-    bool split = false;
+    uint64_t limit = fst_align_down(begin, unit) + job->options.chunk_bytes, gap = SEGMENT_GAP;
+    fst_packing packing = {0};
+    bool packs = may_pack(job), one_run = true, split = false;
+    if (job->kind == JOB_UPLOAD) limit = gap = UINT64_MAX;
     io->first = at;
     io->begin = begin;
     for (; at < job->count; at++) {
         const fst_segment *s = &job->segments[at];
         uint64_t from = at == io->first ? begin : s->file_offset;
-        uint64_t to = s->file_offset + s->bytes;
+        uint64_t to = s->file_offset + s->bytes, stop = fst_min(to, limit);
         if (s->bytes == 0) continue;
-        if (from < end || from >= limit || from - end > SEGMENT_GAP) break;
-        end = fst_min(to, limit);
+        if (from < end || from >= limit || from - end > gap) break;
+        bool joins = false;
+        if (packs)
+            stop = pack(job, &packing, from, stop, s->arena_offset + (from - s->file_offset), unit,
+                        &joins);
+        if (stop == from) break;
+        if (wanted > 0) one_run = one_run && joins && from == end;
+        end = stop;
         wanted += end - from;
-        split = to > limit;
+        split = end < to;
         if (split) break;
     }
     io->end = end;
+    /* Of a file, what one copy brings. Whatever is between its pieces is not read over then. */
+    io->packed = packs && (job->kind == JOB_UPLOAD || one_run);
     if (split) { /* the rest of this segment is the next chunk's */
         job->next_segment = at;
-        job->next_offset = limit;
+        job->next_offset = end;
     } else {
         fst_job_set_cursor(job, at);
     }
@@ -134,12 +166,26 @@ static int take_slot(const fst_job *job, fst_worker *worker, fst_slot **slot, fs
         int code = fst_ring_take(o->device, o->chunk_bytes, o->pinned_bytes, wait, slot, err);
         if (code != FST_PENDING) return code;
         if (atomic_load_explicit(&job->stop, memory_order_relaxed))
-            return fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled", job->file->path);
+            return fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled",
+                            fst_source_name(job->file));
         if (wait) continue;
         fst_pool_lock();
         fst_chunk_retire(worker, true);
         fst_pool_unlock();
     }
+}
+
+/* By O_DIRECT where the chunk is to be, and through the page cache where that is refused. */
+static int fill_from_file(fst_io_context *io, fst_chunk *chunk, int *refused, fst_error *err) {
+    int code = chunk->direct ? fst_io_direct_slot(io, err) : FST_E_INVALID;
+    if (code != FST_E_INVALID) return code;
+    if (chunk->direct) *refused = err->sys_errno;
+    chunk->direct = false;
+    if (io->packed)
+        fst_pieces_clear_padding(io);
+    else
+        io->into = io->slot + (io->begin - fst_align_down(io->begin, FST_DIRECT_ALIGN));
+    return fst_io_buffered(io, err);
 }
 
 /* Into a slot. */
@@ -150,13 +196,8 @@ static int fill_slot(const fst_job *job, fst_io_context *io, fst_worker *worker,
     if (code != FST_OK) return code;
     io->slot = slot->pages.data;
     io->slot_bytes = slot->pages.bytes;
-    code = chunk->direct ? fst_io_direct_slot(io, err) : FST_E_INVALID;
-    if (code == FST_E_INVALID) {
-        if (chunk->direct) *refused = err->sys_errno;
-        chunk->direct = false;
-        io->into = io->slot + (io->begin - fst_align_down(io->begin, FST_DIRECT_ALIGN));
-        code = fst_io_buffered(io, err);
-    }
+    code =
+        job->kind == JOB_UPLOAD ? fst_io_memory(io, err) : fill_from_file(io, chunk, refused, err);
     if (code == FST_OK)
         chunk->transfer.slot = slot;
     else
@@ -199,6 +240,8 @@ static int read_to_device(const fst_job *job, fst_io_context *io, fst_worker *wo
 static void count_bytes(const fst_job *job, const fst_chunk *chunk, uint64_t cold) {
     if (job->kind == JOB_PREFETCH)
         atomic_fetch_add(&fst_counts.bytes_prefetched, cold);
+    else if (job->kind == JOB_UPLOAD)
+        atomic_fetch_add(&fst_counts.bytes_uploaded, chunk->wanted);
     else if (!chunk->gds)
         atomic_fetch_add(chunk->direct ? &fst_counts.bytes_direct : &fst_counts.bytes_buffered,
                          chunk->wanted);
@@ -249,6 +292,7 @@ static void run_prefetch(fst_job *job, fst_worker *worker) {
         job->stats.bytes_cold += cold;
 }
 
+/* A read or an upload. */
 static void run_read(fst_job *job, fst_worker *worker) {
     fst_io_context io = context_of(job);
     fst_chunk here, *chunk = &here;
@@ -267,6 +311,7 @@ static void run_read(fst_job *job, fst_worker *worker) {
     fst_pool_unlock();
 
     chunk->direct = direct && !(if_cold && is_cached(&io));
+    if (chunk->direct) io.packed = false; /* blocks come as they are in the file */
     uint64_t before = thread_nanoseconds();
     if (to_device) {
         code = read_to_device(job, &io, worker, chunk, &refused, &gds_refused, &error);

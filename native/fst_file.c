@@ -9,10 +9,13 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "fst_internal.h"
 #include "fst_sys.h"
+
+#define DROP_TRIES 15 /* 30 ms; reads of some MiB take a few */
 
 fst_counters fst_counts;
 
@@ -66,6 +69,10 @@ int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_err
 }
 
 uint64_t fst_open_files(void) { return atomic_load(&fst_counts.files); }
+
+const char *fst_source_name(const fst_file *file) {
+    return file == NULL ? "host memory" : file->path;
+}
 
 void fst_file_retain(fst_file *file) {
     atomic_fetch_add_explicit(&file->refs, 1, memory_order_relaxed);
@@ -195,4 +202,18 @@ int fst_file_residency(fst_file *file, uint64_t offset, uint64_t length, uint64_
         *resident = 0;
     }
     return FST_OK;
+}
+
+/* Reads of the kernel's own may be under way, ahead of ours: their pages can be dropped when they
+ * have arrived. What is still there after DROP_TRIES is in somebody else's use. */
+void fst_file_drop_cache(fst_file *file) {
+    for (int i = 0; i < DROP_TRIES; i++) {
+        uint64_t resident;
+        int probe;
+        struct timespec pause = {0, 2000000};
+        if (FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_DONTNEED) != 0) return; /* not here */
+        (void)fst_file_residency(file, 0, file->info.size, &resident, &probe);
+        if (resident == 0) return;
+        (void)nanosleep(&pause, NULL);
+    }
 }

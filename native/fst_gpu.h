@@ -130,8 +130,8 @@ typedef struct fst_transfer {
     void *queue;          /* the stream they are on */
 } fst_transfer;
 
-/* The bytes in transfer's slot or staging, which begin with those of fst_align_down(begin), go
- * to the chunk's places in the arena, behind the event `after`. On an error slot and staging
+/* The bytes in transfer's slot or staging, where fst_pieces_next has them, go to the chunk's
+ * places in the arena, behind the event `after`. On an error slot and staging
  * have been given back, and nothing is in flight. */
 int fst_transfer_start(fst_transfer *transfer, int stream, void *after, const fst_io_context *io,
                        fst_error *err);

@@ -55,8 +55,12 @@ struct fst_file {
 };
 
 void fst_file_retain(fst_file *file);
+/* What messages call the source of a job: the file's path, or host memory. */
+const char *fst_source_name(const fst_file *file);
 /* A second descriptor of the same inode, for O_DIRECT. -1 with errno set. */
 int fst_file_open_direct(const fst_file *file);
+/* Leaves nothing of it in the page cache, if nobody else uses it. Takes milliseconds. */
+void fst_file_drop_cache(fst_file *file);
 
 /* ---- arenas ---- */
 
@@ -107,6 +111,7 @@ typedef struct fst_counters {
     atomic_ullong bytes_buffered;
     atomic_ullong bytes_direct;
     atomic_ullong bytes_copied; /* to devices */
+    atomic_ullong bytes_uploaded;
 } fst_counters;
 
 extern fst_counters fst_counts;
@@ -114,7 +119,7 @@ extern fst_counters fst_counts;
 /* ---- ways to move one chunk (fst_io_*.c) ---- */
 
 typedef struct fst_io_context { /* what one chunk needs; lives on the worker's stack */
-    const fst_file *file;
+    const fst_file *file;       /* NULL: an upload, whose file offsets are addresses */
     int direct_fd;
     fst_arena *arena;
     const fst_segment *segments;
@@ -125,11 +130,42 @@ typedef struct fst_io_context { /* what one chunk needs; lives on the worker's s
     bool drop_cache;
     unsigned char *slot; /* bounce buffer, page aligned, slot_bytes long */
     uint64_t slot_bytes;
+    bool packed;             /* the slot holds the pieces as the arena will: see fst_pieces.c */
     unsigned char *into;     /* buffered: where begin goes, and the rest behind it as in the file;
-                                NULL: every piece to its place in the arena */
+                                NULL: every piece to its place in the arena, or to that of its
+                                packed slot, which is one run then */
     const atomic_bool *stop; /* the job was cancelled: give up between system calls */
 } fst_io_context;
 
+/* ---- the pieces of a chunk (fst_pieces.c) ---- */
+
+typedef struct fst_piece { /* of one segment, within the chunk */
+    uint64_t source;       /* file offset or address */
+    uint64_t bytes;        /* never 0 */
+    uint64_t at;           /* arena offset */
+    uint64_t in_slot;      /* where in the slot its bytes are */
+    bool joins;            /* one copy brings it with the piece before, and what is between */
+} fst_piece;
+
+typedef struct fst_packing { /* where the last piece ends */
+    uint64_t in_arena;
+    uint64_t in_slot; /* 0: there is none */
+} fst_packing;
+
+typedef struct fst_pieces { /* {.io = io} before the first */
+    const fst_io_context *io;
+    uint64_t passed; /* segments, from the chunk's first */
+    fst_packing packing;
+} fst_pieces;
+
+bool fst_pieces_next(fst_pieces *pieces, fst_piece *piece);
+/* Zeros for the padding between pieces of a packed slot. */
+void fst_pieces_clear_padding(const fst_io_context *io);
+/* Where in a packed slot the next piece goes, and whether it joins the last. */
+uint64_t fst_pack(const fst_packing *last, const fst_arena *arena, uint64_t at, bool *joins);
+
+/* An upload's pieces into the slot. */
+int fst_io_memory(const fst_io_context *io, fst_error *err);
 int fst_io_buffered(const fst_io_context *io, fst_error *err);
 /* FST_E_INVALID with sys_errno: O_DIRECT refused here, nothing was moved. */
 int fst_io_direct(const fst_io_context *io, fst_error *err);

@@ -8,12 +8,14 @@
 #include "fst_internal.h"
 #include "fst_sys.h"
 
-#define PIECES 64         /* tensors filled by one system call */
+#define PIECES 512        /* tensors filled by one system call; the kernel takes 1024 */
 #define EAGAIN_TRIES 1000 /* of 1 ms */
 
 /* The destinations of the file range [at, io->end) that follow each other without a
  * gap, at most PIECES; *segment is where at lies. Returns how many. */
 static int gather(const fst_io_context *io, uint64_t segment, uint64_t at, struct iovec *to) {
+    const fst_segment *begins = &io->segments[io->first];
+    uint64_t origin = begins->arena_offset + (io->begin - begins->file_offset);
     int count = 0;
     if (io->into != NULL) { /* gaps and all */
         *to = (struct iovec){io->into + (at - io->begin), (size_t)(io->end - at)};
@@ -28,7 +30,8 @@ static int gather(const fst_io_context *io, uint64_t segment, uint64_t at, struc
         if (s->file_offset > at) break; /* a gap */
         uint64_t skip = at - s->file_offset;
         uint64_t bytes = fst_min(s->bytes - skip, io->end - at);
-        to[count].iov_base = io->arena->data + s->arena_offset + skip;
+        uint64_t place = s->arena_offset + skip;
+        to[count].iov_base = io->packed ? io->slot + (place - origin) : io->arena->data + place;
         to[count++].iov_len = (size_t)bytes;
         at += bytes;
         if (skip + bytes < s->bytes) break;

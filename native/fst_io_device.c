@@ -1,33 +1,43 @@
 /* fst_io_device.c - from a filled slot to device memory, and comparing what arrived. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "fst_gpu.h"
+#include "fst_sys.h"
 
-/* Enqueues the copies of every piece of the chunk. Neighbours were merged when the load was
- * planned: most chunks are one piece. */
+/* Enqueues one copy, of a piece and all that join it. */
+static int copy(const fst_transfer *transfer, void *stream, const fst_io_context *io,
+                const fst_piece *run, fst_error *err) {
+    const fst_gpu *gpu = transfer->device->gpu;
+    uintptr_t to = (uintptr_t)io->arena->data + run->at;
+    size_t bytes = (size_t)run->bytes;
+    int status =
+        transfer->slot != NULL
+            ? gpu->copy_in(to, transfer->slot->pages.data + run->in_slot, bytes, stream)
+            : gpu->copy_within(to, transfer->staging->address + run->in_slot, bytes, stream);
+    if (status == 0) return FST_OK;
+    return fst_gpu_fail(err, transfer->device, "copying to the device", status);
+}
+
+/* Enqueues the copies of every piece of the chunk. */
 static int enqueue(const fst_transfer *transfer, void *stream, const fst_io_context *io,
                    fst_error *err) {
-    const fst_gpu *gpu = transfer->device->gpu;
-    uint64_t source_begin = fst_align_down(io->begin, FST_DIRECT_ALIGN);
-    for (uint64_t i = io->first; i < io->count; i++) {
-        const fst_segment *s = &io->segments[i];
-        if (s->file_offset >= io->end) break;
-        uint64_t begin = s->file_offset > io->begin ? s->file_offset : io->begin;
-        uint64_t end = fst_min(s->file_offset + s->bytes, io->end);
-        if (begin >= end) continue;
-        uintptr_t to = (uintptr_t)io->arena->data + s->arena_offset + (begin - s->file_offset);
-        uint64_t skip = begin - source_begin;
-        size_t bytes = (size_t)(end - begin);
-        int status = transfer->slot != NULL
-                         ? gpu->copy_in(to, transfer->slot->pages.data + skip, bytes, stream)
-                         : gpu->copy_within(to, transfer->staging->address + skip, bytes, stream);
-        if (status != 0)
-            return fst_gpu_fail(err, transfer->device, "copying to the device", status);
+    fst_pieces pieces = {.io = io};
+    fst_piece run, piece;
+    if (!fst_pieces_next(&pieces, &run)) return FST_OK;
+    while (fst_pieces_next(&pieces, &piece)) {
+        if (piece.joins) {
+            run.bytes = piece.at + piece.bytes - run.at;
+            continue;
+        }
+        int code = copy(transfer, stream, io, &run, err);
+        if (code != FST_OK) return code;
+        run = piece;
     }
-    return FST_OK;
+    return copy(transfer, stream, io, &run, err);
 }
 
 static void give_sources(fst_transfer *transfer) {
@@ -101,6 +111,19 @@ int fst_transfer_finish(fst_transfer *transfer, fst_error *err) {
     return code;
 }
 
+/* Reads for a proof, and leaves in the page cache what was there before. */
+static int read_beside(fst_file *file, uint64_t offset, void *to, uint64_t bytes, fst_error *err) {
+    uint64_t resident = 0, first = fst_align_down(offset, FST_HUGE_PAGE);
+    uint64_t end = fst_align_up(offset + bytes, FST_HUGE_PAGE);
+    int probe = FST_PROBE_NONE;
+    (void)fst_file_residency(file, offset, bytes, &resident, &probe);
+    int code = fst_file_read(file, offset, to, bytes, err);
+    if (resident < bytes)
+        (void)FST_SYS->fadvise(file->info.fd, (off_t)first, (off_t)(end - first),
+                               POSIX_FADV_DONTNEED);
+    return code;
+}
+
 int fst_device_compare(fst_device *device, fst_arena *arena, uint64_t arena_offset, fst_file *file,
                        uint64_t file_offset, uint64_t bytes, int32_t *equal, fst_error *err) {
     *equal = 0;
@@ -111,7 +134,7 @@ int fst_device_compare(fst_device *device, fst_arena *arena, uint64_t arena_offs
         return fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory to compare %llu bytes",
                         (unsigned long long)bytes);
     fst_gpu_scope scope;
-    int code = fst_file_read(file, file_offset, both, bytes, err);
+    int code = read_beside(file, file_offset, both, bytes, err);
     if (code == FST_OK) code = fst_gpu_enter(device, &scope, err);
     if (code == FST_OK) {
         void *stream = device->streams[0];

@@ -59,7 +59,7 @@ void fst_job_finish_if_over(fst_job *job) {
     fst_pool.finishing++;
     fst_pool_unlock(); /* dropping caches and unmapping gigabytes take their time */
     if (drop)          /* what was there before, and what was read around the chunks */
-        (void)FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_DONTNEED);
+        fst_file_drop_cache(file);
     fst_gds_deregister(job->options.device, job->gds_handle);
     if (fd >= 0) close(fd);
     fst_file_release(file);
@@ -78,13 +78,14 @@ void fst_job_finish_if_over(fst_job *job) {
 }
 
 static bool goes_first(const fst_job *job, const fst_job *other) {
-    if (job->kind != JOB_READ) return false;
-    if (other->kind != JOB_READ) return true;
-    /* Of one file, in the order asked for: somebody waits for the first tensors. */
+    if (job->kind == JOB_PREFETCH) return false;
+    if (other->kind == JOB_PREFETCH) return true;
+    /* Of one file, in the order asked for: somebody waits for the first tensors. Uploads, too,
+     * whoever asked: what has arrived can be let go of where it came from. */
     return job->file != other->file && job->reading < other->reading;
 }
 
-/* Reads first, since somebody waits for them, and the least served of those; then
+/* Reads and uploads first, since somebody waits for them, and the least served of those; then
  * read-ahead in the order asked for, which is the order of consumption. */
 fst_job *fst_job_next(void) {
     fst_job *best = NULL;
@@ -106,7 +107,7 @@ void fst_job_refuse_gds(fst_job *job, const fst_error *error) {
 static void cancel_locked(fst_job *job) {
     atomic_store(&job->stop, true);
     if (job->done) return;
-    if (job->kind == JOB_READ && job->stats.bytes_done < job->stats.bytes_total) {
+    if (job->kind != JOB_PREFETCH && job->stats.bytes_done < job->stats.bytes_total) {
         fst_error error;
         (void)fst_fail(&error, FST_E_CANCELLED, ECANCELED, "load cancelled");
         fst_job_fail(job, FST_E_CANCELLED, &error);
@@ -126,9 +127,9 @@ static bool landed(const fst_job *job, uint64_t file_offset) {
 
 /* ---- public ---- */
 
-static bool segments_fit(const fst_segment *segments, uint64_t count, uint64_t file_bytes,
+static bool segments_fit(const fst_segment *segments, uint64_t count, const fst_file *file,
                          const fst_arena *arena, bool into_arena, uint64_t *total) {
-    uint64_t previous_end = 0;
+    uint64_t previous_end = 0, file_bytes = file == NULL ? INT64_MAX : file->info.size;
     *total = 0;
     for (uint64_t i = 0; i < count; i++) {
         const fst_segment *s = &segments[i];
@@ -148,6 +149,12 @@ static bool options_fit(const fst_job_options *options) {
            options->threads <= FST_MAX_THREADS && options->chunk_bytes >= FST_CHUNK_MIN &&
            options->chunk_bytes <= FST_CHUNK_MAX && options->mode >= FST_READ_BUFFERED &&
            options->mode <= (to_device ? FST_READ_GDS : FST_READ_DIRECT_IF_COLD);
+}
+
+/* What has no meaning without a file was not asked for. */
+static bool options_fit_upload(const fst_job_options *options) {
+    return options->device != NULL && options->mode == 0 && options->drop_cache == 0 &&
+           options->reserve_bytes == 0;
 }
 
 /* An event behind whatever is pending where the arena was allocated. */
@@ -225,23 +232,25 @@ static void enqueue(fst_job *job) {
 static int submit(enum job_kind kind, fst_file *file, fst_arena *arena, const fst_segment *segments,
                   uint64_t count, const fst_job_options *options, fst_job **out, fst_error *err) {
     uint64_t total;
+    const char *source = fst_source_name(file);
     *out = NULL;
-    if (!options_fit(options) || count > SIZE_MAX / sizeof *segments)
-        return fst_fail(err, FST_E_INVALID, EINVAL, "%s: job options out of range", file->path);
-    if (!segments_fit(segments, count, file->info.size, arena, kind == JOB_READ, &total))
-        return fst_fail(err, FST_E_INVALID, EINVAL, "%s: a segment is out of range", file->path);
+    if (!options_fit(options) || count > SIZE_MAX / sizeof *segments ||
+        (kind == JOB_UPLOAD && !options_fit_upload(options)))
+        return fst_fail(err, FST_E_INVALID, EINVAL, "%s: job options out of range", source);
+    if (!segments_fit(segments, count, file, arena, kind != JOB_PREFETCH, &total))
+        return fst_fail(err, FST_E_INVALID, EINVAL, "%s: a segment is out of range", source);
     fst_pool_prepare();
     fst_job *job = new_job(kind, segments, count, options);
     if (job == NULL)
         return fst_fail(err, FST_E_NOMEM, ENOMEM, "%s: no memory for a job of %llu segments",
-                        file->path, (unsigned long long)count);
+                        source, (unsigned long long)count);
     job->stats.bytes_total = total;
     int code = options->device == NULL ? FST_OK : note_allocation(job, err);
     if (code != FST_OK) {
         destroy(job);
         return code;
     }
-    fst_file_retain(file);
+    if (file != NULL) fst_file_retain(file);
     fst_arena_retain(arena);
     job->file = file;
     job->arena = arena;
@@ -264,6 +273,11 @@ int fst_job_prefetch(fst_file *file, fst_arena *map, const fst_segment *segments
 int fst_job_read(fst_file *file, fst_arena *arena, const fst_segment *segments, uint64_t count,
                  const fst_job_options *options, fst_job **out, fst_error *err) {
     return submit(JOB_READ, file, arena, segments, count, options, out, err);
+}
+
+int fst_job_upload(fst_arena *arena, const fst_segment *segments, uint64_t count,
+                   const fst_job_options *options, fst_job **out, fst_error *err) {
+    return submit(JOB_UPLOAD, NULL, arena, segments, count, options, out, err);
 }
 
 int fst_job_wait_until(fst_job *job, uint64_t file_offset, int timeout_ms, fst_error *err) {
@@ -334,7 +348,7 @@ void fst_job_get_stats(fst_job *job, fst_job_stats *stats) {
 void fst_job_release(fst_job *job) {
     if (job == NULL) return;
     fst_pool_lock();
-    if (job->kind == JOB_READ && !job->done) {
+    if (job->kind != JOB_PREFETCH && !job->done) {
         /* Its destination may be the caller's: nothing may be in flight after this. */
         cancel_locked(job);
         while (!job->done) (void)pthread_cond_wait(&fst_pool.event, &fst_pool.lock);

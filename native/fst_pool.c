@@ -180,6 +180,7 @@ void fst_pool_get_stats(fst_pool_stats *stats) {
     stats->bytes_buffered = atomic_load(&fst_counts.bytes_buffered);
     stats->bytes_direct = atomic_load(&fst_counts.bytes_direct);
     stats->bytes_copied = atomic_load(&fst_counts.bytes_copied);
+    stats->bytes_uploaded = atomic_load(&fst_counts.bytes_uploaded);
     fst_ring_stats(&stats->pinned_bytes, &stats->pinned_nanoseconds);
 }
 

@@ -25,7 +25,8 @@
 
 enum job_kind {
     JOB_PREFETCH,
-    JOB_READ
+    JOB_READ,
+    JOB_UPLOAD
 };
 
 typedef struct fst_chunk { /* claimed and not yet accounted for; lives in its worker */
@@ -48,7 +49,7 @@ struct fst_job {
     bool inline_help; /* no thread could be started: waiters work */
     int result;
     fst_error error;
-    fst_file *file;
+    fst_file *file; /* NULL: an upload, whose file offsets are addresses */
     fst_arena *arena;
     int direct_fd;
     void *gds_handle; /* cuFile's, of direct_fd */

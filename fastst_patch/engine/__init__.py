@@ -12,7 +12,7 @@ from .devices import Device, DeviceInfo, compare, device_info, open_device
 from .faults import clear_faults, fault_calls, set_fault
 from .files import File, Residency, open_file, open_files, parse_header, read_layout, residency
 from .importing import DlDtype, dl_table, import_tensors
-from .jobs import Destination, Job, JobStats, prefetch, read
+from .jobs import Destination, Job, JobStats, prefetch, read, upload
 from .machine import counters, memory_headroom, read_ceiling, shutdown, touch
 
 __all__ = [
@@ -51,4 +51,5 @@ __all__ = [
     "set_fault",
     "shutdown",
     "touch",
+    "upload",
 ]

@@ -1,4 +1,4 @@
-"""Reads and read-ahead in progress."""
+"""Reads, uploads and read-ahead in progress."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class JobStats:
 
 
 class Job:
-    """Work in progress. Releasing or collecting an unfinished read cancels and drains it.
+    """Work in progress. Releasing or collecting one that fills an arena cancels and drains it.
 
     The object exists before the native job does, and holds what the job works on: at no
     moment can an interrupt leave workers writing into memory that is about to be freed.
@@ -46,7 +46,8 @@ class Job:
         self._at = ffi.gc(ffi.new("fst_job **"), lib.fst_job_release_at)
 
     def __del__(self) -> None:
-        self.release()  # before what it works on goes
+        if hasattr(self, "_at"):  # else interrupted as it was made
+            self.release()  # before what it works on goes
 
     def start(self, call: Any, *arguments: Any) -> None:
         """Let a native function create the job; raises what it reports."""
@@ -60,7 +61,7 @@ class Job:
             raise_(err)
 
     def release(self) -> None:
-        """Let go of the job; of a read, nothing is in flight afterwards."""
+        """Let go of the job; nothing that fills an arena is in flight afterwards."""
         ffi.release(self._at)
 
     def wait(self, on_progress: Callable[[JobStats], None] | None = None) -> JobStats:
@@ -85,7 +86,7 @@ class Job:
         return stats
 
     def wait_until(self, file_offset: int) -> None:
-        """Wait until the bytes before a file offset have landed; raises as `wait`.
+        """Wait until the bytes before a file offset, or address, have landed; raises as `wait`.
 
         For several threads at once: an interrupt of one leaves the job to the others.
         """
@@ -156,7 +157,7 @@ def prefetch(
 
 @dataclasses.dataclass(frozen=True)
 class Destination:
-    """Where on a device a read goes.
+    """Where on a device a read or an upload goes.
 
     Attributes:
         device: owns the memory.
@@ -211,4 +212,40 @@ def read(
     pointer, count = _segments(segments)
     job = Job(arena)
     job.start(lib.fst_job_read, file.handle, arena.handle, pointer, count, options)
+    return job
+
+
+def upload(
+    arena: Arena,
+    segments: array[int],
+    *,
+    threads: int,
+    chunk_bytes: int,
+    to: Destination,
+    keep: object,
+) -> Job:
+    """Start copying host memory into an arena on a device.
+
+    Neighbours by address that are neighbours in the arena, too, less than 256 bytes apart, go in
+    one copy; what lies between them there is overwritten with zeros, unless the arena is borrowed.
+
+    Args:
+        arena: memory of the device.
+        segments: flat 64-bit triples (address, bytes, arena offset), by address, not overlapping.
+        threads: most workers.
+        chunk_bytes: bytes one worker handles at a time.
+        to: the device.
+        keep: who owns the memory, which must not change meanwhile; kept as long as the job.
+
+    Raises:
+        Doubt: the device's driver failed.
+    """
+    options = ffi.new(
+        "fst_job_options *", [ffi.sizeof("fst_job_options"), threads, chunk_bytes, 0, 0, 0]
+    )
+    options.device, options.stream = to.device.handle, to.stream
+    options.pinned_bytes = to.pinned_bytes
+    pointer, count = _segments(segments)
+    job = Job((arena, keep))
+    job.start(lib.fst_job_upload, arena.handle, pointer, count, options)
     return job

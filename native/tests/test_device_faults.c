@@ -45,6 +45,18 @@ static int go(int threads) {
     return code;
 }
 
+/* The same of uploads. */
+static int go_upload(int threads) {
+    fst_job_stats stats;
+    fst_job_options options = small_ring(threads);
+    int code = device_upload_once(&made, &options, &stats);
+    FAKE(fake_drain)();
+    fst_pool_shutdown();
+    return code;
+}
+
+static int (*everything)(int threads) = go;
+
 /* The caller's stack may be spoiled only where the call that would have put it right failed. */
 static void check_stack(const char *name, bool lost, int before) {
     bool restores = lost || strcmp(name, "cuCtxPopCurrent_v2") == 0;
@@ -65,7 +77,7 @@ static void check_ranges(const char *name) {
 static bool fail_at(const char *name, uint64_t call, int count, int threads) {
     int before = FAKE(fake_current_depth)();
     CHECK_EQ(FAKE(fake_fail)(name, call, (uint64_t)count, FAILED), 0);
-    int code = go(threads);
+    int code = everything(threads);
     bool met = FAKE(fake_calls)(name) >= call;
     if (!met) CHECK_EQ(code, FST_OK);
     CHECK(code == FST_OK || code == FST_E_DEVICE);
@@ -96,7 +108,7 @@ static void test_each_call_fails(void) {
             for (uint64_t call = 1; fail_at(functions[device_kind][i], call, 1, threads);
                  call += UNDER_TSAN ? 5 : 1)
                 MUST(call < CALLS_MAX);
-    CHECK_EQ(go(2), FST_OK);
+    CHECK_EQ(everything(2), FST_OK);
 }
 
 /* From some call on nothing works; pending copies never run. */
@@ -106,7 +118,7 @@ static void test_device_lost(void) {
              call += UNDER_TSAN ? 17 : 7) {
         }
     FAKE(fake_live)(&device_before); /* what could not be unregistered */
-    CHECK_EQ(go(2), FST_OK);
+    CHECK_EQ(everything(2), FST_OK);
 }
 
 /* With every fault, in the caller's own thread. */
@@ -118,6 +130,14 @@ static void test_without_threads(void) {
             fst_fault_clear();
             if (!met) break;
         }
+}
+
+static void test_uploads_fail(void) {
+    everything = go_upload;
+    test_each_call_fails();
+    test_device_lost();
+    test_without_threads();
+    everything = go;
 }
 
 /* ---- reads fail while copies are in flight ---- */
@@ -198,6 +218,7 @@ int main(void) {
         RUN_ON(test_each_call_fails);
         RUN_ON(test_device_lost);
         RUN_ON(test_without_threads);
+        RUN_ON(test_uploads_fail);
         RUN_ON(test_reads_fail);
         RUN_ON(test_truncated_file);
     }

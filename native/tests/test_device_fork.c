@@ -19,6 +19,10 @@ static void check_device_refuses(fst_file *file, fst_arena *arena) {
     CHECK_EQ(fst_device_get_info(options.device, &info, &err), FST_E_DEVICE);
     CHECK_EQ(fst_job_read(file, arena, &all, 1, &options, &job, &err), FST_E_DEVICE);
     CHECK(job == NULL && strstr(err.message, "fork") != NULL);
+    all.file_offset = (uintptr_t)&all;
+    all.bytes = sizeof all;
+    CHECK_EQ(fst_job_upload(arena, &all, 1, &options, &job, &err), FST_E_DEVICE);
+    CHECK(job == NULL && strstr(err.message, "fork") != NULL);
     CHECK_EQ(fst_device_compare(options.device, arena, 0, file, 0, 9, &equal, &err), FST_E_DEVICE);
 }
 
@@ -58,11 +62,12 @@ static void check_child(pid_t child) {
     CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
 }
 
-static device_load start_gated(int mode, int threads) {
-    device_load l = {.made = test_create(BYTES, 9)};
+static device_load start_gated(int mode, int threads, bool upload) {
+    device_load l = {.made = test_create(BYTES, 9), .upload = upload};
     fst_job_options options = options_to(0, mode);
     options.threads = threads;
     gate_install(true);
+    if (upload) gated_calls.mincore = gated_mincore;
     MUST(device_start(&l, &options) == FST_OK);
     return l;
 }
@@ -76,9 +81,9 @@ static void end_gated(device_load *l) {
 }
 
 /* Nobody waits for what is in flight: it neither reads nor writes memory that is shared. */
-static void check_fork(int mode, int order) {
+static void check_fork(int mode, int order, bool upload) {
     FAKE(fake_mode)(order, 3);
-    device_load l = start_gated(mode, 2);
+    device_load l = start_gated(mode, 2, upload);
     gate_allow(3);
     gate_wait(3, 2);
     pid_t child = fork();
@@ -88,13 +93,16 @@ static void check_fork(int mode, int order) {
 }
 
 static void test_fork_in_flight(void) {
-    for (int order = FAKE_LATE_MODE; order <= FAKE_RANDOM_MODE; order++)
-        for (int mode = FST_READ_BUFFERED; mode <= FST_READ_DIRECT; mode++) check_fork(mode, order);
+    for (int order = FAKE_LATE_MODE; order <= FAKE_RANDOM_MODE; order++) {
+        check_fork(FST_READ_BUFFERED, order, false);
+        check_fork(FST_READ_DIRECT, order, false);
+        check_fork(FST_READ_BUFFERED, order, true);
+    }
 }
 
 /* Slots are spare and pinned; the child has none of them. */
 static void test_fork_when_done(void) {
-    device_load l = start_gated(FST_READ_BUFFERED, 2);
+    device_load l = start_gated(FST_READ_BUFFERED, 2, false);
     gate_remove();
     CHECK_EQ(job_result(l.job, &l.err), FST_OK);
     pid_t child = fork();

@@ -10,13 +10,14 @@
 
 static bool alone; /* one case was asked for: it says so when it cannot run here */
 
-/* One worker, which stops at the gate before the read number n: the copies of the chunks
- * before that have been started, and all but the last one were waited for. */
-static device_load start_gated(uint64_t reads) {
-    device_load l = {.made = test_create(BYTES, 9)};
+/* One worker, which stops at the gate before it reads, or looks at, chunk number n: the copies
+ * of the chunks before that have been started, and all but the last one were waited for. */
+static device_load start_gated(uint64_t reads, bool upload) {
+    device_load l = {.made = test_create(BYTES, 9), .upload = upload};
     fst_job_options options = options_to(0, FST_READ_BUFFERED);
     options.threads = 1;
     gate_install(true);
+    if (upload) gated_calls.mincore = gated_mincore;
     MUST(device_start(&l, &options) == FST_OK);
     gate_allow((int)reads);
     gate_wait((int)reads, 1);
@@ -45,6 +46,14 @@ static void test_allocation(void) {
     test_remove(&made);
 }
 
+static void test_allocation_upload(void) {
+    fst_job_stats stats;
+    test_file made = test_create(BYTES, 9);
+    fst_job_options options = options_to(1, FST_READ_BUFFERED);
+    CHECK_EQ(device_upload_once(&made, &options, &stats), FST_OK);
+    test_remove(&made);
+}
+
 /* On the default stream, too; and each job waits for its own block's stream. */
 static void test_allocation_default_stream(void) {
     device_load l = {.made = test_create(BYTES, 9)};
@@ -62,7 +71,7 @@ static void test_allocation_default_stream(void) {
 /* ---- SLOT ---- */
 
 /* Every chunk goes through the same slot, whose copies are late. */
-static void test_slot(void) {
+static void check_slot(bool upload) {
     fst_job_stats stats;
     test_file made = test_create(BYTES, 9);
     for (int slots = 1; slots <= 3; slots++) {
@@ -70,11 +79,16 @@ static void test_slot(void) {
             fst_job_options options = options_to(0, FST_READ_BUFFERED);
             options.threads = threads;
             options.pinned_bytes = (uint64_t)slots * SLOT_BYTES;
-            CHECK_EQ(device_load_once(&made, &options, &stats), FST_OK);
+            device_load l = {.made = made, .upload = upload};
+            CHECK_EQ(device_run_once(&l, &options, &stats), FST_OK);
         }
     }
     test_remove(&made);
 }
+
+static void test_slot(void) { check_slot(false); }
+
+static void test_slot_upload(void) { check_slot(true); }
 
 /* ---- STAGING ---- */
 
@@ -97,24 +111,29 @@ static void test_staging(void) {
 /* ---- LANDED ---- */
 
 /* Chunk 1 was waited for; the copy of chunk 2 is pending and nothing forces it. */
-static void test_landed(void) {
-    device_load l = start_gated(2);
-    CHECK_EQ(fst_job_wait_until(l.job, CHUNK, 1000, &l.err), FST_OK);
-    CHECK(segments_right(&l.made, l.arena, &l.all, 1, CHUNK));
-    CHECK_EQ(fst_job_wait_until(l.job, CHUNK + 1, 20, &l.err), FST_PENDING);
-    CHECK_EQ(fst_job_wait_until(l.job, 2 * CHUNK, 0, &l.err), FST_PENDING);
-    CHECK_EQ(fst_job_wait_until(l.job, UINT64_MAX, 0, &l.err), FST_PENDING);
+static void check_landed(bool upload) {
+    device_load l = start_gated(2, upload);
+    uint64_t first = CHUNK, second = 2 * CHUNK;
+    CHECK_EQ(device_wait_until(&l, first, 1000), FST_OK);
+    CHECK(segments_right(&l.made, l.arena, &l.all, 1, first));
+    CHECK_EQ(device_wait_until(&l, first + 1, 20), FST_PENDING);
+    CHECK_EQ(device_wait_until(&l, second, 0), FST_PENDING);
+    CHECK_EQ(device_wait_until(&l, UINT64_MAX, 0), FST_PENDING);
     CHECK_EQ(fst_job_wait(l.job, 0, &l.err), FST_PENDING);
-    CHECK(!segments_right(&l.made, l.arena, &l.all, 1, 2 * CHUNK)); /* it would have been wrong */
+    CHECK(!segments_right(&l.made, l.arena, &l.all, 1, second)); /* it would have been wrong */
     gate_allow(1);
     gate_wait(3, 1);
-    CHECK_EQ(fst_job_wait_until(l.job, 2 * CHUNK, 1000, &l.err), FST_OK);
-    CHECK(segments_right(&l.made, l.arena, &l.all, 1, 2 * CHUNK));
+    CHECK_EQ(device_wait_until(&l, second, 1000), FST_OK);
+    CHECK(segments_right(&l.made, l.arena, &l.all, 1, second));
     gate_remove();
     CHECK_EQ(job_result(l.job, &l.err), FST_OK);
     CHECK(device_right(&l));
     end_gated(&l);
 }
+
+static void test_landed(void) { check_landed(false); }
+
+static void test_landed_upload(void) { check_landed(true); }
 
 /* ---- RELEASE ---- */
 
@@ -133,8 +152,8 @@ static void check_released(device_load *l) {
     CHECK_EQ(live.blocks, 1); /* the job's */
 }
 
-static void test_release_cancelled(void) {
-    device_load l = start_gated(2);
+static void check_release_cancelled(bool upload) {
+    device_load l = start_gated(2, upload);
     check_released(&l);
     CHECK(FAKE(fake_pending)() > 0);
     fst_job_cancel(l.job);
@@ -144,6 +163,10 @@ static void test_release_cancelled(void) {
     (void)check_violations();
     end_gated(&l);
 }
+
+static void test_release_cancelled(void) { check_release_cancelled(false); }
+
+static void test_release_cancelled_upload(void) { check_release_cancelled(true); }
 
 static void test_release_failed(void) {
     test_file made = test_create(BYTES, 9);
@@ -163,11 +186,30 @@ static void test_release_failed(void) {
     test_remove(&made);
 }
 
+/* Of an upload a driver's call fails: one behind which nothing waits for the stream. */
+static void test_release_failed_upload(void) {
+    test_file made = test_create(BYTES, 9);
+    for (uint64_t call = 2; call <= 4; call++) {
+        device_load l = {.made = made, .upload = true};
+        fst_job_options options = options_to(0, FST_READ_BUFFERED);
+        options.threads = 1;
+        FAKE(fake_clear)();
+        CHECK_EQ(FAKE(fake_fail)("cuStreamWaitEvent", call, 1, 719), 0);
+        MUST(device_start(&l, &options) == FST_OK);
+        fst_arena_release(l.arena);
+        l.arena = NULL;
+        CHECK_EQ(job_result(l.job, &l.err), FST_E_DEVICE);
+        (void)check_violations();
+        device_end(&l);
+    }
+    test_remove(&made);
+}
+
 /* A release waits: when it is back, the memory may be anybody's. */
-static void test_release_waits(void) {
+static void check_release_waits(bool upload) {
     pthread_t thread;
     fake_counts live;
-    device_load l = start_gated(2);
+    device_load l = start_gated(2, upload);
     check_released(&l);
     MUST(pthread_create(&thread, NULL, release_job, l.job) == 0);
     for (int i = 0; i < 20; i++) nap(); /* one that does not wait would be back */
@@ -182,6 +224,10 @@ static void test_release_waits(void) {
     end_gated(&l);
 }
 
+static void test_release_waits(void) { check_release_waits(false); }
+
+static void test_release_waits_upload(void) { check_release_waits(true); }
+
 /* ---- which case is whose ---- */
 
 static const struct {
@@ -192,12 +238,18 @@ static const struct {
 #define CASE(rule, function) {rule, #function, function}
     CASE("ALLOCATION", test_allocation),
     CASE("ALLOCATION", test_allocation_default_stream),
+    CASE("ALLOCATION", test_allocation_upload),
     CASE("SLOT", test_slot),
+    CASE("SLOT", test_slot_upload),
     CASE("STAGING", test_staging),
     CASE("LANDED", test_landed),
+    CASE("LANDED", test_landed_upload),
     CASE("RELEASE", test_release_cancelled),
+    CASE("RELEASE", test_release_cancelled_upload),
     CASE("RELEASE", test_release_failed),
+    CASE("RELEASE", test_release_failed_upload),
     CASE("RELEASE", test_release_waits),
+    CASE("RELEASE", test_release_waits_upload),
 #undef CASE
 };
 

@@ -11,6 +11,7 @@ enum {
 };
 
 static test_file made;
+static bool uploading; /* from memory, in place of the file */
 
 static uint64_t pins(void) {
     return FAKE(fake_calls)(device_kind == FST_GPU_CUDA ? "cuMemHostRegister_v2"
@@ -32,7 +33,8 @@ static void load(int ordinal, uint64_t chunk, uint64_t limit, int threads) {
     options.chunk_bytes = chunk;
     options.pinned_bytes = limit;
     options.threads = threads;
-    CHECK_EQ(device_load_once(&made, &options, &stats), FST_OK);
+    device_load l = {.made = made, .upload = uploading};
+    CHECK_EQ(device_run_once(&l, &options, &stats), FST_OK);
 }
 
 /* ---- the ring ---- */
@@ -104,6 +106,15 @@ static void test_growing_chunks(void) {
         CHECK_EQ(pinned(), limit);
         fst_pool_shutdown();
     }
+}
+
+static void test_uploads(void) {
+    uploading = true;
+    test_limits();
+    test_refused();
+    FAKE(fake_clear)();
+    test_reuse();
+    uploading = false;
 }
 
 /* What CUDA pinned is of no use to HIP. */
@@ -234,6 +245,7 @@ int main(void) {
         RUN_ON(test_reuse);
         RUN_ON(test_refused);
         RUN_ON(test_growing_chunks);
+        RUN_ON(test_uploads);
         RUN_ON(test_devices_open);
         RUN_ON(test_open_fails);
         RUN_ON(test_context_is_kept);
