@@ -63,5 +63,21 @@ def stats() -> dict[str, Any]:
     return {**totals(), "native": _engine.counters()}
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """``%load_ext fastst_patch``: patch, and add the magic ``fastst_profile``."""
+    from . import ipython
+
+    ipython.load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """``%unload_ext fastst_patch``: undo what loading it did."""
+    from . import ipython
+
+    ipython.unload(shell)
+
+
 if environment_enabled():
-    patch()
+    from . import launched as _launched
+
+    _launched.begin(patch())

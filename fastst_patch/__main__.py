@@ -1,4 +1,4 @@
-"""`python -m fastst_patch` is the `fastst-patch` command."""
+"""`python -m fastst_patch` is the `fastst-patch` command, and `run` may be left out."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import sys
 from .cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(run_is_meant=True))

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+_COMMANDS = ("bench", "doctor", "run")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status."""
-    args = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, *, run_is_meant: bool = False) -> int:
+    """Run one command; return the exit status.
+
+    Args:
+        argv: arguments; those of this process when None.
+        run_is_meant: what does not begin with a command is the rest of ``run``.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if run_is_meant and given and given[0] not in (*_COMMANDS, "-h", "--help", "--version"):
+        given.insert(0, "run")
+    target: list[str] = []
+    if given[:1] == ["run"]:
+        given, target = _split(given)
+    parser = _parser()
+    args = parser.parse_args(given)
+    if args.command == "run":
+        return _run(parser, args, target)
     if args.command == "doctor":
         from . import doctor
 
@@ -20,6 +36,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     from . import bench
 
     return bench.main(args)
+
+
+def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide the arguments of ``run`` into ours and the program's, which argparse must not see."""
+    i = 1
+    while i < len(given):
+        argument = given[i]
+        if argument in ("-o", "--option"):
+            i += 2
+        elif argument[:2] in ("-m", "-c") or argument in ("-", "--") or argument[:1] != "-":
+            break
+        else:
+            i += 1
+    return list(given[:i]), list(given[i:])
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, target: list[str]) -> int:
+    from . import launcher
+    from .errors import OptionError
+
+    if target in ([], ["--"]):
+        parser.error("run: give a script, -m MODULE, -c CODE or -- COMMAND")
+    try:
+        return launcher.launch(
+            target, dict(args.options), verbose=args.verbose, profile=args.profile
+        )
+    except OptionError as error:
+        parser.error(f"run: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_bench(commands)
     _add_doctor(commands)
+    _add_run(commands)
     return parser
 
 
@@ -63,6 +108,26 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser("doctor", help="tell what works here, and what not and why")
     parser.add_argument("paths", nargs="*", metavar="PATH", help="files or folders to look at")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="run a program, and its children, with safetensors patched",
+        usage="%(prog)s [-v] [--profile] [-o NAME=VALUE] "
+        "(SCRIPT | -m MODULE | -c CODE | -- COMMAND) [ARGUMENT ...]",
+        description="Runs a Python program, or a command that starts some, with safetensors "
+        "patched in it and in the Pythons that it starts. Its arguments, exit status and signals "
+        "are its own. `python -m fastst_patch` does the same, and `run` may then be left out.",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true",
+                        help="a line on stderr for each load, and what was patched")  # fmt: skip
+    parser.add_argument("--profile", action="store_true",
+                        help="at the end a table on stderr of what the program and its children "
+                        "loaded and how, and of what was left to stock and why")  # fmt: skip
+    parser.add_argument("-o", "--option", type=option, action="append", default=[],
+                        metavar="NAME=VALUE", dest="options",
+                        help="an option for patch(), such as -o threads=4; repeatable")  # fmt: skip
 
 
 def _device(text: str) -> str:

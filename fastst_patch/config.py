@@ -19,7 +19,18 @@ from typing import Any
 from .errors import OptionError
 from .locks import fork_safe
 
-__all__ = ["Config", "config", "config_context", "current", "environment_targets", "pop", "push"]
+__all__ = [
+    "Config",
+    "child_environment",
+    "config",
+    "config_context",
+    "current",
+    "environment_enabled",
+    "environment_profile",
+    "environment_targets",
+    "pop",
+    "push",
+]
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -56,9 +67,11 @@ class Config:
             Pinned as needed, and kept. With less than one chunk, nothing is pinned.
         device_memory_budget: most device memory, in bytes, of tensors that a handle reads ahead
             of their use, and the largest block that tensors share; None: 256 MiB. With 0 a
-            handle reads nothing ahead. A tensor larger than it gets a block of its own.
+            handle reads nothing ahead. A tensor larger than it gets a block of its own. What
+            integrations move ahead is bounded by it, too; None: see `fastst_patch.streams`.
         tensors: ``dlpack`` places tensors in shared arenas, each with storage of its own;
-            ``owned`` gives each an allocation of its own from torch; ``auto`` is ``dlpack``.
+            ``owned`` gives each an allocation of its own from torch; ``auto`` is ``dlpack``,
+            but parameters that transformers loads to a device are owned.
         fallback: when a call goes to stock: ``auto`` reports it, ``warn`` also warns,
             ``error`` raises FaststError.
         verify: load with stock too and compare every byte; on a difference stock's result
@@ -186,6 +199,49 @@ def environment_targets() -> tuple[str, ...] | None:
     if value is None:
         return None
     return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def environment_profile() -> tuple[str, int] | None:
+    """What ``fastst-patch run --profile`` left: a file, and who prints it.
+
+    Returns:
+        ``FASTST_PROFILE_FILE``, to which each process appends its loads, and
+        ``FASTST_PROFILE_PID``, the process that prints them at its end (0: none does, since
+        somebody waits for it). None without the first.
+    """
+    path = os.environ.get("FASTST_PROFILE_FILE")
+    pid = os.environ.get("FASTST_PROFILE_PID", "")
+    return (path, int(pid) if pid.isdecimal() else 0) if path else None
+
+
+def child_environment(
+    options: Mapping[str, str], site: str, profile: tuple[str, int] | None = None
+) -> dict[str, str]:
+    """Our environment, with which a Python and its children patch themselves.
+
+    ``FASTST_ENABLED=0`` is the user's word and stays.
+
+    Args:
+        options: names of options, ``targets`` too, and what ``FASTST_<NAME>`` shall say.
+        site: the folder of our sitecustomize; goes in front of ``PYTHONPATH``.
+        profile: what `environment_profile` shall find there.
+
+    Raises:
+        OptionError: an option, or the environment as it is, is not allowed.
+    """
+    wanted = {name: value for name, value in options.items() if name != "targets"}
+    _check_together(Config(**{**_environment(), **_validated(wanted)}))
+    result = dict(os.environ)
+    result.update({f"FASTST_{name.upper()}": value for name, value in options.items()})
+    if environment_enabled() is not False:
+        result["FASTST_ENABLED"] = "1"
+    if profile is not None:
+        result["FASTST_PROFILE_FILE"], result["FASTST_PROFILE_PID"] = profile[0], str(profile[1])
+    # Empty is as good as unset, but an empty entry among others means the current folder.
+    old = result.get("PYTHONPATH")
+    entries = old.split(os.pathsep) if old else []
+    result["PYTHONPATH"] = os.pathsep.join([site, *(e for e in entries if e != site)])
+    return result
 
 
 # ---- layers ----

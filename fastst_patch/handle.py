@@ -8,6 +8,7 @@ so it sees the very file that was opened, even when the path means another one b
 from __future__ import annotations
 
 import functools
+import gc
 import operator
 import os
 import sys
@@ -31,13 +32,22 @@ from .decide import (
 )
 from .errors import Doubt
 from .layout import DTYPE_NAMES
-from .opened import OpenedFile
+from .opened import OpenedFile, shared_lock
 from .report import LoadReport, emit
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FastHandle", "FastSlice", "load_file", "load_model", "open_handle", "safe_open"]
+__all__ = [
+    "FastHandle",
+    "FastSlice",
+    "behind",
+    "load_file",
+    "load_model",
+    "open_handle",
+    "report_open_handles",
+    "safe_open",
+]
 
 _F4 = DTYPE_NAMES.index("F4")
 
@@ -199,13 +209,13 @@ class FastHandle:
     with its last reference. Usable from many threads at once.
     """
 
-    __slots__ = ("_opened", "_seconds", "_stock_class", "_stock_handle")
+    __slots__ = ("_opened", "_stock_class", "_stock_handle")
 
     def __init__(self, stock_class: Any, opened: OpenedFile, started: float) -> None:
         self._stock_class = stock_class
         self._opened: OpenedFile | None = opened
         self._stock_handle: Any = None
-        self._seconds = time.perf_counter() - started
+        opened.account.seconds = time.perf_counter() - started
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # isinstance(handle, safe_open) holds, as with stock's
@@ -254,13 +264,12 @@ class FastHandle:
         i = None if opened is None else _number(opened, args, kwargs)
         if opened is None or i is None:
             return self._stock().get_tensor(*args, **kwargs)
-        started = time.perf_counter()
         try:
-            result = opened.tensor(i)
+            with opened.account:
+                result = opened.tensor(i)
         except (Doubt, MemoryError) as error:
             doubt = Doubt.alone(error)
         else:
-            self._seconds += time.perf_counter() - started
             if opened.config.verify:
                 return self._verified_tensor(opened, result, args, kwargs)
             return result
@@ -295,15 +304,26 @@ class FastHandle:
         if opened is None:
             return
         account = opened.account
+        if account.tensors or not account.reported:
+            self._report(opened)
+
+    def _report(self, opened: OpenedFile) -> None:
+        """Report what was handed out since the last report."""
+        account = opened.account
+        with shared_lock:
+            tensors, nbytes, seconds = account.tensors, account.bytes, account.seconds
+            account.tensors = account.bytes = 0
+            account.seconds = 0.0
+            account.reported = True
         emit(
             LoadReport(
                 "safe_open",
                 opened.file.path,
                 opened.device,
                 account.path,
-                account.bytes,
-                account.tensors,
-                self._seconds,
+                nbytes,
+                tensors,
+                seconds,
                 account.resident,
                 account.note,
             )
@@ -325,6 +345,23 @@ class FastHandle:
         return theirs
 
 
+def report_open_handles() -> None:
+    """Report what handles have handed out that nobody has closed yet.
+
+    For the end of a program or a cell: a handle's own report comes when it is closed, which
+    handles in a script's globals never are. They stay open, and report what comes later apart.
+    """
+    # Handles are found, not kept in a list: opening is worth more than this.
+    for found in gc.get_objects():
+        if type(found) is FastHandle:
+            try:  # not as an attribute: one that another thread is making has none yet
+                opened = object.__getattribute__(found, "_opened")
+            except AttributeError:
+                continue
+            if opened is not None and opened.account.tensors:
+                found._report(opened)
+
+
 def _offset_keys(self: FastHandle, *args: Any, **kwargs: Any) -> Any:
     """Names of the tensors in file order."""
     opened = self._opened
@@ -338,13 +375,12 @@ def _get_tensors(self: FastHandle, *args: Any, **kwargs: Any) -> Any:
     opened = self._opened
     if opened is None or args or kwargs:
         return self._stock().get_tensors(*args, **kwargs)
-    started = time.perf_counter()
     try:
-        result = opened.all_tensors()
+        with opened.account:
+            result = opened.all_tensors()
     except (Doubt, MemoryError) as error:
         doubt = Doubt.alone(error)
     else:
-        self._seconds += time.perf_counter() - started
         if not opened.config.verify:
             return result
         theirs = self._stock().get_tensors(*args, **kwargs)
@@ -433,12 +469,13 @@ class FastSlice:
         """Index as torch does."""
         opened = self._opened
         try:
-            if not opened.mapped:
-                rows = _leading_rows(index, opened.layout.shape(self._i))
-                if rows is not None:
-                    start, stop, rest = rows
-                    return opened.index(opened.rows(self._i, start, stop), rest)
-            return opened.index(opened.tensor(self._i, for_slice=True), index)
+            with opened.account:
+                if not opened.mapped:
+                    rows = _leading_rows(index, opened.layout.shape(self._i))
+                    if rows is not None:
+                        start, stop, rest = rows
+                        return opened.index(opened.rows(self._i, start, stop), rest)
+                return opened.index(opened.tensor(self._i, for_slice=True), index)
         except (Doubt, MemoryError) as error:
             doubt = Doubt.alone(error)
         return self._left_to_stock(doubt, index)
@@ -449,6 +486,12 @@ class FastSlice:
         opened.account.note = doubt.reason
         fell_back(opened.config, "get_slice", opened.file.path, doubt)
         return result
+
+
+def behind(found: Any) -> tuple[OpenedFile, int] | None:
+    """The file and the number of the tensor that a slice of ours stands for; None for others'."""
+    # Not isinstance: ours call themselves stock's class. No attribute of ours: nor do they show.
+    return (found._opened, found._i) if type(found) is FastSlice else None
 
 
 def _leading_rows(index: Any, shape: list[int]) -> tuple[int, int, Any] | None:

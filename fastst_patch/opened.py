@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,20 +23,40 @@ if TYPE_CHECKING:
 
 __all__ = ["Account", "OpenedFile", "open_checked", "progress_bar", "shared_lock"]
 
-# One for all files: held for nanoseconds, and one is enough to carry through a fork.
-shared_lock = threading.Lock()
+# One for all files: held for nanoseconds, and one is enough to carry through a fork. Taken
+# again where a handle is collected, and so reports, while it is held.
+shared_lock = threading.RLock()
 fork_safe(shared_lock)
 
 
 @dataclasses.dataclass
 class Account:
-    """What one call or handle has moved so far; becomes its LoadReport."""
+    """What one call or handle has moved so far; becomes its LoadReport.
+
+    A call is made ``with`` it: time counts once, however many threads' calls it is spent in.
+    """
 
     path: str = "mmap"
     bytes: int = 0
     tensors: int = 0
     resident: float | None = None
     note: str | None = None
+    seconds: float = 0.0
+    reported: bool = False
+    _calls: int = 0
+    _since: float = 0.0
+
+    def __enter__(self) -> None:
+        with shared_lock:
+            if not self._calls:
+                self._since = time.perf_counter()
+            self._calls += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        with shared_lock:
+            self._calls -= 1
+            if not self._calls:
+                self.seconds += time.perf_counter() - self._since
 
 
 def open_checked(path: str) -> tuple[engine.File, FileLayout]:

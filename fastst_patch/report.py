@@ -9,12 +9,12 @@ import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .locks import fork_safe
 
-__all__ = ["LoadReport", "Profile", "emit", "profile", "totals"]
+__all__ = ["LoadReport", "Profile", "emit", "listen", "profile", "totals"]
 
 _log = logging.getLogger("fastst_patch")
 _log.addHandler(logging.NullHandler())
@@ -25,12 +25,13 @@ class LoadReport:
     """One finished call, or one handle from opening to closing.
 
     Attributes:
-        call: ``load_file`` or ``safe_open``.
-        file: path as the caller gave it.
+        call: ``load_file``, ``safe_open``, or an integration's: ``from_pretrained``,
+            ``Module.to``, ``diffusers``.
+        file: path as the caller gave it; of tensors that came from memory, the module's class.
         device: where the tensors are.
         path: ``mmap`` (bytes were cached), ``mmap+readahead`` (some were not; workers fetch
-            them while the tensors are already out), ``buffered``, ``direct``, ``owned``, or
-            ``stock``.
+            them while the tensors are already out), ``buffered``, ``direct``, ``owned``; to a
+            device ``ring``, ``ring+direct``, ``gds``, or ``upload`` from memory; or ``stock``.
         bytes: of the tensors handed out.
         tensors: how many were handed out.
         seconds: spent in our calls. For mapped tensors this is not the time to read them.
@@ -88,11 +89,12 @@ class _Totals:
     seconds: float = 0.0
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # collecting a handle reports it, and may happen in here
 fork_safe(_lock)
 _paths: dict[str, _Totals] = {}
 _fallbacks: dict[str, int] = {}
 _profiles: list[Profile] = []
+_listeners: list[Callable[[LoadReport], None]] = []
 
 
 def emit(report: LoadReport) -> None:
@@ -110,8 +112,15 @@ def emit(report: LoadReport) -> None:
             _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
         for open_profile in _profiles:
             open_profile.reports.append(report)
+    for listener in _listeners:  # may write to a file: not under the lock
+        listener(report)
     if _log.isEnabledFor(logging.INFO):
         _log.info("%s", report)
+
+
+def listen(listener: Callable[[LoadReport], None]) -> None:
+    """Call ``listener`` with every report from now on, in the loading thread; it must not raise."""
+    _listeners.append(listener)
 
 
 def totals() -> dict[str, Any]:

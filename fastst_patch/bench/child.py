@@ -62,26 +62,26 @@ def run(job: LoadJob) -> Sample:
     ``pinning`` (within the load, by all workers together).
     """
     if job.loader == "patched":
-        _patch(job.options)
+        patch_with(job.options)
     else:
-        _require_stock()
+        require_stock()
     parts = _open_device(job)
     settle.memory(sum(Path(path).stat().st_size for path in job.paths))
     gc.collect()
     gc.freeze()  # the patched process imported more: neither shall pay for traversing that
-    memory_before = _memory() | _device_memory(job.device)
+    memory_before = process_memory() | device_memory(job.device)
     resident = residency.resident_fraction(job.paths)[0] if job.probe else None
 
-    with _reports(job.loader) as reports:
+    with reports_of(job.loader) as reports:
         begin = time.perf_counter()
         loaded = [_load_file(path, job.device) for path in job.paths]
-        _synchronize(job.device)
+        synchronize(job.device)
         ready = time.perf_counter()
         touching = job.touch and _on_cpu(job.device)
         checksums = _touch(loaded, job.orders) if touching else None
         end = time.perf_counter() if touching else ready
 
-    memory = _memory() | _device_memory(job.device)
+    memory = process_memory() | device_memory(job.device)
     if not _on_cpu(job.device):
         parts["pinning"] = engine.counters()["pinned_nanoseconds"] / 1e9
     # A device's bytes are read now, after the clock: each once, in file order, as on the CPU.
@@ -137,11 +137,12 @@ def _digest(tensors: Tensors, order: Sequence[str], checksums: Sequence[int]) ->
 # ---- stock or patched ---------------------------------------------------
 
 
-def _patch(options: Mapping[str, object]) -> None:
+def patch_with(options: Mapping[str, object]) -> None:
+    """Patch, as a program would."""
     importlib.import_module("fastst_patch").patch(**options)
 
 
-def _require_stock() -> None:
+def require_stock() -> None:
     """Refuse to race ourselves, if FASTST_ENABLED or a sitecustomize has patched already."""
     for module in (safetensors, safetensors.torch):
         if type(module.safe_open) is not type:
@@ -151,7 +152,7 @@ def _require_stock() -> None:
 
 
 @contextlib.contextmanager
-def _reports(loader: str) -> Iterator[list[Any]]:
+def reports_of(loader: str) -> Iterator[list[Any]]:
     """Collect the LoadReports made inside; the list is filled when the context ends."""
     collected: list[Any] = []
     if loader != "patched":
@@ -183,7 +184,7 @@ def _open_device(job: LoadJob) -> dict[str, float]:
         return {}
     begin = time.perf_counter()
     torch.empty(1, device=job.device)
-    _synchronize(job.device)
+    synchronize(job.device)
     parts = {"context": time.perf_counter() - begin}
     if job.split and job.loader == "patched":
         found = target(job.device)
@@ -194,7 +195,8 @@ def _open_device(job: LoadJob) -> dict[str, float]:
     return parts
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
+    """Wait until everything asked of the device is done; nothing to wait for on the CPU."""
     if not _on_cpu(device):
         torch.cuda.synchronize(device)
 
@@ -203,7 +205,7 @@ def _device_name(device: str) -> str:
     return "cpu" if _on_cpu(device) else torch.cuda.get_device_name(device)
 
 
-def _memory() -> dict[str, int]:
+def process_memory() -> dict[str, int]:
     """Read the peak from VmHWM: getrusage remembers the parent of before exec."""
     wanted = {"VmHWM": "peak_rss", "Rss": "rss", "Pss": "pss", "Pss_Anon": "pss_anonymous"}
     wanted |= {"Pss_File": "pss_file", "RssAnon": "rss_anonymous", "RssFile": "rss_file"}
@@ -217,7 +219,7 @@ def _memory() -> dict[str, int]:
     return found
 
 
-def _device_memory(device: str) -> dict[str, int]:
+def device_memory(device: str) -> dict[str, int]:
     """What the driver and torch's allocator say of the device, and what is pinned for copies."""
     if _on_cpu(device):
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..summary import grid
 from . import ceilings, results
 from .results import Row
 from .runner import Outcome
@@ -28,15 +29,16 @@ _SHORT = {
 def render(outcome: Outcome, environment: Mapping[str, object]) -> str:
     """Return conditions, rows, ceilings and notes as one text."""
     rows = results.rows(outcome)
-    parts = [_conditions(environment), "", *_grid([_HEADINGS, *map(_cells, rows)])]
+    parts = [conditions(environment), "", *grid([_HEADINGS, *map(_cells, rows)], _LEFT)]
     if outcome.plan.device != "cpu":
-        parts += ["", *_grid([_MEMORY_HEADINGS, *map(_memory_cells, rows)])]
+        parts += ["", *grid([_MEMORY_HEADINGS, *map(_memory_cells, rows)], _LEFT)]
     if outcome.ceilings:
         parts += ["", *_ceilings(outcome)]
     return "\n".join([*parts, "", *_notes(outcome, rows)])
 
 
-def _conditions(environment: Mapping[str, object]) -> str:
+def conditions(environment: Mapping[str, object]) -> str:
+    """Return two lines on the machine and the versions."""
     memory = environment.get("memory")
     memory_text = f"{memory / 1e9:.0f} GB" if isinstance(memory, int) else "memory unknown"
     read_ahead = environment.get("read_ahead_kb")
@@ -48,19 +50,6 @@ def _conditions(environment: Mapping[str, object]) -> str:
         f"Python {environment['python']}, torch {environment['torch']}, "
         f"safetensors {environment['safetensors']}, fastst-patch {environment['fastst_patch']}"
     )
-
-
-def _grid(cells: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        padded = (
-            cell.ljust(width) if heading in _LEFT else cell.rjust(width)
-            for cell, width, heading in zip(line, widths, cells[0], strict=True)
-        )
-        lines.append("  ".join(padded).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return lines
 
 
 def _memory_cells(row: Row) -> tuple[str, ...]:
