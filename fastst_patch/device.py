@@ -10,8 +10,9 @@ import contextlib
 import logging
 import re
 import threading
+from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import engine
 from .errors import Doubt
@@ -20,12 +21,24 @@ from .locks import fork_safe
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Runtime", "Target", "prove", "replaced", "target"]
+__all__ = [
+    "Runtime",
+    "Sample",
+    "Target",
+    "prove",
+    "prove_tensor",
+    "replaced",
+    "sample_of",
+    "target",
+    "torch_target",
+]
 
 _NAMED = re.compile(r"cuda(?::([0-9]{1,4}))?", re.ASCII)
 
 PROOF_BYTES = 4 << 20
 """Read back and compared after the first load to a device: one chunk."""
+
+_MORE = 16  # Bytes that were right say little of so many times more.
 
 
 class Runtime:
@@ -55,11 +68,23 @@ class Runtime:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         return engine.open_device(ordinal, kind="cuda" if torch.version.hip is None else "hip")
 
+    def current(self) -> int:
+        """Number of the device that ``"cuda"`` means in torch, now and in this thread."""
+        import torch
+
+        return torch.cuda.current_device()
+
     def stream(self, ordinal: int) -> int:
         """Address of the stream on which torch allocates now."""
         import torch
 
         return int(torch.cuda.current_stream(ordinal).cuda_stream)
+
+    def settle(self, ordinal: int) -> None:
+        """Wait for what this thread has pending on a device."""
+        import torch
+
+        torch.cuda.current_stream(ordinal).synchronize()
 
     def arena(self, nbytes: int, ordinal: int) -> engine.Arena:
         """A block from torch's caching allocator.
@@ -90,7 +115,7 @@ _runtime = Runtime()
 _lock = threading.Lock()
 fork_safe(_lock)
 _opened: dict[tuple[int, int], engine.Device] = {}  # by runtime and ordinal
-_proved: set[tuple[int, int]] = set()
+_proved: dict[tuple[int, int], int] = {}  # bytes of the largest sample that was right
 _refused: dict[int, str] = {}  # ordinal -> why, once bytes came out wrong
 
 
@@ -125,6 +150,15 @@ class Target:
                 found = _opened.setdefault(key, opened)
         return found
 
+    def wants(self, nbytes: int) -> bool:
+        """Whether so many bytes are to be read back: nothing near as many has been so far."""
+        proved = _proved.get((id(self.runtime), self.ordinal), 0)
+        return proved < PROOF_BYTES and nbytes >= _MORE * proved
+
+    def settle(self) -> None:
+        """Wait for what this thread has pending there: then any stream may use it."""
+        self.runtime.settle(self.ordinal)
+
     def destination(self, pinned_bytes: int) -> engine.Destination:
         """For a job on memory that was allocated just now, by this thread."""
         return engine.Destination(self.native(), self.runtime.stream(self.ordinal), pinned_bytes)
@@ -151,39 +185,96 @@ def target(device: object) -> Target | None:
     return found
 
 
-def prove(found: Target, arena: engine.Arena, file: engine.File, segments: Any) -> None:
-    """After the first load of the process to a device: read a chunk back and compare.
+def torch_target(named: torch.device) -> Target | None:
+    """The device that torch's own ``.to`` would move to; None unless it is a CUDA device.
+
+    Raises:
+        Doubt: it cannot be used now.
+    """
+    if named.type != "cuda":
+        return None
+    if named.index is None:
+        Target("cuda", 0, _runtime).check()  # before asking for the current one makes a context
+    found = Target(named, _runtime.current() if named.index is None else named.index, _runtime)
+    found.check()
+    return found
+
+
+class Sample(NamedTuple):
+    """Bytes of a load to be read back."""
+
+    file_offset: int
+    nbytes: int
+    arena_offset: int
+
+    @property
+    def end(self) -> int:
+        """File offset behind them."""
+        return self.file_offset + self.nbytes
+
+
+def sample_of(found: Target, segments: array[int]) -> Sample | None:
+    """What `prove` shall read back: the first whole chunk, or all of the largest segment.
 
     Args:
         found: the device.
-        arena: whose bytes have landed.
-        file: where they come from.
         segments: of the load: flat triples (file offset, bytes, arena offset).
+
+    Returns:
+        None for a load of nothing, or when enough was read back from the device before.
+    """
+    if not len(segments) or not found.wants(PROOF_BYTES):
+        return None
+    nbytes = min(max(segments[1::3]), PROOF_BYTES)
+    if not found.wants(nbytes):
+        return None
+    at = next(at for at in range(0, len(segments), 3) if segments[at + 1] >= nbytes)
+    return Sample(segments[at], nbytes, segments[at + 2])
+
+
+def prove(found: Target, arena: engine.Arena, file: engine.File, sample: Sample | None) -> None:
+    """After the first load of the process to a device: read a chunk back and compare.
+
+    Where that was tiny, the next load that is much larger is proved, too.
+
+    Args:
+        found: the device.
+        arena: where the sample's bytes have landed.
+        file: where they come from.
+        sample: of the load.
 
     Raises:
         Doubt: it differs. From then on everything for that device goes to stock.
     """
-    key = (id(found.runtime), found.ordinal)
-    if key in _proved or not len(segments):
+    if sample is None or not found.wants(sample.nbytes):
         return
-    equal = engine.compare(
-        found.native(),
-        arena,
-        file,
-        file_offset=segments[0],
-        nbytes=min(segments[1], PROOF_BYTES),
-        arena_offset=segments[2],
-    )
-    if not equal:
-        why = f"bytes read back from {found.name} differed from the file's"
+    equal = engine.compare(found.native(), arena, file, **sample._asdict())
+    _judge(found, sample.nbytes, bool(equal), file.path)
+
+
+def prove_tensor(found: Target, moved: torch.Tensor, source: torch.Tensor) -> None:
+    """The same for a tensor that came from memory; both contiguous. Raises as `prove`."""
+    import torch
+
+    nbytes = min(source.nbytes, PROOF_BYTES)
+    if not found.wants(nbytes):
+        return
+    raw = [t.detach().reshape(-1).view(torch.uint8)[:nbytes].cpu() for t in (moved, source)]
+    _judge(found, nbytes, torch.equal(raw[0], raw[1]), "a tensor")
+
+
+def _judge(found: Target, nbytes: int, equal: bool, what: str) -> None:
+    if equal:
         with _lock:
-            _refused[found.ordinal] = why
-        logging.getLogger("fastst_patch").error(
-            "%s: %s; from now on stock loads to this device. Please report this.", file.path, why
-        )
-        raise Doubt(why)
+            _proved[id(found.runtime), found.ordinal] = nbytes
+        return
+    why = f"bytes read back from {found.name} differed from the file's or the source's"
     with _lock:
-        _proved.add(key)
+        _refused[found.ordinal] = why
+    logging.getLogger("fastst_patch").error(
+        "%s: %s; from now on stock loads to this device. Please report this.", what, why
+    )
+    raise Doubt(why)
 
 
 @contextlib.contextmanager

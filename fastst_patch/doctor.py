@@ -6,14 +6,18 @@ process forks later.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,9 @@ from typing import Any
 from . import engine, patcher, stock
 from .config import config
 from .errors import Doubt, OptionError
+from .integrations import INTEGRATIONS, Hook
 from .machine import NETWORKED, cpu_limit, io_threads
+from .targets import TESTED
 
 __all__ = ["examine", "main"]
 
@@ -149,12 +155,34 @@ def _probe_file(path: str) -> dict[str, Any]:
     }
 
 
+def _hooks() -> list[Hook]:
+    """Of integrations whose package is installed."""
+    return [
+        hook
+        for integration in INTEGRATIONS
+        for hook in integration.hooks
+        if importlib.util.find_spec(hook.package) is not None
+    ]
+
+
+def _tested() -> dict[str, list[str]]:
+    ranges = {name: list(bounds) for name, bounds in TESTED.items()}
+    for integration in INTEGRATIONS:
+        package, *bounds = integration.tested
+        ranges.setdefault(package, bounds)
+    return ranges
+
+
 def _patching() -> dict[str, Any]:
     """What ``patch()`` would replace. Patches for a moment, and puts everything back."""
-    import safetensors.torch  # noqa: F401 - its targets are only there once it is imported
-
+    # Targets can be looked at only once they are imported.
+    for module in ("safetensors.torch", *(hook.module for hook in _hooks())):
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
     with patcher.patched() as report:
         targets = [dataclasses.asdict(status) for status in report.targets.values()]
+    small = config().small_file_bytes
     return {
         "possible": report.reason is None,
         "reason": report.reason,
@@ -164,7 +192,7 @@ def _patching() -> dict[str, Any]:
             "framework other than torch": "numpy, tf, jax, mlx, paddle: stock does it",
             'backend="pread"': "stock's stricter indexing and copies are kept",
             "safetensors.torch.load(bytes)": "no file is read",
-            f"files up to {config().small_file_bytes} bytes": "stock opens them faster",
+            **({f"files up to {small} bytes": "small_file_bytes says so"} if small else {}),
             "a torch mode, default device or inference mode": "tensors must come out its way",
         },
     }
@@ -185,7 +213,7 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
     result: dict[str, Any] = {
         "python": platform.python_version(),
         "versions": _versions(),
-        "tested": {name: list(bounds) for name, bounds in patcher.TESTED.items()},
+        "tested": _tested(),
         "safetensors_module": str(stock.safe_open.__module__),
         "native": native,
         "options": options,

@@ -39,6 +39,11 @@ class Doubt(Exception):  # noqa: N818 - internal control flow, not an error
         Stock is asked after the ``except`` block: memory that we held is free by then, and
         what stock raises has nothing of ours in its context.
         """
-        doubt = error if isinstance(error, Doubt) else cls(f"not enough memory: {error}")
+        if isinstance(error, Doubt):
+            doubt = error
+        elif isinstance(error, MemoryError):
+            doubt = cls(f"not enough memory: {error}")
+        else:
+            doubt = cls(f"{type(error).__name__}: {error}")
         doubt.__cause__ = doubt.__context__ = None
         return doubt.with_traceback(None)

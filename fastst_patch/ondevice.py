@@ -25,7 +25,7 @@ import threading
 import traceback
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import device, engine, tensors
@@ -39,7 +39,7 @@ from .stock import SafetensorError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DeviceFile"]
+__all__ = ["Ahead", "DeviceFile"]
 
 MIB = 1 << 20
 ARENA = 256 * MIB
@@ -68,6 +68,7 @@ class _Window:
     arena: engine.Arena
     job: engine.Job
     waiting: dict[int, torch.Tensor]  # not handed out yet
+    sample: device.Sample | None  # to be read back, in the first load of the process
 
 
 class DeviceFile(OpenedFile):
@@ -125,11 +126,14 @@ class DeviceFile(OpenedFile):
         return result
 
     def _take(self, i: int) -> torch.Tensor:
-        end = self.layout.extent(i)[1]
         with self._guard:
             window = self._window_with(i)
             result = window.waiting.pop(i)
             self._drop_used()
+        return self._arrived(window, i, result)
+
+    def _arrived(self, window: _Window, i: int, result: torch.Tensor) -> torch.Tensor:
+        end = self.layout.extent(i)[1]
         try:
             self._landed(window, end)
             return result
@@ -160,6 +164,19 @@ class DeviceFile(OpenedFile):
             made += windows[-1].waiting.values()
         self._finish(windows)
         return dict(zip(names, made, strict=True))
+
+    def ahead(self, numbers: Sequence[int], *, owned: bool) -> Ahead:
+        """Start moving tensors that will be asked for.
+
+        Args:
+            numbers: of the tensors.
+            owned: give each an allocation of its own, else they share one.
+
+        Raises as `tensor`.
+        """
+        self._check()
+        with _Failing(self):
+            return Ahead(self, self._start(sorted(numbers), owned))
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone. Raises as `tensor`."""
@@ -285,15 +302,16 @@ class DeviceFile(OpenedFile):
 
     # ---- moving ----
 
-    def _start(self, numbers: list[int]) -> _Window:
+    def _start(self, numbers: list[int], owned: bool = False) -> _Window:
         """Start reading tensors into an arena of their own, or into one allocation each."""
-        if self.config.tensors == "owned":
+        if owned or self.config.tensors == "owned":
             return self._start_owned(numbers)
         plan = plan_arena(self.layout, numbers)
         arena = self._target.runtime.arena(plan.arena_bytes, self._target.ordinal)
         job = self._read(arena, plan.segments)
         made = tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
-        return _Window(plan, arena, job, dict(zip(plan.tensors, made, strict=True)))
+        waiting = dict(zip(plan.tensors, made, strict=True))
+        return _Window(plan, arena, job, waiting, device.sample_of(self._target, plan.segments))
 
     def _start_owned(self, numbers: list[int]) -> _Window:
         layout = self.layout
@@ -307,14 +325,15 @@ class DeviceFile(OpenedFile):
         plan = LoadPlan(
             array("Q", numbers), array("Q"), segments, max(data_bytes, 1), data_bytes
         )  # fmt: skip
-        return _Window(plan, arena, self._read(arena, segments), made)
+        job = self._read(arena, segments)
+        return _Window(plan, arena, job, made, device.sample_of(self._target, segments))
 
     def _fill(self, places: list[tuple[int, int, torch.Tensor]]) -> None:
         arena, segments = self._borrow(places)
         job = self._read(arena, segments)
         job.wait()
         self._note(job)
-        device.prove(self._target, arena, self.file, segments)
+        device.prove(self._target, arena, self.file, device.sample_of(self._target, segments))
 
     def _borrow(
         self, places: list[tuple[int, int, torch.Tensor]]
@@ -348,11 +367,12 @@ class DeviceFile(OpenedFile):
         return self._target.runtime.empty(shape, dtype, self._target.ordinal)
 
     def _landed(self, window: _Window, end: int) -> None:
+        sample = window.sample
+        if sample is not None and self._target.wants(sample.nbytes):
+            end = max(end, sample.end)  # nothing is handed out unproved
         window.job.wait_until(end)
         self._note(window.job)
-        first = window.plan.segments
-        if len(first) and first[0] + min(first[1], device.PROOF_BYTES) <= end:
-            device.prove(self._target, window.arena, self.file, first)
+        device.prove(self._target, window.arena, self.file, sample)
 
     def _finish(self, windows: list[_Window]) -> None:
         """Wait for everything, in order, with a progress bar if one is wanted."""
@@ -371,8 +391,10 @@ class DeviceFile(OpenedFile):
                     done += window.plan.data_bytes
         for window in windows:
             self._note(window.job)
-        if windows:
-            device.prove(self._target, windows[0].arena, self.file, windows[0].plan.segments)
+        samples = [(w.sample.nbytes, w) for w in windows if w.sample is not None]
+        if samples:
+            window = max(samples, key=lambda pair: pair[0])[1]
+            device.prove(self._target, window.arena, self.file, window.sample)
 
     def _note(self, job: engine.Job) -> None:
         stats = job.stats()
@@ -384,6 +406,26 @@ class DeviceFile(OpenedFile):
         if stats.direct_errno:
             self.account.path = "ring"
             self.account.note = f"O_DIRECT was refused ({os.strerror(stats.direct_errno)})"
+
+
+class Ahead:
+    """Tensors under way to a device, each to be taken once. Dropping it cancels the rest."""
+
+    def __init__(self, opened: DeviceFile, window: _Window) -> None:
+        self._opened = opened
+        self._window = window
+
+    def landed(self) -> bool:
+        """Whether nothing moves any more. Never blocks."""
+        return self._window.job.stats().done
+
+    def take(self, i: int) -> torch.Tensor:
+        """Tensor i, usable on any stream. Raises as `DeviceFile.tensor`."""
+        opened, window = self._opened, self._window
+        with _Failing(opened):
+            result = opened._arrived(window, i, window.waiting.pop(i))
+        opened.count(1, opened.layout.nbytes(i))
+        return result
 
 
 class _Failing:

@@ -1,10 +1,7 @@
-"""What is replaced and put back: targets, wrappers, the alias sweep, nesting.
+"""What is replaced and put back: which targets there are, and nesting.
 
-A target is a dotted name in safetensors. Its object is replaced by a wrapt proxy that looks
-like the original and, while the target is active, calls our version. References captured while
-patched stay valid afterwards, because an inactive proxy passes everything through. Names that
-other modules imported earlier (``from safetensors import safe_open`` is the rule) are found by
-identity in ``sys.modules`` and rebound; putting back restores only what is still ours.
+A target is a name in safetensors, or an integration, which may replace several names; how is in
+`targets`. Putting back restores only what is still ours.
 
 Activity is counted, not stacked: ``patch()`` marks its targets until ``unpatch()``, and every
 ``patched()`` marks its own for as long as it lasts, in any thread and any order.
@@ -15,23 +12,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
-import inspect
-import pkgutil
-import re
+import logging
 import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import wrapt
 
-from . import engine, handle, stock
+from . import engine, handle
 from .config import environment_enabled, environment_targets, pop, push
-from .errors import FallbackWarning, OptionError, UntestedVersionWarning
+from .errors import FallbackWarning, OptionError
+from .integrations import INTEGRATIONS, Hook
 from .locks import fork_safe
+from .targets import TESTED, Place, Target, sweep, warn_of_untested
 
 __all__ = [
     "PatchReport",
@@ -43,9 +39,6 @@ __all__ = [
     "patched",
     "unpatch",
 ]
-
-# The oldest and newest versions that the test suite has passed with.
-TESTED = {"safetensors": ("0.4.3", "0.8.0"), "torch": ("2.4.0", "2.15.0")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,71 +84,48 @@ class PatchReport:
         return "\n".join(lines)
 
 
-@dataclasses.dataclass
-class _Target:
-    """A name to replace. ``fast`` takes (original, args, kwargs)."""
+def _safetensors(module: str, name: str, summary: str, fast: Any) -> Target:
+    def settled(original: Any, args: Any, kwargs: Any) -> Any:
+        if _unsettled:
+            _settle()
+        return fast(original, args, kwargs)
 
-    name: str
-    summary: str
-    fast: Callable[[Any, Any, Any], Any]
-    proxy: Any = None
-    rebound: list[tuple[types.ModuleType, str]] = dataclasses.field(default_factory=list)
-    uses: int = 0
-    missing: str | None = None
-
-
-class _Proxy(wrapt.FunctionWrapper):  # type: ignore[type-arg,misc,unused-ignore]
-    """A wrapt proxy that pickles by name, as the function or class it stands for does."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by name; a reference that outlived the patch pickles as the original."""
-        name: str = self.__wrapped__.__qualname__
-        module = sys.modules.get(self.__wrapped__.__module__)
-        if module is not None and getattr(module, name, None) is self.__wrapped__:
-            return pkgutil.resolve_name, (f"{module.__name__}:{name}",)
-        return name
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        # Since 3.13 inspect does not look behind what calls itself a class, and fails on it.
-        if not isinstance(self.__wrapped__, type):
-            raise AttributeError("__signature__")
-        return inspect.signature(self.__wrapped__)
-
-    def __repr__(self) -> str:
-        return repr(self.__wrapped__)
-
-    def __copy__(self) -> Any:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self
+    hook = Hook("safetensors", module, name, settled)
+    return Target(f"{module}.{name}", summary, (Place(hook),))
 
 
 _TARGETS = {
     target.name: target
     for target in (
-        _Target(
-            "safetensors.safe_open",
+        _safetensors(
+            "safetensors",
+            "safe_open",
             "CPU: zero-copy map, batched tensors, parallel read-ahead; CUDA: pinned ring",
             lambda original, args, kwargs: handle.safe_open(*args, **kwargs),
         ),
-        _Target(
-            "safetensors._safe_open_handle",
+        _safetensors(
+            "safetensors",
+            "_safe_open_handle",
             "the same for file objects",
             lambda original, args, kwargs: handle.open_handle(
                 original, handle.path_of_file_object, args, kwargs
             ),
         ),
-        _Target(
-            "safetensors.torch.load_file",
+        _safetensors(
+            "safetensors.torch",
+            "load_file",
             "whole files in one batch, to the CPU or a CUDA device",
             lambda original, args, kwargs: handle.load_file(*args, **kwargs),
         ),
-        _Target(
-            "safetensors.torch.load_model",
+        _safetensors(
+            "safetensors.torch",
+            "load_model",
             "stock's own code over the fast load_file",
             lambda original, args, kwargs: handle.load_model(*args, **kwargs),
+        ),
+        *(
+            Target(found.name, found.summary, tuple(map(Place, found.hooks)), found.tested)
+            for found in INTEGRATIONS
         ),
     )
 }
@@ -165,65 +135,8 @@ fork_safe(_lock)
 _permanent: set[str] = set()
 _permanent_options: list[object] = []
 _hooked: set[str] = set()
-
-
-# ---- one target ----
-
-
-def _skip_module(name: str) -> bool:
-    return name == "fastst_patch" or name.startswith("fastst_patch.")
-
-
-def _sweep(old: Any, new: Any) -> list[tuple[types.ModuleType, str]]:
-    """Rebind every module global that is ``old``. Reads ``__dict__`` only: no lazy imports."""
-    found = []
-    for module_name, module in list(sys.modules.items()):
-        if not isinstance(module, types.ModuleType) or _skip_module(module_name):
-            continue
-        names = [name for name, value in list(module.__dict__.items()) if value is old]
-        for name in names:
-            module.__dict__[name] = new
-            found.append((module, name))
-    return found
-
-
-def _make_proxy(target: _Target, original: Any) -> Any:
-    def call(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        return target.fast(wrapped, args, kwargs) if target.uses else wrapped(*args, **kwargs)
-
-    return _Proxy(original, call)
-
-
-def _install(target: _Target, rebind_aliases: bool) -> None:
-    """Put the proxy in place where the target's module is imported already."""
-    module_name, _, name = target.name.rpartition(".")
-    module = sys.modules.get(module_name)
-    if module is None:
-        _hook(module_name)
-        target.missing = f"{module_name} is not imported yet; it is patched when it is"
-        return
-    current = module.__dict__.get(name)
-    if current is None:
-        target.missing = "the installed safetensors does not have it"
-        return
-    target.missing = None
-    if target.proxy is None:
-        target.proxy = _make_proxy(target, stock.original(target.name))
-    original = target.proxy.__wrapped__
-    if current is original:
-        module.__dict__[name] = target.proxy
-    elif current is not target.proxy:
-        target.missing = "somebody else has replaced it"
-    if rebind_aliases:
-        swept = _sweep(original, target.proxy)
-        target.rebound.extend(place for place in swept if place not in target.rebound)
-
-
-def _remove(target: _Target) -> None:
-    """Put the original back wherever the proxy stands, also where it was imported from us."""
-    target.rebound.clear()
-    if target.proxy is not None:
-        _sweep(target.proxy, target.proxy.__wrapped__)
+_unsettled: set[str] = set()
+_log = logging.getLogger("fastst_patch")
 
 
 def _hook(module_name: str) -> None:
@@ -234,11 +147,43 @@ def _hook(module_name: str) -> None:
 
     def imported(module: Any) -> None:
         with _lock:
-            for target in _TARGETS.values():
-                if target.uses and target.name.rpartition(".")[0] == module_name:
-                    _install(target, True)
+            found = [t for t in _TARGETS.values() if t.uses and module_name in t.modules]
+            _install_quietly(found)
 
     wrapt.register_post_import_hook(imported, module_name)
+
+
+def _install(targets: Sequence[Target], rebind_aliases: bool) -> None:
+    for target in targets:
+        for module_name in target.modules:
+            if module_name not in sys.modules:
+                _hook(module_name)
+        target.install()
+        if target.unsettled:
+            _unsettled.add(target.name)
+    if rebind_aliases:
+        sweep(place for target in targets if target.missing is None for place in target.places)
+    sweep((place for t in targets if t.missing is not None for place in t.places), back=True)
+
+
+def _install_quietly(targets: Sequence[Target]) -> None:
+    """Inside an import or a load of the program's, which is not to fail of it."""
+    for target in targets:
+        try:
+            _install([target], True)
+        except Exception as error:  # a warning that is an error here
+            target.missing = f"{type(error).__name__}: {error}"
+            target.remove()
+            sweep(target.places, back=True)
+            _log.warning("%s: not patched: %s", target.name, target.missing)
+
+
+def _settle() -> None:
+    """Patch what was just being imported when it was to be patched, if that is over."""
+    with _lock:
+        names = set(_unsettled)
+        _unsettled.clear()
+        _install_quietly([_TARGETS[name] for name in names if _TARGETS[name].uses])
 
 
 # ---- many ----
@@ -249,7 +194,7 @@ def _chosen(targets: str | Iterable[str] | None) -> list[str]:
         targets = environment_targets()
     if targets is None:
         return list(_TARGETS)
-    names = [targets] if isinstance(targets, str) else list(targets)
+    names = [targets] if isinstance(targets, str) else list(dict.fromkeys(targets))
     for name in names:
         if name not in _TARGETS:
             raise OptionError(f"unknown target {name!r}: allowed are {', '.join(_TARGETS)}")
@@ -257,18 +202,26 @@ def _chosen(targets: str | Iterable[str] | None) -> list[str]:
 
 
 def _use(names: Iterable[str], rebind_aliases: bool) -> None:
-    for name in names:
-        target = _TARGETS[name]
-        target.uses += 1
-        _install(target, rebind_aliases)
+    used = []
+    try:
+        for name in names:
+            _TARGETS[name].uses += 1
+            used.append(name)
+        _install([_TARGETS[name] for name in used], rebind_aliases)
+    except BaseException:  # a warning that is an error here, or Ctrl-C
+        _drop(used)
+        raise
 
 
 def _drop(names: Iterable[str]) -> None:
+    gone = []
     for name in names:
         target = _TARGETS[name]
         target.uses -= 1
         if target.uses == 0:
-            _remove(target)
+            target.remove()
+            gone.append(target)
+    sweep((place for target in gone for place in target.places), back=True)
 
 
 def _impossible() -> str | None:
@@ -283,24 +236,9 @@ def _say_impossible(reason: str) -> None:
         warnings.warn(f"fastst_patch patches nothing: {reason}", FallbackWarning, stacklevel=4)
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text.split("+", maxsplit=1)[0])[:3])
-
-
-@functools.cache
 def _warn_of_untested_versions() -> None:
     for package, (oldest, newest) in TESTED.items():
-        try:
-            installed = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if not _version(oldest) <= _version(installed) <= _version(newest):
-            warnings.warn(
-                f"fastst_patch is tested with {package} {oldest} to {newest}; {installed} is"
-                " installed. It will be used; verify=True compares every load with stock.",
-                UntestedVersionWarning,
-                stacklevel=4,
-            )
+        warn_of_untested(package, oldest, newest)
 
 
 # ---- public ----
@@ -329,11 +267,15 @@ def patch(
             pop(token)
             _say_impossible(reason)
             return PatchReport(patch_map(), reason)
-        _permanent_options.append(token)
-        _warn_of_untested_versions()
         fresh = [name for name in names if name not in _permanent]
+        try:
+            _warn_of_untested_versions()
+            _use(fresh, rebind_aliases)
+        except BaseException:
+            pop(token)
+            raise
+        _permanent_options.append(token)
         _permanent.update(fresh)
-        _use(fresh, rebind_aliases)
         return PatchReport(patch_map())
 
 
@@ -376,13 +318,17 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
         names = _chosen(targets)
         with _lock:
             token = push(options)
-            reason = _impossible()
-            if reason is not None:
-                names = []
-                _say_impossible(reason)
-            else:
-                _warn_of_untested_versions()
-            _use(names, rebind_aliases)
+            try:
+                reason = _impossible()
+                if reason is not None:
+                    names = []
+                    _say_impossible(reason)
+                else:
+                    _warn_of_untested_versions()
+                _use(names, rebind_aliases)
+            except BaseException:
+                pop(token)
+                raise
             self._entered.append((names, token))
             return PatchReport(patch_map(), reason)
 
@@ -400,14 +346,14 @@ def is_patched(target: str | None = None) -> bool:
     Raises:
         OptionError: unknown target.
     """
-    return any(_status(_TARGETS[name]).patched for name in _chosen_or_all(target))
+    return any(patch_map()[name].patched for name in _chosen_or_all(target))
 
 
 def _chosen_or_all(target: str | None) -> list[str]:
     return list(_TARGETS) if target is None else _chosen(target)
 
 
-def _status(target: _Target) -> TargetStatus:
+def _status(target: Target) -> TargetStatus:
     reason = _reason(target)
     aliases = tuple(
         f"{module.__name__}.{name}"
@@ -417,15 +363,16 @@ def _status(target: _Target) -> TargetStatus:
     return TargetStatus(target.name, reason is None, reason, aliases, target.summary)
 
 
-def _reason(target: _Target) -> str | None:
+def _reason(target: Target) -> str | None:
     if not target.uses:
         return _impossible() or "not asked for"
-    return target.missing
+    return target.why_not()
 
 
 def patch_map() -> Mapping[str, TargetStatus]:
     """Every target there is, by name, and where it stands."""
     with _lock:
+        _settle()
         return types.MappingProxyType({name: _status(target) for name, target in _TARGETS.items()})
 
 
@@ -437,4 +384,4 @@ def get_original(target: str) -> Any:
         AttributeError: the installed safetensors does not have it.
     """
     (name,) = _chosen(target)
-    return stock.original(name)
+    return _TARGETS[name].original()

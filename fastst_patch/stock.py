@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import operator
 import os
 import sys
 import types
@@ -19,10 +20,18 @@ from typing import Any
 
 import safetensors
 
-__all__ = ["HANDLE_METHODS", "SafetensorError", "load_file", "load_model", "original", "safe_open"]
+__all__ = [
+    "HANDLE_METHODS",
+    "SafetensorError",
+    "load_file",
+    "load_model",
+    "original",
+    "safe_open",
+    "unwrapped",
+]
 
 
-def _unwrapped(value: Any) -> Any:
+def unwrapped(value: Any) -> Any:
     """What a wrapt proxy of ours (or anybody's) stands for."""
     while hasattr(type(value), "__wrapped__") and hasattr(value, "__wrapped__"):
         value = value.__wrapped__
@@ -30,8 +39,8 @@ def _unwrapped(value: Any) -> Any:
 
 
 SafetensorError: type[Exception] = safetensors.SafetensorError
-safe_open: Any = _unwrapped(safetensors.safe_open)
-safe_open_handle: Any = _unwrapped(getattr(safetensors, "_safe_open_handle", None))
+safe_open: Any = unwrapped(safetensors.safe_open)
+safe_open_handle: Any = unwrapped(getattr(safetensors, "_safe_open_handle", None))
 
 HANDLE_METHODS = frozenset(name for name in dir(safe_open) if not name.startswith("_"))
 """Public methods of the installed version's handle; ours has no others."""
@@ -41,18 +50,17 @@ BACKENDS = "backend" in str(getattr(safe_open, "__text_signature__", ""))
 
 
 @functools.cache
-def original(target: str) -> Any:
-    """The unpatched object behind a dotted name such as ``safetensors.torch.load_file``.
+def original(module_name: str, name: str) -> Any:
+    """The unpatched object behind a name of a module, or of a class in it (``Module.to``).
 
     Raises:
-        AttributeError: the installed safetensors has no such name.
+        AttributeError: the installed version has no such name.
         ImportError: its module cannot be imported.
     """
-    module_name, _, name = target.rpartition(".")
     # Not through the import system where it can be helped: a thread in the middle of importing
     # the module may be waiting for us in a post-import hook.
     module = sys.modules.get(module_name) or importlib.import_module(module_name)
-    return _unwrapped(getattr(module, name))
+    return unwrapped(operator.attrgetter(name)(module))
 
 
 @contextlib.contextmanager
@@ -101,18 +109,18 @@ def slice_class() -> Any:
 
 def load_file(*args: Any, **kwargs: Any) -> Any:
     """Stock's ``safetensors.torch.load_file``, whatever it looks up while we are patched in."""
-    return _with_globals("safetensors.torch.load_file", safe_open=safe_open)(*args, **kwargs)
+    return _with_globals("load_file", safe_open=safe_open)(*args, **kwargs)
 
 
 def load_model(fast_load_file: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stock's ``safetensors.torch.load_model`` with another ``load_file`` inside."""
-    function = _with_globals("safetensors.torch.load_model", load_file=fast_load_file)
+    function = _with_globals("load_model", load_file=fast_load_file)
     return function(*args, **kwargs)
 
 
-def _with_globals(target: str, **replaced: Any) -> Callable[..., Any]:
+def _with_globals(name: str, **replaced: Any) -> Callable[..., Any]:
     """The stock function, seeing some other globals: its own code decides everything else."""
-    function = original(target)
+    function = original("safetensors.torch", name)
     if not inspect.isfunction(function):
         return function  # type: ignore[no-any-return]
     copy = type(function)(

@@ -1,0 +1,129 @@
+"""diffusers with a device_map: a file's tensors go to their devices ahead of the loop over them.
+
+``load_model_dict_into_meta`` walks a state dict that was loaded to the CPU, whatever the
+device_map, casts each tensor there, and copies it from pageable memory. Here it walks tensors
+that are on their device already: the casts happen there, and there is nothing left to copy.
+
+Left to diffusers: quantized models, offload to disk or to the CPU, loading without a device_map
+(``pipe.to("cuda")`` is ``Module.to``), small files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .. import tensors
+from ..config import current
+from ..decide import fell_back, report_stock
+from ..device import Target, torch_target
+from ..errors import Doubt, FaststError
+from ..uploads import Uploads, ordinary, worth_it
+from .hook import Hook, Integration
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["INTEGRATION"]
+
+_log = logging.getLogger("fastst_patch")
+_MODULE = "diffusers.models.model_loading_utils"
+
+
+def _load_into_meta(original: Any, args: Any, kwargs: Any) -> Any:
+    try:
+        ahead = _ahead(*args, **kwargs) if len(args) >= 2 else None
+    except FaststError:  # fallback="error"
+        raise
+    except Exception as error:  # an argument we do not know: the original's to judge
+        _log.warning("diffusers: left to it: %s: %s", type(error).__name__, error)
+        ahead = None
+    if ahead is None:
+        return original(*args, **kwargs)
+    model, _, *rest = args
+    with contextlib.ExitStack() as stack:
+        for uploads in ahead.uploads:
+            stack.enter_context(uploads)
+        return original(model, ahead, *rest, **kwargs)
+
+
+def _ahead(
+    model: Any,
+    state_dict: dict[str, torch.Tensor],
+    dtype: Any = None,
+    *,
+    hf_quantizer: Any = None,
+    device_map: Any = None,
+    **others: Any,
+) -> _Ahead | None:
+    """The state dict with tensors that are moved ahead; None where diffusers does it all."""
+    import torch
+
+    if not device_map or hf_quantizer is not None or isinstance(dtype, str):
+        return None
+    config, name = current(), type(model).__name__
+    try:
+        if config.verify or not tensors.ordinary_mode():
+            raise Doubt("verify is on, or a torch mode or default device is in force")
+        place = sys.modules[_MODULE]._determine_param_device
+        expected = model.state_dict()  # what is not in it is skipped
+        wanted: dict[str, list[torch.Tensor]] = {}
+        targets: dict[str, Target] = {}
+        for tensor_name, tensor in state_dict.items():
+            named = place(tensor_name, device_map) if tensor_name in expected else "cpu"
+            if named in ("disk", "cpu"):
+                continue
+            if type(named) is int:
+                named = torch.device("cuda", named)
+            target = torch_target(torch.device(named))
+            if target is not None:
+                targets[target.name] = target
+                wanted.setdefault(target.name, []).append(tensor)
+        wanted = {device: ordinary(found) for device, found in wanted.items()}
+        if not worth_it(sum(t.nbytes for found in wanted.values() for t in found)):
+            return None
+        for target in targets.values():
+            target.native()
+    except Doubt as doubt:
+        report_stock("diffusers", name, "cuda", doubt)
+        fell_back(config, "diffusers", name, doubt)
+        return None
+    ahead = _Ahead(state_dict)
+    for device, found in wanted.items():
+        ahead.uploads.append(Uploads("diffusers", name, targets[device], config))
+        ahead.uploads[-1].expect_all(found, dtype)
+    return ahead
+
+
+class _Ahead(dict[str, "torch.Tensor"]):
+    """A state dict whose items are on their devices when they are walked."""
+
+    def __init__(self, state_dict: dict[str, torch.Tensor]) -> None:
+        super().__init__(state_dict)
+        self.uploads: list[Uploads] = []
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:  # type: ignore[override]
+        for name, tensor in super().items():
+            yield name, self._moved(tensor)  # no name here may keep it
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        for uploads in self.uploads:
+            moved = uploads.moved(tensor)
+            if moved is not None:
+                uploads.worked_on()  # casts, which stock does on the CPU
+                return moved
+        return tensor
+
+
+INTEGRATION = Integration(
+    "diffusers.from_pretrained",
+    "with a device_map, weights go to their devices through the pinned ring, in parallel",
+    ("diffusers", "0.36.0", "0.42.1"),
+    (
+        Hook("diffusers", _MODULE, "load_model_dict_into_meta", _load_into_meta,
+             ("model", "state_dict", "dtype")),
+    ),
+)  # fmt: skip

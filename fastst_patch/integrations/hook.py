@@ -1,0 +1,47 @@
+"""How an integration names what it wraps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Hook", "Integration"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """One function or class to replace.
+
+    Attributes:
+        package: it belongs to.
+        module: dotted name.
+        name: in the module; ``Class.method`` for a method.
+        fast: called as ``fast(original, args, kwargs)``.
+        parameters: that the original's signature must begin with; empty: not looked at.
+        elsewhere: replace it in other modules that hold it, too.
+    """
+
+    package: str
+    module: str
+    name: str
+    fast: Callable[[Any, Any, Any], Any]
+    parameters: tuple[str, ...] = ()
+    elsewhere: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Integration:
+    """A target of ``patch()`` that one of these modules offers.
+
+    Attributes:
+        name: of the target.
+        summary: what becomes faster.
+        tested: package, oldest and newest version.
+        hooks: replaced together, or not at all.
+    """
+
+    name: str
+    summary: str
+    tested: tuple[str, str, str]
+    hooks: tuple[Hook, ...]

@@ -1,0 +1,355 @@
+"""transformers' loading of weights: straight from storage to their own final device.
+
+``from_pretrained`` opens every file for the CPU, whatever the device_map, and copies tensor by
+tensor from pageable memory. ``convert_and_load_state_dict_in_model`` first passes every tensor of
+the checkpoint to ``spawn_materialize``, which promises it (a future), and then takes them in the
+same order, merging, renaming, casting and placing as the model wants. Here the promise for a
+tensor of ours that goes to CUDA is kept by the engine: read ahead in that order, cast on the
+device. Everything else is transformers' own code.
+
+Tensors that become parameters have allocations of their own; those that are merged or cast first
+share blocks which go when the last of them was used (``tensors`` chooses otherwise).
+
+Tensors that stay on the CPU as they are are made where they are taken, and not in threads.
+
+Lazy stays lazy: where transformers uses no threads (offload to disk, quantizing on the fly),
+a tensor is read when it is asked for and not before. Left to transformers: sharded tensors
+(tensor parallelism), other devices, checkpoints that are not ours, ``verify``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import operator
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from .. import tensors
+from ..decide import fell_back
+from ..device import Target, torch_target
+from ..errors import Doubt, FaststError
+from ..handle import behind
+from ..ondevice import Ahead, DeviceFile
+from ..opened import OpenedFile
+from ..report import LoadReport, emit
+from ..stock import SafetensorError
+from ..streams import Lane, Stream, Ticket
+from .hook import Hook, Integration
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["INTEGRATION"]
+
+_log = logging.getLogger("fastst_patch")
+_here = threading.local()  # .load: of the call that this thread is inside
+
+
+# ---- the calls ----
+
+
+def _convert_and_load(original: Any, args: Any, kwargs: Any) -> Any:
+    before = getattr(_here, "load", None)
+    _here.load = load = _Load()
+    failed = True
+    try:
+        result = original(*args, **kwargs)
+        failed = False
+        return result
+    finally:
+        _here.load = before
+        load.end(failed)
+
+
+def _spawn_materialize(original: Any, args: Any, kwargs: Any) -> Any:
+    load: _Load | None = getattr(_here, "load", None)
+    promised = None
+    if load is not None:
+        call = functools.partial(original, *args, **kwargs)
+        try:
+            promised = _promised(load, call, *args, **kwargs)
+        except FaststError:  # fallback="error"
+            raise
+        except Exception as error:  # nothing was handed out yet
+            load.failed(Doubt.alone(error))
+    return original(*args, **kwargs) if promised is None else promised
+
+
+def _deepcopy(original: Any, args: Any, kwargs: Any) -> Any:
+    """A converter is copied for each tensor that it merges, and all but one are thrown away.
+
+    That takes longer than reading the tensors of a model of many experts. What was thrown away
+    is as good as new: one that was kept has collected a tensor by the time the next is asked for.
+    """
+    load: _Load | None = getattr(_here, "load", None)
+    if load is None or len(args) != 1 or kwargs or type(args[0]).__name__ != "WeightConverter":
+        return original(*args, **kwargs)
+    source, copy = load.converters.get(id(args[0]), (None, None))
+    if source is not args[0] or copy.collected_tensors or copy.layer_targets:
+        copy = original(*args)
+        load.converters[id(args[0])] = (args[0], copy)
+    return copy
+
+
+def _promised(  # noqa: PLR0917 - spawn_materialize's own
+    load: _Load,
+    stock: Callable[[], Any],
+    thread_pool: Any,
+    tensor: Any,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    sharding_op: Any = None,
+    tensor_idx: int | None = None,
+    **unknown: Any,
+) -> Any:
+    """A future or, without a pool, a function for a tensor; None where stock does it."""
+    ours = behind(tensor)
+    if ours is None or sharding_op is not None or unknown:
+        return None
+    opened, i = ours
+    if thread_pool is not None and _is_at_once(opened, i, device, dtype):
+        return _Promise(functools.partial(operator.getitem, tensor, ...))
+    file = load.file(opened, device)
+    if file is None:
+        return None
+    # Only what a converter collects has an index: its tensors are merged, and freed after that.
+    # Versions that shard in another function (5.0 to 5.12) tell none: each owns its memory.
+    passing = tensor_idx is not None or _is_cast(opened, i, dtype)
+    if thread_pool is None:
+        return functools.partial(load.now, file, i, dtype, passing, stock)
+    ticket = load.ask(file, i, passing)
+    return _Promise(functools.partial(load.take, file, ticket, dtype, stock))
+
+
+def _is_at_once(opened: OpenedFile, i: int, device: Any, dtype: torch.dtype | None) -> bool:
+    """Whether a tensor is a view of the file's map, which takes longer to pass to a thread.
+
+    Threads that make them wait for the main one, which holds the GIL, 5 ms at a time.
+    """
+    return (
+        opened.mapped
+        and (device is None or str(device) == "cpu")
+        and not _is_cast(opened, i, dtype)
+        and tensors.ordinary_mode()  # transformers' threads are in none
+    )
+
+
+def _is_cast(opened: OpenedFile, i: int, dtype: torch.dtype | None) -> bool:
+    return dtype is not None and tensors.shape_and_dtype(opened.layout, i)[1] != dtype
+
+
+class _Promise(Future):  # type: ignore[type-arg]
+    """A future that its reader keeps: the result is taken from the stream when asked for."""
+
+    def __init__(self, take: Callable[[], Any]) -> None:
+        super().__init__()
+        self._take: Callable[[], Any] | None = take
+        self._guard = threading.Lock()
+
+    def _keep(self) -> None:
+        with self._guard:
+            take, self._take = self._take, None
+            if take is None:
+                return
+            try:
+                self.set_result(take())
+            except BaseException as error:
+                self.set_exception(error)
+            finally:
+                # The error keeps this frame and its callers', which are not to keep it in turn.
+                take = None
+                self = None  # type: ignore[assignment]  # noqa: PLW0642
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the tensor; a timeout is not looked at, nothing here waits for a queue."""
+        self._keep()
+        try:
+            return super().result(timeout)
+        finally:
+            self = None  # type: ignore[assignment]  # noqa: PLW0642 - as above
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What `result` would raise."""
+        self._keep()
+        try:
+            return super().exception(timeout)
+        finally:
+            self = None  # type: ignore[assignment]  # noqa: PLW0642
+
+
+def _by_stock(promise: Callable[[], Any]) -> Any:
+    """A tensor as the original gives it, which promises it in its own way."""
+    promised = promise()
+    return promised.result() if isinstance(promised, Future) else promised()
+
+
+# ---- one load ----
+
+
+class _File:
+    """A file of the checkpoint on its way to one device."""
+
+    def __init__(self, opened: OpenedFile, target: Target) -> None:
+        self.opened = opened  # as the handle has it; also keeps its id from being used again
+        self.moving = DeviceFile(opened.file, opened.layout, opened.config, target)
+        self.target = target
+        self.worked_on = False  # casts may be pending, which stock does on the CPU
+
+    def start(self, owned: bool, numbers: Sequence[int]) -> Ahead:
+        return self.moving.ahead(numbers, owned=owned)
+
+
+class _Load:
+    """One call of ``convert_and_load_state_dict_in_model``."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._files: dict[tuple[int, object], _File | None] = {}
+        self._streams: dict[str, Stream] = {}
+        self._lock = threading.Lock()
+        self._failed = False
+        self.converters: dict[int, tuple[Any, Any]] = {}  # the last copy of each
+
+    def file(self, opened: OpenedFile, device: Any) -> _File | None:
+        """The file on its way to a device; None where stock does it."""
+        key = (id(opened), str(device) if type(device) is not int else device)
+        with self._lock:
+            if key not in self._files:
+                self._files[key] = self._new_file(opened, device)
+            return self._files[key]
+
+    def _new_file(self, opened: OpenedFile, device: Any) -> _File | None:
+        import torch
+
+        if device is None or opened.device != "cpu" or opened.config.verify:
+            return None
+        try:
+            named = torch.device("cuda", device) if type(device) is int else torch.device(device)
+            target = torch_target(named)
+            if target is None:
+                return None
+            if not tensors.ordinary_mode():  # transformers' threads are not in it: all is theirs
+                raise Doubt("a torch mode or default device is in force")
+            target.native()
+            return _File(opened, target)
+        except Doubt as doubt:
+            opened.account.note = doubt.reason
+            fell_back(opened.config, "from_pretrained", opened.file.path, doubt)
+        except (RuntimeError, TypeError):  # no device that torch knows: stock's to say
+            pass
+        return None
+
+    def ask(self, file: _File, i: int, passing: bool) -> Ticket:
+        """Tensor i will be taken, after those asked for before."""
+        moving = file.moving
+        stream = self._streams.get(moving.device)
+        if stream is None:
+            budget = moving.config.device_memory_budget
+            stream = self._streams.setdefault(moving.device, Stream(budget))
+        owned = not passing and moving.config.tensors != "dlpack"
+        lane = Lane((id(file), passing), functools.partial(file.start, owned), passing)
+        return stream.ask(lane, i, moving.layout.nbytes(i))
+
+    def take(
+        self, file: _File, ticket: Ticket, dtype: torch.dtype | None, stock: Callable[[], Any]
+    ) -> Any:
+        """The tensor asked for, on its device and cast."""
+        stream = self._streams[file.moving.device]
+        return self._cast(lambda: stream.take(ticket), file, dtype, stock, stream.drop)
+
+    def now(self, file: _File, i: int, dtype: torch.dtype | None, passing: bool, stock: Any) -> Any:
+        """Tensor i read now, alone."""
+        owned = not passing and file.moving.config.tensors != "dlpack"
+        return self._cast(lambda: file.start(owned, [i]).take(i), file, dtype, stock)
+
+    def _cast(
+        self,
+        read: Callable[[], torch.Tensor],
+        file: _File,
+        dtype: torch.dtype | None,
+        stock: Callable[[], Any],
+        make_room: Callable[[], None] = lambda: None,
+    ) -> Any:
+        tensor = None
+        try:
+            tensor = read()
+            if dtype is None or dtype == tensor.dtype:
+                return tensor
+            file.worked_on = True
+            return tensor.to(dtype=dtype)
+        except (OSError, SafetensorError):
+            raise  # its bytes cannot be read
+        except Exception as error:
+            doubt = Doubt.alone(error)
+        del tensor
+        file.moving.account.note = file.moving.account.note or doubt.reason
+        try:
+            result = _by_stock(stock)
+        except Exception as error:
+            if not file.target.runtime.is_out_of_memory(error):
+                raise
+            result = None
+        if result is None:  # what was read ahead may be what is in the way
+            make_room()
+            result = _by_stock(stock)
+        fell_back(file.moving.config, "from_pretrained", file.moving.file.path, doubt)
+        return result
+
+    def failed(self, doubt: Doubt) -> None:
+        """Something of ours broke before anything was handed out: tell, once."""
+        if not self._failed:
+            self._failed = True
+            _log.warning("from_pretrained: left to transformers: %s", doubt.reason)
+
+    def end(self, failed: bool) -> None:
+        """Let go of what was not taken, and tell.
+
+        Args:
+            failed: whether an exception is on its way, which then is what matters.
+        """
+        for stream in self._streams.values():
+            stream.drop()
+        pending = {f.target.name: f.target for f in self._files.values() if f and f.worked_on}
+        for target in pending.values():
+            with contextlib.suppress(Exception) if failed else contextlib.nullcontext():
+                target.settle()  # then any stream may use it, as what stock returns
+        seconds = time.perf_counter() - self._started
+        files = [file for file in self._files.values() if file is not None]
+        nbytes = sum(file.moving.account.bytes for file in files)
+        for file in files:
+            moving, account = file.moving, file.moving.account
+            share = account.bytes / nbytes if nbytes else 1 / len(files)  # read beside each other
+            emit(
+                LoadReport(
+                    "from_pretrained",
+                    moving.file.path,
+                    moving.device,
+                    account.path if account.tensors else "stock",
+                    account.bytes,
+                    account.tensors,
+                    seconds * share,
+                    account.resident,
+                    account.note,
+                )
+            )
+
+
+_MODULE = "transformers.core_model_loading"
+
+INTEGRATION = Integration(
+    "transformers.from_pretrained",
+    "weights go from storage to their device, in the order the model takes them",
+    ("transformers", "5.0.0", "5.23.0"),
+    (
+        Hook("transformers", _MODULE, "convert_and_load_state_dict_in_model", _convert_and_load,
+             ("model", "state_dict", "load_config")),
+        Hook("transformers", _MODULE, "spawn_materialize", _spawn_materialize,
+             ("thread_pool", "tensor", "device", "dtype")),
+        Hook("transformers", _MODULE, "deepcopy", _deepcopy, ("x",), elsewhere=False),
+    ),
+)  # fmt: skip
