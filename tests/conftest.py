@@ -26,10 +26,14 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from fake_fixtures import cuda, fake_driver, moving  # noqa: F401 - fixtures
 
 import fastst_patch
 from fastst_patch import engine
 from fastst_patch.bench import checkpoint
+
+# Tensors here are small: torch's threads take longer to meet than to work.
+torch.set_num_threads(1)
 
 # The default profile is deterministic: a failure seen once is seen again. HYPOTHESIS_PROFILE=long
 # looks for new ones. Tests take multiples of the profile's max_examples.
@@ -503,25 +507,3 @@ def _young_heap() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(scope="session")
-def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The fake device driver, built once; see fake_device.py."""
-    import fake_device
-
-    library = fake_device.build(tmp_path_factory.mktemp("fake"))
-    if library is None:
-        pytest.skip("needs a C compiler, to build the fake device driver")
-    driver = fake_device.Driver(library)
-    driver.lib.fake_devices(4)
-    return driver
-
-
-@pytest.fixture
-def cuda(fake_driver: Any) -> Iterator[Any]:
-    """A FakeRuntime in CUDA's place, on the fake driver."""
-    import fake_device
-
-    with fake_device.fake_cuda(fake_driver) as runtime:
-        yield runtime

@@ -79,6 +79,11 @@ class Driver:
         """Run what is pending; no faults, counters or violations; default settings."""
         self.lib.fake_clear()
 
+    def pop_contexts(self) -> None:
+        """Empty the calling thread's stack of contexts, which has room for so many."""
+        while self.lib.fake_current_depth() > 0:
+            assert self.lib.cuCtxPopCurrent_v2(None) == 0
+
     def fail(self, name: str, first: int = 1, count: int = 1, code: int = 719) -> None:
         """Make calls of a driver's function fail."""
         assert self.lib.fake_fail(name.encode(), first, count, code) == 0, name
@@ -110,6 +115,7 @@ class FakeRuntime(device.Runtime):
         self.allocated = 0
         self.bytes = 0
         self.largest = 0
+        self.settled: list[int] = []  # devices that were waited for
 
     def doubt(self, ordinal: int) -> str | None:
         return None if ordinal < self.devices else f"torch sees no device cuda:{ordinal}"
@@ -117,12 +123,18 @@ class FakeRuntime(device.Runtime):
     def native(self, ordinal: int) -> engine.Device:
         return engine.open_device(ordinal, kind=self.kind, library=self.driver.path)
 
+    def current(self) -> int:
+        return 0
+
     def stream(self, ordinal: int) -> int:
         # Work pending on a block is ordered before nothing but what waits for its very stream.
         streams = self.driver.streams
         return streams.get(ordinal) or streams.setdefault(
             ordinal, int(self.driver.lib.fake_stream(ordinal))
         )
+
+    def settle(self, ordinal: int) -> None:
+        self.settled.append(ordinal)
 
     def _block(self, nbytes: int, ordinal: int) -> int:
         managed = ctypes.c_void_p()

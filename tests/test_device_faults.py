@@ -33,6 +33,15 @@ WAYS = {
 CALLS = ("load_file", "get_tensors", "walk", "rows")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Of torch's own. More of them wait for each other on a busy machine: half of the time here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left(cuda, nothing_left) -> Iterator[None]:
     """Neither in the engine nor on the device, once what was handed out has gone."""
@@ -154,6 +163,10 @@ USED = (
 )
 
 
+LATER = ("dlpack-buffered", "owned-direct")
+"""Ways in which later calls fail, too: slots are used again by then, and windows are open."""
+
+
 @pytest.mark.parametrize("lost", [False, True])
 @pytest.mark.parametrize("name", USED)
 def test_driver_calls_that_fail(
@@ -161,7 +174,7 @@ def test_driver_calls_that_fail(
 ) -> None:
     expected = stock.load_file(model)
     for call in CALLS:
-        for first in (1, 2, 4, 9):
+        for first in (1, 2, 4, 9) if way in LATER else (1, 2):
             device._forget()  # so that every load is the first, whose bytes are read back
             cuda.driver.clear()
             asked.asked.clear()
@@ -171,6 +184,8 @@ def test_driver_calls_that_fail(
                 result = _load(fast, call, model)
             met = cuda.driver.calls(name) >= first
             cuda.driver.clear()
+            if lost:  # which pops no context either
+                cuda.driver.pop_contexts()
             assert_same(result, expected)
             del result
             assert set(asked.alive) <= {0}, (call, first)
@@ -289,9 +304,8 @@ def test_harmless(cuda, asked, model, fast, stock, assert_same, watch, way) -> N
     assert asked.asked == []
 
 
-@pytest.mark.parametrize("count", [1, 1 << 40])
 def test_a_bad_place_behind_does_not_spoil_what_is_before(
-    cuda, asked, raw, fast, stock, assert_same, way, count
+    cuda, asked, raw, fast, stock, assert_same, way
 ) -> None:
     """Reading ahead met an error: it belongs to the tensor that lies there, and to no other."""
     size = 60_000

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fake_device
 import pytest
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastst_patch
-from fastst_patch import engine, report
+from fastst_patch import device, engine, report
 
 
 @pytest.fixture
@@ -80,6 +81,43 @@ def test_first_load_is_proved(cuda, model) -> None:
     fastst_patch.load_file(model, device="cuda")
     fastst_patch.load_file(model, device="cuda")
     assert cuda.driver.calls("cuMemcpyDtoHAsync_v2") == 1
+
+
+@pytest.mark.parametrize("tensors", ["dlpack", "owned"])
+@pytest.mark.parametrize("call", ["load_file", "walk", "rows"])
+def test_the_proof_is_of_a_whole_chunk(cuda, tmp_path, monkeypatch, tensors, call) -> None:
+    """Not of the first tensor alone, which may be tiny; and before anything is handed out."""
+    sizes = {"a": 3, "b": 100_001, "c": 700, "d": device.PROOF_BYTES + 5, "e": 6_000_001, "f": 9}
+    save_file({k: torch.full((n,), 7, dtype=torch.uint8) for k, n in sizes.items()},
+              tmp_path / "m.safetensors")  # fmt: skip
+    compared: list[int] = []
+    compare = engine.compare
+
+    def note(*args: Any, **kwargs: int) -> bool:
+        compared.append(kwargs["nbytes"])
+        return compare(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "compare", note)
+    options = {"tensors": tensors, "device_memory_budget": 64 << 20, "fallback": "error"}
+    with fastst_patch.config_context(**options):
+        if call == "load_file":
+            fastst_patch.load_file(tmp_path / "m.safetensors", device="cuda")
+        with fastst_patch.safe_open(tmp_path / "m.safetensors", "pt", "cuda") as handle:
+            if call == "rows":
+                handle.get_slice("b")[5:]
+            if call == "walk":  # the first tensor comes alone, those behind it in windows
+                handle.get_tensor("a")
+                assert compared == [3]
+                handle.get_tensor("b")
+                assert compared == [3, device.PROOF_BYTES]
+            for name in sizes:
+                handle.get_tensor(name)
+    expected = {
+        "load_file": [device.PROOF_BYTES],
+        "walk": [3, device.PROOF_BYTES],
+        "rows": [100_001 - 5, device.PROOF_BYTES],
+    }
+    assert compared == expected[call]
 
 
 @pytest.mark.parametrize("tensors", ["dlpack", "owned"])

@@ -1,0 +1,248 @@
+"""benchmarks/end_to_end.py must not lie: wrong bytes, wrong caches and idle patches are caught."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastst_patch
+from fastst_patch import engine
+from fastst_patch.bench import guarded, machine, residency
+from fastst_patch.bench.errors import UsageError
+from fastst_patch.report import LoadReport
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+if engine.native_error() is not None:
+    pytest.skip("no native extension", allow_module_level=True)
+
+
+def _transformers() -> str | None:
+    try:
+        return importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+timed_version = pytest.mark.skipif(
+    not (_transformers() or "").startswith("5."),
+    reason=f"the bench times transformers 5.x; here is {_transformers()}",
+)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The script as a module; beside its own folder nothing needs to be importable."""
+    if not BENCHMARKS.is_dir():
+        pytest.skip("no benchmarks beside these tests")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(residency, "_PAUSE_S", 0)
+    return importlib.import_module("end_to_end")
+
+
+@pytest.fixture
+def rows(bench):
+    return importlib.import_module("_rows")
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    if machine.filesystem(tmp_path).in_memory:
+        pytest.skip("the temporary directory is in memory, which is never cold")
+
+
+@pytest.fixture
+def run(bench, tmp_path, on_disk):
+    """Run it on a model of 3 MB, one round; returns the exit status and the JSON."""
+
+    def call(*arguments):
+        report = tmp_path / "report.json"
+        common = ["--gb", "0.003", "--repeat", "1", "--dir", str(tmp_path), "--json", str(report)]
+        status = guarded("end_to_end", lambda: bench.main([*common, *arguments]))
+        return status, json.loads(report.read_text()) if report.exists() else None
+
+    yield call
+    left = [path.name for path in tmp_path.iterdir() if path.name != "report.json"]
+    assert not left, "models were not removed"
+
+
+# ---- everything together ------------------------------------------------
+
+
+@timed_version
+def test_two_rows(run, capsys) -> None:
+    status, found = run("--rows", "cpu-warm,cpu-cold,cuda-to")
+    text = capsys.readouterr()
+    assert status == 0, text.err + text.out
+    assert not found["errors"]
+    assert found["environment"]["transformers"] == _transformers()
+    assert [(one["row"], one["loader"], one["cache"]) for one in found["results"]][:4] == [
+        ("cpu-warm", "stock", "warm"),
+        ("cpu-warm", "patched", "warm"),
+        ("cpu-cold", "stock", "cold"),
+        ("cpu-cold", "patched", "cold"),
+    ]
+    assert len({one["digest"] for one in found["results"][:4]}) == 1
+    for one in found["results"][:4]:
+        assert one["rounds"] == 1
+        assert one["verified"] in (True, None)
+        assert one["file_tensors"] == 147
+        assert one["tensors"] > 147  # also buffers that no file holds
+        assert 0 < one["weights_s"] < one["whole_s"]
+        assert (one["touch_s"] > 0) == (one["cache"] == "cold")
+        assert one["total_s"] == one["whole_s"] + one["touch_s"]
+        assert one["import_s"] > 0
+        assert len(one["residency"]) == 1
+        if one["loader"] == "stock":
+            assert (one["path"], one["accelerated_bytes"]) == ("stock", 0)
+            assert one["total_ratio_to_stock"] == one["weights_ratio_to_stock"] == 1
+        else:
+            assert one["path"].startswith("mmap")
+            assert one["accelerated_bytes"] > 2_000_000
+    if not torch.cuda.is_available():
+        assert found["skipped"] == {"cuda-to": "no CUDA device"}
+        assert "skipped: no CUDA device" in text.out
+    assert os.fspath(Path.home()) not in json.dumps(found)
+
+
+@timed_version
+def test_wrong_byte_is_caught(run, bench, monkeypatch, capsys) -> None:
+    run_once = bench.run_once
+
+    def spoiled(made, row, model, loader):
+        if loader == "patched":  # only now: stock has seen the file as it was
+            with open(model.files[0], "r+b") as file:
+                file.seek(model.file_bytes // 2)
+                byte = file.read(1)
+                file.seek(model.file_bytes // 2)
+                file.write(bytes([byte[0] ^ 1]))
+        return run_once(made, row, model, loader)
+
+    monkeypatch.setattr(bench, "run_once", spoiled)
+    status, found = run("--rows", "cpu-warm")
+    assert status == 1
+    assert not found["results"]
+    assert "differ from those of the first run" in found["errors"]["cpu-warm"]
+    assert "FAILED" in capsys.readouterr().out
+
+
+@timed_version
+def test_warm_run_called_cold_is_refused(run, bench, monkeypatch) -> None:
+    monkeypatch.setattr(residency, "evict", residency.warm)
+    monkeypatch.setattr(bench, "TRIES", 1)
+    status, found = run("--rows", "cpu-cold")
+    if not found["errors"]:
+        assert all(one["verified"] is None for one in found["results"])
+        pytest.skip("this kernel does not tell what is cached")
+    assert status == 1
+    assert not found["results"]
+    assert "was to find its files cold" in found["errors"]["cpu-cold"]
+
+
+@timed_version
+def test_patch_without_effect_is_an_error(run) -> None:
+    """A small file left to stock stands for all ways in which nothing is accelerated."""
+    status, found = run("--rows", "cpu-warm", "-o", "small_file_bytes=1000000000")
+    assert status == 1
+    assert not found["results"]
+    assert "nothing was accelerated" in found["errors"]["cpu-warm"]
+
+
+# ---- parts --------------------------------------------------------------
+
+
+def test_digest_sees_what_a_program_can_see(rows) -> None:
+    base = {"a": torch.arange(64, dtype=torch.int16).view(8, 8), "b": torch.ones(3)}
+    swapped = base["a"].clone()
+    swapped.view(-1)[[3, 40]] = swapped.view(-1)[[40, 3]]
+    variants = [
+        base,
+        {**base, "a": swapped},
+        {**base, "a": base["a"].t()},
+        {**base, "a": base["a"].view(torch.float16)},
+        {**base, "a": base["a"].view(16, 4)},
+        {**base, "c": torch.ones(1)},
+        {"b": base["b"], "a": base["a"]},
+        {"a": base["a"]},
+    ]
+    assert len({rows.digest_of(one, rows.touch(one)) for one in variants}) == len(variants)
+    copies = {name: tensor.clone() for name, tensor in base.items()}
+    assert rows.digest_of(copies, rows.touch(copies)) == rows.digest_of(base, rows.touch(base))
+
+
+def test_only_bytes_that_reached_the_device_count(rows) -> None:
+    def report(path, device, nbytes=1):
+        return LoadReport("safe_open", "x", device, path, nbytes, 1, 1.0)
+
+    to_cpu = SimpleNamespace(device="cpu", rehearse=False)
+    to_gpu = SimpleNamespace(device="cuda:0", rehearse=False)
+    mapped, copied, left = report("mmap", "cpu"), report("ring", "cuda:0"), report("stock", "cpu")
+    assert rows._accelerated(to_cpu, [left, mapped]) == [mapped]
+    assert rows._accelerated(to_gpu, [left, mapped, copied]) == [copied]
+    for job, reports in (
+        (to_cpu, [left]),
+        (to_gpu, [mapped]),
+        (to_cpu, [report("mmap", "cpu", 0)]),
+    ):
+        with pytest.raises(SystemExit, match="nothing was accelerated"):
+            rows._accelerated(job, reports)
+
+
+def test_streamed_models_have_the_tensors_that_transformers_expects(rows, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if not hasattr(transformers, "Qwen3MoeForCausalLM"):
+        pytest.skip(f"transformers {transformers.__version__} has no Qwen3-MoE")
+    models = importlib.import_module("_models")
+    made = {"dense": models.dense(tmp_path / "dense", 1_000_000),
+            "moe": models.mixture(tmp_path / "moe", 400)}  # fmt: skip
+    for name, model in made.items():
+        assert sum(Path(file).stat().st_size for file in model.files) == model.file_bytes
+        with fastst_patch.patched():
+            _, info = rows._architecture(model.folder).from_pretrained(
+                model.folder, output_loading_info=True
+            )
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys")), (name, info)
+
+
+def test_shards_lose_nothing(rows, tmp_path, monkeypatch) -> None:
+    models = importlib.import_module("_models")
+    monkeypatch.setattr(models, "SHARD_BYTES", 300_000)
+    model = models.dense(tmp_path / "model", 1_000_000)
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    assert len(model.files) > 2
+    assert {Path(file).name for file in model.files} == set(index["weight_map"].values())
+    assert len(index["weight_map"]) == 147
+
+
+def test_read_ahead_is_put_back(bench, tmp_path, monkeypatch) -> None:
+    setting = tmp_path / "read_ahead_kb"
+    setting.write_text("8192\n")
+    monkeypatch.setattr(machine, "read_ahead_file", lambda path: setting)
+    with pytest.raises(ZeroDivisionError), bench.read_ahead_of(tmp_path, 128):
+        assert setting.read_text() == "128\n"
+        raise ZeroDivisionError
+    assert setting.read_text() == "8192\n"
+    monkeypatch.setattr(machine, "read_ahead_file", lambda path: tmp_path)  # cannot be written
+    with pytest.raises(UsageError, match="takes root"), bench.read_ahead_of(tmp_path, 128):
+        pass
+    monkeypatch.setattr(machine, "read_ahead_file", lambda path: None)
+    with pytest.raises(UsageError, match="no such setting"), bench.read_ahead_of(tmp_path, 128):
+        pass
+
+
+def test_bad_arguments_exit_with_usage(bench, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench.main(["--rows", "cpu-warm,cpu-lukewarm"])
+    assert caught.value.code == 2
+    assert "cpu-lukewarm" in capsys.readouterr().err
+    assert guarded("end_to_end", lambda: bench.main(["--repeat", "0"])) == 2
+    absent = str(tmp_path / "absent" / "x.json")
+    assert guarded("end_to_end", lambda: bench.main(["--json", absent])) == 2
