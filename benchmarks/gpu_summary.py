@@ -40,6 +40,7 @@ def summary(found: dict[str, Any]) -> str:
         bench_table(found),
         many_table(found),
         first_table(found.get("first-load")),
+        whole_table(found.get("end-to-end")),
         ceilings_table(found.get("ceilings")),
         steps_table(found["steps"]),
     ]
@@ -124,6 +125,38 @@ def first_table(run: dict[str, Any] | None) -> str:
         "| pinning s, all workers | load s | device | pinned | host peak | path |",
         lines,
     )
+
+
+def whole_table(run: dict[str, Any] | None) -> str:
+    run = run or {"results": [], "skipped": {}, "errors": {}}
+    pairs = zip(run["results"][::2], run["results"][1::2], strict=True)  # stock, patched
+    lines = [
+        f"| {stock['title']}: {stock['bytes'] / 1e9:.2f} GB in {stock['file_tensors']} tensors, "
+        f"{stock['cache']} | {_seconds(stock)} | {_seconds(patched)} "
+        f"| {_ratio(patched, 'weights')} | **{_ratio(patched, 'total')}** "
+        f"| {patched.get('of_pinned_copy', 0):.0%} | {patched['path']} |"
+        for stock, patched in pairs
+    ]
+    lines += [f"| {name}: skipped: {why} | | | | | | |" for name, why in run["skipped"].items()]
+    lines += [
+        f"| {name}: FAILED: {' '.join(why.split())} | | | | | | |"
+        for name, why in run["errors"].items()
+    ]
+    return _table(
+        "| whole call | stock: weights, whole | patched: weights, whole | weights / stock "
+        "| whole / stock | of the pinned copy | path |",
+        lines,
+    )
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    weights = "-" if row["weights_s"] is None else f"{row['weights_s']:.2f} s"
+    return f"{weights}, {row['total_s']:.2f} s"
+
+
+def _ratio(row: dict[str, Any], name: str) -> str:
+    ratio = row[f"{name}_ratio_to_stock"]
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def ceilings_table(run: dict[str, Any] | None) -> str:

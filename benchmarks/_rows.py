@@ -1,0 +1,389 @@
+"""The rows of end_to_end.py, and the process in which one of them is timed once.
+
+A row is what a program does: a function that gets everything ready and returns the call to time.
+The same function serves stock and patched; nothing in it knows which it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORWARDS = 5
+
+Tensors = dict[str, Any]  # torch tensors, but the parent of these processes needs no torch
+
+
+@dataclass(frozen=True)
+class Job:
+    """One timed run in a fresh process."""
+
+    row: str
+    loader: str  # "stock" or "patched"
+    folder: str  # the model
+    files: tuple[str, ...]  # its weights
+    file_bytes: int
+    device: str
+    options: Mapping[str, object] = field(default_factory=dict)  # for patch()
+    probe: bool = True  # report the residency just before the clock starts
+    rehearse: bool = False  # the device is the CPU in truth: nothing can reach a GPU
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one Job measured. Seconds; the whole call ends when its device has done everything."""
+
+    import_s: float  # patch(), and importing what the row needs
+    prepare_s: float  # what the program did before the timed call, such as loading to the CPU
+    whole_s: float
+    weights_s: float | None  # of the whole: in transformers' _load_pretrained_model
+    touch_s: float  # reading every byte once; 0 where that is not timed
+    digest: str  # over names, dtypes, shapes, strides, devices and bytes, in order
+    tensors: int
+    bytes: int
+    path: str  # ways taken, such as "mmap+readahead"; "stock" for the stock loader
+    accelerated_bytes: int
+    fallbacks: tuple[str, ...]
+    resident_before: float | None
+    memory: Mapping[str, int]
+    device_name: str
+
+    @property
+    def total_s(self) -> float:
+        """What a program waits: a lazy load is paid for when the bytes are read."""
+        return self.whole_s + self.touch_s
+
+
+@dataclass(frozen=True)
+class Call:
+    """What to time, and which tensors then prove that it did its work."""
+
+    run: Callable[[], Any]
+    tensors: Callable[[Any], Tensors]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, for each loader."""
+
+    name: str
+    title: str
+    model: str  # which one, of end_to_end's
+    start: Callable[[Job], Call]
+    imports: tuple[str, ...]
+    cache: str = "warm"
+    device: str = "cpu"
+    packages: tuple[str, ...] = ("transformers",)
+    target: str = "-"  # what issue 4 wants, of stock's time
+
+
+ROWS: dict[str, Row] = {}
+
+_LLAMA = ("transformers.models.llama.modeling_llama",)
+_MIXTURE = ("transformers.models.qwen3_moe.modeling_qwen3_moe",)
+
+
+def row(name: str, title: str, **facts: Any) -> Callable[[Callable[[Job], Call]], Any]:
+    def register(start: Callable[[Job], Call]) -> Callable[[Job], Call]:
+        ROWS[name] = Row(name, title, start=start, **facts)
+        return start
+
+    return register
+
+
+# ---- the rows -----------------------------------------------------------
+# Decorators apply from the bottom up; the table follows that order.
+
+
+@row("moe-cpu", "from_pretrained of a mixture of experts to the CPU", model="moe",
+     imports=_MIXTURE, target="<= 1.0")  # fmt: skip
+@row("cpu-cold", "from_pretrained to the CPU, all weights touched", model="dense", cache="cold",
+     imports=_LLAMA, target="<= 0.65 at 128 KiB")  # fmt: skip
+@row("cpu-warm", "from_pretrained to the CPU", model="dense", imports=_LLAMA, target="<= 1.0")
+def load_to_cpu(job: Job) -> Call:
+    architecture = _architecture(job.folder)
+    return Call(lambda: architecture.from_pretrained(job.folder), _state)
+
+
+@row("disk-offload", f"{FORWARDS} forwards with the layers left on the disk", model="llama",
+     imports=(*_LLAMA, "accelerate"), packages=("transformers", "accelerate"),
+     target="<= 1.0")  # fmt: skip
+def offloaded_forward(job: Job) -> Call:
+    import torch
+
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = dict.fromkeys(parts, "cpu") | {"model.layers": "disk"}
+    model = _architecture(job.folder).from_pretrained(job.folder, device_map=device_map)
+    words = torch.arange(8).reshape(1, 8)
+    torch.set_num_threads(1)  # what is timed is the files: waiting for another core is not theirs
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return [model(words).logits for _ in range(FORWARDS)]
+
+    def tensors(logits: list[Any]) -> Tensors:
+        proof = {f"logits of forward {i}": one for i, one in enumerate(logits)}
+        kept = {name: t for name, t in _state(model).items() if t.device.type != "meta"}
+        return kept | _offloaded(model) | proof
+
+    return Call(forward, tensors)
+
+
+@row("sentence-transformers", "SentenceTransformer(MiniLM), real weights", model="minilm",
+     imports=("sentence_transformers", "transformers.models.bert.modeling_bert"),
+     packages=("transformers", "sentence_transformers"), target="<= 1.0")  # fmt: skip
+def sentence_transformer(job: Job) -> Call:
+    from sentence_transformers import SentenceTransformer
+
+    return Call(lambda: SentenceTransformer(job.folder, device=job.device), _state)
+
+
+@row("cuda-moe", "from_pretrained(device_map) of a mixture of experts", model="moe",
+     device="cuda", imports=(*_MIXTURE, "accelerate"), packages=("transformers", "accelerate"),
+     target="<= 0.4")  # fmt: skip
+@row("cuda-device-map", "from_pretrained(device_map)", model="dense", device="cuda",
+     imports=(*_LLAMA, "accelerate"), packages=("transformers", "accelerate"),
+     target="weights <= 0.35, >= 70%")  # fmt: skip
+def load_to_device(job: Job) -> Call:
+    architecture = _architecture(job.folder)
+    return Call(
+        lambda: architecture.from_pretrained(job.folder, device_map={"": job.device}), _state
+    )
+
+
+@row("cuda-to", "model.to(device), loaded on the CPU before", model="dense", device="cuda",
+     imports=_LLAMA, target="<= 0.35, >= 70%")  # fmt: skip
+def model_to_device(job: Job) -> Call:
+    model = _architecture(job.folder).from_pretrained(job.folder)
+    return Call(lambda: model.to(job.device), _state)
+
+
+@row("cuda-pipeline", "pipe.to(device) of diffusers, loaded on the CPU before", model="pipeline",
+     device="cuda", imports=("diffusers", "diffusers.pipelines.dit.pipeline_dit"),
+     packages=("diffusers",))  # fmt: skip
+def pipeline_to_device(job: Job) -> Call:
+    import torch
+    from diffusers import DiTPipeline
+
+    pipeline = DiTPipeline.from_pretrained(job.folder, torch_dtype=torch.bfloat16)
+
+    def tensors(moved: Any) -> Tensors:
+        return {
+            f"{part}.{name}": tensor
+            for part, module in moved.components.items()
+            if isinstance(module, torch.nn.Module)
+            for name, tensor in _state(module).items()
+        }
+
+    return Call(lambda: pipeline.to(job.device), tensors)
+
+
+# ---- what proves a row --------------------------------------------------
+
+
+def _architecture(folder: str) -> Any:
+    import transformers
+
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return getattr(transformers, config["architectures"][0])
+
+
+def _state(model: Any) -> Tensors:
+    """Everything a model holds: what it saves, and the buffers that it does not."""
+    return dict(model.state_dict()) | dict(model.named_buffers())
+
+
+def _offloaded(model: Any) -> Tensors:
+    """What accelerate's hooks load for each forward, through the very mapping they use."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            weights = getattr(one, "weights_map", None)
+            while hasattr(weights, "dataset"):  # the same under a prefix
+                weights = weights.dataset
+            if weights:
+                return {f"offloaded {name}": weights[name] for name in weights}
+    raise SystemExit("nothing was offloaded to the disk")
+
+
+def touch(tensors: Tensors) -> list[int]:
+    """Read every byte, and return a checksum of each tensor that depends on their order."""
+    from fastst_patch import engine
+
+    sums = []
+    for tensor in tensors.values():
+        here = tensor.detach().cpu().contiguous()
+        sums.append(engine.touch(here.data_ptr(), here.nbytes))
+    return sums
+
+
+def digest_of(tensors: Tensors, sums: Iterable[int]) -> str:
+    """Hash what a program can see of the tensors: the order of names counts too."""
+    digest = hashlib.blake2b(digest_size=16)
+    for (name, tensor), checksum in zip(tensors.items(), sums, strict=True):
+        seen = (name, str(tensor.dtype), list(tensor.shape), list(tensor.stride()),
+                str(tensor.device), checksum)  # fmt: skip
+        digest.update(json.dumps(seen).encode())
+    return digest.hexdigest()
+
+
+# ---- one run ------------------------------------------------------------
+
+
+def run(job: Job) -> Sample:
+    """Time one row once, in this process. Ends the process where it cannot be a fair race."""
+    from fastst_patch.bench import child, residency, settle
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    line = ROWS[job.row]
+    begin = time.perf_counter()
+    if job.loader == "patched":
+        child.patch_with(job.options)
+    else:
+        child.require_stock()
+    for name in line.imports:
+        importlib.import_module(name)
+    imported = time.perf_counter()
+    _open(job.device)
+    parts = _time_weights(job.device) if "transformers" in line.packages else []
+    ready = time.perf_counter()
+    call = line.start(job)
+    child.synchronize(job.device)
+    prepare_s = time.perf_counter() - ready
+    # A warm load to a device takes no host memory to speak of.
+    settle.memory(job.file_bytes if line.device == "cpu" else 0)
+    gc.collect()
+    gc.freeze()  # the patched process imported more: neither shall pay for traversing that
+    resident = residency.resident_fraction(job.files)[0] if job.probe else None
+    parts.clear()
+
+    with child.reports_of(job.loader) as reports:
+        began = time.perf_counter()
+        result = call.run()
+        child.synchronize(job.device)
+        ended = time.perf_counter()
+    memory = child.process_memory() | child.device_memory(job.device)
+    tensors = call.tensors(result)
+    touching = time.perf_counter()
+    sums = touch(tensors)
+    touched = time.perf_counter()
+    carried = _accelerated(job, reports) if job.loader == "patched" else []
+    return Sample(
+        import_s=imported - begin,
+        prepare_s=prepare_s,
+        whole_s=ended - began,
+        weights_s=sum(parts) if parts else None,
+        touch_s=touched - touching if line.cache == "cold" else 0.0,
+        digest=digest_of(tensors, sums),
+        tensors=len(tensors),
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        path=", ".join(dict.fromkeys(str(report.path) for report in carried)) or "stock",
+        accelerated_bytes=sum(report.bytes for report in carried),
+        fallbacks=tuple(sorted({r.fallback_reason for r in reports if r.fallback_reason})),
+        resident_before=resident,
+        memory=memory,
+        device_name=_device_name(job.device),
+    )
+
+
+def _open(device: str) -> None:
+    """Create the context, which costs a program its first second whatever it loads."""
+    if device != "cpu":
+        import torch
+
+        torch.empty(1, device=device)
+        torch.cuda.synchronize(device)
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return "cpu" if device == "cpu" else str(torch.cuda.get_device_name(device))
+
+
+def _time_weights(device: str) -> list[float]:
+    """Have every later call of transformers' weight loading add its seconds to a list."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    from fastst_patch.bench.child import synchronize
+
+    seconds: list[float] = []
+    inner = PreTrainedModel._load_pretrained_model  # stock's, or what patch() put there
+
+    @functools.wraps(inner)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        result = inner(*args, **kwargs)
+        synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+        return result
+
+    PreTrainedModel._load_pretrained_model = staticmethod(timed)
+    return seconds
+
+
+def _accelerated(job: Job, reports: Sequence[Any]) -> list[Any]:
+    """Return the reports of what we did. Stock under our name is no result."""
+    from fastst_patch import report
+
+    to_device = job.device != "cpu"
+    carried = [
+        one
+        for one in reports
+        if one.path != "stock" and one.bytes and (not to_device or one.device.startswith("cuda"))
+    ]
+    if not carried and not job.rehearse:
+        seen = "; ".join(str(one) for one in reports[:3]) or "no report at all"
+        raise SystemExit(
+            f"nothing was accelerated{' to ' + job.device if to_device else ''} ({seen}); "
+            f"since the start of the process: {json.dumps(report.totals())}"
+        )
+    return carried
+
+
+# ---- what else a process is asked ---------------------------------------
+
+
+def ask() -> dict[str, Any]:
+    """Tell whether torch can use a CUDA device; the parent needs no torch."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"cuda": None}
+    return {"cuda": torch.cuda.get_device_name(0), "free": torch.cuda.mem_get_info(0)[0]}
+
+
+def pinned_copy(rehearse: bool, quick: bool) -> float:
+    """Return the GB/s that copies from pinned memory reach at most, as gpu_ceilings.py does."""
+    import gpu_ceilings
+
+    gpu = (gpu_ceilings.StandIn if rehearse else gpu_ceilings.Gpu)(0)
+    total = (64 << 20) if rehearse else (1 << 30) if quick else (4 << 30)
+    copies = gpu_ceilings.pinned_copies(gpu, total, 1 if quick or rehearse else 3)
+    return max(float(one["gb_per_s"]) for one in copies)
+
+
+def child(message: dict[str, Any]) -> dict[str, Any]:
+    """Do what the parent asks for in one JSON message, and return the answer."""
+    kind = message.pop("kind")
+    if kind == "run":
+        message["files"] = tuple(message["files"])
+        return asdict(run(Job(**message)))
+    if kind == "make":
+        import _models
+
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        _models.MAKERS[message["model"]](Path(message["folder"]))
+        return {}
+    if kind == "pinned copy":
+        return {"gb_per_s": pinned_copy(**message)}
+    return ask()
