@@ -151,8 +151,8 @@ def test_save(models, stock, assert_same, tmp_path) -> None:
         p.relative_to(tmp_path / "theirs") for p in found[1]
     ]
     for mine, other in zip(*found, strict=True):
-        if mine.name == "legacy.pt":  # holds addresses
-            assert mine.stat().st_size == other.stat().st_size
+        if mine.name == "legacy.pt":
+            _same_but_for_addresses(model, mine.stat().st_size, other.stat().st_size)
         else:
             assert mine.read_bytes() == other.read_bytes(), mine
     for mmap in (False, True):
@@ -218,8 +218,16 @@ def test_copies(models, assert_same) -> None:
                 parameter.zero_()
         assert any(p.any() for p in models[0].parameters())
     assert_same(*map(portrait, models))
-    sizes = [len(pickle.dumps(model)) for model in models]
-    assert sizes[0] == sizes[1]
+    _same_but_for_addresses(models[0], *(len(pickle.dumps(model)) for model in models))
+
+
+def _same_but_for_addresses(model: nn.Module, *sizes: int) -> None:
+    """Torch names storages by their address, as text: of 14 digits in the heap, 15 elsewhere.
+
+    A tensor that wrote what it shares with others would write kilobytes more.
+    """
+    named = 3 * len(model.state_dict())  # in the index, with the tensor, and with the bytes
+    assert abs(sizes[0] - sizes[1]) <= named, sizes
 
 
 def _written(model: nn.Module) -> io.BytesIO:
