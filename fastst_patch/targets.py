@@ -27,7 +27,7 @@ from . import stock
 from .errors import UntestedVersionWarning
 from .integrations import Hook
 
-__all__ = ["Place", "Target", "is_tested", "sweep", "warn_of_untested"]
+__all__ = ["Place", "Target", "sweep", "untested_version", "warn_of_untested"]
 
 # The oldest and newest versions that the test suite has passed with.
 TESTED = {"safetensors": ("0.4.3", "0.8.0"), "torch": ("2.4.0", "2.15.0")}
@@ -40,7 +40,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text.split("+", maxsplit=1)[0])[:3])
 
 
-def is_tested(package: str, oldest: str, newest: str) -> str | None:
+def untested_version(package: str, oldest: str, newest: str) -> str | None:
     """The installed version of a package where it is outside a tested range; else None."""
     try:
         installed = importlib.metadata.version(package)
@@ -52,7 +52,7 @@ def is_tested(package: str, oldest: str, newest: str) -> str | None:
 @functools.cache
 def warn_of_untested(package: str, oldest: str, newest: str) -> None:
     """Warn, once in a process, when the installed version is outside a tested range."""
-    installed = is_tested(package, oldest, newest)
+    installed = untested_version(package, oldest, newest)
     if installed is not None:
         warnings.warn(
             f"fastst_patch is tested with {package} {oldest} to {newest}; {installed} is"

@@ -104,7 +104,7 @@ def test_a_module_that_is_thrown_away(module, monkeypatch) -> None:
 
 @pytest.fixture
 def untested(monkeypatch) -> None:
-    monkeypatch.setattr(targets, "is_tested", lambda *_: "0.0")
+    monkeypatch.setattr(targets, "untested_version", lambda *_: "0.0")
     targets.warn_of_untested.cache_clear()
     monkeypatch.setattr(patcher, "TESTED", {})
 

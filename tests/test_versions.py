@@ -48,12 +48,12 @@ def test_ranges(installed, tested) -> None:
     _, oldest, newest = tested
     for version in (oldest, newest, oldest + "+cpu", newest + "rc1"):
         installed(version)
-        assert targets.is_tested(*tested) is None, version
+        assert targets.untested_version(*tested) is None, version
     for version in (_moved(oldest, -1), _moved(newest, 1), "99.0", "0.0.1"):
         installed(version)
-        assert targets.is_tested(*tested) == version
+        assert targets.untested_version(*tested) == version
     installed(None)
-    assert targets.is_tested(*tested) is None
+    assert targets.untested_version(*tested) is None
 
 
 def _patch_three_times() -> None:
