@@ -8,11 +8,18 @@ Importing this package is cheap and imports no torch. See the README for options
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from . import engine as _engine
 from .config import Config, config, config_context, environment_enabled
-from .errors import FallbackWarning, FaststError, OptionError, UntestedVersionWarning
+from .errors import (
+    FallbackWarning,
+    FaststError,
+    OptionError,
+    RankError,
+    UntestedVersionWarning,
+)
 from .handle import load_file, load_model, safe_open
 from .patcher import (
     PatchReport,
@@ -34,6 +41,7 @@ __all__ = [
     "OptionError",
     "PatchReport",
     "Profile",
+    "RankError",
     "TargetStatus",
     "UntestedVersionWarning",
     "config",
@@ -42,6 +50,7 @@ __all__ = [
     "is_patched",
     "load_file",
     "load_model",
+    "load_sharded",
     "patch",
     "patch_map",
     "patched",
@@ -50,6 +59,20 @@ __all__ = [
     "stats",
     "unpatch",
 ]
+
+
+if TYPE_CHECKING:
+    from .sharding import load_sharded
+
+_LAZY = {"load_sharded": "sharding"}
+"""Names of the explicit interface, and the module that each comes from when it is asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{module}", __name__), name)
 
 
 def stats() -> dict[str, Any]:

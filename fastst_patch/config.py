@@ -80,6 +80,8 @@ class Config:
         log_level: level of the ``fastst_patch`` logger, with output to stderr.
         small_file_bytes: files of at most this size go to stock. 0, because the fast path was
             faster on every size tried, down to three tensors in 1 KB.
+        node_id: ranks of a process group that name the same node share its page cache; None:
+            the machine's boot id. For containers, and for several hosts in tests.
     """
 
     io: str = "auto"
@@ -94,6 +96,7 @@ class Config:
     progress: bool = False
     log_level: str | None = None
     small_file_bytes: int = 0
+    node_id: str | None = None
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
@@ -138,6 +141,12 @@ def _log_level(name: str, value: object) -> str | None:
     return _choice(name, value, _LOG_LEVELS)
 
 
+def _text(name: str, value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value or None
+    raise OptionError(f"option {name}={value!r}: allowed are texts")
+
+
 _VALIDATORS = {
     "io": lambda name, value: _choice(name, value, _IO),
     "page_cache": lambda name, value: _choice(name, value, _PAGE_CACHE),
@@ -151,6 +160,7 @@ _VALIDATORS = {
     "progress": _boolean,
     "log_level": _log_level,
     "small_file_bytes": lambda name, value: _size(name, value, 0, 1 << 62),
+    "node_id": _text,
 }
 
 
@@ -160,7 +170,7 @@ def _validated(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if name not in _VALIDATORS:
             raise OptionError(f"unknown option {name!r}: allowed are {', '.join(_VALIDATORS)}")
         label = prefix + name.upper() if prefix else name
-        result[name] = _VALIDATORS[name](label, value)  # type: ignore[no-untyped-call]
+        result[name] = _VALIDATORS[name](label, value)
     return result
 
 

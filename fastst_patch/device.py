@@ -86,6 +86,25 @@ class Runtime:
 
         torch.cuda.current_stream(ordinal).synchronize()
 
+    @contextlib.contextmanager
+    def beside(self, ordinal: int) -> Iterator[None]:
+        """Work of torch's goes to a stream of its own, behind what the current one has pending.
+
+        Over when that work is, on errors too: memory that it used may be freed then.
+        """
+        import torch
+
+        side = _sides.get(ordinal)
+        if side is None:
+            stream = torch.cuda.Stream(ordinal)  # type: ignore[no-untyped-call]
+            side = _sides.setdefault(ordinal, stream)
+        side.wait_stream(torch.cuda.current_stream(ordinal))
+        try:
+            with torch.cuda.stream(side):
+                yield
+        finally:
+            side.synchronize()
+
     def arena(self, nbytes: int, ordinal: int) -> engine.Arena:
         """A block from torch's caching allocator.
 
@@ -110,6 +129,8 @@ class Runtime:
 
         return isinstance(error, torch.cuda.OutOfMemoryError)
 
+
+_sides: dict[int, torch.cuda.Stream] = {}  # by ordinal
 
 _runtime = Runtime()
 _lock = threading.Lock()

@@ -6,7 +6,13 @@ Bad *files* raise what stock safetensors raises; the classes here are for bad op
 
 from __future__ import annotations
 
-__all__ = ["FallbackWarning", "FaststError", "OptionError", "UntestedVersionWarning"]
+__all__ = [
+    "FallbackWarning",
+    "FaststError",
+    "OptionError",
+    "RankError",
+    "UntestedVersionWarning",
+]
 
 
 class FaststError(Exception):
@@ -15,6 +21,24 @@ class FaststError(Exception):
 
 class OptionError(FaststError, ValueError):
     """An option has a bad name or value; the message names it and what is allowed."""
+
+
+class RankError(FaststError):
+    """A load by several ranks failed on one of them, and so on all.
+
+    Attributes:
+        rank: in the process group; None where it cannot be told which one is gone.
+        cause: what went wrong there. On that rank ``__cause__`` is the exception itself.
+    """
+
+    def __init__(self, rank: int | None, cause: str) -> None:
+        super().__init__(cause if rank is None else f"rank {rank}: {cause}")
+        self.rank = rank
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[RankError], tuple[int | None, str]]:
+        """Pickled as it was made: torch sends exceptions between processes."""
+        return type(self), (self.rank, self.cause)
 
 
 class FallbackWarning(UserWarning):

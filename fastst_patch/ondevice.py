@@ -308,7 +308,7 @@ class DeviceFile(OpenedFile):
             return self._start_owned(numbers)
         plan = plan_arena(self.layout, numbers)
         arena = self._target.runtime.arena(plan.arena_bytes, self._target.ordinal)
-        job = self._read(arena, plan.segments)
+        job = self.read_into(arena, plan.segments)
         made = tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
         waiting = dict(zip(plan.tensors, made, strict=True))
         return _Window(plan, arena, job, waiting, device.sample_of(self._target, plan.segments))
@@ -325,14 +325,14 @@ class DeviceFile(OpenedFile):
         plan = LoadPlan(
             array("Q", numbers), array("Q"), segments, max(data_bytes, 1), data_bytes
         )  # fmt: skip
-        job = self._read(arena, segments)
+        job = self.read_into(arena, segments)
         return _Window(plan, arena, job, made, device.sample_of(self._target, segments))
 
     def _fill(self, places: list[tuple[int, int, torch.Tensor]]) -> None:
         arena, segments = self._borrow(places)
-        job = self._read(arena, segments)
+        job = self.read_into(arena, segments)
         job.wait()
-        self._note(job)
+        self.note(job)
         device.prove(self._target, arena, self.file, device.sample_of(self._target, segments))
 
     def _borrow(
@@ -349,7 +349,14 @@ class DeviceFile(OpenedFile):
             segments.extend((begin, size, address - base))
         return engine.borrow_arena(base, top - base, places), segments
 
-    def _read(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
+    def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
+        """Start reading extents into memory of the device, allocated just now by this thread.
+
+        Or used since on no other stream than the one on which torch would allocate now.
+
+        Raises:
+            Doubt: the device's driver failed.
+        """
         pinned = PINNED if self.config.pinned_bytes is None else self.config.pinned_bytes
         return engine.read(
             self.file,
@@ -371,7 +378,7 @@ class DeviceFile(OpenedFile):
         if sample is not None and self._target.wants(sample.nbytes):
             end = max(end, sample.end)  # nothing is handed out unproved
         window.job.wait_until(end)
-        self._note(window.job)
+        self.note(window.job)
         device.prove(self._target, window.arena, self.file, sample)
 
     def _finish(self, windows: list[_Window]) -> None:
@@ -390,13 +397,14 @@ class DeviceFile(OpenedFile):
                     window.job.wait(tell)
                     done += window.plan.data_bytes
         for window in windows:
-            self._note(window.job)
+            self.note(window.job)
         samples = [(w.sample.nbytes, w) for w in windows if w.sample is not None]
         if samples:
             window = max(samples, key=lambda pair: pair[0])[1]
             device.prove(self._target, window.arena, self.file, window.sample)
 
-    def _note(self, job: engine.Job) -> None:
+    def note(self, job: engine.Job) -> None:
+        """Put how a finished job came by its bytes into the account."""
         stats = job.stats()
         if stats.gds_refused:
             self.account.path = "ring+direct" if stats.bytes_direct else "ring"

@@ -156,7 +156,7 @@ class HostFile(OpenedFile):
         self._note_residency(layout.data_begin, layout.data_bytes)
         # Where samples find everything cached, one worker makes sure of the rest.
         threads = 1 if self.account.resident == 1.0 else io_threads(self.config.threads)
-        job = self._start(arena, layout.data_begin, layout.data_bytes, threads)
+        job = self._start(arena, array("Q", (layout.data_begin, layout.data_bytes, 0)), threads)
         self._covered = (0, self.file.size)
         if job is not None and self.config.progress:
             with progress_bar(self.file.path, layout.data_bytes) as advance:
@@ -185,7 +185,23 @@ class HostFile(OpenedFile):
             self.account.resident = resident / (end - begin)
         if resident < end - begin:
             self.account.path = "mmap+readahead"
-            self._start(self.map(), begin, end - begin, io_threads(self.config.threads))
+            extent = array("Q", (begin, end - begin, 0))
+            self._start(self.map(), extent, io_threads(self.config.threads))
+
+    def read_ahead(self, extents: array[int], threads: int) -> None:
+        """Start reading ahead extents of a mapped file that others do not; it runs on by itself.
+
+        Args:
+            extents: flat 64-bit triples (file offset, bytes, ignored), in the order of use.
+            threads: most workers.
+        """
+        nbytes = sum(extents[1::3])
+        self._covered = (0, self.file.size)
+        if self.config.io == "mmap" or nbytes < WORKERS_FROM:
+            return
+        self._note_residency(self.layout.data_begin, self.layout.data_bytes)
+        # Where samples find everything cached, one worker makes sure of the rest.
+        self._start(self.map(), extents, 1 if self.account.resident == 1.0 else threads)
 
     def _note_residency(self, begin: int, nbytes: int) -> None:
         """Sample how much is cached, for the report; workers look at every chunk themselves."""
@@ -201,9 +217,7 @@ class HostFile(OpenedFile):
         if resident < looked:
             self.account.path = "mmap+readahead"
 
-    def _start(
-        self, arena: engine.Arena, begin: int, nbytes: int, threads: int
-    ) -> engine.Job | None:
+    def _start(self, arena: engine.Arena, extents: array[int], threads: int) -> engine.Job | None:
         """Start read-ahead; it runs on by itself, whatever becomes of the job.
 
         None when there is no memory for it: the kernel then reads on demand, as for stock.
@@ -213,7 +227,7 @@ class HostFile(OpenedFile):
             return engine.prefetch(
                 self.file,
                 arena,
-                array("Q", (begin, nbytes, 0)),
+                extents,
                 threads=threads,
                 chunk_bytes=self.config.chunk_bytes,
                 reserve_bytes=min(RESERVE, headroom // 10) if headroom is not None else 0,
@@ -247,7 +261,17 @@ class HostFile(OpenedFile):
         self._run(engine.borrow_arena(base, top - base, places), segments, total)
 
     def _run(self, arena: engine.Arena, segments: array[int], nbytes: int) -> None:
-        job = engine.read(
+        job = self.read_into(arena, segments)
+        if self.config.progress:
+            with progress_bar(self.file.path, nbytes) as advance:
+                job.wait(lambda stats: advance(stats.bytes_done))
+        else:
+            job.wait()
+        self.note(job)
+
+    def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
+        """Start reading extents into memory of the host's."""
+        return engine.read(
             self.file,
             arena,
             segments,
@@ -256,12 +280,11 @@ class HostFile(OpenedFile):
             mode="direct" if self._direct else "buffered",
             drop_cache=self.config.page_cache == "drop",
         )
-        if self.config.progress:
-            with progress_bar(self.file.path, nbytes) as advance:
-                stats = job.wait(lambda stats: advance(stats.bytes_done))
-        else:
-            stats = job.wait()
-        if self._direct and stats.direct_errno:
+
+    def note(self, job: engine.Job) -> None:
+        """Put how a finished job came by its bytes into the account."""
+        refused = job.stats().direct_errno
+        if self._direct and refused:
             if self.account.path == "direct":
                 self.account.path = "buffered"
-            self.account.note = f"O_DIRECT was refused ({os.strerror(stats.direct_errno)})"
+            self.account.note = f"O_DIRECT was refused ({os.strerror(refused)})"

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,6 +121,22 @@ class OpenedFile(abc.ABC):
 
         Raises as `tensor`.
         """
+
+    @abc.abstractmethod
+    def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
+        """Start reading extents into memory where the tensors go; not for mapped files.
+
+        Args:
+            arena: the memory.
+            segments: flat 64-bit triples (file offset, bytes, arena offset), by file offset.
+
+        Raises:
+            Doubt: the device's driver failed.
+        """
+
+    @abc.abstractmethod
+    def note(self, job: engine.Job) -> None:
+        """Put how a finished job came by its bytes into the account."""
 
     def index(self, whole: torch.Tensor, index: Any) -> torch.Tensor:
         """What stock's slice gives for an index into a tensor, or into some rows of it."""

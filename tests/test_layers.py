@@ -24,7 +24,7 @@ LAYERS = [
     {"patcher"},
     {"targets"},
     {"integrations"},
-    {"handle"},
+    {"handle", "sharding"},
     {"uploads"},
     {"decide"},
     {"onhost", "ondevice", "streams"},

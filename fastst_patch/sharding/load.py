@@ -1,0 +1,128 @@
+"""`load_sharded`: a whole model in one call, each rank its part."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import config_context
+from .files import ShardedFiles
+from .groups import Group
+from .rules import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["load_sharded", "paths_of"]
+
+
+def load_sharded(
+    files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    group: Any = None,
+    plan: Plan = None,
+    *,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    read_once: str = "node",
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """Load this rank's part of every tensor. Collective: all ranks of the group call it.
+
+    Storage is read once per node: to the CPU, ranks of a node share the page cache, and each
+    reads a part of it ahead; elsewhere (``io="buffered"``, ``"direct"``, ``tensors="owned"``,
+    CUDA) rows that one rank alone needs go straight to it, and what several need is read in
+    equal parts and exchanged.
+
+    Args:
+        files: a file, several, a folder of them, or a ``*.index.json``; the same on all ranks.
+        group: a torch ProcessGroup; None: the default group, or without one this process alone.
+        plan: name -> rule (see `fastst_patch.sharding.rules`), where names left out are whole; or
+            a function of name, shape and dtype that returns a rule; None: everything whole. A
+            rule is None or ``"replicate"``, a dimension, slices, ``Owner(ranks)`` or ``SKIP``.
+            Ranks may have different plans.
+        device: where the tensors go; None: the current CUDA device in an NCCL group, else the
+            CPU. ``"cuda"`` is the current device, whatever the rank.
+        dtype: for floating tensors, cast where they go.
+        read_once: ``node``, or ``job`` where the network is faster than the storage: every byte
+            is read by one rank of all.
+        options: as of `config_context`, for this load.
+
+    Returns:
+        Name -> tensor, in file order, without those of which this rank takes nothing. Tensors
+        are contiguous and own storage of exactly their size.
+
+    Raises:
+        RankError: it failed on some rank; on that rank caused by the exception itself.
+        OptionError, TypeError, ValueError: an argument is none.
+    """
+    with config_context(**options) as config:
+        ranks = _group(group)
+        names = [os.fspath(files)] if isinstance(files, (str, os.PathLike)) else files
+        paths = _agreed([os.fspath(name) for name in names], ranks)
+        if device is None:
+            device = "cuda" if _is_nccl(group) else "cpu"
+        with ShardedFiles(paths, ranks, device, config, read_once=read_once) as opened:
+            return opened.load(plan, dtype)
+
+
+def _group(group: Any) -> Group:
+    if group is None:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            group = dist.GroupMember.WORLD
+    return Group.of(group)
+
+
+def _is_nccl(group: Any) -> bool:
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    return "nccl" in str(dist.get_backend(group if isinstance(group, dist.ProcessGroup) else None))
+
+
+def _agreed(names: list[str], group: Group) -> list[str]:
+    """The files that names mean, as the first rank sees them that sees any."""
+    found: list[str] | None = None
+    unseen: OSError | None = None
+    problem: BaseException | None = None
+    try:
+        found = [path for name in names for path in paths_of(name)]
+    except FileNotFoundError as error:
+        unseen = error
+    except BaseException as error:
+        problem = error
+    told = group.agree(problem, found)
+    seen = [paths for paths in told if paths is not None]
+    if not seen:
+        group.agree(unseen)
+    return found if found is not None else seen[0]
+
+
+def paths_of(name: str) -> list[str]:
+    """Files that a name means: itself, those of a folder, or those of an index.
+
+    Raises:
+        FileNotFoundError: a folder holds none, or an index cannot be seen.
+        ValueError: an index is none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        indices = sorted(path.glob("*.safetensors.index.json"))
+        if len(indices) == 1:
+            return paths_of(str(indices[0]))
+        found = sorted(str(one) for one in path.glob("*.safetensors"))
+        if not found:
+            raise FileNotFoundError(2, "the folder holds no safetensors files", name)
+        return found
+    if not name.endswith(".json"):
+        return [name]
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name}: no index of a sharded checkpoint: {error!r}") from error
+    return [str(path.parent / shard) for shard in sorted(set(shards))]

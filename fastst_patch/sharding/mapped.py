@@ -1,0 +1,131 @@
+"""CPU tensors taken from a file's map, and reading it ahead together.
+
+Ranks of one node share the page cache, so nothing is exchanged: every rank maps the file and
+takes its parts from there. What is not cached yet each rank reads ahead a share of: rows that it
+alone needs, and of those that several need every n-th stripe.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .. import engine, tensors
+from ..layout import DTYPE_NAMES, FileLayout
+from ..onhost import HostFile
+from .rules import Part
+from .schedule import Extent, Key, Rows, merged
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["STRIPE", "share", "take"]
+
+STRIPE = 8 << 20
+"""Bytes that one rank reads ahead of what several need, before it is the next one's turn: large
+enough for huge pages, small enough that ranks that walk the file together wait for nobody."""
+
+
+def share(
+    extents: Sequence[Extent], alone: Sequence[Rows], shared: Sequence[Rows], turn: int, turns: int
+) -> array[int]:
+    """What one of ``turns`` ranks reads ahead: flat triples (file offset, bytes, 0), in order.
+
+    Args:
+        extents: of the file's tensors.
+        alone: rows that this rank alone needs.
+        shared: rows that several need.
+        turn: this rank's number among those that share the reading.
+        turns: how many they are.
+    """
+    ranges = merged(extents, alone)
+    for begin, end in merged(extents, shared):
+        # Stripes lie at multiples of their size in the file, whoever needs which tensor.
+        stripe = begin // STRIPE
+        while stripe * STRIPE < end:
+            if stripe % turns == turn:
+                ranges.append((max(begin, stripe * STRIPE), min(end, (stripe + 1) * STRIPE)))
+            stripe += 1
+    flat = array("Q")
+    for begin, end in sorted(ranges):
+        flat.extend((begin, end - begin, 0))
+    return flat
+
+
+def take(
+    opened: HostFile, extents: Sequence[Extent], parts: Mapping[Key, Part]
+) -> dict[Key, torch.Tensor]:
+    """Parts of tensors of a mapped file, each contiguous and with storage of its own.
+
+    Rows that are complete are zero-copy tensors over the map; others are copied from it.
+
+    Args:
+        opened: the file.
+        extents: of its tensors.
+        parts: by tensor and number.
+
+    Raises:
+        Doubt: stock must do it.
+        MemoryError, OSError: the map was refused.
+        RuntimeError: there is no memory for a copy.
+    """
+    import torch
+
+    layout = opened.layout
+    straight = {key: part for key, part in parts.items() if part.contiguous and not part.empty}
+    found = _straight(opened, extents, straight)
+    copied = [key for key, part in parts.items() if key not in straight and not part.empty]
+    if copied:
+        numbers = array("Q", dict.fromkeys(i for i, _ in copied))
+        made = tensors.import_batch(opened.map(), layout, numbers)
+        wholes = dict(zip(numbers, made, strict=True))
+    for key, part in parts.items():
+        if part.empty:
+            _, dtype = tensors.shape_and_dtype(layout, key[0])
+            found[key] = torch.empty(part.size, dtype=dtype)
+        elif key not in straight:
+            # In order of the file, so that what is read ahead is used as it comes.
+            view = wholes[key[0]][part.index]
+            found[key] = view.clone(memory_format=torch.contiguous_format)
+    return found
+
+
+def _straight(
+    opened: HostFile, extents: Sequence[Extent], parts: dict[Key, Part]
+) -> dict[Key, torch.Tensor]:
+    """Complete rows, as tensors over the map made in one call."""
+    if not parts:
+        return {}
+    layout, keys = opened.layout, list(parts)
+    if all(part.size == list(part.shape) for part in parts.values()):
+        made = tensors.import_batch(opened.map(), layout, array("Q", [i for i, _ in keys]))
+        return dict(zip(keys, made, strict=True))
+    # The same call, with a header in which each tensor is what is taken of it.
+    begins = array("Q")
+    header, end = {}, 0
+    for number, key in enumerate(keys):
+        part, extent = parts[key], extents[key[0]]
+        first, last = part.rows
+        nbytes = (last - first) * extent.row_bytes
+        header[str(number)] = {
+            "dtype": DTYPE_NAMES[layout.dtype(key[0])],
+            "shape": _in_header(layout, key[0], part.size),
+            "data_offsets": [end, end + nbytes],
+        }
+        end += nbytes
+        begins.append(extent.begin + first * extent.row_bytes)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    described = engine.parse_header(text, 8 + len(text) + end)
+    order = array("Q", [described.index[str(number)] for number in range(len(keys))])
+    made = tensors.import_batch(opened.map(), described, order, begins)
+    return dict(zip(keys, made, strict=True))
+
+
+def _in_header(layout: FileLayout, i: int, shape: list[int]) -> list[int]:
+    """A shape as torch holds it, as the header has it: F4 counts halves of bytes."""
+    if DTYPE_NAMES[layout.dtype(i)] != "F4" or not shape:
+        return shape
+    return [*shape[:-1], shape[-1] * 2]

@@ -1,0 +1,303 @@
+"""Which part of a tensor a rank takes: rules as callers write them, and what they come to.
+
+======================  ==================================================================
+rule                    this rank's part
+======================  ==================================================================
+None, ``"replicate"``   the whole tensor
+an int                  its chunk of that dimension as ``torch.chunk`` cuts and DTensor's
+                        ``Shard`` places it: trailing ranks get less, or nothing
+slice, tuple of them    what indexing the tensor gives; steps are positive
+`Packed`                of several tensors packed side by side along a dimension, its chunk of
+                        each, joined
+`Owner`                 the whole tensor for some ranks, no tensor for the others
+`SKIP`                  no tensor
+======================  ==================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Union
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "SKIP",
+    "Owner",
+    "Packed",
+    "Part",
+    "Plan",
+    "Rule",
+    "Skip",
+    "Take",
+    "chunk",
+    "take_of",
+    "takes_of",
+]
+
+
+class Skip(enum.Enum):
+    """The type of `SKIP`."""
+
+    SKIP = "skip"
+
+
+SKIP = Skip.SKIP
+"""Rule: this rank takes nothing of the tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """Rule: the tensor goes to some ranks of the group, whole, as experts do.
+
+    Attributes:
+        ranks: one rank, or several.
+    """
+
+    ranks: int | Collection[int]
+
+    def holds(self, rank: int) -> bool:
+        """Whether a rank is among them."""
+        return rank == self.ranks if isinstance(self.ranks, int) else rank in self.ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rule: a dimension holds several tensors side by side, as ``gate_up_proj`` does.
+
+    The rank's chunk of each, joined in their order: what DTensor calls a strided shard.
+
+    Attributes:
+        dim: the dimension; negative ones count from the end.
+        count: how many tensors of equal size it holds.
+    """
+
+    dim: int
+    count: int = 2
+
+
+Rule = Union[  # noqa: UP007 - 3.10
+    None, str, int, slice, tuple[slice, ...], Packed, Owner, Skip
+]
+Plan = Union[  # noqa: UP007
+    None, Mapping[str, Rule], Callable[[str, "tuple[int, ...]", "torch.dtype"], Rule]
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A rank's part of one tensor, as torch holds it.
+
+    Attributes:
+        shape: of the whole tensor.
+        bounds: (start, stop, step) for each dimension, as ``range`` takes them.
+    """
+
+    shape: tuple[int, ...]
+    bounds: tuple[tuple[int, int, int], ...]
+
+    @property
+    def size(self) -> list[int]:
+        """Shape of the part."""
+        return [len(range(*bound)) for bound in self.bounds]
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds no element."""
+        return 0 in self.size
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows of the first dimension from the first to behind the last that it needs.
+
+        A scalar counts as one row; an empty part needs none.
+        """
+        if self.empty:
+            return 0, 0
+        if not self.bounds:
+            return 0, 1
+        taken = range(*self.bounds[0])
+        return taken[0], taken[-1] + 1
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether it is those rows, complete and without a gap."""
+        return all(
+            len(range(*bound)) == length
+            for bound, length in zip(self.bounds[1:], self.shape[1:], strict=True)
+        ) and (not self.bounds or self.bounds[0][2] == 1 or len(range(*self.bounds[0])) <= 1)
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """For indexing the whole tensor."""
+        return tuple(slice(*bound) for bound in self.bounds)
+
+    def within(self, first: int, last: int) -> tuple[slice, tuple[slice, ...]] | None:
+        """What some rows of the whole tensor hold of the part.
+
+        Args:
+            first: row, of the first dimension, where they begin.
+            last: row behind them.
+
+        Returns:
+            The rows of the part, and the index into those rows of the tensor; None for nothing.
+        """
+        start, stop, step = self.bounds[0]
+        before = len(range(start, min(first, stop), step))  # the part's rows that lie earlier
+        count = len(range(start + before * step, min(last, stop), step))
+        if count == 0:
+            return None
+        begin = start + before * step - first
+        rows = slice(begin, begin + (count - 1) * step + 1, step)
+        return slice(before, before + count), (rows, *self.index[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Take:
+    """What a rank takes of one tensor.
+
+    Attributes:
+        parts: one, or several to be joined.
+        dim: along which they are.
+    """
+
+    parts: tuple[Part, ...]
+    dim: int = 0
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows from the first to behind the last that it needs; (0, 0) for none."""
+        found = [part.rows for part in self.parts if not part.empty]
+        return min((r[0] for r in found), default=0), max((r[1] for r in found), default=0)
+
+
+def chunk(length: int, rank: int, size: int) -> tuple[int, int]:
+    """Where ``torch.chunk`` cuts: begin and end of a rank's part of a dimension."""
+    each = -(-length // size)
+    return min(rank * each, length), min((rank + 1) * each, length)
+
+
+def take_of(rule: Rule, name: str, shape: Sequence[int], rank: int, size: int) -> Take | None:
+    """What a rule comes to for one rank.
+
+    Args:
+        rule: see the table at the top.
+        name: of the tensor, for errors.
+        shape: of the whole tensor, as torch holds it.
+        rank: who takes.
+        size: of the group.
+
+    Returns:
+        None where the rank takes no tensor.
+
+    Raises:
+        ValueError: the rule does not fit the tensor.
+    """
+    lengths = tuple(shape)
+    whole = tuple((0, length, 1) for length in lengths)
+    if rule is SKIP:
+        return None
+    if isinstance(rule, Owner):
+        _check_owner(rule, name, size)
+        return Take((Part(lengths, whole),)) if rule.holds(rank) else None
+    if rule is None or rule == "replicate":
+        return Take((Part(lengths, whole),))
+    if isinstance(rule, int) and not isinstance(rule, bool):
+        return _packed(Packed(rule, 1), name, lengths, rank, size)
+    if isinstance(rule, Packed):
+        return _packed(rule, name, lengths, rank, size)
+    if isinstance(rule, slice):
+        rule = (rule,)
+    if isinstance(rule, tuple) and all(isinstance(cut, slice) for cut in rule):
+        if len(rule) > len(lengths):
+            raise ValueError(
+                f"tensor {name!r} of shape {list(lengths)} has fewer dimensions than the"
+                f" {len(rule)} slices of its rule"
+            )
+        given = [_bounds(cut, length, name) for cut, length in zip(rule, lengths)]  # noqa: B905
+        return Take((Part(lengths, (*given, *whole[len(given) :])),))
+    raise ValueError(
+        f"tensor {name!r}: no rule for sharding: {rule!r}; allowed are None or 'replicate', a"
+        " dimension, a slice or a tuple of slices, Packed(...), Owner(...) and SKIP"
+    )
+
+
+def _packed(rule: Packed, name: str, lengths: tuple[int, ...], rank: int, size: int) -> Take:
+    if not -len(lengths) <= rule.dim < len(lengths):
+        raise ValueError(
+            f"tensor {name!r} of shape {list(lengths)} has no dimension {rule.dim} to be cut;"
+            " give it the rule 'replicate'"
+        )
+    dim = rule.dim % len(lengths)
+    if rule.count < 1 or lengths[dim] % rule.count:
+        raise ValueError(
+            f"tensor {name!r}: dimension {dim} of {list(lengths)} cannot hold {rule.count}"
+            " tensors of equal size"
+        )
+    each = lengths[dim] // rule.count
+    begin, end = chunk(each, rank, size)
+    whole = tuple((0, length, 1) for length in lengths)
+    cuts = [(number * each + begin, number * each + end, 1) for number in range(rule.count)]
+    parts = tuple(Part(lengths, (*whole[:dim], cut, *whole[dim + 1 :])) for cut in cuts)
+    return Take(parts, dim)
+
+
+def _bounds(cut: slice, length: int, name: str) -> tuple[int, int, int]:
+    try:
+        start, stop, step = cut.indices(length)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"tensor {name!r}: a slice that cannot be: {cut!r}: {error}") from None
+    if step < 1:
+        raise ValueError(f"tensor {name!r}: steps are positive, as torch's: {cut!r}")
+    return start, max(start, stop), step
+
+
+def _check_owner(rule: Owner, name: str, size: int) -> None:
+    ranks: Iterable[Any] = (rule.ranks,) if isinstance(rule.ranks, int) else rule.ranks
+    for rank in ranks:
+        if not isinstance(rank, int) or not 0 <= rank < size:
+            raise ValueError(f"tensor {name!r}: no rank {rank!r} in a group of {size}")
+
+
+def takes_of(
+    plan: Plan,
+    described: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    rank: int,
+    size: int,
+) -> dict[str, Take | None]:
+    """What a whole plan comes to for one rank.
+
+    Args:
+        plan: None: every tensor whole; a mapping, in which names that are missing are whole; or
+            a function of name, shape and dtype.
+        described: every tensor's shape and dtype, as torch holds it.
+        rank: who takes.
+        size: of the group.
+
+    Raises:
+        ValueError: a rule does not fit its tensor, or the plan names a tensor that is in no file.
+        TypeError: it is no plan.
+    """
+    if plan is None:
+        rules: dict[str, Any] = {}
+    elif isinstance(plan, Mapping):
+        rules = dict(plan)
+        unknown = [name for name in rules if name not in described]
+        if unknown:
+            raise ValueError(
+                f"the plan names {len(unknown)} tensors that are in none of the files, such as"
+                f" {unknown[0]!r}"
+            )
+    elif callable(plan):
+        sized = getattr(plan, "sized", None)  # one that depends on how many ranks there are
+        plan = plan if sized is None else sized(size)
+        rules = {name: plan(name, *described[name]) for name in described}
+    else:
+        raise TypeError(f"a plan is a mapping or a function, not {type(plan).__name__}")
+    return {
+        name: take_of(rules.get(name), name, shape, rank, size)
+        for name, (shape, _) in described.items()
+    }
