@@ -20,10 +20,12 @@ LARGEST = 1_700_000_000  # bytes; a second or so from a fast disk
 SMALLEST = 64_000_000  # below this, process start-up noise is what one would measure
 
 _LAYERS = 16
-_BF16_BYTES = 2
+# As safetensors orders them in a file: the widest first, so that every tensor is aligned.
+_DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
 _BLOCK = 4 << 20
 _NOISE_BYTES = 32 << 20
 _NOISE_STEP = 2_654_435  # odd, so that no two blocks of the stream are alike
+_NOISE_SHARD_STEP = 104_729  # a prime: two files differ wherever one looks
 _SYNC_EVERY = 256 << 20
 
 Progress = Callable[[int], None]
@@ -31,15 +33,16 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One bf16 tensor of a checkpoint to write."""
+    """One tensor of a checkpoint to write."""
 
     name: str
     shape: tuple[int, ...]
+    dtype: str = "BF16"
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return _BF16_BYTES * prod(self.shape)
+        return _DTYPE_BYTES[self.dtype] * prod(self.shape)
 
 
 def transformer_specs(budget: int) -> list[TensorSpec]:
@@ -86,14 +89,20 @@ def moe_specs(n_tensors: int, rows: int = 128, columns: int = 128) -> list[Tenso
     return specs
 
 
-def write_checkpoint(path: Path, specs: Sequence[TensorSpec], progress: Progress) -> None:
-    """Write and fsync a valid file in 4 MiB blocks; `progress` gets the bytes of each."""
-    ordered = sorted(specs, key=lambda spec: spec.name)  # as safetensors orders one dtype
+def write_checkpoint(
+    path: Path, specs: Sequence[TensorSpec], progress: Progress, shard: int = 0
+) -> None:
+    """Write and fsync a valid file in 4 MiB blocks; `progress` gets the bytes of each.
+
+    Files with other numbers of `shard` have other bytes, so that one read for another shows.
+    """
+    widest_first = list(_DTYPE_BYTES)
+    ordered = sorted(specs, key=lambda spec: (widest_first.index(spec.dtype), spec.name))
     remaining = sum(spec.nbytes for spec in ordered)
     unsynced = 0
     with path.open("xb", buffering=0) as file:
         _write_all(file.fileno(), memoryview(_header(ordered)))
-        for window in _noise():
+        for window in _noise(shard):
             block = window[:remaining]
             _write_all(file.fileno(), block)
             remaining -= len(block)
@@ -111,7 +120,7 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
     offset = 0
     for spec in specs:
         entries[spec.name] = {
-            "dtype": "BF16",
+            "dtype": spec.dtype,
             "shape": spec.shape,
             "data_offsets": [offset, offset + spec.nbytes],
         }
@@ -121,14 +130,14 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _noise() -> Iterator[memoryview]:
+def _noise(start: int = 0) -> Iterator[memoryview]:
     """Yield deterministic bytes without end, faster than disks: windows into one buffer.
 
     Random, because some filesystems compress; never the same window twice, because a
     loader that mixes up two chunks must produce a different checksum.
     """
     noise = memoryview(random.Random(0).randbytes(_NOISE_BYTES))
-    begin = 0
+    begin = start * _NOISE_SHARD_STEP % (_NOISE_BYTES - _BLOCK)
     while True:
         yield noise[begin : begin + _BLOCK]
         begin = (begin + _NOISE_STEP) % (_NOISE_BYTES - _BLOCK)
