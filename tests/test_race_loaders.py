@@ -76,7 +76,7 @@ def run(files, number):
     import fastst_patch
     with fastst_patch.profile() as loads:
         found = lasting(files, number)
-    answer["paths"] += [[load.path, load.reason] for load in loads]
+    answer["paths"] += [[load.path, load.fallback_reason] for load in loads.reports]
     return found
 
 for number, files in enumerate(job["load"]):

@@ -1,4 +1,4 @@
-"""What is loaded: checkpoints with the tensors of published models, made here, sized to the machine.
+"""What is loaded: the tensors of published models, made here and sized to the machine.
 
 Names, shapes, dtypes and the split into files are those of the originals (`shapes/`); where the
 true size does not fit, every dimension shrinks by one factor and the count of tensors stays. The
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,27 +182,29 @@ def fit(name: str, most: int) -> Workload:
     """
     model = MODELS[name]
     true = list(model.specs())
-    true_bytes = _nbytes(true)
+    alike = Counter((spec.shape, spec.dtype) for spec in true)  # few, however many the tensors
+
+    def nbytes_at(steps: int) -> int:
+        kinds = [TensorSpec("", *kind) for kind in alike]
+        counts = zip(_shrunk(kinds, steps), alike.values(), strict=True)
+        return sum(spec.nbytes * count for spec, count in counts)
+
     low, high = 0, _STEPS  # what fits, and what is not known to; bytes grow with the steps
-    if true_bytes <= most:
+    if nbytes_at(_STEPS) <= most:
         low = _STEPS
     while high - low > 1:
         middle = (low + high) // 2
-        if _nbytes(_shrunk(true, middle)) <= most:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if nbytes_at(middle) <= most else (low, middle)
     if low == 0:
         raise UsageError(f"{name} has {len(true)} tensors, and {most / 1e6:.0f} MB are too few")
-    nbytes = _nbytes(_shrunk(true, low))
     dtypes = tuple(sorted({spec.dtype for spec in true}))
     return Workload(
         name=name,
         description=model.description,
         files=len(_split(true, model.shard_bytes)),
         tensors=len(true),
-        nbytes=nbytes,
-        scaled=nbytes / true_bytes,
+        nbytes=nbytes_at(low),
+        scaled=nbytes_at(low) / nbytes_at(_STEPS),
         dtype=_in_a_word(dtypes),
         source=model.source,
         dtypes=dtypes,
@@ -241,10 +244,6 @@ def specs_of(workload: Workload) -> list[list[TensorSpec]]:
 
 
 # ---- sizes and files ----------------------------------------------------
-
-
-def _nbytes(specs: Iterable[TensorSpec]) -> int:
-    return sum(spec.nbytes for spec in specs)
 
 
 def _shrunk(specs: Sequence[TensorSpec], steps: int) -> list[TensorSpec]:

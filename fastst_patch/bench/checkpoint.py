@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -136,11 +137,16 @@ def _noise(start: int = 0) -> Iterator[memoryview]:
     Random, because some filesystems compress; never the same window twice, because a
     loader that mixes up two chunks must produce a different checksum.
     """
-    noise = memoryview(random.Random(0).randbytes(_NOISE_BYTES))
+    noise = _noise_bytes()
     begin = start * _NOISE_SHARD_STEP % (_NOISE_BYTES - _BLOCK)
     while True:
         yield noise[begin : begin + _BLOCK]
         begin = (begin + _NOISE_STEP) % (_NOISE_BYTES - _BLOCK)
+
+
+@functools.cache
+def _noise_bytes() -> memoryview:
+    return memoryview(random.Random(0).randbytes(_NOISE_BYTES))
 
 
 def _write_all(fd: int, data: memoryview) -> None:

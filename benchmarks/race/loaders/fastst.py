@@ -14,7 +14,7 @@ class Patched(Loader):
     io: str = "auto"
 
     def warm_imports(self, device: str) -> None:
-        import safetensors.torch
+        import safetensors.torch  # noqa: F401
 
         import fastst_patch
 
@@ -35,8 +35,9 @@ class Explicit(Loader):
     """`fastst_patch.load_file`, nothing patched."""
 
     def warm_imports(self, device: str) -> None:
-        import fastst_patch  # noqa: F401
         import safetensors.torch  # noqa: F401
+
+        import fastst_patch  # noqa: F401
 
     def load(self, files: list[str], device: str, first: First) -> Tensors:
         import fastst_patch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from dataclasses import dataclass
 
 from .base import First, Loader, Tensors, finish, one_by_one
@@ -19,7 +20,7 @@ class Stock(Loader):
     def warm_imports(self, device: str) -> None:
         import safetensors.torch
 
-        if safetensors.torch.load_file.__module__ != "safetensors.torch":
+        if type(safetensors.torch.load_file) is not types.FunctionType:
             raise RuntimeError("safetensors.torch.load_file is replaced: this would not time stock")
         wanted = (self.environment or "").partition("==")[2]
         if wanted and safetensors.__version__.replace("-", "").replace("rc.", "rc") != wanted:

@@ -14,10 +14,11 @@ class Streaming(Loader):
 
     def missing(self, device: str) -> str | None:
         reason = super().missing(device)
-        if reason is None and device.startswith("cuda"):
-            if importlib.util.find_spec("safetensors_streaming_cu12") is None:
-                return "its CUDA build is not installed: pip install safetensors-streaming-cu12"
-        return reason
+        if reason is not None or not device.startswith("cuda"):
+            return reason
+        if importlib.util.find_spec("safetensors_streaming_cu12") is None:
+            return "its CUDA build is not installed: pip install safetensors-streaming-cu12"
+        return None
 
     def warm_imports(self, device: str) -> None:
         import safetensors_streaming  # noqa: F401
@@ -29,14 +30,15 @@ class Streaming(Loader):
         return one_by_one(lambda file: load_file(file, device=device), files, device, first)
 
 
+_LACKS = ("C64", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0", "U16", "U32", "U64")
+
 LOADERS: tuple[Loader, ...] = (
     Streaming(
         name="safetensors-streaming",
         family="safetensors-streaming",
         devices=("cpu", "cuda"),
         package="safetensors-streaming",
-        lacks=("C64", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0")
-        + ("U16", "U32", "U64"),
+        lacks=_LACKS,
         note="safetensors_streaming.load_file of a local path, as it comes",
     ),
 )
