@@ -46,7 +46,11 @@ loader = next(one for one in loaders.LOADERS if one.name == name)
 if loader.environment is not None:
     sys.path.insert(0, str(loaders.folder(loader.environment)))
 loader.warm_imports(device)
+assert "torch" in sys.modules  # else its import would be timed as loading
 import torch
+
+HEAVY = {"torch", "numpy", "safetensors", "fastst_patch", "fastsafetensors", "instanttensor",
+         "runai_model_streamer", "safetensors_streaming"}
 
 def describe(tensor):
     tensor = tensor.cpu()
@@ -58,9 +62,11 @@ def lasting(files, number):
     os.mkdir(folder)
     copies = [shutil.copy(file, folder) for file in files]
     loader.make(copies)
-    firsts = []
+    firsts, before = [], set(sys.modules)
     tensors = loader.load(copies, device, lambda: firsts.append(1))
     assert firsts == [1], firsts
+    late = sorted(name for name in set(sys.modules) - before if name.partition(".")[0] in HEAVY)
+    assert not late, late
     assert {str(tensor.device) for tensor in tensors.values()} <= {device, device + ":0"}
     shutil.rmtree(folder)
     gc.collect()

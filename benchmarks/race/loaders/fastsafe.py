@@ -27,7 +27,9 @@ class FastSafetensors(Loader):
         setting("FASTSAFETENSORS_ODIRECT", None if self.odirect else "0")
         setting("FASTSAFETENSORS_ENABLE_GIL_RELEASE", "1" if self.tuned else None)
         warnings.filterwarnings("ignore", message="GDS device node")
-        import fastsafetensors  # noqa: F401
+        from fastsafetensors.frameworks import get_framework_op
+
+        get_framework_op("pytorch")  # imports torch, which it would else do in the load
 
     def load(self, files: list[str], device: str, first: First) -> Tensors:
         from fastsafetensors import SafeTensorsFileLoader

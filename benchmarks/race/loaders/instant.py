@@ -40,7 +40,6 @@ def _entrant(name: str, note: str, backend: str = "") -> InstantTensor:
         package="instanttensor",
         least="0.2.2",
         elsewhere="it loads to CUDA devices only (ValueError on the CPU)",
-        lacks=("F8_E5M2FNUZ",),
         note=note,
         backend=backend,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ class TorchLoad(Loader):
 
     def warm_imports(self, device: str) -> None:
         import torch  # noqa: F401
+
+        with contextlib.suppress(ImportError):  # not in every torch; those with it import it late
+            import torch.utils.serialization.config
 
     def load(self, files: list[str], device: str, first: First) -> Tensors:
         import torch
