@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class TorchLoad(Loader):
         import torch  # noqa: F401
 
         with contextlib.suppress(ImportError):  # not in every torch; those with it import it late
-            import torch.utils.serialization.config
+            importlib.import_module("torch.utils.serialization.config")
 
     def load(self, files: list[str], device: str, first: First) -> Tensors:
         import torch
