@@ -8,7 +8,8 @@ tensor of ours that goes to CUDA is kept by the engine: read ahead in that order
 device. Everything else is transformers' own code.
 
 Tensors that become parameters have allocations of their own; those that are merged or cast first
-share blocks which go when the last of them was used (``tensors`` chooses otherwise).
+share blocks which go when the last of them was used (``tensors`` chooses otherwise). Other
+conversions may hand on what they are given, as those of quantized weights do.
 
 Tensors that stay on the CPU as they are are made where they are taken, and not in threads.
 
@@ -30,7 +31,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from .. import tensors
-from ..decide import fell_back
+from ..decide import check_move, fell_back
 from ..device import Target, torch_target
 from ..errors import Doubt, FaststError
 from ..handle import behind
@@ -55,7 +56,7 @@ _here = threading.local()  # .load: of the call that this thread is inside
 
 def _convert_and_load(original: Any, args: Any, kwargs: Any) -> Any:
     before = getattr(_here, "load", None)
-    _here.load = load = _Load()
+    _here.load = load = _Load(*args[2:3])
     failed = True
     try:
         result = original(*args, **kwargs)
@@ -70,9 +71,10 @@ def _spawn_materialize(original: Any, args: Any, kwargs: Any) -> Any:
     load: _Load | None = getattr(_here, "load", None)
     promised = None
     if load is not None:
+        merged, load.merging = load.merging, False  # said of the tensor that is passed next
         call = functools.partial(original, *args, **kwargs)
         try:
-            promised = _promised(load, call, *args, **kwargs)
+            promised = _promised(load, call, merged, *args, **kwargs)
         except FaststError:  # fallback="error"
             raise
         except Exception as error:  # nothing was handed out yet
@@ -89,6 +91,7 @@ def _deepcopy(original: Any, args: Any, kwargs: Any) -> Any:
     load: _Load | None = getattr(_here, "load", None)
     if load is None or len(args) != 1 or kwargs or type(args[0]).__name__ != "WeightConverter":
         return original(*args, **kwargs)
+    load.merging = not load.sharded and any(map(_merges, getattr(args[0], "operations", ())))
     source, copy = load.converters.get(id(args[0]), (None, None))
     if source is not args[0] or copy.collected_tensors or copy.layer_targets:
         copy = original(*args)
@@ -96,15 +99,21 @@ def _deepcopy(original: Any, args: Any, kwargs: Any) -> Any:
     return copy
 
 
+def _merges(operation: object) -> bool:
+    """Whether an operation of a converter copies all that it is given into one tensor."""
+    return not _MERGING.isdisjoint(kind.__name__ for kind in type(operation).__mro__)
+
+
 def _promised(  # noqa: PLR0917 - spawn_materialize's own
     load: _Load,
     stock: Callable[[], Any],
+    merged: bool,
     thread_pool: Any,
     tensor: Any,
     device: Any = None,
     dtype: torch.dtype | None = None,
     sharding_op: Any = None,
-    tensor_idx: int | None = None,
+    tensor_idx: int | None = None,  # from 5.13 on, and of no use without a sharding_op
     **unknown: Any,
 ) -> Any:
     """A future or, without a pool, a function for a tensor; None where stock does it."""
@@ -117,9 +126,7 @@ def _promised(  # noqa: PLR0917 - spawn_materialize's own
     file = load.file(opened, device)
     if file is None:
         return None
-    # Only what a converter collects has an index: its tensors are merged, and freed after that.
-    # Versions that shard in another function (5.0 to 5.12) tell none: each owns its memory.
-    passing = tensor_idx is not None or _is_cast(opened, i, dtype)
+    passing = merged or _is_cast(opened, i, dtype)  # else it may become a parameter
     if thread_pool is None:
         return functools.partial(load.now, file, i, dtype, passing, stock)
     ticket = load.ask(file, i, passing)
@@ -144,42 +151,53 @@ def _is_cast(opened: OpenedFile, i: int, dtype: torch.dtype | None) -> bool:
 
 
 class _Promise(Future):  # type: ignore[type-arg]
-    """A future that its reader keeps: the result is taken from the stream when asked for."""
+    """A future that its reader keeps: its tensor is taken from the stream when asked for.
+
+    Whatever is asked of a future looks at its state: `result`, `done`, callbacks,
+    ``concurrent.futures.wait``. So the state is what keeps the promise, and never says that
+    somebody else is about to. Timeouts are not looked at: nothing here waits for a queue.
+    """
 
     def __init__(self, take: Callable[[], Any]) -> None:
+        self._take: Callable[[], Any] | None = None
         super().__init__()
-        self._take: Callable[[], Any] | None = take
-        self._guard = threading.Lock()
+        self._take = take
 
-    def _keep(self) -> None:
-        with self._guard:
+    @property
+    def _state(self) -> str:
+        # The future's own lock, which whoever looks at several futures holds already, and which
+        # may be taken again.
+        with self._condition:
             take, self._take = self._take, None
-            if take is None:
-                return
             try:
-                self.set_result(take())
+                if take is not None:
+                    self.set_result(take())
             except BaseException as error:
                 self.set_exception(error)
+            try:
+                return self._reached
             finally:
                 # The error keeps this frame and its callers', which are not to keep it in turn.
                 take = None
                 self = None  # type: ignore[assignment]  # noqa: PLW0642
 
-    def result(self, timeout: float | None = None) -> Any:
-        """Wait for the tensor; a timeout is not looked at, nothing here waits for a queue."""
-        self._keep()
-        try:
-            return super().result(timeout)
-        finally:
-            self = None  # type: ignore[assignment]  # noqa: PLW0642 - as above
+    @_state.setter
+    def _state(self, state: str) -> None:
+        self._reached = state
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What `result` would raise."""
-        self._keep()
         try:
+            _ = self._state  # here, not in a frame that keeps us: as above
             return super().exception(timeout)
         finally:
             self = None  # type: ignore[assignment]  # noqa: PLW0642
+
+    def cancel(self) -> bool:
+        """Give the tensor up, unless it was asked for already."""
+        with self._condition:
+            self._take = None
+            return super().cancel()
 
 
 def _by_stock(promise: Callable[[], Any]) -> Any:
@@ -205,15 +223,22 @@ class _File:
 
 
 class _Load:
-    """One call of ``convert_and_load_state_dict_in_model``."""
+    """One call of ``convert_and_load_state_dict_in_model``.
 
-    def __init__(self) -> None:
+    Args:
+        options: its ``load_config``.
+    """
+
+    def __init__(self, options: Any = None) -> None:
         self._started = time.perf_counter()
         self._files: dict[tuple[int, object], _File | None] = {}
         self._streams: dict[str, Stream] = {}
         self._lock = threading.Lock()
         self._failed = False
         self.converters: dict[int, tuple[Any, Any]] = {}  # the last copy of each
+        self.merging = False  # a converter was copied that merges its tensors
+        # Up to 5.12 tensors that are sharded go another way, and not by spawn_materialize.
+        self.sharded = getattr(options, "device_mesh", None) is not None
 
     def file(self, opened: OpenedFile, device: Any) -> _File | None:
         """The file on its way to a device; None where stock does it."""
@@ -226,15 +251,14 @@ class _Load:
     def _new_file(self, opened: OpenedFile, device: Any) -> _File | None:
         import torch
 
-        if device is None or opened.device != "cpu" or opened.config.verify:
+        if device is None or opened.device != "cpu":
             return None
         try:
             named = torch.device("cuda", device) if type(device) is int else torch.device(device)
             target = torch_target(named)
             if target is None:
                 return None
-            if not tensors.ordinary_mode():  # transformers' threads are not in it: all is theirs
-                raise Doubt("a torch mode or default device is in force")
+            check_move(opened.config)  # transformers' threads are in no mode: then all is theirs
             target.native()
             return _File(opened, target)
         except Doubt as doubt:
@@ -340,6 +364,7 @@ class _Load:
 
 
 _MODULE = "transformers.core_model_loading"
+_MERGING = {"MergeModulelist", "Concatenate"}  # torch.stack and torch.cat
 
 INTEGRATION = Integration(
     "transformers.from_pretrained",
