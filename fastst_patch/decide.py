@@ -28,6 +28,7 @@ __all__ = [
     "SmallFile",
     "check_call",
     "check_descriptors",
+    "check_move",
     "complain",
     "fell_back",
     "open_fast",
@@ -79,6 +80,14 @@ def check_descriptors() -> None:
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed != resource.RLIM_INFINITY and engine.open_files() >= allowed // 4:
         raise Doubt("very many handles are open")
+
+
+def check_move(config: Config) -> None:
+    """Doubt unless an integration may move tensors to a device in its library's place."""
+    if config.verify:
+        raise Doubt("verify is on, and moves to a device are then stock's")
+    if not tensors.ordinary_mode():
+        raise Doubt("a torch mode or default device is in force")
 
 
 class SmallFile(Doubt):

@@ -7,12 +7,14 @@ a real one, is told the CPU.
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import fastst_patch
+from fastst_patch.uploads import Uploads
 
 loading = pytest.importorskip(
     "diffusers.models.model_loading_utils", reason="needs diffusers (extra: integrations)"
@@ -116,6 +118,75 @@ def test_out_of_memory_goes_to_diffusers(to_cuda, files, first) -> None:
     assert "not enough memory" in str(report.fallback_reason)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
+
+
+@pytest.fixture
+def full(to_cuda, monkeypatch) -> Any:
+    """Tensors on the device do not fit there a second time, cast, from some number of casts on."""
+    to = torch.Tensor.to
+    ours: set[int] = set()
+    place = Uploads.moved
+
+    def moved(self: Uploads, t: torch.Tensor) -> torch.Tensor | None:
+        found = place(self, t)
+        ours.update(() if found is None else (found.data_ptr(),))
+        return found
+
+    def cast(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if args == (torch.float16,) and self.dtype != torch.float16:
+            full.casts += 1
+            if full.casts == full.refused_from and self.data_ptr() in ours:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory (fake)")
+            if full.casts > full.refused_from:
+                full.alive.append(to_cuda.driver.live().blocks)
+                if full.casts == full.refused_again:
+                    raise torch.cuda.OutOfMemoryError("CUDA out of memory (stock's)")
+        return to(self, *args, **options)
+
+    full = SimpleNamespace(casts=0, alive=[], refused_from=0, refused_again=0)
+    monkeypatch.setattr(Uploads, "moved", moved)
+    monkeypatch.setattr(torch.Tensor, "to", cast)
+    gc.collect()
+    gc.disable()
+    yield full
+    gc.enable()
+
+
+@pytest.mark.parametrize("places", [{"": 0}, {"front": 0, "norm": 1, "back": 0, "steps": 1}])
+@pytest.mark.parametrize("refused", range(1, 7))
+def test_a_cast_that_does_not_fit_is_diffusers_own(to_cuda, files, full, places, refused) -> None:
+    """It casts on the CPU and then copies. Nothing that was moved ahead is in its way."""
+    expected = loading.load_state_dict(files)
+    del expected["unexpected"]
+    full.refused_from = refused
+    with fastst_patch.profile() as seen:
+        model, _ = _load(files, device_map=places, dtype=torch.float16)
+    assert full.casts == 6 + 1  # of seven tensors one is of whole numbers
+    steps = list(expected).index("steps") < refused + 1  # which is then there, and stays
+    assert set(full.alive) <= {0, int(steps)}
+    assert [name for name, *_ in to_cuda.asked] == list(expected)
+    found = model.state_dict()
+    for name, tensor in expected.items():
+        wanted = tensor.half() if tensor.is_floating_point() else tensor
+        assert found[name].dtype == wanted.dtype, name
+        assert torch.equal(found[name], wanted), name
+    reports = [found for found in seen.reports if found.call == "diffusers"]
+    assert {report.device for report in reports} == {f"cuda:{n}" for n in places.values()}
+    for report in reports:
+        assert report.fallback_reason == f"not enough memory on {report.device} beside it"
+    assert 0 < sum(report.tensors for report in reports) <= refused + 1
+    del model, found
+    assert to_cuda.driver.live().blocks == 0
+
+
+def test_no_room_for_diffusers_either(to_cuda, files, full) -> None:
+    """Its own exception, and nothing of the first in it."""
+    full.refused_from, full.refused_again = 2, 3
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="stock's") as error:
+        _load(files, device_map={"": 0}, dtype=torch.float16)
+    assert error.value.__context__ is None
+    del error
+    assert to_cuda.driver.live().blocks == 0
 
 
 def test_errors_are_diffusers_own(to_cuda, files, raw) -> None:

@@ -11,14 +11,14 @@ Left to diffusers: quantized models, offload to disk or to the CPU, loading with
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .. import tensors
 from ..config import current
-from ..decide import fell_back, report_stock
+from ..decide import check_move, fell_back, report_stock
 from ..device import Target, torch_target
 from ..errors import Doubt, FaststError
 from ..uploads import Uploads, ordinary, worth_it
@@ -47,7 +47,14 @@ def _load_into_meta(original: Any, args: Any, kwargs: Any) -> Any:
     with contextlib.ExitStack() as stack:
         for uploads in ahead.uploads:
             stack.enter_context(uploads)
-        return original(model, ahead, *rest, **kwargs)
+        try:
+            return original(model, ahead, *rest, **kwargs)
+        except Exception as error:
+            if not ahead.makes_room(error):
+                raise
+        # From the tensor that did not fit on, as stock has them: cast on the CPU, then copied, one
+        # at a time. What it raises is its own.
+        return original(model, ahead.left(), *rest, **kwargs)
 
 
 def _ahead(
@@ -66,8 +73,7 @@ def _ahead(
         return None
     config, name = current(), type(model).__name__
     try:
-        if config.verify or not tensors.ordinary_mode():
-            raise Doubt("verify is on, or a torch mode or default device is in force")
+        check_move(config)
         place = sys.modules[_MODULE]._determine_param_device
         expected = model.state_dict()  # what is not in it is skipped
         wanted: dict[str, list[torch.Tensor]] = {}
@@ -104,10 +110,21 @@ class _Ahead(dict[str, "torch.Tensor"]):
     def __init__(self, state_dict: dict[str, torch.Tensor]) -> None:
         super().__init__(state_dict)
         self.uploads: list[Uploads] = []
+        self._done = 0  # tensors that the loop is through with
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:  # type: ignore[override]
         for name, tensor in super().items():
             yield name, self._moved(tensor)  # no name here may keep it
+            self._done += 1
+
+    def makes_room(self, error: Exception) -> bool:
+        """Free what was moved ahead if the loop ran out of memory; whether it did."""
+        # Of every device: which of them is full is not told.
+        return bool([uploads for uploads in self.uploads if uploads.makes_room(error)])
+
+    def left(self) -> dict[str, torch.Tensor]:
+        """The tensor the loop stopped at and those behind it, where they were."""
+        return dict(itertools.islice(super().items(), self._done, None))
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         for uploads in self.uploads:
