@@ -75,7 +75,8 @@ class Config:
         fallback: when a call goes to stock: ``auto`` reports it, ``warn`` also warns,
             ``error`` raises FaststError.
         verify: load with stock too and compare every byte; on a difference stock's result
-            is returned and an error logged.
+            is returned and an error logged. What integrations would move to a device is left
+            to stock, and reported.
         progress: show a tqdm bar with GB/s; a load then returns when its bytes are there.
         log_level: level of the ``fastst_patch`` logger, with output to stderr.
         small_file_bytes: files of at most this size go to stock. 0, because the fast path was

@@ -470,15 +470,28 @@ class FastSlice:
         opened = self._opened
         try:
             with opened.account:
-                if not opened.mapped:
-                    rows = _leading_rows(index, opened.layout.shape(self._i))
-                    if rows is not None:
-                        start, stop, rest = rows
-                        return opened.index(opened.rows(self._i, start, stop), rest)
-                return opened.index(opened.tensor(self._i, for_slice=True), index)
+                result = self._indexed(opened, index)
         except (Doubt, MemoryError) as error:
             doubt = Doubt.alone(error)
+        else:
+            return self._verified(result, index) if opened.config.verify else result
         return self._left_to_stock(doubt, index)
+
+    def _indexed(self, opened: OpenedFile, index: Any) -> torch.Tensor:
+        if not opened.mapped:
+            rows = _leading_rows(index, opened.layout.shape(self._i))
+            if rows is not None:
+                start, stop, rest = rows
+                return opened.index(opened.rows(self._i, start, stop), rest)
+        return opened.index(opened.tensor(self._i, for_slice=True), index)
+
+    def _verified(self, ours: torch.Tensor, index: Any) -> Any:
+        theirs = self._stock()[index]
+        if same(ours, theirs):
+            return ours
+        name = self._opened.layout.names[self._i]
+        complain(self._opened.config, self._opened.file.path, f"a slice of {name!r}")
+        return theirs
 
     def _left_to_stock(self, doubt: Doubt, index: Any) -> Any:
         opened = self._opened

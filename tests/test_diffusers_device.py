@@ -189,6 +189,16 @@ def test_no_room_for_diffusers_either(to_cuda, files, full) -> None:
     assert to_cuda.driver.live().blocks == 0
 
 
+def test_verify_leaves_it_to_diffusers(to_cuda, files) -> None:
+    with fastst_patch.config_context(verify=True), fastst_patch.profile() as seen:
+        model, state = _load(files, device_map={"": "cuda:0"})
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    (report,) = [found for found in seen.reports if found.call == "diffusers"]
+    assert (report.path, report.tensors) == ("stock", 0)
+    assert report.fallback_reason == "verify is on, and moves to a device are then stock's"
+
+
 def test_errors_are_diffusers_own(to_cuda, files, raw) -> None:
     state = Net().state_dict() | {"back.weight": torch.zeros(2, 2)}
     path = str(raw.tensors(state))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastst_patch
-from fastst_patch import engine, streams
+from fastst_patch import engine, handle, streams
 
 transformers = pytest.importorskip("transformers")
 loading = pytest.importorskip(
@@ -126,9 +126,17 @@ def test_who_owns_what(to_cuda, saved, name, tensors) -> None:
     """Parameters own their memory; only what is merged or cast shares blocks by default."""
     kind, folder = saved[name]
     expected = kind.from_pretrained(folder)
+    to_cuda.allocated = 0
     with fastst_patch.config_context(tensors=tensors):
         model = kind.from_pretrained(folder, device_map={"": 0})
     _compare(model, expected)
+    files = [str(path) for path in folder.glob("*.safetensors")]
+    names = [name for file in files for name in fastst_patch.load_file(file)]
+    merged = [name for name in names if ".experts." in name]
+    assert bool(merged) == (name == "experts")
+    alone = {"auto": len(names) - len(merged), "dlpack": 0, "owned": len(names)}[tensors]
+    lanes = {"auto": bool(merged), "dlpack": 1 + bool(merged), "owned": 0}[tensors]
+    assert alone <= to_cuda.allocated <= alone + lanes * len(files)
     engine.shutdown()
     shared = to_cuda.driver.live().blocks
     read = {name for name, _ in model.named_parameters() if "experts" not in name}
@@ -199,6 +207,35 @@ def test_a_default_device_is_transformers_own(to_cuda, saved, monkeypatch) -> No
     assert _reports(seen) == []
     reasons = {r.fallback_reason for r in seen.reports if r.fallback_reason}
     assert reasons == {"a torch mode or default device is in force"}
+
+
+def test_verify_leaves_devices_to_transformers(to_cuda, saved, monkeypatch) -> None:
+    """It compares what it hands to transformers for the CPU, and says why it is not the device."""
+    verified: list[str] = []
+    same = handle.same
+
+    def compared(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+        verified.append(str(theirs.dtype))
+        return same(ours, theirs)
+
+    monkeypatch.setattr(handle, "same", compared)
+    monkeypatch.setattr(
+        loading, "_materialize_copy", lambda tensor, device=None, dtype=None: tensor[...].to(dtype)
+    )
+    kind, folder = saved["shards"]
+    expected = kind.from_pretrained(folder)
+    assert verified == []
+    with fastst_patch.config_context(verify=True), fastst_patch.profile() as seen:
+        model = kind.from_pretrained(folder, device_map={"": "cuda:0"})
+    _compare(model, expected)
+    assert len(verified) == len(model.state_dict())
+    assert _reports(seen) == []
+    reasons = {r.fallback_reason for r in seen.reports}
+    assert reasons == {"verify is on, and moves to a device are then stock's"}
+    with fastst_patch.config_context(verify=True, fallback="error"):
+        with pytest.raises(fastst_patch.FaststError, match="verify is on"):
+            kind.from_pretrained(folder, device_map={"": "cuda:0"})
+        kind.from_pretrained(folder, device_map={"": "cpu"})
 
 
 def test_keys_that_do_not_fit(to_cuda, saved, tmp_path) -> None:

@@ -8,13 +8,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import fastst_patch
-from fastst_patch import engine, onhost, stock
+from fastst_patch import engine, handle, onhost, stock
 
 MIB = 1 << 20
 
@@ -249,6 +250,27 @@ def test_verify_on_handles(checkpoint: Path) -> None:
             if hasattr(stock.safe_open, "get_tensors"):
                 assert set(f.get_tensors()) == set(f.keys())
             assert f.get_tensor("w1").shape == (1024, 1024)
+
+
+@pytest.mark.parametrize("index", [..., slice(3, 9), (slice(None), 5)], ids=str)
+def test_verify_on_slices(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, index: Any
+) -> None:
+    def read() -> torch.Tensor:
+        with fastst_patch.safe_open(checkpoint, "pt") as f:
+            return f.get_slice("w1")[index]
+
+    expected = read()
+    with fastst_patch.config_context(verify=True, fallback="error"):
+        assert torch.equal(read(), expected)
+    right = handle.FastSlice._indexed
+    monkeypatch.setattr(handle.FastSlice, "_indexed", lambda *args: right(*args) + 1)
+    with fastst_patch.config_context(verify=True), caplog.at_level(logging.ERROR, "fastst_patch"):
+        assert torch.equal(read(), expected)  # stock's is handed out
+    assert "a slice of 'w1' differs" in caplog.text
+    with fastst_patch.config_context(verify=True, fallback="error"):
+        with pytest.raises(fastst_patch.FaststError, match="a slice of 'w1' differs"):
+            read()
 
 
 def test_progress_shows_a_bar(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:

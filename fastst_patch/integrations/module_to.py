@@ -19,9 +19,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .. import tensors
 from ..config import current
-from ..decide import fell_back, report_stock
+from ..decide import check_move, fell_back, report_stock
 from ..device import torch_target
 from ..errors import Doubt
 from ..uploads import Uploads, ordinary, worth_it
@@ -142,8 +141,7 @@ def _uploads(
         Doubt: stock does better alone.
     """
     config = current()
-    if config.verify or not tensors.ordinary_mode():
-        raise Doubt("verify is on, or a torch mode or default device is in force")
+    check_move(config)
     found = ordinary(_in_order(module, recurse))
     if not found or not worth_it(sum(tensor.nbytes for tensor in found)):
         return None
