@@ -26,7 +26,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from fake_fixtures import cuda, fake_driver, moving  # noqa: F401 - fixtures
+from fake_fixtures import cuda, fake_driver, moving, pretrained_to_cuda  # noqa: F401 - fixtures
 
 import fastst_patch
 from fastst_patch import engine

@@ -34,6 +34,18 @@ def cuda(fake_driver: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
+def pretrained_to_cuda(monkeypatch: pytest.MonkeyPatch, cuda: Any) -> Iterator[Any]:
+    """``from_pretrained`` up to where it needs a real device; the runtime."""
+    from transformers import modeling_utils
+
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", lambda *a, **k: None)
+    monkeypatch.setattr(modeling_utils, "get_device", lambda *a, **k: "cpu")
+    monkeypatch.setattr(modeling_utils, "accelerate_dispatch", lambda *a, **k: None)
+    with fastst_patch.patched(chunk_bytes=65536):
+        yield cuda
+
+
+@pytest.fixture
 def moving(monkeypatch: pytest.MonkeyPatch, cuda: Any) -> Iterator[Any]:
     """``Module.to`` patched over the fake, with nothing too small to move.
 

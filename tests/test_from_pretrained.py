@@ -59,15 +59,8 @@ def saved(tmp_path_factory) -> dict[str, tuple[Any, Path]]:
 
 
 @pytest.fixture
-def to_cuda(monkeypatch, cuda) -> Any:
-    """from_pretrained up to where it needs a real device; the runtime."""
-    from transformers import modeling_utils
-
-    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", lambda *a, **k: None)
-    monkeypatch.setattr(modeling_utils, "get_device", lambda *a, **k: "cpu")
-    monkeypatch.setattr(modeling_utils, "accelerate_dispatch", lambda *a, **k: None)
-    with fastst_patch.patched(chunk_bytes=65536):
-        yield cuda
+def to_cuda(pretrained_to_cuda) -> Any:
+    return pretrained_to_cuda
 
 
 def _compare(ours: Any, theirs: Any) -> None:
