@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ldm
 import pytest
 import safetensors.torch
 import torch
@@ -248,10 +249,7 @@ def test_names_that_do_not_fit(saved, same, tmp_path) -> None:
 
 
 def test_single_file(saved, same, tmp_path) -> None:
-    """One file with diffusers' own names: the configuration comes from a folder.
-
-    Files of the original layout would have to be of a published size, to be told by their keys.
-    """
+    """One file with diffusers' own names: the configuration comes from a folder."""
     whole = saved / "whole"
     files = {part: weights_in(whole / part)[0] for part in ("unet", "vae")}
     classes = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
@@ -280,6 +278,44 @@ def test_single_file(saved, same, tmp_path) -> None:
     ours, theirs = same(pipeline)
     assert theirs.error is None, theirs.error
     ours.assert_fast([*files.values(), *weights_in(whole / "text_encoder")])
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_original_single_file(saved, same, tmp_path, half) -> None:
+    """All of Stable Diffusion in one file, with the names it was published with."""
+    made = _pipeline()
+    if half:
+        made.to(dtype=torch.float16)
+    parts = {name: model.state_dict() for name, model in _models(made).items()}
+    file = tmp_path / "original.safetensors"
+    safetensors.torch.save_file(
+        ldm.original(parts["unet"], parts["vae"], parts["text_encoder"]), file
+    )
+    options: dict[str, Any] = {"config": str(saved / "whole"), "local_files_only": True}
+    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    load = diffusers.StableDiffusionPipeline.from_single_file
+
+    def whole(_: Path) -> Any:
+        found = load(str(file), safety_checker=None, **options)
+        return found, None if half else _picture(found)
+
+    calls: dict[str, Callable[[Path], Any]] = {
+        part: lambda _, part=part: kinds[part].from_single_file(
+            str(file), subfolder=part, **options
+        )
+        for part in kinds
+    }
+    calls["pipeline"] = whole
+    calls["float16"] = lambda _: load(
+        str(file), safety_checker=None, torch_dtype=torch.float16, **options
+    )
+    ours, theirs = same(calls)
+    assert not any(isinstance(value, Failed) for value in theirs.value.values()), theirs.value
+    for name, model in _models(ours.value["float16"]).items():
+        for key, tensor in model.state_dict().items():
+            wanted = parts[name][key]
+            assert torch.equal(tensor, wanted.half() if wanted.is_floating_point() else wanted), key
+    ours.assert_fast([file] * len(calls))
 
 
 # ---------------------------------------------------------------- what is loaded on top
