@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from .config import child_environment, environment_enabled
+from .config import child_environment, environment_enabled, environment_profile
 from .errors import OptionError
 from .launched import print_table
 from .patcher import is_patched
@@ -61,7 +61,8 @@ def launch(
     wanted = dict(options)
     if verbose and wanted.get("log_level") != "debug":
         wanted["log_level"] = "info"
-    path = _profile_file() if profile else None
+    # Launched by a launcher that profiles, we are in its table.
+    path = _profile_file() if profile and not _is_profiled() else None
     try:
         printing = 0 if is_command else os.getpid()
         environment = child_environment(wanted, _site(), None if path is None else (path, printing))
@@ -125,6 +126,12 @@ def _site() -> str:
     if os.pathsep in site:
         raise OptionError(f"{site!r} cannot be put on PYTHONPATH, because of the {os.pathsep!r}")
     return site
+
+
+def _is_profiled() -> bool:
+    """Whether loads of the program go to a table that somebody prints already."""
+    profile = environment_profile()
+    return profile is not None and os.path.exists(profile[0])
 
 
 def _profile_file() -> str:
