@@ -75,8 +75,6 @@ class _Listener(logging.Handler):
         self._said = said
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name.startswith(("torchao", "torch.utils._pytree")):
-            return  # what torchao says when it is first imported, whoever does it
         self._said.append((record.name, record.levelname, record.getMessage()))
 
 
