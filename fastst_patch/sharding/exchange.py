@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import device, engine
 from ..device import Target
-from .groups import Flag, Group, lost
+from .channel import Pending
+from .groups import Flag, Group
 from .rules import Part
 from .schedule import Key, Unit, part_bytes, segments
 from .sources import Source
@@ -92,7 +93,7 @@ class Circle:
         rank = self.group.rank
         return self.readers.index(rank) if rank in self.readers else None
 
-    def exchange(self, unit: torch.Tensor, part: torch.Tensor) -> list[Any]:
+    def exchange(self, unit: torch.Tensor, part: torch.Tensor) -> list[Pending]:
         """Start putting every reader's part in its place in everybody's unit.
 
         Returns:
@@ -101,25 +102,16 @@ class Circle:
         Raises:
             RankError: a rank is gone.
         """
-        import torch.distributed as dist
-
-        torch_group = self.group.data(self.ranks)
-        try:
-            plain = unit.device.type == "cpu" or dist.get_backend(torch_group) == "nccl"
-            if len(self.readers) == len(self.ranks) and plain:
-                # Renamed in torch 2.13.
-                gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-                return [gather(unit, part, group=torch_group, async_op=True)]
-            works = []
-            for number, reader in enumerate(self.readers):
-                place = unit[number * part.numel() : (number + 1) * part.numel()]
-                if self.part == number:
-                    place.copy_(part)
-                source = self.group.member(reader)
-                works.append(dist.broadcast(place, source, group=torch_group, async_op=True))
-            return works
-        except RuntimeError as error:
-            raise lost(error) from error
+        channel = self.group.channel(self.ranks, unit.device.type)
+        if len(self.readers) == len(self.ranks) and channel.gathers(unit.device.type):
+            return [channel.all_gather(unit, part)]
+        pending = []
+        for number, reader in enumerate(self.readers):
+            place = unit[number * part.numel() : (number + 1) * part.numel()]
+            if self.part == number:
+                place.copy_(part)
+            pending.append(channel.broadcast(place, reader))
+        return pending
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +255,7 @@ class Mover:
             device.prove(target, reading.arena, opened.file, sample)
         self._readings[number] = None
 
-    def exchange(self, number: int) -> list[Any]:
+    def exchange(self, number: int) -> list[Pending]:
         """Start the exchange of a step, if it has one; also in a rank that has failed.
 
         Raises:
@@ -345,7 +337,7 @@ def move(mover: Mover, count: int, group: Group) -> None:
         except BaseException as error:
             failure.append(error)
 
-    previous: tuple[list[Any], Flag] | None = None
+    previous: tuple[list[Pending], Flag] | None = None
     try:
         with mover._memory.beside():
             for step in range(count):
@@ -372,9 +364,6 @@ def move(mover: Mover, count: int, group: Group) -> None:
         raise failure[0]
 
 
-def _arrive(works: list[Any]) -> None:
-    try:
-        for work in works:
-            work.wait()
-    except RuntimeError as error:
-        raise lost(error) from error
+def _arrive(pending: list[Pending]) -> None:
+    for collective in pending:
+        collective.wait()

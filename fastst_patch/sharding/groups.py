@@ -1,8 +1,8 @@
 """Process groups as sharding needs them: who is where, small messages, and agreeing on errors.
 
-Two planes. *Control* is a gloo group of our own over the same ranks: headers, wants and error
-flags go there, on the CPU, whatever backend the data takes, and never between the caller's own
-collectives. *Data* is the caller's group, or a part of it: the ranks of one node.
+Two planes. *Control* is a gloo channel over all ranks: headers, wants and error flags go there, on
+the CPU, whatever backend the data takes, and never between the caller's own collectives. *Data*
+goes by another, among the ranks of one node or all; in an NCCL group of one node by that itself.
 
 An error of one rank ends all of them: every phase closes with `Group.agree`, which raises the
 same `RankError` everywhere. A rank that is killed breaks its connections; what the others then
@@ -16,17 +16,17 @@ import os
 import socket
 import threading
 import weakref
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..config import current
 from ..errors import RankError
 from ..locks import fork_safe
+from .channel import Channel, Pending
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Flag", "Group", "SingleGroup", "lost"]
+__all__ = ["Flag", "Group", "SingleGroup"]
 
 _lock = threading.Lock()
 fork_safe(_lock)
@@ -59,8 +59,8 @@ def _node() -> str:
 class Flag:
     """Whether any rank has failed, asked without waiting for the answer yet."""
 
-    def __init__(self, value: torch.Tensor, work: Any) -> None:
-        self._value, self._work = value, work
+    def __init__(self, value: torch.Tensor, pending: Pending | None) -> None:
+        self._value, self._pending = value, pending
 
     def raised(self) -> bool:
         """Wait for all ranks' answers.
@@ -68,17 +68,9 @@ class Flag:
         Raises:
             RankError: a rank is gone.
         """
-        if self._work is not None:
-            try:
-                self._work.wait()
-            except RuntimeError as error:
-                raise lost(error) from error
+        if self._pending is not None:
+            self._pending.wait()
         return bool(self._value.item())
-
-
-def lost(error: BaseException) -> RankError:
-    """What becomes of torch's error when a peer no longer answers."""
-    return RankError(None, f"the group lost a rank, or the network: {error}")
 
 
 class Group:
@@ -92,8 +84,8 @@ class Group:
 
     def __init__(self, pg: Any) -> None:
         self._pg = pg
-        self._control: Any = None
-        self._parts: dict[tuple[int, ...], Any] = {}
+        self._control: Channel | None = None
+        self._channels: dict[tuple[int, ...], Channel] = {}
         _alive.add(self)
         if pg is None:
             self.rank, self.size, self.nodes = 0, 1, [0]
@@ -101,8 +93,7 @@ class Group:
         import torch.distributed as dist
 
         self.rank, self.size = dist.get_rank(pg), dist.get_world_size(pg)
-        self._members = dist.get_process_group_ranks(pg)
-        self._control = self._new_group(self._members, "gloo")
+        self._control = Channel(pg, list(range(self.size)), "control", "gloo")
         names = self.gather(_node())
         self.nodes = [list(dict.fromkeys(names)).index(name) for name in names]
 
@@ -129,11 +120,12 @@ class Group:
         if not isinstance(pg, dist.ProcessGroup):
             raise TypeError(f"no process group: {pg!r}")
         with _lock:
+            # One for each: threads that first use different groups must not wait for each other.
+            making = _making.setdefault(pg, threading.Lock())
+        with making:
             found = _groups.get(pg)
-        if found is None:
-            found = cls(pg)
-            with _lock:
-                found = _groups.setdefault(pg, found)
+            if found is None:
+                found = _groups[pg] = cls(pg)
         return found
 
     @property
@@ -149,16 +141,10 @@ class Group:
         Raises:
             RankError: a rank is gone.
         """
-        if self._single():
+        if self._control is None:
+            self._check_single()
             return [value]
-        import torch.distributed as dist
-
-        found: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(found, value, group=self._control)
-        except RuntimeError as error:
-            raise lost(error) from error
-        return found
+        return self._control.objects(value)
 
     def agree(self, error: BaseException | None, value: Any = None) -> list[Any]:
         """End a phase: every rank's value, or one error for all. Collective.
@@ -185,56 +171,33 @@ class Group:
         import torch
 
         value = torch.tensor([int(failed)])
-        if self._single():
+        if self._control is None:
+            self._check_single()
             return Flag(value, None)
-        import torch.distributed as dist
+        return Flag(value, self._control.maximum(value))
 
-        try:
-            work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._control, async_op=True)
-        except RuntimeError as error:
-            raise lost(error) from error
-        return Flag(value, work)
-
-    def _single(self) -> bool:
-        if self._control is None and self.size > 1:
+    def _check_single(self) -> None:
+        if self.size > 1:
             raise RankError(None, "the process was forked, or ends: its process group is gone")
-        return self.size == 1
 
     # ---- data ----
 
-    def data(self, ranks: list[int]) -> Any:
-        """The torch group of some of our ranks, with the caller's backends. Collective on them."""
-        if ranks == list(range(self.size)):
-            return self._pg
-        found = self._parts.get(tuple(ranks))
+    def channel(self, ranks: list[int], device: str) -> Channel:
+        """Connections of some ranks for data of a kind of device. Collective on them, once."""
+        found = self._channels.get(tuple(ranks))
         if found is None:
             import torch.distributed as dist
 
-            members = [self._members[rank] for rank in ranks]
-            found = self._new_group(members, dist.get_backend(self._pg))
-            self._parts[tuple(ranks)] = found
+            kind = "gloo"
+            if device != "cpu" and "nccl" in str(dist.get_backend(self._pg)):
+                kind = "own" if len(ranks) == self.size else "nccl"
+            found = self._channels[tuple(ranks)] = Channel(self._pg, ranks, "data", kind)
         return found
-
-    def member(self, rank: int) -> int:
-        """The number by which torch's collectives know one of our ranks."""
-        return self._members[rank]
-
-    def _new_group(self, members: list[int], backend: str) -> Any:
-        import torch.distributed as dist
-
-        try:
-            return dist.new_group(
-                members,
-                timeout=_timeout(self._pg),
-                backend=backend,
-                use_local_synchronization=True,
-            )
-        except RuntimeError as error:
-            raise lost(error) from error
 
 
 _alive: weakref.WeakSet[Group] = weakref.WeakSet()
 _groups: weakref.WeakKeyDictionary[Any, Group] = weakref.WeakKeyDictionary()
+_making: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
 
 
 def _is_single(pg: object) -> bool:
@@ -247,21 +210,6 @@ def _is_single(pg: object) -> bool:
     return callable(size) and size() == 1
 
 
-def _timeout(pg: Any) -> timedelta | None:
-    """How long the caller's group waits; None where torch does not say."""
-    import torch
-
-    for device in ("cpu", "cuda"):
-        try:
-            backend = pg._get_backend(torch.device(device))
-            found = backend.options._timeout
-        except (RuntimeError, AttributeError):
-            continue
-        if isinstance(found, timedelta):
-            return found
-    return None
-
-
 def _forget() -> None:
     """Let go of torch's groups: a forked child is nobody's peer.
 
@@ -270,8 +218,9 @@ def _forget() -> None:
     """
     for group in list(_alive):
         group._pg = group._control = None
-        group._parts.clear()
+        group._channels.clear()
     _groups.clear()
+    _making.clear()
 
 
 os.register_at_fork(after_in_child=_forget)
