@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastst_patch import device, engine, handle, stock
+from fastst_patch import device, engine, slices, stock
 
 SOURCES = Path(__file__).resolve().parent.parent / "native" / "tests"
 
@@ -199,7 +199,7 @@ class StockOnCpu:
         self.asked: list[str] = []
         self.alive: list[int] = []
         self.error: BaseException | None = None
-        load_file, stock_handle = stock.load_file, handle._stock_handle
+        load_file, stock_handle = stock.load_file, slices.stock_handle
 
         def note(call: str) -> None:
             self.asked.append(call)
@@ -217,7 +217,7 @@ class StockOnCpu:
             return stock_handle(stock_class, path)
 
         monkeypatch.setattr(stock, "load_file", load_on_cpu)
-        monkeypatch.setattr(handle, "_stock_handle", handle_on_cpu)
+        monkeypatch.setattr(slices, "stock_handle", handle_on_cpu)
 
 
 def on_device(view: torch.Tensor) -> torch.Tensor:

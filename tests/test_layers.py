@@ -25,6 +25,7 @@ LAYERS = [
     {"targets"},
     {"integrations"},
     {"handle", "sharding"},
+    {"slices"},
     {"uploads"},
     {"decide"},
     {"onhost", "ondevice", "streams"},

@@ -34,10 +34,10 @@ from .. import tensors
 from ..decide import check_move, fell_back
 from ..device import Target, torch_target
 from ..errors import Doubt, FaststError
-from ..handle import behind
 from ..ondevice import Ahead, DeviceFile
 from ..opened import OpenedFile
 from ..report import LoadReport, emit
+from ..slices import behind
 from ..stock import SafetensorError
 from ..streams import Lane, Stream, Ticket
 from .hook import Hook, Integration
