@@ -58,11 +58,12 @@ static inline void place(plan *p, uint64_t *random) {
     p->arena_bytes = at;
 }
 
-static inline plan random_plan(uint64_t file_bytes, uint64_t *random) {
+static inline plan plan_of(uint64_t file_bytes, uint64_t (*bytes_of)(uint64_t *random),
+                           uint64_t *random) {
     plan p = {.segments = calloc(256, sizeof *p.segments)};
     MUST(p.segments != NULL);
     for (uint64_t at = some_gap(random); at < file_bytes && p.count < 256;) {
-        uint64_t bytes = some_bytes(random);
+        uint64_t bytes = bytes_of(random);
         if (bytes > file_bytes - at) bytes = file_bytes - at;
         p.segments[p.count++] = (fst_segment){at, bytes, 0};
         p.bytes += bytes;
@@ -70,6 +71,10 @@ static inline plan random_plan(uint64_t file_bytes, uint64_t *random) {
     }
     place(&p, random);
     return p;
+}
+
+static inline plan random_plan(uint64_t file_bytes, uint64_t *random) {
+    return plan_of(file_bytes, some_bytes, random);
 }
 
 static inline plan whole_plan(uint64_t file_bytes) {

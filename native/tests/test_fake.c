@@ -1,75 +1,8 @@
 /* test_fake.c - the fake device driver does the harm it promises. */
-#include "test.h"
+#include "fake.h"
 
 #include <pthread.h>
 #include <sys/wait.h>
-
-#include "fake_open.h"
-#include "fst_dlpack.h"
-
-enum {
-    BYTES = 8192,
-    NON_BLOCKING = 1
-};
-
-/* Checks that one violation more has been seen. */
-#define BITES(statement)                                                                           \
-    do {                                                                                           \
-        uint64_t violations_before = FAKE(fake_violations)();                                      \
-        statement;                                                                                 \
-        CHECK_EQ(FAKE(fake_violations)(), violations_before + 1);                                  \
-    } while (0)
-
-static unsigned char slot[BYTES], other_slot[BYTES];
-
-static bool all(const void *bytes, size_t count, int value) {
-    const unsigned char *byte = bytes;
-    for (size_t i = 0; i < count; i++)
-        if (byte[i] != value) return false;
-    return true;
-}
-
-/* A driver as new, with device 0's context current. */
-static void begin(void) {
-    uintptr_t context;
-    FAKE(fake_reset)();
-    memset(slot, 1, sizeof slot);
-    memset(other_slot, 2, sizeof other_slot);
-    MUST(FAKE(cuInit)(0) == 0);
-    MUST(FAKE(cuDevicePrimaryCtxRetain)(&context, 0) == 0);
-    MUST(FAKE(cuCtxPushCurrent_v2)(context) == 0);
-    MUST(FAKE(cuMemHostRegister_v2)(slot, sizeof slot, 0) == 0);
-    MUST(FAKE(cuMemHostRegister_v2)(other_slot, sizeof other_slot, 0) == 0);
-}
-
-static void end(uint64_t violations) {
-    if (!CHECK_EQ(FAKE(fake_violations)(), violations))
-        for (uint64_t i = 0; i < FAKE(fake_violations)(); i++)
-            (void)fprintf(stderr, "    %s\n", FAKE(fake_violation_text)(i));
-    FAKE(fake_reset)();
-}
-
-static uintptr_t stream_new(void) {
-    uintptr_t stream = 0;
-    MUST(FAKE(cuStreamCreate)(&stream, NON_BLOCKING) == 0);
-    return stream;
-}
-
-static uintptr_t event_new(void) {
-    uintptr_t event = 0;
-    MUST(FAKE(cuEventCreate)(&event, 2) == 0);
-    return event;
-}
-
-static uintptr_t alloc(size_t bytes) {
-    uintptr_t memory = 0;
-    MUST(FAKE(cuMemAlloc_v2)(&memory, bytes) == 0);
-    return memory;
-}
-
-static void copy_in(uintptr_t to, const void *from, uintptr_t stream) {
-    CHECK_EQ(FAKE(cuMemcpyHtoDAsync_v2)(to, from, BYTES, stream), 0);
-}
 
 /* ---- order ---- */
 
@@ -361,96 +294,6 @@ static void test_copies_out_and_on(void) {
     end(0);
 }
 
-/* ---- blocks of the allocator ---- */
-
-static dl_managed *block_new(uint64_t bytes, uintptr_t stream) {
-    void *managed = NULL;
-    MUST(FAKE(fake_block)(bytes, 0, stream, &managed) == 0);
-    return managed;
-}
-
-static void *delete_block(void *managed) {
-    ((dl_managed *)managed)->deleter(managed);
-    return NULL;
-}
-
-static void test_blocks_have_work_pending(void) {
-    begin();
-    uintptr_t stream = stream_new(), theirs = FAKE(fake_stream)(0), event = event_new();
-    dl_managed *block = block_new(BYTES, theirs);
-    uintptr_t memory = (uintptr_t)block->tensor.data;
-    CHECK(block->tensor.ndim == 1 && block->tensor.shape[0] == BYTES);
-    CHECK(block->tensor.device.type == DL_CPU && block->tensor.dtype.bits == 8);
-    CHECK(memory % 512 == 0 && memory % 4096 != 0);
-    copy_in(memory, slot, stream);
-    CHECK_EQ(FAKE(cuStreamSynchronize)(stream), 0);
-    CHECK(all((void *)memory, BYTES, 1));
-    FAKE(fake_drain)();
-    CHECK(all((void *)memory, BYTES, FAKE_LATE)); /* did not wait */
-    block->deleter(block);
-    CHECK(all((void *)memory, BYTES, FAKE_FREED));
-    block = block_new(BYTES, theirs);
-    memory = (uintptr_t)block->tensor.data;
-    CHECK_EQ(FAKE(cuEventRecord)(event, theirs), 0);
-    CHECK_EQ(FAKE(cuStreamWaitEvent)(stream, event, 0), 0);
-    copy_in(memory, slot, stream);
-    FAKE(fake_drain)();
-    CHECK(all((void *)memory, BYTES, 1)); /* waited */
-    pthread_t thread;
-    MUST(pthread_create(&thread, NULL, delete_block, block) == 0);
-    MUST(pthread_join(thread, NULL) == 0);
-    end(0);
-}
-
-static void test_blocks_freed_too_early(void) {
-    begin();
-    uintptr_t stream = stream_new(), theirs = FAKE(fake_stream)(0);
-    dl_managed *block = block_new(BYTES, theirs);
-    copy_in((uintptr_t)block->tensor.data, slot, stream);
-    BITES(block->deleter(block));
-    block = block_new(BYTES, theirs);
-    copy_in((uintptr_t)block->tensor.data, slot, theirs); /* its own stream's order is enough */
-    block->deleter(block);
-    FAKE(fake_drain)();
-    end(1);
-}
-
-static void test_blocks_are_reused(void) {
-    begin();
-    uintptr_t theirs = FAKE(fake_stream)(0);
-    dl_managed *block = block_new(BYTES, theirs), *next;
-    void *memory = block->tensor.data;
-    block->deleter(block);
-    next = block_new(BYTES, theirs);
-    CHECK(next->tensor.data != memory); /* quarantined */
-    FAKE(fake_quarantine)(0);
-    memory = next->tensor.data;
-    next->deleter(next);
-    block = block_new(BYTES / 2, theirs);
-    CHECK(block->tensor.data == memory);
-    FAKE(fake_drain)();
-    CHECK(all(memory, BYTES / 2, FAKE_LATE));
-    end(0);
-    CHECK(all(memory, BYTES / 2, FAKE_LATE)); /* lives on after the reset in end() */
-    block->deleter(block);
-}
-
-static void test_noted_memory(void) {
-    begin();
-    uintptr_t stream = stream_new(), theirs = FAKE(fake_stream)(0);
-    unsigned char *memory = calloc(1, BYTES);
-    MUST(memory != NULL);
-    CHECK_EQ(FAKE(fake_note)(memory, BYTES, 0, theirs), 0);
-    copy_in((uintptr_t)memory, slot, stream);
-    FAKE(fake_drain)();
-    CHECK(all(memory, BYTES, FAKE_LATE));
-    CHECK_EQ(FAKE(fake_forget)(memory), 0);
-    CHECK_EQ(FAKE(fake_forget)(memory), 1);
-    BITES(CHECK_EQ(FAKE(cuMemcpyHtoDAsync_v2)((uintptr_t)memory, slot, BYTES, stream), 1));
-    free(memory);
-    end(1);
-}
-
 /* ---- failures ---- */
 
 static void test_faults(void) {
@@ -510,25 +353,6 @@ static void test_free_copies(void) {
     end(0);
 }
 
-static void test_live_counts(void) {
-    fake_counts live;
-    begin();
-    uintptr_t stream = stream_new(), event = event_new(), memory = alloc(BYTES);
-    dl_managed *block = block_new(BYTES, FAKE(fake_stream)(0));
-    FAKE(fake_live)(&live);
-    CHECK(live.contexts == 1 && live.streams == 1 && live.events == 1 && live.ranges == 2);
-    CHECK(live.range_bytes == 2 * BYTES && live.blocks == 2 && live.block_bytes == 2 * BYTES);
-    block->deleter(block);
-    CHECK_EQ(FAKE(cuEventDestroy_v2)(event), 0);
-    CHECK_EQ(FAKE(cuStreamDestroy_v2)(stream), 0);
-    CHECK_EQ(FAKE(cuMemFree_v2)(memory), 0);
-    FAKE(fake_clear)();
-    FAKE(fake_live)(&live);
-    CHECK(live.contexts == 1 && live.streams == 0 && live.events == 0 && live.blocks == 0);
-    CHECK_EQ(FAKE(fake_current_depth)(), 1);
-    end(0);
-}
-
 static void test_hip(void) {
     uintptr_t stream = 0, memory = 0, event = 0;
     int device = -1;
@@ -553,49 +377,6 @@ static void test_hip(void) {
     end(1);
 }
 
-static void test_cufile(void) {
-    void *handle = NULL;
-    test_file made = test_create(2 * BYTES + 100, 3);
-    begin();
-    uintptr_t memory = alloc(1 << 20);
-    fake_file_descriptor file = {.type = 1, .handle.fd = open(made.path, O_RDONLY | O_CLOEXEC)};
-    MUST(file.handle.fd >= 0);
-    CHECK_EQ(FAKE(cuFileHandleRegister)(&handle, &file).error, 5001);
-    CHECK_EQ(FAKE(cuFileDriverOpen)().error, 0);
-    CHECK_EQ(FAKE(cuFileHandleRegister)(&handle, &file).error, 0);
-    CHECK_EQ(FAKE(cuFileBufRegister)((void *)memory, 1 << 20, 0).error, 0);
-    CHECK_EQ(FAKE(cuFileRead)(handle, (void *)memory, BYTES, BYTES, 4096), BYTES);
-    for (uint64_t i = 0; i < BYTES; i++)
-        if (!CHECK_EQ(((unsigned char *)memory)[4096 + i], test_byte(BYTES + i, 3))) break;
-    CHECK_EQ(FAKE(cuFileRead)(handle, (void *)memory, 3 * BYTES, 0, 0), 2 * BYTES + 100);
-    CHECK_EQ(FAKE(cuFileRead)(handle, (void *)memory, BYTES, 0, 512), -5022);
-    CHECK_EQ(FAKE(cuFileRead)(handle, (void *)memory, BYTES, 512, 0), -5022);
-    CHECK_EQ(FAKE(cuFileRead)(handle, (void *)memory, 512, 0, 0), -5022);
-    BITES(CHECK_EQ(FAKE(cuFileRead)(handle, (void *)memory, BYTES, 0, 1 << 20), -5012));
-    CHECK_EQ(FAKE(fake_fail)("cuFileRead", FAKE(fake_calls)("cuFileRead") + 1, 1, EIO), 0);
-    CHECK_EQ(FAKE(cuFileRead)(handle, (void *)memory, BYTES, 0, 0), -1);
-    BITES((void)FAKE(cuMemFree_v2)(memory)); /* still registered */
-    CHECK_EQ(FAKE(cuFileBufDeregister)((void *)memory).error, 0);
-    (void)close(file.handle.fd);
-    BITES(FAKE(cuFileHandleDeregister)(handle)); /* after its descriptor is gone */
-    CHECK_EQ(FAKE(cuFileDriverClose)().error, 0);
-    end(3);
-    test_remove(&made);
-}
-
-static void test_cufile_closes_stdin(void) {
-    begin();
-    int saved = dup(STDIN_FILENO);
-    int before = saved >= 0 ? saved : open("/dev/null", O_RDONLY);
-    MUST(dup2(before, STDIN_FILENO) == STDIN_FILENO);
-    FAKE(fake_close_stdin)(1);
-    CHECK_EQ(FAKE(cuFileDriverOpen)().error, 0);
-    CHECK(fcntl(STDIN_FILENO, F_GETFD) < 0);
-    MUST(dup2(before, STDIN_FILENO) == STDIN_FILENO);
-    (void)close(before);
-    end(0);
-}
-
 int main(void) {
     FAKE(fake_reset)(); /* opened before descriptors are counted */
     RUN(test_copies_are_late);
@@ -611,17 +392,10 @@ int main(void) {
     RUN(test_memory_is_finite);
     RUN(test_registration);
     RUN(test_copies_out_and_on);
-    RUN(test_blocks_have_work_pending);
-    RUN(test_blocks_freed_too_early);
-    RUN(test_blocks_are_reused);
-    RUN(test_noted_memory);
     RUN(test_faults);
     RUN(test_lost_device);
     RUN(test_forked_child);
     RUN(test_free_copies);
-    RUN(test_live_counts);
     RUN(test_hip);
-    RUN(test_cufile);
-    RUN(test_cufile_closes_stdin);
     return test_result();
 }
