@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import engine, tensors
 from .config import Config
 from .errors import Doubt
+from .interrupts import uninterrupted
 from .layout import FileLayout
 from .locks import fork_safe
 
@@ -162,10 +163,17 @@ def progress_bar(path: str, nbytes: int) -> Iterator[Callable[[int], None]]:
     """A bar with GB/s for one load; it is told how many bytes are there by now."""
     from tqdm import tqdm
 
-    bar: Any = tqdm(total=nbytes, unit="B", unit_scale=True, desc=os.path.basename(path))
+    bar: Any = None
 
     def advance(done: int) -> None:
-        bar.update(done - bar.n)
+        with uninterrupted():
+            bar.update(done - bar.n)
 
-    with bar:
+    try:
+        with uninterrupted():
+            bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc=os.path.basename(path))
         yield advance
+    finally:
+        if bar is not None:
+            with uninterrupted():
+                bar.close()

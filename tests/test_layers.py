@@ -36,7 +36,7 @@ LAYERS = [
     {"summary"},
     {"report"},
     {"config"},
-    {"errors", "locks"},
+    {"errors", "interrupts", "locks"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
 import warnings
@@ -277,6 +278,50 @@ def test_progress_shows_a_bar(checkpoint: Path, capfd: pytest.CaptureFixture[str
     for io in ("auto", "direct"):
         _load(checkpoint, io=io, progress=True)
         assert "model.safetensors" in capfd.readouterr().err
+
+
+class _StruckLock:
+    """tqdm's lock, in the middle of whose taking Ctrl-C strikes at the n-th time."""
+
+    def __init__(self, strike_at: int) -> None:
+        self.strike_at, self.taken, self.held = strike_at, 0, 0
+
+    def acquire(self, *_: Any) -> None:
+        self.taken += 1
+        self.held += 1
+        if self.taken == self.strike_at:
+            signal.raise_signal(signal.SIGINT)
+
+    def release(self) -> None:
+        self.held -= 1
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+@pytest.mark.parametrize("io", ["auto", "buffered"])
+@pytest.mark.parametrize("strike_at", range(1, 7))
+def test_ctrl_c_leaves_tqdm_usable(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, io: str, strike_at: int
+) -> None:
+    """A lock of tqdm's that stays taken would hang the program's next bar."""
+    import tqdm
+
+    monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)  # its thread would take the lock, too
+    monkeypatch.setattr(tqdm.tqdm, "_lock", lock := _StruckLock(strike_at), raising=False)
+    try:
+        _load(checkpoint, io=io, progress=True)
+    except KeyboardInterrupt:
+        pass
+    else:
+        assert lock.taken < strike_at
+    assert lock.held == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if strike_at == 1:
+        assert lock.taken > 1  # the bar was closed
 
 
 def test_log_level_gives_one_line_per_load(
