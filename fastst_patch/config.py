@@ -107,8 +107,8 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
 
 
 def _boolean(name: str, value: object) -> bool:
-    if isinstance(value, bool):
-        return value
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
     if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
         return value.lower() in _TRUE
     raise OptionError(f"option {name}={value!r}: allowed are True and False (or 1 and 0)")
@@ -193,7 +193,7 @@ def _environment() -> dict[str, Any]:
     found = {
         name: os.environ[f"FASTST_{name.upper()}"]
         for name in _VALIDATORS
-        if f"FASTST_{name.upper()}" in os.environ
+        if os.environ.get(f"FASTST_{name.upper()}")  # empty is as good as unset
     }
     return _validated(found, "FASTST_")
 
@@ -201,15 +201,13 @@ def _environment() -> dict[str, Any]:
 def environment_enabled() -> bool | None:
     """``FASTST_ENABLED``: False forbids patching, True patches on import, None is silent."""
     value = os.environ.get("FASTST_ENABLED")
-    return None if value is None else _boolean("FASTST_ENABLED", value)
+    return _boolean("FASTST_ENABLED", value) if value else None
 
 
 def environment_targets() -> tuple[str, ...] | None:
     """``FASTST_TARGETS``: comma-separated names for ``patch()`` called without any."""
-    value = os.environ.get("FASTST_TARGETS")
-    if value is None:
-        return None
-    return tuple(name.strip() for name in value.split(",") if name.strip())
+    names = os.environ.get("FASTST_TARGETS", "").split(",")
+    return tuple(name.strip() for name in names if name.strip()) or None
 
 
 def environment_profile() -> tuple[str, int] | None:

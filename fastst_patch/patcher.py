@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import logging
 import sys
 import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import wrapt
 
@@ -190,15 +191,18 @@ def _settle() -> None:
 
 
 def _chosen(targets: str | Iterable[str] | None) -> list[str]:
+    source = ""
     if targets is None:
-        targets = environment_targets()
+        targets, source = environment_targets(), " in FASTST_TARGETS"
     if targets is None:
         return list(_TARGETS)
-    names = [targets] if isinstance(targets, str) else list(dict.fromkeys(targets))
+    if not isinstance(targets, Iterable):
+        raise OptionError(f"option targets={targets!r}: allowed are {', '.join(_TARGETS)}")
+    names = [targets] if isinstance(targets, str) else list(targets)
     for name in names:
-        if name not in _TARGETS:
-            raise OptionError(f"unknown target {name!r}: allowed are {', '.join(_TARGETS)}")
-    return names
+        if not isinstance(name, str) or name not in _TARGETS:
+            raise OptionError(f"unknown target {name!r}{source}: allowed are {', '.join(_TARGETS)}")
+    return list(dict.fromkeys(names))
 
 
 def _use(names: Iterable[str], rebind_aliases: bool) -> None:
@@ -295,8 +299,13 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
     """Patch for the duration of a ``with`` block, or of a decorated function.
 
     Process-wide, like ``patch()``; blocks may nest and overlap in any threads. Takes the
-    arguments of ``patch()``, and entering raises what ``patch()`` raises.
+    arguments of ``patch()``, and entering raises what ``patch()`` raises. A decorated coroutine
+    function or generator is patched while its body runs, not only while it is called.
     """
+
+    def __new__(cls, targets: Any = None, **_: Any) -> Any:
+        """``@patched`` without parentheses decorates as ``@patched()`` does."""
+        return cls()(targets) if callable(targets) else super().__new__(cls)
 
     def __init__(
         self,
@@ -311,6 +320,32 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
     def _recreate_cm(self) -> patched:
         targets, rebind_aliases, options = self._arguments
         return patched(targets, rebind_aliases=rebind_aliases, **options)
+
+    def __call__(self, function: _F) -> _F:
+        """Decorate a function.
+
+        Raises:
+            TypeError: it is an asynchronous generator; use ``with`` inside it.
+        """
+        if inspect.isasyncgenfunction(function):
+            raise TypeError(f"patched() cannot decorate {function!r}: use `with` inside it")
+        inner: Any
+        if inspect.iscoroutinefunction(function):
+
+            async def inner(*args: Any, **kwargs: Any) -> Any:
+                with self._recreate_cm():
+                    return await function(*args, **kwargs)
+
+        elif inspect.isgeneratorfunction(function):
+
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                with self._recreate_cm():
+                    return (yield from function(*args, **kwargs))
+
+        else:
+            return super().__call__(function)
+        decorated: Any = functools.wraps(function)(inner)
+        return cast(_F, decorated)
 
     def __enter__(self) -> PatchReport:
         """Patch; returns what was done."""

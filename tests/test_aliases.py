@@ -293,34 +293,6 @@ def test_exceptions_pass(is_fast) -> None:
     assert not fastst_patch.is_patched()
 
 
-def test_decorator(is_fast) -> None:
-    @fastst_patch.patched(**TINY)
-    def inside(first: int, *, second: int = 2) -> tuple[bool, int]:
-        """What it does."""
-        return is_fast(safetensors.torch.load_file), first + second
-
-    assert inside.__name__ == "inside"
-    assert inside.__doc__ == "What it does."
-    for _ in range(2):
-        assert inside(1, second=4) == (True, 5)
-        assert not fastst_patch.is_patched()
-
-    @fastst_patch.patched(**TINY)
-    def recursive(depth: int) -> bool:
-        return is_fast(safetensors.safe_open) and (depth == 0 or recursive(depth - 1))
-
-    assert recursive(3)
-    assert not is_fast(safetensors.safe_open)
-
-    @fastst_patch.patched(**TINY)
-    def failing() -> None:
-        raise LookupError
-
-    with pytest.raises(LookupError):
-        failing()
-    assert not fastst_patch.is_patched()
-
-
 def test_threads(sample, stock) -> None:
     """Many threads enter and leave; nobody ever sees anything that does not load."""
     expected = stock.load_file(sample)

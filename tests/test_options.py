@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def test_unknown_option_and_target() -> None:
         fastst_patch.patch(speed="max")
     with pytest.raises(fastst_patch.OptionError, match="unknown target 'torch\\.load'"):
         fastst_patch.patch("torch.load")
+    with pytest.raises(fastst_patch.OptionError, match="unknown target 3: allowed are safetensors"):
+        fastst_patch.patch([3])
+    with pytest.raises(fastst_patch.OptionError, match="option targets=3: allowed are safetensors"):
+        fastst_patch.patch(3)
+
+
+@pytest.mark.parametrize("name", ["verify", "progress"])
+def test_numbers_that_are_booleans(name: str) -> None:
+    for value, meant in ((1, True), (0, False), ("1", True), ("off", False)):
+        with fastst_patch.config_context(**{name: value}) as config:
+            assert getattr(config, name) is meant
 
 
 @pytest.mark.parametrize(
@@ -356,9 +368,19 @@ def test_targets_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     fastst_patch.patch()
     assert fastst_patch.is_patched("safetensors.torch.load_file")
     assert not fastst_patch.is_patched("safetensors.safe_open")
+    fastst_patch.unpatch()
     monkeypatch.setenv("FASTST_TARGETS", "nonsense")
-    with pytest.raises(fastst_patch.OptionError, match="nonsense"):
+    with pytest.raises(fastst_patch.OptionError, match="'nonsense' in FASTST_TARGETS: allowed"):
         fastst_patch.patch()
+
+
+def test_empty_variables_are_as_good_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ENABLED", "TARGETS", *(f.name.upper() for f in fields(fastst_patch.Config))):
+        monkeypatch.setenv(f"FASTST_{name}", "")
+    assert fastst_patch.config() == fastst_patch.Config()
+    assert fastst_patch.patch().reason is None
+    assert fastst_patch.is_patched("safetensors.safe_open")
+    assert fastst_patch.is_patched("safetensors.torch.load_file")
 
 
 def test_stats_and_profile(checkpoint: Path) -> None:

@@ -2,10 +2,11 @@
 # run.sh [variant ...] - builds the engine without Python and runs its C tests.
 #
 # Variants: address (ASan and UBSan), thread (TSan), none (warnings are errors); all three
-# when none is named. CC chooses the compiler, CFLAGS adds flags, JOBS says how many
-# compilers run at once, and TMPDIR where builds and test files go: on a disk, since tmpfs
-# may refuse O_DIRECT. With variant none the engine is also built without each of its ordering
-# rules, and that rule's cases of test_device_order must fail. Exits with 1 when anything failed.
+# when none is named. Variants go side by side, and each shows what it said when it is done.
+# CC chooses the compiler, CFLAGS adds flags, JOBS says how many compilers a variant runs at
+# once, and TMPDIR where builds and test files go: on a disk, since tmpfs may refuse O_DIRECT.
+# With variant none the engine is also built without each of its ordering rules, and that
+# rule's cases of test_device_order must fail. Exits with 1 when anything failed.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 native=$(dirname "$here")
@@ -24,7 +25,9 @@ if [ -z "${TMPDIR:-}" ]; then
     done
 fi
 build=$(mktemp -d "$TMPDIR/fst_tests.XXXXXX") || exit 1
-trap 'rm -rf "$build"' EXIT
+pids=
+# shellcheck disable=SC2086 # several, or none
+trap '[ -z "$pids" ] || kill $pids 2>/dev/null; rm -rf "$build"' EXIT
 trap 'exit 1' HUP INT TERM
 
 flags_of() {
@@ -37,11 +40,11 @@ flags_of() {
 
 # With some settings of vm.mmap_rnd_bits sanitizers start only without address randomisation.
 runner_of() {
-    echo 'int main(void) { return 0; }' >"$build/empty.c"
+    echo 'int main(void) { return 0; }' >"$build/$1.empty.c"
     # shellcheck disable=SC2046 # flags are words
-    $CC $(flags_of "$1") "$build/empty.c" -o "$build/empty" 2>"$build/log" || return 1
+    $CC $(flags_of "$1") "$build/$1.empty.c" -o "$build/$1.empty" 2>"$build/$1.log" || return 1
     for runner in "" "setarch $(uname -m) -R"; do
-        if $runner "$build/empty" >"$build/log" 2>&1; then
+        if $runner "$build/$1.empty" >"$build/$1.log" 2>&1; then
             echo "$runner"
             return 0
         fi
@@ -84,14 +87,14 @@ run_one() { # variant, program, runner
     # shellcheck disable=SC2086
     TMPDIR=$build FAKE_CUDA=$build/$1/libfake_cuda.so \
         UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=die_after_fork=0:halt_on_error=1 \
-        $3 "$build/$1/$2" $arguments >"$build/log" 2>&1
+        $3 "$build/$1/$2" $arguments >"$build/$1.log" 2>&1
     case $? in
     0) passed=$((passed + 1)) result=ok ;;
     77) result=skipped ;;
     *) failed=$((failed + 1)) result=FAILED ;;
     esac
     printf '%-8s %-8s %s\n' "$1" "$result" "$2"
-    cat "$build/log"
+    cat "$build/$1.log"
 }
 
 # The engine without one rule, linked to a program of its own.
@@ -115,7 +118,7 @@ run_mutants() { # variant, runner
     while read -r rule name; do
         if [ ! -d "$build/$rule" ] && ! build_mutant "$1" "$rule"; then return 1; fi
         TMPDIR=$build FAKE_CUDA=$build/$1/libfake_cuda.so $2 "$build/$rule/mutant" "$name" \
-            >"$build/log" 2>&1
+            >"$build/$1.log" 2>&1
         status=$?
         case $status in
         77) result=skipped ;;
@@ -123,8 +126,27 @@ run_mutants() { # variant, runner
         *) passed=$((passed + 1)) result=ok ;;                           # a crash is as good
         esac
         printf '%-8s %-8s %s without %s: exit status %s\n' "$1" "$result" "$name" "$rule" "$status"
-        if [ "$result" = FAILED ]; then cat "$build/log"; fi
+        if [ "$result" = FAILED ]; then cat "$build/$1.log"; fi
     done <"$build/cases"
+}
+
+# Leaves how many passed and how many failed in a file.
+run_variant() { # variant
+    if ! runner=$(runner_of "$1"); then
+        printf '%-8s skipped: %s\n' "$1" "$(head -n 1 "$build/$1.log")"
+    elif ! compile "$1"; then
+        printf '%-8s FAILED   to build\n' "$1"
+        failed=1
+    else
+        for program in $programs; do
+            run_one "$1" "$program" "$runner"
+        done
+        if [ "$1" = none ] && ! run_mutants "$1" "$runner"; then
+            printf '%-8s FAILED   to build without a rule\n' "$1"
+            failed=$((failed + 1))
+        fi
+    fi
+    echo "$passed $failed" >"$build/$1.count"
 }
 
 for variant in $variants; do
@@ -132,22 +154,21 @@ for variant in $variants; do
         echo "no variant '$variant': none, address and thread exist" >&2
         exit 1
     fi
-    if ! runner=$(runner_of "$variant"); then
-        printf '%-8s skipped: %s\n' "$variant" "$(head -n 1 "$build/log")"
-        continue
-    fi
-    if ! compile "$variant"; then
-        printf '%-8s FAILED   to build\n' "$variant"
-        failed=$((failed + 1))
-        continue
-    fi
-    for program in $programs; do
-        run_one "$variant" "$program" "$runner"
-    done
-    if [ "$variant" = none ] && ! run_mutants "$variant" "$runner"; then
-        printf '%-8s FAILED   to build without a rule\n' "$variant"
-        failed=$((failed + 1))
-    fi
 done
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+set -- # the processes, in the order of the variants
+for variant in $variants; do
+    run_variant "$variant" >"$build/$variant.said" 2>&1 &
+    set -- "$@" "$!"
+    pids=$*
+done
+all_passed=0 all_failed=0
+for variant in $variants; do
+    wait "$1"
+    shift
+    cat "$build/$variant.said"
+    if ! read -r passed failed <"$build/$variant.count"; then passed=0 failed=1; fi
+    all_passed=$((all_passed + passed)) all_failed=$((all_failed + failed))
+done
+pids=
+echo "$all_passed passed, $all_failed failed"
+[ "$all_failed" -eq 0 ]
