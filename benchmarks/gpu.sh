@@ -152,9 +152,10 @@ torch.cuda.init()
 ctypes.CDLL("libcufile.so.0")' 2>>"$log"
 }
 
+# In one process, for which pytest-xdist need not be there.
 pytest_cuda() {
     "$@" "$python" -m pytest -q -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider \
-        -m cuda "$root/tests"
+        -o addopts='-ra --strict-markers --import-mode=importlib' -m cuda "$root/tests"
 }
 
 sanitizer() {

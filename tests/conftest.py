@@ -27,7 +27,7 @@ import torch
 from fake_fixtures import cuda, fake_driver, moving, pretrained_to_cuda  # noqa: F401 - fixtures
 
 import fastst_patch
-from fastst_patch import engine
+from fastst_patch import engine, machine
 from fastst_patch.bench import checkpoint
 
 pytest.register_assert_rewrite("compare")  # so that what differs is shown
@@ -47,6 +47,19 @@ _COMMON: dict[str, Any] = {
 hypothesis.settings.register_profile("ci", max_examples=150, derandomize=True, **_COMMON)
 hypothesis.settings.register_profile("long", max_examples=5000, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+_WORKER_BYTES = 2 << 30  # what a process takes at most that has met every library
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many processes ``-n auto`` starts; 0: all tests run in this one."""
+    if torch.cuda.is_available() or engine.native_error() is not None:
+        return 0  # a GPU, whose memory tests count, is not shared
+    room = (engine.memory_headroom() or 0) // _WORKER_BYTES
+    most = min(4, int(machine.cpu_limit()), room)
+    return most if most > 1 else 0
+
 
 # What of it came later than 0.4.3, the oldest safetensors supported: asked for, never assumed.
 TARGETS = tuple(
