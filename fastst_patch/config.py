@@ -30,6 +30,7 @@ __all__ = [
     "environment_targets",
     "pop",
     "push",
+    "undecided_environment",
 ]
 
 KIB = 1 << 10
@@ -251,6 +252,11 @@ def child_environment(
     entries = old.split(os.pathsep) if old else []
     result["PYTHONPATH"] = os.pathsep.join([site, *(e for e in entries if e != site)])
     return result
+
+
+def undecided_environment() -> dict[str, str]:
+    """Our environment without ``FASTST_ENABLED``: for a Python that decides for itself."""
+    return {name: value for name, value in os.environ.items() if name != "FASTST_ENABLED"}
 
 
 # ---- layers ----

