@@ -11,8 +11,9 @@ from typing import Any
 
 import fake_device
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 
 import fastst_patch
 from fastst_patch import device, engine, report
@@ -62,6 +63,21 @@ def test_load_file(cuda, stock, model, options, device) -> None:
     engine.shutdown()
     left = cuda.driver.live()
     assert (left.blocks, left.ranges) == (0, 0)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", 0])
+def test_load_model(cuda, tmp_path, device) -> None:
+    """Ours and the patched one, which is stock's own code over our load_file."""
+    source, path = torch.nn.Linear(64, 32), tmp_path / "linear.safetensors"
+    save_model(source, str(path))
+    with report.profile() as seen, fastst_patch.patched(fallback="error"):
+        for load in (fastst_patch.load_model, safetensors.torch.load_model):
+            model = torch.nn.Linear(64, 32)
+            assert load(model, str(path), device=device) == (set(), [])
+            assert torch.equal(model.weight, source.weight)
+            assert torch.equal(model.bias, source.bias)
+    assert [(load.path, load.tensors) for load in seen.reports] == [("ring", 2)] * 2
+    assert {load.device for load in seen.reports} == {f"cuda:{1 if device == 'cuda:1' else 0}"}
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)

@@ -106,6 +106,29 @@ def test_environment_below_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fastst_patch.config().threads == 3
 
 
+_GIVEN = {
+    "io": ("Direct", "direct"), "page_cache": ("drop", "drop"), "threads": ("7", 7),
+    "chunk_bytes": ("1MiB", MIB), "pinned_bytes": ("3 GB", 3 * 10**9),
+    "device_memory_budget": ("0", 0), "tensors": ("owned", "owned"), "fallback": ("warn", "warn"),
+    "verify": ("on", True), "progress": ("1", True), "log_level": ("INFO", "info"),
+    "small_file_bytes": ("2k", 2048),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(fastst_patch.Config)])
+def test_every_option_has_its_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, value = _GIVEN[name]
+    default = getattr(fastst_patch.Config(), name)
+    assert value != default
+    monkeypatch.setenv(f"FASTST_{name.upper()}", text)
+    assert getattr(fastst_patch.config(), name) == value
+    with fastst_patch.config_context(**{name: default}) as config:
+        assert getattr(config, name) == default
+    monkeypatch.setenv(f"FASTST_{name.upper()}", "no such value")
+    with pytest.raises(fastst_patch.OptionError, match=f"FASTST_{name.upper()}='no such value'"):
+        fastst_patch.config()
+
+
 def test_bad_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTST_IO", "warp")
     with pytest.raises(fastst_patch.OptionError, match="FASTST_IO='warp'"):
