@@ -43,6 +43,9 @@ waking a worker and finding out how much memory is free take some 300 us a file.
 RESERVE = 512 * MIB
 """Read-ahead stops when less memory than this (or a tenth of what was free) is left."""
 
+LOOK_EVERY = 64 * MIB
+"""Bytes taken for reads from one look at the memory that is left to the next (some 0.1 ms)."""
+
 
 class HostFile(OpenedFile):
     """An open file whose tensors are the CPU's. Usable from any thread.
@@ -50,6 +53,8 @@ class HostFile(OpenedFile):
     Holds the descriptor and, from the first tensor on, the map; tensors handed out hold the
     map themselves and outlive this object.
     """
+
+    _taken = 0  # by all files since the last look; a race only looks sooner or later
 
     def __init__(self, file: engine.File, layout: FileLayout, config: Config) -> None:
         super().__init__(file, layout, config)
@@ -119,8 +124,9 @@ class HostFile(OpenedFile):
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone; not for mapped files."""
         tensors.check(self.layout, i)
-        result = tensors.empty(self.layout, i, stop - start)
         first, last = plan_rows(self.layout, i, start, stop)
+        self._require_room(last - first)
+        result = tensors.empty(self.layout, i, stop - start)
         begin = self.layout.extent(i)[0] + first
         self._fill([(begin, last - first, result)])
         self.count(1, last - first)
@@ -252,7 +258,23 @@ class HostFile(OpenedFile):
 
     # ---- read into memory of our own ----
 
+    def _require_room(self, nbytes: int) -> None:
+        """Leave to stock, whose map takes no memory, what would not fit.
+
+        Linux hands out memory that is not there, and kills whoever then writes to it.
+        """
+        taken = HostFile._taken = HostFile._taken + nbytes
+        if taken < LOOK_EVERY:
+            return
+        headroom = engine.memory_headroom()
+        slots = io_threads(self.config.threads) * self.config.chunk_bytes
+        if headroom is not None and nbytes + slots > headroom:
+            raise Doubt(f"{nbytes} bytes do not fit the memory that is left ({headroom})")
+        HostFile._taken = 0
+
     def _read(self, wanted: Iterable[int]) -> list[torch.Tensor]:
+        wanted = list(wanted)
+        self._require_room(sum(map(self.layout.nbytes, wanted)))
         if self.config.tensors == "owned":
             made = [(i, tensors.empty(self.layout, i)) for i in wanted]
             self._fill([(self.layout.extent(i)[0], self.layout.nbytes(i), t) for i, t in made])
