@@ -14,6 +14,7 @@ FST_E_INVALID, other   FaststError (a bug of ours)
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from ..errors import Doubt, FaststError
@@ -38,9 +39,8 @@ def native_file() -> str | None:
     """Path of the loaded extension."""
     if _native_error is not None:
         return None
-    from .. import _native
-
-    return str(_native.__file__)
+    native: Any = sys.modules[f"{__package__.rpartition('.')[0]}._native"]
+    return str(native.__file__)
 
 
 def raise_(err: Any, filename: str | None = None) -> None:
