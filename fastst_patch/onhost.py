@@ -114,7 +114,7 @@ class HostFile(OpenedFile):
             return {name: self.tensor(i) for i, name in enumerate(layout.names)}
         if self.mapped:
             arena = self.map()
-            self._read_ahead_all(arena)
+            self.read_ahead_all()
             made = tensors.import_batch(arena, layout)
         else:
             made = self._read(range(len(layout.names)))
@@ -159,8 +159,9 @@ class HostFile(OpenedFile):
                     found = self._map = engine.map_arena(self.file)
         return found
 
-    def _read_ahead_all(self, arena: engine.Arena) -> None:
-        layout = self.layout
+    def read_ahead_all(self) -> None:
+        """Start reading ahead what is not cached of a mapped file, in its order."""
+        layout, arena = self.layout, self.map()
         if self.config.io == "mmap" or layout.data_bytes < WORKERS_FROM:
             return
         job = None

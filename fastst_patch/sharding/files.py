@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,10 @@ from ..report import LoadReport, emit
 from . import mapped
 from .exchange import Circle, Memory, Mover, Step, move
 from .groups import Group
-from .rules import Owner, Part, Plan, Take, take_of, takes_of
+from .rules import Owner, Part, Plan, Rule, Take, rules_of, take_of
 from .schedule import Key, Rows, pack, split
 from .sources import Source, open_sources
+from .taking import everything, flat, joined
 
 if TYPE_CHECKING:
     import torch
@@ -141,9 +141,7 @@ class ShardedFiles:
         """Whether `take` of a tensor needs no other rank: it comes from the file's map."""
         number, _ = self._where[name]
         source = self.sources[number]
-        return self.group.size == 1 or (
-            source.doubt is None and len(source.readers) == self.group.size and source.mapped
-        )
+        return self.group.size == 1 or (source.doubt is None and self._from_map(source))
 
     def take(self, name: str, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """This rank's part of a tensor. Collective unless it is `local`.
@@ -185,9 +183,9 @@ class ShardedFiles:
         number, i = self._where[name]
         needs = [{i: take} if take is not None else {} for take in takes]
         source = self.sources[number]
-        flat = [_flat(source, need) for need in needs]
+        wanted = [flat(source, need) for need in needs]
         mine, every = needs[self.group.rank], not self.local(name)
-        found = self._load_file(source, mine, flat, dtype, every=every)
+        found = self._load_file(source, mine, wanted, dtype, every=every)
         return found.get(i)
 
     def load(self, plan: Plan = None, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -202,15 +200,14 @@ class ShardedFiles:
         """
         group = self.group
         problem: BaseException | None = None
-        mine: list[dict[int, Take]] = [{} for _ in self.sources]
+        mine: list[dict[int, Take] | None] = []
         flats: list[Any] = []
         try:
-            described = {name: self.describe(name) for name in self._where}
-            for name, take in takes_of(plan, described, group.rank, group.size).items():
-                number, i = self._where[name]
-                if take is not None:
-                    mine[number][i] = take
-            flats = [_flat(s, takes) for s, takes in zip(self.sources, mine, strict=True)]
+            rules = rules_of(plan, self._described, self._where, group.size)
+            for source in self.sources:
+                takes = self._takes(source, rules)
+                mine.append(takes)
+                flats.append(flat(source, takes))
         except BaseException as error:
             problem = error
         told = group.agree(problem, flats)
@@ -221,12 +218,32 @@ class ShardedFiles:
             result.update((source.names[i], found[i]) for i in sorted(found))
         return result
 
+    def _described(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {
+            name: one
+            for source in self.sources
+            for name, one in zip(source.names, source.described, strict=True)
+        }
+
+    def _takes(self, source: Source, rules: Mapping[str, Rule]) -> dict[int, Take] | None:
+        """What this rank takes of a file, by tensor; None for all of it."""
+        wanted = [rules.get(name) for name in source.names]
+        if all(rule is None or rule == "replicate" for rule in wanted):
+            return None
+        rank, size = self.group.rank, self.group.size
+        takes = {}
+        for i, (rule, name) in enumerate(zip(wanted, source.names, strict=True)):
+            take = take_of(rule, name, source.describe(i)[0], rank, size)
+            if take is not None:
+                takes[i] = take
+        return takes
+
     # ---- one file ----
 
     def _load_file(
         self,
         source: Source,
-        takes: dict[int, Take],
+        takes: dict[int, Take] | None,
         needs: Sequence[Sequence[int]],
         dtype: torch.dtype | None,
         *,
@@ -236,24 +253,29 @@ class ShardedFiles:
 
         Args:
             source: the file.
-            takes: by tensor.
+            takes: by tensor; None for all of it.
             needs: of every rank, as `schedule.split` takes them.
             dtype: to cast floating tensors to.
             every: whether all ranks take part in this, to agree on errors.
         """
         started = time.perf_counter()
+        doubt = source.doubt or self._refused
+        from_map = doubt is None and self._from_map(source)
+        zero_copy = takes is None and from_map and dtype is None
+        if takes is None:
+            takes = {} if zero_copy else everything(source)
         parts = {(i, k): part for i, take in takes.items() for k, part in enumerate(take.parts)}
         found: dict[Key, torch.Tensor] = {}
         problem: BaseException | None = None
-        whole = len(source.readers) == self.group.size
-        doubt = source.doubt or self._refused
-        if doubt is None and not (whole and source.mapped):
+        if doubt is None and not from_map:
             found = self._moved(source, parts, needs, dtype)
         else:
             try:
                 if doubt is not None:
                     found = self._by_stock(source, parts, dtype)
                     fell_back(self._config, self._call, source.path, Doubt(doubt))
+                elif zero_copy:
+                    found = self._all_mapped(source, needs)
                 else:
                     found = self._mapped(source, parts, needs, dtype)
             except BaseException as error:
@@ -263,8 +285,12 @@ class ShardedFiles:
             if every:
                 self.group.agree(problem)
         if self._config.verify and doubt is None and source.opened is not None:
-            self._verify(source, parts, found, dtype)
-        result = {i: _joined(found, i, take) for i, take in takes.items()}
+            every_part = parts or {(i, 0): take.parts[0] for i, take in everything(source).items()}
+            self._verify(source, every_part, found, dtype)
+        if zero_copy:
+            result = {i: tensor for (i, _), tensor in found.items()}
+        else:
+            result = {i: joined(found, i, take) for i, take in takes.items()}
         self._report(source, result, time.perf_counter() - started)
         return result
 
@@ -291,6 +317,22 @@ class ShardedFiles:
             piece = whole[part.index].clone(memory_format=torch.contiguous_format)
             found[key] = piece.to(device=self._device, dtype=_cast(piece.dtype, dtype))
         return found
+
+    def _from_map(self, source: Source) -> bool:
+        """Whether all ranks take a file's tensors from its map, and exchange nothing."""
+        by_network = self._read_once == "job" and len(set(self.group.nodes)) > 1
+        return source.mapped and len(source.readers) == self.group.size and not by_network
+
+    def _all_mapped(
+        self, source: Source, needs: Sequence[Sequence[int]]
+    ) -> dict[Key, torch.Tensor]:
+        opened = source.opened
+        assert isinstance(opened, HostFile)
+        if self.group.size > 1:
+            self._read_ahead(source, opened, needs)
+        else:
+            opened.read_ahead_all()
+        return {(i, 0): tensor for i, tensor in enumerate(mapped.take_all(opened))}
 
     def _mapped(
         self,
@@ -440,24 +482,6 @@ def _target_of(named: torch.device) -> devices.Target | None:
 
 def _cast(kind: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and kind.is_floating_point else kind
-
-
-def _joined(found: Mapping[Key, torch.Tensor], i: int, take: Take) -> torch.Tensor:
-    import torch
-
-    if len(take.parts) == 1:
-        return found[i, 0]
-    return torch.cat([found[i, k] for k in range(len(take.parts))], dim=take.dim)
-
-
-def _flat(source: Source, takes: Mapping[int, Take]) -> Any:
-    """Rows that a rank needs of every tensor of a file, in pairs."""
-    if source.doubt is not None:
-        return array("q")
-    flat = array("q", bytes(16 * len(source.names)))
-    for i, take in takes.items():
-        flat[2 * i], flat[2 * i + 1] = take.rows
-    return flat
 
 
 def _in_turn(files: Mapping[int, Sequence[str]]) -> list[str]:

@@ -21,7 +21,7 @@ from .schedule import Extent, Key, Rows, merged
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["STRIPE", "share", "take"]
+__all__ = ["STRIPE", "share", "take", "take_all"]
 
 STRIPE = 8 << 20
 """Bytes that one rank reads ahead of what several need, before it is the next one's turn: large
@@ -52,6 +52,11 @@ def share(
     for begin, end in sorted(ranges):
         flat.extend((begin, end - begin, 0))
     return flat
+
+
+def take_all(opened: HostFile) -> list[torch.Tensor]:
+    """Every tensor of a mapped file, zero-copy. Raises as `take`."""
+    return tensors.import_batch(opened.map(), opened.layout)
 
 
 def take(

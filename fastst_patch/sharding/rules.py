@@ -34,8 +34,8 @@ __all__ = [
     "Skip",
     "Take",
     "chunk",
+    "rules_of",
     "take_of",
-    "takes_of",
 ]
 
 
@@ -87,48 +87,34 @@ Plan = Union[  # noqa: UP007
 ]
 
 
-@dataclasses.dataclass(frozen=True)
 class Part:
-    """A rank's part of one tensor, as torch holds it.
+    """A rank's part of one tensor, as torch holds it. Not to be changed.
 
     Attributes:
         shape: of the whole tensor.
         bounds: (start, stop, step) for each dimension, as ``range`` takes them.
+        size: shape of the part.
+        empty: whether it holds no element.
+        rows: rows of the first dimension from the first to behind the last that it needs. A
+            scalar counts as one row; an empty part needs none.
+        contiguous: whether it is those rows, complete and without a gap.
     """
 
-    shape: tuple[int, ...]
-    bounds: tuple[tuple[int, int, int], ...]
+    __slots__ = ("bounds", "contiguous", "empty", "rows", "shape", "size")
 
-    @property
-    def size(self) -> list[int]:
-        """Shape of the part."""
-        return [len(range(*bound)) for bound in self.bounds]
-
-    @property
-    def empty(self) -> bool:
-        """Whether it holds no element."""
-        return 0 in self.size
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        """Rows of the first dimension from the first to behind the last that it needs.
-
-        A scalar counts as one row; an empty part needs none.
-        """
-        if self.empty:
-            return 0, 0
-        if not self.bounds:
-            return 0, 1
-        taken = range(*self.bounds[0])
-        return taken[0], taken[-1] + 1
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether it is those rows, complete and without a gap."""
-        return all(
-            len(range(*bound)) == length
-            for bound, length in zip(self.bounds[1:], self.shape[1:], strict=True)
-        ) and (not self.bounds or self.bounds[0][2] == 1 or len(range(*self.bounds[0])) <= 1)
+    def __init__(self, shape: tuple[int, ...], bounds: tuple[tuple[int, int, int], ...]) -> None:
+        # All at once: there are tens of thousands, and each is looked at several times.
+        self.shape = shape
+        self.bounds = bounds
+        self.size = [len(range(*bound)) for bound in bounds]
+        self.empty = 0 in self.size
+        self.rows = (0, 0)
+        if not self.empty:
+            first = range(*bounds[0]) if bounds else range(1)
+            self.rows = first[0], first[-1] + 1
+        self.contiguous = self.size[1:] == list(shape[1:]) and (
+            not bounds or bounds[0][2] == 1 or self.size[0] <= 1
+        )
 
     @property
     def index(self) -> tuple[slice, ...]:
@@ -262,42 +248,34 @@ def _check_owner(rule: Owner, name: str, size: int) -> None:
             raise ValueError(f"tensor {name!r}: no rank {rank!r} in a group of {size}")
 
 
-def takes_of(
-    plan: Plan,
-    described: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    rank: int,
-    size: int,
-) -> dict[str, Take | None]:
-    """What a whole plan comes to for one rank.
+def rules_of(
+    plan: Plan, described: Callable[[], Mapping[str, tuple[tuple[int, ...], torch.dtype]]],
+    names: Collection[str], size: int,
+) -> Mapping[str, Rule]:  # fmt: skip
+    """A plan's rules by name; names left out are whole.
 
     Args:
-        plan: None: every tensor whole; a mapping, in which names that are missing are whole; or
-            a function of name, shape and dtype.
-        described: every tensor's shape and dtype, as torch holds it.
-        rank: who takes.
+        plan: None: every tensor whole; a mapping; or a function of name, shape and dtype.
+        described: gives every tensor's shape and dtype, as torch holds it.
+        names: of all tensors.
         size: of the group.
 
     Raises:
-        ValueError: a rule does not fit its tensor, or the plan names a tensor that is in no file.
+        ValueError: the plan names a tensor that is in no file.
         TypeError: it is no plan.
     """
     if plan is None:
-        rules: dict[str, Any] = {}
-    elif isinstance(plan, Mapping):
-        rules = dict(plan)
-        unknown = [name for name in rules if name not in described]
+        return {}
+    if isinstance(plan, Mapping):
+        unknown = [name for name in plan if name not in names]
         if unknown:
             raise ValueError(
                 f"the plan names {len(unknown)} tensors that are in none of the files, such as"
                 f" {unknown[0]!r}"
             )
-    elif callable(plan):
-        sized = getattr(plan, "sized", None)  # one that depends on how many ranks there are
-        plan = plan if sized is None else sized(size)
-        rules = {name: plan(name, *described[name]) for name in described}
-    else:
+        return plan
+    if not callable(plan):
         raise TypeError(f"a plan is a mapping or a function, not {type(plan).__name__}")
-    return {
-        name: take_of(rules.get(name), name, shape, rank, size)
-        for name, (shape, _) in described.items()
-    }
+    sized = getattr(plan, "sized", None)  # one that depends on how many ranks there are
+    plan = plan if sized is None else sized(size)
+    return {name: plan(name, *each) for name, each in described().items()}

@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 from array import array
 from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
 from ..layout import ARENA_ALIGNMENT
 
@@ -40,8 +41,7 @@ Key = tuple[int, int]
 """A part that a rank takes: the tensor's number, and which of its parts."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Extent:
+class Extent(NamedTuple):
     """Where a tensor lies in its file.
 
     Attributes:
@@ -96,7 +96,8 @@ def split(
 
     Args:
         extents: of the file's tensors.
-        needs: for each rank, flat pairs (first row, row behind the last) of every tensor.
+        needs: for each rank, flat pairs (first row, row behind the last) of every tensor; empty
+            for a rank that needs everything.
         readers: ranks that can read the file.
 
     Returns:
@@ -110,7 +111,8 @@ def split(
     for i, extent in enumerate(extents):
         if extent.row_bytes == 0 or extent.rows == 0:
             continue
-        wanted = [(needs[r][2 * i], needs[r][2 * i + 1]) for r in ranks]
+        whole = (0, extent.rows)
+        wanted = [(n[2 * i], n[2 * i + 1]) if n else whole for n in needs]
         first = wanted[0]
         if can_all and len(needs) > 1 and wanted.count(first) == len(wanted):
             if first[0] < first[1]:  # the common case: all of them the same

@@ -53,22 +53,27 @@ class Source:
     _layout: FileLayout | None
     _stock: Any = None  # a handle
 
+    @functools.cached_property
+    def described(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor, as torch holds it."""
+        if self._layout is None:
+            return [(tuple(t.shape), t.dtype) for t in map(self.by_stock, range(len(self.names)))]
+        found = []
+        for i in range(len(self.names)):
+            shape, dtype = tensors.shape_and_dtype(self._layout, i)
+            found.append((tuple(shape), dtype))
+        return found
+
     def describe(self, i: int) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of tensor i, as torch holds it."""
-        if self._layout is not None:
-            shape, dtype = tensors.shape_and_dtype(self._layout, i)
-            return tuple(shape), dtype
-        whole = self._stock.get_slice(self.names[i])
-        return tuple(whole.get_shape()), self._stock.get_tensor(self.names[i]).dtype
+        return self.described[i]
 
     @functools.cached_property
     def extents(self) -> list[Extent]:
         """Where each tensor lies."""
-        assert self._layout is not None
-        layout, found = self._layout, []
-        for i in range(len(self.names)):
+        layout, found = self.layout, []
+        for i, (shape, _) in enumerate(self.described):
             begin, end = layout.extent(i)
-            shape, _ = tensors.shape_and_dtype(layout, i)
             rows = shape[0] if shape else 1
             found.append(Extent(begin, rows, (end - begin) // rows if rows else 0))
         return found
