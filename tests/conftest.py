@@ -25,6 +25,7 @@ import safetensors
 import safetensors.torch
 import torch
 from fake_fixtures import cuda, fake_driver, moving, pretrained_to_cuda  # noqa: F401 - fixtures
+from ranks import nursery  # noqa: F401 - a fixture
 
 import fastst_patch
 from fastst_patch import engine, machine

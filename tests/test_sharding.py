@@ -1,0 +1,289 @@
+"""load_sharded over gloo: what each rank gets is torch's own slice of stock's tensor, bit for bit.
+
+The cases run in processes of their own (cases_forms.py, cases_files.py), many in one group.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sharded
+from cases_files import PLACED
+from cases_forms import FORMS
+from ranks import Case, Nursery, Ran
+
+from fastst_patch import engine
+
+pytestmark = pytest.mark.skipif(
+    engine.native_error() is not None, reason=str(engine.native_error())
+)
+
+SMALL = {"chunk_bytes": 64 << 10, "threads": 2}
+WAYS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "mmap": {"io": "mmap"},
+    "buffered": {"io": "buffered", **SMALL},
+    "direct": {"io": "direct", **SMALL},
+    "owned": {"tensors": "owned", **SMALL},
+    "drop": {"page_cache": "drop", **SMALL},
+    "cuda": {"device": "cuda", **SMALL},
+    "cuda-direct": {"device": "cuda:1", "io": "direct", **SMALL},
+    "cuda-owned": {"device": "cuda", "tensors": "owned", **SMALL},
+    "cuda-little": {"device": "cuda", "device_memory_budget": 100_000, **SMALL},
+}
+# What does not depend on the number of ranks is not tried with all of them.
+WAYS_OF = {1: ("default", "buffered", "cuda"), 2: ("default", "direct", "cuda"), 4: tuple(WAYS)}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three files of every dtype and shape."""
+    return [str(file) for file in sharded.write_zoo(tmp_path_factory.mktemp("zoo"))]
+
+
+def _form_cases(zoo: list[str], world: int) -> dict[tuple[str, str], Case]:
+    return {
+        (way, form): Case("cases_forms.form", {"files": zoo, "form": form, **WAYS[way]},
+                          name=f"{way}: {form}")
+        for way in WAYS_OF[world]
+        for form in FORMS
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def formed(nursery: Nursery, zoo: list[str]) -> dict[int, Ran]:
+    """All forms in all ways, for each number of ranks."""
+    return {
+        world: nursery.run(list(_form_cases(zoo, world).values()), world, preload=["fastst_patch.sharding"])
+        for world in WAYS_OF
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("world", "way"), [(world, way) for world, ways in WAYS_OF.items() for way in ways]
+)
+def test_form(formed, zoo, world: int, way: str, form: str) -> None:
+    """Each case compares every tensor in its ranks; here their sizes must add up."""
+    total = sum(end - begin for file in zoo for begin, end in sharded.data_offsets(file).values())
+    values = formed[world].values(_form_cases(zoo, world)[way, form])
+    if form in ("whole", "empty mapping", "replicate"):
+        assert values == [total] * world
+    elif form in ("callable", "rows", "owners") and world > 1:
+        assert total <= sum(values) < total * world
+
+
+def test_all_ended(formed) -> None:
+    for ran in formed.values():
+        ran.assert_ended()
+
+
+# ---------------------------------------------------------------- groups
+
+GROUPED = ["rows", "alternating", "owners", "each its own"]
+
+
+@pytest.fixture(scope="module")
+def grouped(nursery, zoo) -> Ran:
+    cases = [
+        Case("cases_forms.groups", {"files": zoo, "forms": GROUPED, **WAYS[way]}, name=way)
+        for way in ("default", "direct", "cuda")
+    ]
+    for way in ("default", "buffered", "cuda"):
+        arguments = {"files": zoo, "times": 4, **WAYS[way]}
+        cases.append(Case("cases_files.two_threads", arguments, name=f"threads: {way}"))
+    cases.append(Case("cases_forms.outside", {"files": zoo[:1]}, name="outside"))
+    return nursery.run(cases, 4)
+
+
+@pytest.mark.parametrize("way", ["default", "direct", "cuda"])
+def test_subgroups_side_by_side(grouped, way) -> None:
+    """Ranks 1, 3 beside 0, 2; groups of one; the default group by None and by name."""
+    grouped.values(way)
+
+
+@pytest.mark.parametrize("way", ["default", "buffered", "cuda"])
+def test_two_groups_of_the_same_ranks_in_threads(grouped, way) -> None:
+    grouped.values(f"threads: {way}")
+
+
+def test_a_rank_outside_the_group(grouped) -> None:
+    assert grouped.values("outside") == ["loaded"] + ["ValueError"] * 3
+
+
+@pytest.mark.parametrize("way", ["default", "buffered", "cuda"])
+def test_without_a_group(nursery, zoo, way) -> None:
+    """One process that never heard of torch.distributed: every form, over one rank."""
+    case = Case("cases_forms.no_group", {"files": zoo, "forms": list(FORMS), **WAYS[way]}, name="x")
+    ran = nursery.run([case], 1, group=False)
+    ran.values(case)
+    ran.assert_ended()
+
+
+# ---------------------------------------------------------------- DTensor
+
+MESHES = [([4], 4, name) for name, words in PLACED.items() if len(words) == 1]
+MESHES += [([2, 2], 4, name) for name, words in PLACED.items() if len(words) == 2]
+MESHES += [([2], 2, "shard 0"), ([1, 2], 2, "shard 0 twice"), ([2, 1], 2, "shard 1, shard 0")]
+
+
+def _mesh_cases(zoo: list[str], world: int) -> list[Case]:
+    cases = [
+        Case("cases_files.placed",
+             {"files": zoo, "placements": name, "mesh_of": mesh, **WAYS[way]},
+             name=f"{way}: {mesh} {name}")
+        for mesh, ranks, name in MESHES if ranks == world
+        for way in ("default", "cuda")
+    ]  # fmt: skip
+    cases.append(Case("cases_files.placed_rule", {"files": zoo}, name="rule"))
+    cases.append(Case("cases_files.partial", {"files": zoo}, name="partial"))
+    if world == 4:
+        cases.append(Case("cases_files.sub_mesh", {"files": zoo}, name="sub-mesh"))
+    return cases
+
+
+@pytest.fixture(scope="module")
+def meshed(nursery, zoo) -> dict[int, Ran]:
+    return {world: nursery.run(_mesh_cases(zoo, world), world) for world in (2, 4)}
+
+
+@pytest.mark.parametrize("way", ["default", "cuda"])
+@pytest.mark.parametrize(("mesh", "world", "name"), MESHES)
+def test_placements(meshed, mesh, world, name, way) -> None:
+    """What distribute_tensor leaves with each rank, meshes of two dimensions included."""
+    meshed[world].values(f"{way}: {mesh} {name}")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_shard_is_the_rule_of_its_dimension(meshed, world) -> None:
+    meshed[world].values("rule")
+
+
+def test_a_dimension_of_a_mesh(meshed) -> None:
+    meshed[4].values("sub-mesh")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_partial_is_refused(meshed, world) -> None:
+    for error in meshed[world].values("partial"):
+        assert error is not None
+        assert "ValueError" in error["bases"], error
+        assert "F32.7x4" in error["text"]
+
+
+# ---------------------------------------------------------------- what may be named
+
+
+@pytest.fixture(scope="module")
+def folder(zoo, tmp_path_factory) -> Path:
+    """A model's folder: two of the files, their index, and what else lies about."""
+    path = tmp_path_factory.mktemp("model")
+    names = []
+    for file in zoo[:2]:
+        names.append(Path(file).name)
+        (path / names[-1]).symlink_to(file)
+    weights = {name: names[k] for k in range(2) for name in sharded.data_offsets(zoo[k])}
+    index = {"metadata": {"total_size": 1}, "weight_map": dict(sorted(weights.items()))}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "config.json").write_text("{}")
+    (path / "model.bin").write_bytes(b"no safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def bare(zoo, tmp_path_factory) -> Path:
+    """A folder of files without an index."""
+    path = tmp_path_factory.mktemp("bare")
+    for file in zoo[:2]:
+        (path / Path(file).name).symlink_to(file)
+    return path
+
+
+NAMED = ("one", "list", "tuple", "folder", "bare", "index", "path", "paths", "folder path")
+
+
+@pytest.fixture(scope="module")
+def named(nursery, zoo, folder, bare) -> Ran:
+    index = str(folder / "model.safetensors.index.json")
+    two = zoo[:2]
+    means = {
+        "one": {"what": zoo[0], "files": zoo[:1]},
+        "list": {"what": two, "files": two},
+        "folder": {"what": str(folder), "files": two},
+        "bare": {"what": str(bare), "files": two},
+        "index": {"what": index, "files": two},
+        "path": {"what": zoo[0], "files": zoo[:1], "as_path": True},
+        "paths": {"what": two, "files": two, "as_path": True},
+        "folder path": {"what": str(folder), "files": two, "as_path": True},
+    }
+    cases = [Case("cases_files.named", arguments, name=name) for name, arguments in means.items()]
+    cases.append(Case("cases_files.tuple_of_files", {"files": two}, name="tuple"))
+    return nursery.run(cases, 2)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_names_of_files(named, name) -> None:
+    named.values(name)
+
+
+# ---------------------------------------------------------------- what is handed out
+
+DTYPES = ("float32", "bfloat16", "float64")
+HELD_WAYS = ("default", "buffered", "direct", "owned", "cuda", "cuda-owned")
+
+
+@pytest.fixture(scope="module")
+def handed_out(nursery, zoo) -> Ran:
+    cases = [
+        Case("cases_files.cast", {"files": zoo, "dtype": dtype, "form": form, **WAYS[way]},
+             name=f"{way}: {form} as {dtype}")
+        for dtype in DTYPES for form in ("rows", "last") for way in ("default", "direct", "cuda")
+    ]  # fmt: skip
+    cases += [
+        Case("cases_files.private", {"files": zoo, "form": form, **WAYS[way]},
+             name=f"{way}: {form} is private")
+        for form in ("whole", "rows", "last") for way in HELD_WAYS
+    ]  # fmt: skip
+    return nursery.run(cases, 4)
+
+
+@pytest.mark.parametrize("way", ["default", "direct", "cuda"])
+@pytest.mark.parametrize("form", ["rows", "last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtype(handed_out, dtype, form, way) -> None:
+    handed_out.values(f"{way}: {form} as {dtype}")
+
+
+@pytest.mark.parametrize("way", HELD_WAYS)
+@pytest.mark.parametrize("form", ["whole", "rows", "last"])
+def test_tensors_are_a_ranks_own(handed_out, form, way) -> None:
+    """Writing to them changes neither the file nor anybody else's; each outlives the others."""
+    handed_out.values(f"{way}: {form} is private")
+
+
+# ---------------------------------------------------------------- options of each rank
+
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "io": [{"io": "direct"}, {"io": "buffered"}, {}, {"io": "mmap"}],
+    "chunks": [{"io": "buffered", "chunk_bytes": 65536}, {"io": "buffered", "threads": 1}],
+    "memory": [{"tensors": "owned"}, {"tensors": "dlpack", "io": "direct"}],
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(nursery, zoo) -> Ran:
+    return nursery.run([
+        Case("cases_files.own_options", {"files": zoo, "form": form, "each": each},
+             name=f"{name}: {form}")
+        for name, each in OTHERS.items() for form in ("rows", "last", "whole")
+    ], 4)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["rows", "last", "whole"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_options_may_differ(mixed, name, form) -> None:
+    """They say how a rank reads: the same tensors come out, and nobody waits in vain."""
+    mixed.values(f"{name}: {form}")
