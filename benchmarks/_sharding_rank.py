@@ -1,0 +1,175 @@
+"""One rank of sharding.py: a job as JSON on stdin, what it measured as JSON on stdout.
+
+Whatever the loader, the rank ends with its part of every tensor of the checkpoint and has read
+each of its bytes once, by the same torch sum.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import torch.distributed as dist
+
+from fastst_patch import engine
+from fastst_patch.bench import residency, settle
+from fastst_patch.bench.child import process_memory, reports_of, require_stock
+
+Tensors = dict[str, torch.Tensor]
+
+
+def dims_of(files: list[str]) -> dict[str, int]:
+    """Rows and columns by turns, over all tensors by name; vectors have rows alone."""
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        with open(file, "rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        shapes |= {name: one["shape"] for name, one in header.items() if name != "__metadata__"}
+    return {name: k % 2 if len(shapes[name]) > 1 else 0 for k, name in enumerate(sorted(shapes))}
+
+
+# ---- the loaders: what is imported and asked before the clock starts, and the call --------
+
+
+def ours(job: dict[str, Any]) -> Callable[[], Tensors]:
+    import fastst_patch.sharding
+
+    plan = dims_of(job["files"])
+    return lambda: fastst_patch.load_sharded(job["files"], None, plan, **job["options"])
+
+
+def stock(job: dict[str, Any]) -> Callable[[], Tensors]:
+    """What its documentation shows for tensor parallelism: a slice of each tensor."""
+    require_stock()
+    dims, rank, ranks = dims_of(job["files"]), job["rank"], job["ranks"]
+
+    def load() -> Tensors:
+        found = {}
+        for file in job["files"]:
+            with safetensors.safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - a handle is no mapping
+                    part = opened.get_slice(name)
+                    dim = dims[name]
+                    length = part.get_shape()[dim] // ranks
+                    span = slice(rank * length, (rank + 1) * length)
+                    found[name] = part[span] if dim == 0 else part[:, span]
+        return found
+
+    return load
+
+
+def fastsafetensors(job: dict[str, Any]) -> Callable[[], Tensors]:
+    """A file for each rank, scattered tensor by tensor, as its examples do it."""
+    if job["folder"]:
+        sys.path.insert(0, job["folder"])
+    from fastsafetensors import SafeTensorsFileLoader
+
+    dims = dims_of(job["files"])
+
+    def load() -> Tensors:
+        loader = SafeTensorsFileLoader(dist.group.WORLD, "cpu", nogds=True)
+        loader.add_filenames({rank: [file] for rank, file in enumerate(job["files"])})
+        buffers = loader.copy_files_to_device()
+        found = {name: buffers.get_sharded(name, dims[name]) for name in loader.get_keys()}
+        buffers.close()
+        loader.close()
+        return found
+
+    return load
+
+
+LOADERS = {"fastst": ours, "stock": stock, "fastsafetensors": fastsafetensors}
+
+
+# ---- measuring ----------------------------------------------------------
+
+
+def read_bytes() -> int:
+    """From storage, by this process, as the kernel counts."""
+    for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    raise SystemExit("this kernel does not count what processes read")
+
+
+def touch(tensors: Tensors) -> int:
+    """Read every byte where it lies; strided slices are not copied first."""
+    total = 0
+    for tensor in tensors.values():
+        total ^= int(tensor.view(torch.int64).sum())
+    return total
+
+
+def digest(tensors: Tensors) -> str:
+    """Of names, dtypes, shapes and bytes."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        checksum = engine.touch(tensor.data_ptr(), tensor.nbytes)
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), checksum]).encode())
+    return found.hexdigest()
+
+
+def start_line(job: dict[str, Any]) -> residency.CacheState | None:
+    """All ranks wait here until memory and page cache are as they should be."""
+    state = None
+    dist.barrier()
+    if job["rank"] == 0:
+        settle.memory(sum(Path(file).stat().st_size for file in job["files"]))
+        state = residency.prepare(job["cache"], job["files"])
+    gc.collect()
+    gc.freeze()
+    dist.barrier()
+    return state
+
+
+def main() -> int:
+    job = json.load(sys.stdin)
+    torch.set_num_threads(1)  # as many ranks as there are share the machine
+    dist.init_process_group(
+        "gloo", init_method=f"file://{job['store']}", rank=job["rank"], world_size=job["ranks"],
+        timeout=datetime.timedelta(seconds=300),
+    )  # fmt: skip
+    load = LOADERS[job["loader"]](job)
+    state = start_line(job)
+    before = read_bytes()
+    with reports_of("patched" if job["loader"] == "fastst" else "stock") as reports:
+        begin = time.perf_counter()
+        tensors = load()
+        ready = time.perf_counter()
+        touch(tensors)
+        end = time.perf_counter()
+    after = read_bytes()
+    memory = process_memory()
+    dist.barrier()
+    print(json.dumps({
+        "begin": begin, "ready": ready, "end": end, "read_bytes": after - before,
+        "peak_rss": memory["peak_rss"], "bytes": sum(t.nbytes for t in tensors.values()),
+        "digest": digest(tensors), "path": _path(job["loader"], reports),
+        "resident": None if state is None else state.fraction,
+        "verified": None if state is None else state.verified,
+    }), flush=True)  # fmt: skip
+    dist.destroy_process_group()
+    return 0
+
+
+def _path(loader: str, reports: list[Any]) -> str:
+    if loader != "fastst":
+        return loader
+    fallbacks = {report.fallback_reason for report in reports} - {None}
+    if not reports or fallbacks:
+        raise SystemExit(f"not by the fast path: {fallbacks or 'nothing was reported'}")
+    return "+".join(sorted({report.path for report in reports}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
