@@ -86,7 +86,10 @@ def _target(fd: str) -> str:
 
 
 def _failing(
-    rank: Any, files: list[str], form: str, way: Mapping[str, Any],
+    rank: Any,
+    files: list[str],
+    form: str,
+    way: Mapping[str, Any],
     trouble: Callable[[Any], contextlib.AbstractContextManager[Any]],
 ) -> dict[str, Any]:
     """A load with trouble in it, and what is true after: nothing held, and the group still loads.
@@ -115,9 +118,7 @@ def _failing(
     return outcome
 
 
-def unreadable(
-    rank: Any, files: list[str], form: str, bad: int, first: int = 1, **way: Any
-) -> Any:
+def unreadable(rank: Any, files: list[str], form: str, bad: int, first: int = 1, **way: Any) -> Any:
     """The storage of one rank fails at its `first` read of data."""
     call = _read_calls(way)
 

@@ -100,13 +100,14 @@ def two_threads(rank: Any, files: list[str], times: int, **way: Any) -> None:
     full = full_of(files)
     errors: list[Any] = []
 
+    def load(group: Any, name: str) -> None:
+        plan, expect = FORMS[name](full, Me(rank.rank, rank.world))
+        assert_tensors(load_sharded(files, group, plan, **options), full, expect)
+
     def work(group: Any, name: str) -> None:
         for _ in range(times):
-            plan, expect = FORMS[name](full, Me(rank.rank, rank.world))
-            result = attempt(
-                lambda: assert_tensors(load_sharded(files, group, plan, **options), full, expect)
-            )
-            errors.extend([result["error"]] if result["error"] else [])
+            error = attempt(lambda: load(group, name))["error"]
+            errors.extend([error] if error else [])
 
     with way_of(rank, way) as options:
         threads = [
@@ -176,9 +177,7 @@ def own_options(rank: Any, files: list[str], form: str, each: list[dict[str, Any
 # ---------------------------------------------------------------- who sees what
 
 
-def some_see(
-    rank: Any, files: list[str], seen: list[list[int]], form: str, **way: Any
-) -> int:
+def some_see(rank: Any, files: list[str], seen: list[list[int]], form: str, **way: Any) -> int:
     """File i is there for the ranks seen[i] alone; all have the same, relative, names."""
     full = full_of(files)
     names = [os.path.basename(file) for file in files]

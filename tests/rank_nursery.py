@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import fake_device
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor

@@ -56,10 +56,7 @@ def _form_cases(zoo: list[str], world: int) -> dict[tuple[str, str], Case]:
 @pytest.fixture(scope="module")
 def formed(nursery: Nursery, zoo: list[str]) -> dict[int, Ran]:
     """All forms in all ways, for each number of ranks."""
-    return {
-        world: nursery.run(list(_form_cases(zoo, world).values()), world, preload=["fastst_patch.sharding"])
-        for world in WAYS_OF
-    }
+    return {world: nursery.run(list(_form_cases(zoo, world).values()), world) for world in WAYS_OF}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -211,7 +211,8 @@ def disagreed(nursery, files, tmp_path_factory) -> Ran:
         Case("cases_faults.other_file",
              {"files": files, "other": str(folder / name), "bad": bad, **way},
              name=f"{name} {bad} {label}")
-        for name in others for bad in (2, 3) for label, way in (("default", {}), ("cuda", WAYS["cuda"]))
+        for name in others for bad in (2, 3)
+        for label, way in (("default", {}), ("cuda", WAYS["cuda"]))
     ]  # fmt: skip
     cases += [
         Case("cases_faults.other_names", {"files": files, "bad": 3}, name="names"),
