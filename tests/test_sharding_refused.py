@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 # What the message must name, where that is not the tensor.
-NAMES = {"callable's word": "sideways", "unknown name": "nobody", "unknown name, whole": "nobody", "scalar": "F32.",
+NAMES = {"callable's word": "sideways", "unknown name": "nobody",
+         "unknown name, whole": "nobody", "scalar": "F32.",
          "scalar from the end": "F32."}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "unknown option": {"speed": "high"},
