@@ -93,8 +93,16 @@ def private(rank: Any, files: list[str], form: str, **way: Any) -> None:
     assert_tensors(load_sharded(files[0]), full_of(files[:1]), lambda _, t: t)
 
 
-def two_threads(rank: Any, files: list[str], times: int, **way: Any) -> None:
-    """Two groups of the same ranks load at once, in a thread each."""
+def two_threads(rank: Any, files: list[str], times: int, met: bool, **way: Any) -> None:
+    """Two groups of the same ranks load at once, in a thread each.
+
+    Args:
+        rank: this process.
+        files: what they load.
+        times: how often each does.
+        met: whether both groups have loaded before, one after the other.
+        way: options.
+    """
     members = list(range(rank.world))
     both = [dist.new_group(members), dist.new_group(members)]
     full = full_of(files)
@@ -110,6 +118,8 @@ def two_threads(rank: Any, files: list[str], times: int, **way: Any) -> None:
             errors.extend([error] if error else [])
 
     with way_of(rank, way) as options:
+        for group in both if met else ():
+            load(group, "rows")
         threads = [
             threading.Thread(target=work, args=pair)
             for pair in zip(both, ("alternating", "each its own"), strict=True)
@@ -147,7 +157,7 @@ WRONG: dict[str, Any] = {
     "step 0": lambda full: {"F32.7x4": slice(None, None, 0)},
     "step back": lambda full: {"F32.7x4": slice(None, None, -1)},
     "too many slices": lambda full: {"F32.7x4": (slice(None),) * 3},
-    "callable's word": lambda full: lambda name, shape, dtype: "sideways",
+    "callable's word": lambda full: lambda name, *_: "sideways" if name == "F32.7x4" else None,
     "owner": lambda full: {"F32.7x4": sharding.Owner(99)},
 }
 

@@ -261,3 +261,16 @@ def outside(rank: Any, files: list[str]) -> str:
     except ValueError as error:
         return type(error).__name__
     return "nothing was said"
+
+
+def uneven_groups(rank: Any, files: list[str]) -> None:
+    """Rank 0 loads in two groups of which others know nothing, before they all meet."""
+    few = [dist.new_group([0]), dist.new_group([0, 3]), dist.new_group([1, 2, 3])]
+    full = full_of(files)
+    for group, members in zip(few, ([0], [0, 3], [1, 2, 3]), strict=True):
+        if rank.rank in members:
+            me = Me(members.index(rank.rank), len(members))
+            plan, expect = FORMS["alternating"](full, me)
+            assert_tensors(loaded(files, group, plan), full, expect)
+    plan, expect = FORMS["alternating"](full, Me(rank.rank, rank.world))
+    assert_tensors(loaded(files, None, plan), full, expect)

@@ -90,9 +90,8 @@ def grouped(nursery, zoo) -> Ran:
         for way in ("default", "direct", "cuda")
     ]
     for way in ("default", "buffered", "cuda"):
-        arguments = {"files": zoo, "times": 4, **WAYS[way]}
+        arguments = {"files": zoo, "times": 4, "met": True, **WAYS[way]}
         cases.append(Case("cases_files.two_threads", arguments, name=f"threads: {way}"))
-    cases.append(Case("cases_forms.outside", {"files": zoo[:1]}, name="outside"))
     return nursery.run(cases, 4)
 
 
@@ -107,8 +106,25 @@ def test_two_groups_of_the_same_ranks_in_threads(grouped, way) -> None:
     grouped.values(f"threads: {way}")
 
 
-def test_a_rank_outside_the_group(grouped) -> None:
-    assert grouped.values("outside") == ["loaded"] + ["ValueError"] * 3
+# What follows hung once, so that each has ranks of its own, and little time.
+
+
+def test_two_groups_meet_first_in_threads(nursery, zoo) -> None:
+    """Whatever a group needs of its own is made in each thread without regard to the other."""
+    case = Case("cases_files.two_threads", {"files": zoo, "times": 2, "met": False}, name="first")
+    nursery.run([case], 2, timeout=10, limit=30).values(case)
+
+
+def test_ranks_in_different_numbers_of_groups(nursery, zoo) -> None:
+    """Some ranks have loaded in groups that others are not in; then all load together."""
+    case = Case("cases_forms.uneven_groups", {"files": zoo[:1]}, name="uneven")
+    nursery.run([case], 4, timeout=10, limit=40).values(case)
+
+
+def test_a_rank_outside_the_group(nursery, zoo) -> None:
+    case = Case("cases_forms.outside", {"files": zoo[:1]}, name="outside")
+    ran = nursery.run([case], 2, timeout=10, limit=40)
+    assert ran.values(case) == ["loaded", "ValueError"]
 
 
 @pytest.mark.parametrize("way", ["default", "buffered", "cuda"])
