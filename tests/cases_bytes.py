@@ -41,8 +41,11 @@ def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dic
     me = Me(rank.rank, rank.world)
     plan, _ = FORMS[form](Outline(files), me)
     with way_of(rank, way) as options:
-        seen = {"peak": 0, "ordinals": set()}
+        seen: dict[str, Any] = {"peak": 0, "ordinals": set()}
         if rank.runtime is not None:
+            # The first load to a device is read back and compared, and its file read again.
+            load_sharded(files, None, plan, **options)
+            engine.shutdown()
             _watch(rank.runtime, seen)
         evicted = _evicted(rank, files) if cold else False
         if not cold and rank.rank == 0:
@@ -51,14 +54,14 @@ def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dic
         rank.meet()
         before, engine_before = _io(), engine.counters()
         result = load_sharded(files, None, plan, **options)
-        for tensor in result.values():
-            engine.touch(tensor.data_ptr(), tensor.nbytes)
+        _touch(result)
         engine_after, after = engine.counters(), _io()
         rank.meet()
         full = Full(files)
         nbytes = assert_tensors(result, full, FORMS[form](full, me).expect)
         del result, full
         gc.collect()
+        engine.shutdown()
         left = rank.runtime.driver.live().blocks if rank.runtime is not None else 0
     return {
         "cold": evicted,
@@ -70,6 +73,11 @@ def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dic
         "ordinals": sorted(seen["ordinals"]),
         "left": left,
     }
+
+
+def _touch(tensors: dict[str, torch.Tensor]) -> None:
+    for tensor in tensors.values():
+        engine.touch(tensor.data_ptr(), tensor.nbytes)
 
 
 def _watch(runtime: Any, seen: dict[str, Any]) -> None:
@@ -87,14 +95,16 @@ def _watch(runtime: Any, seen: dict[str, Any]) -> None:
 
 def current_device(rank: Any, files: list[str], device: str, current: int) -> dict[str, Any]:
     """Where a load goes: the current device, whatever the rank's number is."""
-    with rank.fake_cuda() as runtime:
+    with rank.fake_cuda(devices=4) as runtime:
+        before = runtime.driver.live().contexts
         seen: dict[str, Any] = {"peak": 0, "ordinals": set()}
         _watch(runtime, seen)
         runtime.current = lambda: current
         result = load_sharded(files, None, {}, device=device)
         full = Full(files)
         assert_tensors(result, full, lambda _, t: t)
-        return {"ordinals": sorted(seen["ordinals"]), "contexts": runtime.driver.live().contexts}
+        opened = runtime.driver.live().contexts - before
+        return {"ordinals": sorted(seen["ordinals"]), "contexts": opened}
 
 
 def default_device(rank: Any, files: list[str]) -> list[str]:

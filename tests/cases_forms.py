@@ -126,6 +126,26 @@ def _skipped(full: Full, me: Me) -> Form:
     return Form(rule, expect)
 
 
+def _left_out(full: Full, me: Me) -> Form:
+    """By all ranks, whole tensors."""
+    plan: dict[str, Any] = {
+        name: sharding.SKIP if left_out(name) else 0 if tensor.dim() else None
+        for name, tensor in full.tensors.items()
+    }
+
+    def expect(name: str, t: torch.Tensor) -> torch.Tensor | None:
+        if left_out(name):
+            return None
+        return chunk(t, 0, *me) if t.dim() else t
+
+    return Form(plan, expect)
+
+
+def left_out(name: str) -> bool:
+    """Whether the form of that name skips a tensor."""
+    return _number(name) % 3 == 0
+
+
 def _callable(full: Full, me: Me) -> Form:
     """What it is told is what the tensors are."""
     asked: dict[str, Any] = {}
@@ -182,6 +202,7 @@ FORMS: Mapping[str, Callable[[Full, Me], Form]] = {
     "beyond": _by_slices(_beyond),
     "owners": _owners,
     "skip": _skipped,
+    "left out": _left_out,
     "callable": _callable,
     "each its own": _each_its_own,
 }

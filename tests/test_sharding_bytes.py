@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import sharded
+from cases_forms import left_out
 from ranks import Case, Ran
 
 from fastst_patch import engine
@@ -25,6 +26,8 @@ NODES = [{"FASTST_NODE_ID": name} for name in ("a", "a", "b", "b")]
 DIRECT: dict[str, Any] = {"io": "direct", "chunk_bytes": MIB}
 CUDA: dict[str, Any] = {"device": "cuda", "chunk_bytes": MIB, "threads": 2}
 FORMS = ("rows", "last", "whole", "alternating", "owners")
+# What is named, what is current, and where it must go: no device twice, whose context would stay.
+CURRENT = [("cuda", 2, 2), ("cuda", 0, 0), ("cuda:1", 3, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def _needed(files: list[str], skipped: bool = False) -> int:
         end - begin
         for file in files
         for name, (begin, end) in sharded.data_offsets(file).items()
-        if not skipped or sum(name.encode()) % 3  # as cases_forms' "skip" has it for all ranks
+        if not (skipped and left_out(name))
     )
 
 
@@ -73,18 +76,18 @@ COLD: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def cold(nursery, big) -> Ran:
     return nursery.run([
-        _case(big, form, label, **way) for label, way in COLD.items() for form in (*FORMS, "skip")
+        _case(big, form, label, **way) for label, way in COLD.items() for form in (*FORMS, "left out")
     ], WORLD)  # fmt: skip
 
 
-@pytest.mark.parametrize("form", [*FORMS, "skip"])
+@pytest.mark.parametrize("form", [*FORMS, "left out"])
 @pytest.mark.parametrize("way", COLD)
 def test_storage_is_read_once(cold, big, way, form) -> None:
     """By all ranks of the machine together."""
     values = cold.values(f"{way}: {form}")
     if not values[0]["cold"]:
         pytest.skip("this file system does not let go of cached pages (tmpfs?)")
-    read, needed = _summed(values, "read"), _needed(big, skipped=form == "skip")
+    read, needed = _summed(values, "read"), _needed(big, skipped=form == "left out")
     if read == 0:
         pytest.skip("this kernel does not count what processes read from storage")
     assert 0.95 * needed <= read <= MORE * needed
@@ -131,12 +134,12 @@ def test_nothing_is_left_on_the_device(cold, way) -> None:
 
 @pytest.fixture(scope="module")
 def warm(nursery, big) -> Ran:
-    cases = [Case("cases_bytes.casts_on_the_device", {"files": big, **CUDA}, name="cast")]
-    cases += [
+    cases = [
         Case("cases_bytes.current_device", {"files": big[:1], "device": device, "current": current},
              name=f"current {device} {current}")
-        for device, current in (("cuda", 2), ("cuda", 0), ("cuda:1", 3))
+        for device, current, _ in CURRENT
     ]  # fmt: skip
+    cases.append(Case("cases_bytes.casts_on_the_device", {"files": big, **CUDA}, name="cast"))
     cases.append(Case("cases_bytes.default_device", {"files": big[:1]}, name="default device"))
     cases += [
         Case("cases_bytes.zero_copy", {"files": big, "form": form}, name=f"zero copy {form}")
@@ -156,9 +159,7 @@ def test_casts_happen_on_the_device(warm, big) -> None:
     assert [one["result"] for one in values] == [2 * _needed(big)] * WORLD
 
 
-@pytest.mark.parametrize(("device", "current", "used"), [
-    ("cuda", 2, 2), ("cuda", 0, 0), ("cuda:1", 3, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(("device", "current", "used"), CURRENT)
 def test_the_rank_is_no_device(warm, device, current, used) -> None:
     """All four ranks use the current device, or the one that is named; no other has a context."""
     for one in warm.values(f"current {device} {current}"):

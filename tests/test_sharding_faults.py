@@ -183,7 +183,8 @@ def test_driver_that_fails(device, call, form) -> None:
 # ---------------------------------------------------------------- plans and files
 
 RAISED = ("Planned", "MemoryError", "StopIteration", "KeyboardInterrupt", "SystemExit")
-ONE_ALONE = {"name": "nobody", "scalar": "F32.", "option": "io", "read_once": "read_once"}
+ONE_ALONE = {"name": "nobody", "scalar": "F32."}
+OPTION_ALONE = {"option": "io", "read_once": "read_once"}
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +250,14 @@ def test_plan_that_ends_its_program(disagreed, error, way) -> None:
 @pytest.mark.parametrize("what", ONE_ALONE)
 def test_argument_of_one_rank(disagreed, what) -> None:
     assert_told(disagreed.values(what), 2, "ValueError", ONE_ALONE[what])
+
+
+@pytest.mark.parametrize("what", OPTION_ALONE)
+def test_option_of_one_rank(nursery, files, what) -> None:
+    """Refused before it has met the others: they must not wait for it until their timeout."""
+    case = Case("cases_faults.wrong_on_one", {"files": files, "bad": 2, "what": what}, name=what)
+    ran = nursery.run([case], 4, timeout=20, limit=60)
+    assert_told(ran.values(case), 2, "ValueError", OPTION_ALONE[what])
 
 
 @pytest.mark.parametrize("way", ["default", "cuda"])
