@@ -76,6 +76,6 @@ def experts(rank: Any, files: list[str], count: int) -> int:
     def expect(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         if ".experts." not in name:
             return tensor
-        return tensor if int(name.split(".experts.")[1].split(".")[0]) in held else None
+        return tensor if int(name.split(".experts.")[1].split(".", maxsplit=1)[0]) in held else None
 
     return assert_tensors(loaded(files, None, plan), full, expect)

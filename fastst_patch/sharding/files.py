@@ -75,7 +75,6 @@ class ShardedFiles:
             raise ValueError(f"read_once={read_once!r}: allowed are 'node' and 'job'")
         self.group = group
         self._config = config
-        self._read_once = read_once
         self._call = call
         paths = _in_turn(files) if isinstance(files, Mapping) else list(files)
         self._target: devices.Target | None = None
@@ -103,7 +102,18 @@ class ShardedFiles:
                         " must be unique"
                     )
                 self._where[name] = number, i
-        group.agree(problem)
+        mapped = all(source.mapped for source in self.sources if source.opened is not None)
+        kind = "the CPU" if self._target is None else "a device"
+        told = group.agree(problem, (mapped, self._own_unit_bytes(), read_once, kind))
+        # Options may differ: what all must do alike is settled here.
+        self._mapped_everywhere = all(one[0] for one in told)
+        self._unit_bytes = min(one[1] for one in told)
+        self._read_once = "job" if any(one[2] == "job" for one in told) else "node"
+        if len({one[3] for one in told}) > 1 and self._refused is None:
+            raise ValueError(
+                f"some ranks load to {told[0][3]} and others do not; what they exchange must be"
+                " on devices of one kind"
+            )
 
     # ---- what is there ----
 
@@ -321,7 +331,8 @@ class ShardedFiles:
     def _from_map(self, source: Source) -> bool:
         """Whether all ranks take a file's tensors from its map, and exchange nothing."""
         by_network = self._read_once == "job" and len(set(self.group.nodes)) > 1
-        return source.mapped and len(source.readers) == self.group.size and not by_network
+        seen = len(source.readers) == self.group.size
+        return seen and self._mapped_everywhere and not by_network
 
     def _all_mapped(
         self, source: Source, needs: Sequence[Sequence[int]]
@@ -429,8 +440,7 @@ class ShardedFiles:
             *(Step("alone", unit) for unit in pack(source.extents, rest, size)),
         ]
 
-    @property
-    def _unit_bytes(self) -> int:
+    def _own_unit_bytes(self) -> int:
         given = self._config.device_memory_budget
         return UNIT if given is None else max(min(UNIT, given // 8), 1)
 

@@ -149,12 +149,24 @@ def plan_from_placements(
             if not (placement.is_replicate() or hasattr(placement, "dim")):
                 raise ValueError(f"tensor {name!r}: {placement} is no part of a tensor")
 
-    def plan(name: str, shape: Sequence[int], dtype: torch.dtype) -> Rule:
-        if name not in given:
-            return None
-        return _placed(mesh, given[name], name, shape)
+    return _Placements(mesh, given)
 
-    return plan
+
+class _Placements:
+    """The plan that `plan_from_placements` makes.
+
+    Attributes:
+        names: of the tensors that it places; each must be in the files.
+    """
+
+    def __init__(self, mesh: Any, placements: dict[str, tuple[Any, ...]]) -> None:
+        self._mesh = mesh
+        self._placements = placements
+        self.names = tuple(placements)
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Rule:
+        found = self._placements.get(name)
+        return None if found is None else _placed(self._mesh, found, name, shape)
 
 
 def _placed(mesh: Any, placements: tuple[Any, ...], name: str, shape: Sequence[int]) -> Rule:

@@ -266,16 +266,17 @@ def rules_of(
     """
     if plan is None:
         return {}
-    if isinstance(plan, Mapping):
-        unknown = [name for name in plan if name not in names]
-        if unknown:
-            raise ValueError(
-                f"the plan names {len(unknown)} tensors that are in none of the files, such as"
-                f" {unknown[0]!r}"
-            )
-        return plan
-    if not callable(plan):
+    if not isinstance(plan, Mapping) and not callable(plan):
         raise TypeError(f"a plan is a mapping or a function, not {type(plan).__name__}")
+    named = plan if isinstance(plan, Mapping) else getattr(plan, "names", ())
+    unknown = [name for name in named if name not in names]
+    if unknown:
+        raise ValueError(
+            f"the plan names {len(unknown)} tensors that are in none of the files, such as"
+            f" {unknown[0]!r}"
+        )
+    if isinstance(plan, Mapping):
+        return plan
     sized = getattr(plan, "sized", None)  # one that depends on how many ranks there are
     plan = plan if sized is None else sized(size)
     return {name: plan(name, *each) for name, each in described().items()}
