@@ -33,19 +33,35 @@ from .patcher import (
 )
 from .report import LoadReport, Profile, profile, totals
 
+if TYPE_CHECKING:
+    from .loader import (
+        FastSafetensorsFile,
+        FilesBufferOnDevice,
+        SafeTensorsFileLoader,
+        fastsafe_open,
+    )
+    from .parallel_loader import ParallelLoader
+    from .sharding import SingleGroup, load_sharded
+
 __all__ = [
     "Config",
     "FallbackWarning",
+    "FastSafetensorsFile",
     "FaststError",
+    "FilesBufferOnDevice",
     "LoadReport",
     "OptionError",
+    "ParallelLoader",
     "PatchReport",
     "Profile",
     "RankError",
+    "SafeTensorsFileLoader",
+    "SingleGroup",
     "TargetStatus",
     "UntestedVersionWarning",
     "config",
     "config_context",
+    "fastsafe_open",
     "get_original",
     "is_patched",
     "load_file",
@@ -61,10 +77,15 @@ __all__ = [
 ]
 
 
-if TYPE_CHECKING:
-    from .sharding import load_sharded
-
-_LAZY = {"load_sharded": "sharding"}
+_LAZY = {
+    "FastSafetensorsFile": "loader",
+    "FilesBufferOnDevice": "loader",
+    "ParallelLoader": "parallel_loader",
+    "SafeTensorsFileLoader": "loader",
+    "SingleGroup": "sharding",
+    "fastsafe_open": "loader",
+    "load_sharded": "sharding",
+}
 """Names of the explicit interface, and the module that each comes from when it is asked for."""
 
 
@@ -73,6 +94,10 @@ def __getattr__(name: str) -> Any:
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{module}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
 
 
 def stats() -> dict[str, Any]:

@@ -31,6 +31,7 @@ __all__ = [
     "pop",
     "push",
     "undecided_environment",
+    "with_options",
 ]
 
 KIB = 1 << 10
@@ -188,6 +189,15 @@ def _check_together(result: Config) -> Config:
             " file's map; use io='auto', 'buffered' or 'direct'"
         )
     return result
+
+
+def with_options(base: Config, options: Mapping[str, Any]) -> Config:
+    """A Config like ``base`` but for some options; nothing in force changes.
+
+    Raises:
+        OptionError: a name or value is not allowed, or two exclude each other.
+    """
+    return _check_together(dataclasses.replace(base, **_validated(options)))
 
 
 def _environment() -> dict[str, Any]:

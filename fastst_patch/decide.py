@@ -16,6 +16,7 @@ from .config import Config
 from .device import Target
 from .device import target as find_target
 from .errors import Doubt, FallbackWarning, FaststError
+from .layout import FileLayout
 from .ondevice import DeviceFile
 from .onhost import HostFile
 from .opened import OpenedFile, open_checked
@@ -29,9 +30,11 @@ __all__ = [
     "check_call",
     "check_descriptors",
     "check_move",
+    "check_size",
     "complain",
     "fell_back",
     "open_fast",
+    "opened_for",
     "path_of",
     "report_stock",
     "same",
@@ -102,6 +105,16 @@ def open_fast(path: str, config: Config, target: Target | None) -> OpenedFile:
         config: in force for it from now on.
         target: the device its tensors go to; None for the CPU.
     """
+    check_size(path, config)
+    try:
+        file, layout = open_checked(path)
+    except (OSError, MemoryError) as error:
+        raise Doubt(f"opening failed: {error}") from error
+    return opened_for(file, layout, config, target)
+
+
+def check_size(path: str, config: Config) -> None:
+    """Doubt when a file is so small that it goes to stock."""
     limit = config.small_file_bytes
     if limit:
         try:
@@ -110,10 +123,16 @@ def open_fast(path: str, config: Config, target: Target | None) -> OpenedFile:
             raise Doubt("the file cannot be looked at") from error
         if size <= limit:
             raise SmallFile("the file is small")
-    try:
-        file, layout = open_checked(path)
-    except (OSError, MemoryError) as error:
-        raise Doubt(f"opening failed: {error}") from error
+
+
+def opened_for(
+    file: engine.File, layout: FileLayout, config: Config, target: Target | None
+) -> OpenedFile:
+    """An open file on its way to where a target says, with an account of its own.
+
+    Raises:
+        Doubt: the options leave it to stock.
+    """
     if target is None:
         return HostFile(file, layout, config)
     return DeviceFile(file, layout, config, target)

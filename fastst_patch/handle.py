@@ -31,7 +31,7 @@ from .decide import (
 from .errors import Doubt
 from .layout import DTYPE_NAMES
 from .opened import OpenedFile, shared_lock
-from .report import LoadReport, emit
+from .report import LoadReport, emit, tell_unfinished
 from .slices import FastSlice, repr_as, stock_handle, stock_over
 
 if TYPE_CHECKING:
@@ -353,6 +353,7 @@ def report_open_handles() -> None:
                 continue
             if opened is not None and opened.account.tensors:
                 found._report(opened)
+    tell_unfinished()
 
 
 def _offset_keys(self: FastHandle, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["NETWORKED", "cpu_limit", "io_threads"]
+__all__ = ["NETWORKED", "cpu_limit", "gds_obstacle", "io_threads"]
 
 NETWORKED = frozenset((0x6969, 0x65735546, 0x0BD00BD0, 0xFF534D42, 0xFE534D42))
 """statfs types of NFS, FUSE, Lustre, CIFS and SMB2, where O_DIRECT is for who asks for it."""
@@ -36,3 +36,10 @@ def io_threads(configured: int) -> int:
     if configured:
         return configured
     return max(4, min(8, round(4 * cpu_limit())))
+
+
+def gds_obstacle() -> str | None:
+    """Why GPU Direct Storage cannot work here; None when it may. Opens no library."""
+    if not os.path.exists("/proc/driver/nvidia-fs"):
+        return "the kernel module nvidia-fs is not loaded"
+    return None

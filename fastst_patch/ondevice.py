@@ -165,12 +165,12 @@ class DeviceFile(OpenedFile):
         self._finish(windows)
         return dict(zip(names, made, strict=True))
 
-    def ahead(self, numbers: Sequence[int], *, owned: bool) -> Ahead:
+    def ahead(self, numbers: Sequence[int], *, owned: bool = False) -> Ahead:
         """Start moving tensors that will be asked for.
 
         Args:
             numbers: of the tensors.
-            owned: give each an allocation of its own, else they share one.
+            owned: give each an allocation of its own, else as the option ``tensors`` says.
 
         Raises as `tensor`.
         """

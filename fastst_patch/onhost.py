@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from . import engine, tensors
 from .config import Config
-from .errors import Doubt
+from .errors import Doubt, FaststError
 from .layout import FileLayout, plan_arena, plan_rows
 from .machine import io_threads
 from .opened import OpenedFile, progress_bar, shared_lock
+from .stock import SafetensorError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HostFile"]
+__all__ = ["HostAhead", "HostFile"]
 
 MIB = 1 << 20
 WORKERS_FROM = 1 * MIB
@@ -62,6 +63,8 @@ class HostFile(OpenedFile):
         self._map: engine.Arena | None = None
         self._storage: torch.UntypedStorage | None = None  # of the whole map
         self._covered = (0, 0)  # file range last looked after
+        self._all_cached = False  # certainly
+        self._reserve: int | None = None  # bytes of memory that read-ahead leaves
 
     # ---- which path ----
 
@@ -120,6 +123,54 @@ class HostFile(OpenedFile):
             made = self._read(range(len(layout.names)))
         self.count(len(made), layout.data_bytes)
         return dict(zip(layout.names, made, strict=True))
+
+    def ahead(self, numbers: Sequence[int]) -> HostAhead:
+        """Start bringing in tensors that will be asked for, given by their numbers.
+
+        Mapped ones are made at once, and workers read ahead what is not cached of them.
+
+        Raises:
+            Doubt: stock must do it, or a torch mode is in force: then they are made one by one.
+            OSError, MemoryError: there is no map, or no memory.
+        """
+        tensors.check(self.layout)
+        if not tensors.ordinary_mode():
+            raise Doubt("a torch mode or default device is in force")
+        wanted = array("Q", sorted(numbers))
+        job = None
+        if self.mapped:
+            arena = self.map()
+            made = tensors.import_batch(arena, self.layout, wanted)
+            self._read_ahead(arena, wanted)
+        else:
+            self._require_room(sum(map(self.layout.nbytes, wanted)))
+            made, arena, segments, _ = self._places(wanted)
+            job = self.read_into(arena, segments)
+        return HostAhead(self, dict(zip(wanted, made, strict=True)), job)
+
+    def _read_ahead(self, arena: engine.Arena, wanted: array[int]) -> None:
+        """Start reading ahead some mapped tensors; workers look what is not cached of them."""
+        if self.config.io == "mmap":
+            return
+        segments = array("Q")
+        total = 0
+        for i in wanted:
+            begin, end = self.layout.extent(i)
+            if segments and segments[-3] + segments[-2] == begin:
+                segments[-2] += end - begin
+            else:
+                segments.extend((begin, end - begin, 0))
+            total += end - begin
+        if total < WORKERS_FROM:
+            return
+        if self.account.resident is None:
+            whole = self.layout.data_begin, self.layout.data_bytes
+            self._all_cached = self._note_residency(*whole)
+        if self._all_cached:
+            return
+        # Where samples find everything cached, one worker makes sure of the rest.
+        threads = 1 if self.account.resident == 1.0 else io_threads(self.config.threads)
+        self._start(arena, segments, threads)
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone; not for mapped files."""
@@ -244,7 +295,9 @@ class HostFile(OpenedFile):
 
         None when there is no memory for it: the kernel then reads on demand, as for stock.
         """
-        headroom = engine.memory_headroom()
+        if self._reserve is None:  # once: asking costs more than starting
+            headroom = engine.memory_headroom()
+            self._reserve = min(RESERVE, headroom // 10) if headroom is not None else 0
         try:
             return engine.prefetch(
                 self.file,
@@ -252,7 +305,7 @@ class HostFile(OpenedFile):
                 extents,
                 threads=threads,
                 chunk_bytes=self.config.chunk_bytes,
-                reserve_bytes=min(RESERVE, headroom // 10) if headroom is not None else 0,
+                reserve_bytes=self._reserve,
             )
         except MemoryError:
             return None
@@ -274,31 +327,50 @@ class HostFile(OpenedFile):
         HostFile._taken = 0
 
     def _read(self, wanted: Iterable[int]) -> list[torch.Tensor]:
-        wanted = list(wanted)
-        self._require_room(sum(map(self.layout.nbytes, wanted)))
+        chosen = array("Q", wanted)
+        self._require_room(sum(map(self.layout.nbytes, chosen)))
+        made, arena, segments, nbytes = self._places(chosen)
+        self._run(arena, segments, nbytes)
+        return made
+
+    def _places(
+        self, wanted: array[int]
+    ) -> tuple[list[torch.Tensor], engine.Arena, array[int], int]:
+        """Tensors over memory that is yet to be filled, and what goes where in it."""
         if self.config.tensors == "owned":
-            made = [(i, tensors.empty(self.layout, i)) for i in wanted]
-            self._fill([(self.layout.extent(i)[0], self.layout.nbytes(i), t) for i, t in made])
-            return [tensor for _, tensor in made]
+            made = [tensors.empty(self.layout, i) for i in wanted]
+            places = [
+                (self.layout.extent(i)[0], self.layout.nbytes(i), tensor)
+                for i, tensor in zip(wanted, made, strict=True)
+            ]
+            return made, *self._borrow(places)
         plan = plan_arena(self.layout, wanted)
         arena = engine.alloc_arena(plan.arena_bytes)
-        self._run(arena, plan.segments, plan.data_bytes)
-        return tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
+        made = tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
+        return made, arena, plan.segments, plan.data_bytes
 
     def _fill(self, places: list[tuple[int, int, torch.Tensor]]) -> None:
         """Read (file offset, bytes) into tensors that already exist."""
-        places = [place for place in places if place[1]]
-        if not places:
-            return
-        base = min(tensor.data_ptr() for _, _, tensor in places)
-        top = max(tensor.data_ptr() + nbytes for _, nbytes, tensor in places)
+        self._run(*self._borrow(places))
+
+    def _borrow(
+        self, places: list[tuple[int, int, torch.Tensor]]
+    ) -> tuple[engine.Arena, array[int], int]:
+        """Tensors that exist as one arena, which reaches from the lowest to the highest."""
+        found = [place for place in places if place[1]]
         segments = array("Q")
-        for begin, nbytes, tensor in sorted(places, key=lambda place: place[0]):
+        if not found:
+            return engine.borrow_arena(0, 0, places), segments, 0
+        base = min(tensor.data_ptr() for _, _, tensor in found)
+        top = max(tensor.data_ptr() + nbytes for _, nbytes, tensor in found)
+        for begin, nbytes, tensor in sorted(found, key=lambda place: place[0]):
             segments.extend((begin, nbytes, tensor.data_ptr() - base))
-        total = sum(nbytes for _, nbytes, _ in places)
-        self._run(engine.borrow_arena(base, top - base, places), segments, total)
+        total = sum(nbytes for _, nbytes, _ in found)
+        return engine.borrow_arena(base, top - base, places), segments, total
 
     def _run(self, arena: engine.Arena, segments: array[int], nbytes: int) -> None:
+        if not nbytes:
+            return
         job = self.read_into(arena, segments)
         if self.config.progress:
             with progress_bar(self.file.path, nbytes) as advance:
@@ -326,3 +398,34 @@ class HostFile(OpenedFile):
             if self.account.path == "direct":
                 self.account.path = "buffered"
             self.account.note = f"O_DIRECT was refused ({os.strerror(refused)})"
+
+
+class HostAhead:
+    """Tensors under way, each to be taken once. Dropping it cancels what is still to be read."""
+
+    def __init__(
+        self, opened: HostFile, waiting: dict[int, torch.Tensor], job: engine.Job | None
+    ) -> None:
+        self._opened = opened
+        self._waiting = waiting
+        self._alone = len(waiting) == 1
+        self._job = job
+
+    def take(self, i: int) -> torch.Tensor:
+        """Tensor i, usable at once. Raises as `HostFile.tensor`."""
+        opened, result = self._opened, self._waiting.pop(i)
+        if self._job is not None and not self._landed(opened.layout.extent(i)[1]):
+            return opened.tensor(i)  # the error may be that of a tensor nobody has asked for
+        opened.count(1, opened.layout.nbytes(i))
+        return result
+
+    def _landed(self, end: int) -> bool:
+        assert self._job is not None
+        try:
+            self._job.wait_until(end)
+        except (OSError, SafetensorError, FaststError):
+            if self._alone:
+                raise
+            return False
+        self._opened.note(self._job)
+        return True

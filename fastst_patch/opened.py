@@ -9,9 +9,9 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import engine, tensors
 from .config import Config
@@ -23,7 +23,7 @@ from .locks import fork_safe
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Account", "OpenedFile", "open_checked", "progress_bar", "shared_lock"]
+__all__ = ["Account", "OpenedFile", "UnderWay", "open_checked", "progress_bar", "shared_lock"]
 
 # One for all files: held for nanoseconds, and one is enough to carry through a fork. Taken
 # again where a handle is collected, and so reports, while it is held.
@@ -75,6 +75,13 @@ def open_checked(path: str) -> tuple[engine.File, FileLayout]:
     return file, layout
 
 
+class UnderWay(Protocol):
+    """Tensors on their way, each to be taken once. Dropping it cancels the rest."""
+
+    def take(self, item: int, /) -> torch.Tensor:
+        """A tensor by its number, usable at once. Raises as `OpenedFile.tensor`."""
+
+
 class OpenedFile(abc.ABC):
     """State shared by a handle and its slices. Usable from any thread.
 
@@ -115,6 +122,13 @@ class OpenedFile(abc.ABC):
     @abc.abstractmethod
     def all_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, in offset order. Raises as `tensor`."""
+
+    @abc.abstractmethod
+    def ahead(self, numbers: Sequence[int]) -> UnderWay:
+        """Start moving tensors that will be asked for, given by their numbers.
+
+        Raises as `tensor`.
+        """
 
     @abc.abstractmethod
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:

@@ -14,7 +14,16 @@ from typing import Any
 
 from .locks import fork_safe
 
-__all__ = ["LoadReport", "Profile", "emit", "listen", "profile", "totals"]
+__all__ = [
+    "LoadReport",
+    "Profile",
+    "before_the_end",
+    "emit",
+    "listen",
+    "profile",
+    "tell_unfinished",
+    "totals",
+]
 
 _log = logging.getLogger("fastst_patch")
 _log.addHandler(logging.NullHandler())
@@ -121,6 +130,20 @@ def emit(report: LoadReport) -> None:
 def listen(listener: Callable[[LoadReport], None]) -> None:
     """Call ``listener`` with every report from now on, in the loading thread; it must not raise."""
     _listeners.append(listener)
+
+
+_unfinished: list[Callable[[], None]] = []
+
+
+def before_the_end(tell: Callable[[], None]) -> None:
+    """Call ``tell`` where a program or cell ends: it reports what is open and has handed out."""
+    _unfinished.append(tell)
+
+
+def tell_unfinished() -> None:
+    """Let everybody report what is still open."""
+    for tell in _unfinished:
+        tell()
 
 
 def totals() -> dict[str, Any]:

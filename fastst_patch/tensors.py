@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "by_stocks_recipe",
     "check",
+    "dtype_named",
     "empty",
     "import_batch",
     "known_to_stock",
@@ -170,6 +171,13 @@ def known_to_stock(used: int) -> bool:
         for name in names
         if name not in _ALWAYS
     )
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """The torch dtype of a safetensors name such as ``BF16``; None where this torch has none."""
+    import torch
+
+    return getattr(torch, _TORCH[name][0], None) if name in _TORCH else None
 
 
 def _storage_shape(layout: FileLayout, i: int) -> list[int]:

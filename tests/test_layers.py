@@ -24,6 +24,8 @@ LAYERS = [
     {"patcher"},
     {"targets"},
     {"integrations"},
+    {"parallel_loader"},
+    {"loader"},
     {"handle", "sharding"},
     {"slices"},
     {"uploads"},

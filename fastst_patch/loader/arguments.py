@@ -1,0 +1,253 @@
+"""What callers of fastsafetensors pass, and which of our options that means.
+
+An argument left at fastsafetensors' default leaves ours alone: its defaults fit another engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import tensors
+from ..config import KIB, MIB, Config, current, with_options
+from ..device import Target, torch_target
+from ..errors import Doubt, OptionError
+from ..machine import gds_obstacle
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "DEFAULT_BOUNCE_KB",
+    "DEFAULT_COPY_BLOCK",
+    "DEFAULT_THREADS",
+    "Settings",
+    "boolean",
+    "device_named",
+    "dtype_wanted",
+    "filter_or_none",
+    "path_list",
+    "rank_files",
+    "with_copy_block",
+]
+
+_log = logging.getLogger("fastst_patch")
+
+DEFAULT_BOUNCE_KB = 16 * 1024
+DEFAULT_THREADS = 16
+DEFAULT_COPY_BLOCK = 16 * 1024**3
+
+_FRAMEWORKS = ("pt", "pytorch", "torch")
+_LEFT_OUT = ("fallback", "log_level")  # of the process, not of one loader
+
+
+class Settings:
+    """Arguments of a loader, checked.
+
+    Attributes:
+        device: where tensors go, as torch names it; a CUDA device with its number.
+        target: the same for the engine; None for the CPU, and where stock has to do it.
+        doubt: why stock has to do it.
+        config: options for the files.
+        note: what was asked for and cannot be had.
+    """
+
+    def __init__(
+        self,
+        device: object,
+        framework: object,
+        *,
+        bbuf_size_kb: object = DEFAULT_BOUNCE_KB,
+        max_threads: object = DEFAULT_THREADS,
+        nogds: object = False,
+        use_fgds: object = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if framework not in _FRAMEWORKS:
+            raise OptionError(
+                f"framework={framework!r}: allowed are {', '.join(_FRAMEWORKS)};"
+                " other frameworks are fastsafetensors' own"
+            )
+        self.doubt: Doubt | None = None
+        self.target: Target | None = None
+        self.note: str | None = None
+        named = device_named(device)
+        self.device = str(named)
+        if named.type == "cuda":
+            self._find_target(named)
+        elif named.type != "cpu":
+            self.doubt = Doubt(f"device {self.device!r} is not accelerated")
+        self.config = self._config(bbuf_size_kb, max_threads, nogds, use_fgds, options or {})
+
+    def _find_target(self, named: torch.device) -> None:
+        try:
+            self.target = torch_target(named)
+        except Doubt as error:
+            self.doubt = Doubt.alone(error)
+        if self.target is not None:
+            self.device = self.target.name
+            return
+        _try_device(named)  # raises what torch says of a device that is not there
+
+    def _config(
+        self,
+        bbuf_size_kb: object,
+        max_threads: object,
+        nogds: object,
+        use_fgds: object,
+        options: Mapping[str, Any],
+    ) -> Config:
+        chosen: dict[str, Any] = {}
+        bounce = _positive("bbuf_size_kb", bbuf_size_kb)
+        if bounce != DEFAULT_BOUNCE_KB:
+            chosen["chunk_bytes"] = _chunk(bounce * KIB)
+        threads = _positive("max_threads", max_threads)
+        if threads != DEFAULT_THREADS:
+            chosen["threads"] = min(threads, 64)
+        wants_gds = boolean("use_fgds", use_fgds) | (not boolean("nogds", nogds))
+        for name in options:
+            if name in _LEFT_OUT or name not in Config.__dataclass_fields__:
+                allowed = [k for k in Config.__dataclass_fields__ if k not in _LEFT_OUT]
+                raise TypeError(
+                    f"unexpected keyword argument {name!r}: besides fastsafetensors' arguments"
+                    f" the options {', '.join(allowed)} are taken"
+                )
+        base = current()
+        if wants_gds and self.target is not None and "io" not in options and base.io == "auto":
+            obstacle = gds_obstacle()
+            if obstacle is None:
+                chosen["io"] = "gds"
+            else:
+                self.note = f"GDS was asked for (nogds=False) and cannot be used: {obstacle}"
+                _log.debug("%s", self.note)
+        return with_options(base, {**chosen, **options})
+
+
+def with_copy_block(config: Config, max_copy_block_size: object) -> Config:
+    """The options for copies of at most so many bytes each."""
+    block = _positive("max_copy_block_size", max_copy_block_size)
+    if block >= config.chunk_bytes:
+        return config
+    return with_options(config, {"chunk_bytes": _chunk(block)})
+
+
+def _chunk(nbytes: int) -> int:
+    return max(64 * KIB, min(64 * MIB, nbytes))
+
+
+def _positive(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise OptionError(f"{name}={value!r}: allowed are whole numbers above 0")
+    return value
+
+
+def boolean(name: str, value: object) -> bool:
+    """A flag. OptionError on anything but True and False."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{name}={value!r}: allowed are True and False")
+    return value
+
+
+def device_named(device: object) -> torch.device:
+    """A device given as text, number, torch.device, or fastsafetensors' Device; None is the CPU.
+
+    Raises:
+        RuntimeError: torch knows no such device.
+        TypeError: it is none of these.
+    """
+    import torch
+
+    as_str = getattr(device, "as_str", None)
+    if callable(as_str):
+        device = as_str()
+    if device is None:
+        return torch.device("cpu")
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f"device={device!r}: allowed are a name such as 'cuda:0' or a torch.device")
+    if isinstance(device, int):
+        return torch.device("cuda", device)
+    if device == "gpu" or (isinstance(device, str) and device.startswith("gpu:")):
+        device = "cuda" + device[3:]  # DeviceType.GPU of fastsafetensors
+    return torch.device(device)
+
+
+def _try_device(named: torch.device) -> None:
+    import torch
+
+    torch.empty(0, device=named)
+
+
+def dtype_wanted(dtype: object) -> torch.dtype | None:
+    """The torch dtype that an argument means; None for "as in the file".
+
+    Takes torch dtypes, their names, those of safetensors (``"BF16"``), and fastsafetensors'
+    DType; ``None`` and ``"AUTO"`` mean as in the file.
+
+    Raises:
+        OptionError: it is none of these, or this torch lacks it.
+    """
+    import torch
+
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    name = getattr(dtype, "value", dtype)
+    if isinstance(name, str):
+        if name.upper() == "AUTO":
+            return None
+        named = tensors.dtype_named(name.upper())
+        if named is None:
+            named = getattr(torch, name.removeprefix("torch."), None)
+        if isinstance(named, torch.dtype):
+            return named
+    raise OptionError(
+        f"dtype={dtype!r}: allowed are torch dtypes and their names, safetensors' names such as"
+        " 'BF16', and None or 'AUTO' for the file's own"
+    )
+
+
+def filter_or_none(keep: object, name: str = "tensor_filter") -> Any:
+    """A function of names. TypeError on what cannot be called."""
+    if keep is not None and not callable(keep):
+        raise TypeError(f"{name}={keep!r}: give a function of a name, or None")
+    return keep
+
+
+def path_list(paths: object, what: str) -> list[str]:
+    """Paths as str. TypeError on anything but a sequence of str and PathLike."""
+    if isinstance(paths, (str, bytes, os.PathLike)) or not isinstance(paths, Sequence):
+        raise TypeError(f"{what}: a list of paths is wanted, not {paths!r}")
+    return [one_path(path, what) for path in paths]
+
+
+def one_path(path: object, what: str) -> str:
+    """A path as str. TypeError on anything but str and PathLike."""
+    found = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(found, str):
+        raise TypeError(f"{what}: a path is wanted, not {path!r}")
+    return found
+
+
+def rank_files(filenames: object, size: int) -> dict[int, list[str]]:
+    """Files by rank, checked.
+
+    Raises:
+        TypeError: it is no mapping of ranks to lists of paths.
+        ValueError: a rank is not in the group.
+    """
+    if not isinstance(filenames, Mapping):
+        raise TypeError(
+            f"add_filenames: a dict of ranks and their files is wanted, such as {{0: [path]}},"
+            f" not {filenames!r}"
+        )
+    result: dict[int, list[str]] = {}
+    for rank, paths in filenames.items():
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise TypeError(f"add_filenames: rank {rank!r} is no whole number")
+        if not 0 <= rank < size:
+            raise ValueError(
+                f"add_filenames: rank {rank} is not in the group, whose size is {size}"
+            )
+        result[rank] = path_list(paths, f"add_filenames, files of rank {rank}")
+    return result

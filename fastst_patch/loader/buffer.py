@@ -1,0 +1,249 @@
+"""Files whose tensors are on their way to a device: what ``copy_files_to_device`` returns."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .arguments import dtype_wanted
+from .wrapped import WrappedTensor, moved
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Files", "FilesBufferOnDevice"]
+
+
+class Files(Protocol):
+    """Where a buffer gets tensors from: this process alone, or a group that shares the reading."""
+
+    def take(self, name: str, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """This rank's shard along a dimension; all of it for -1."""
+
+    def push(
+        self, name: str, dst_rank: int, dtype: torch.dtype | None = None
+    ) -> torch.Tensor | None:
+        """The tensor on one rank, None on the others."""
+
+    def close(self) -> None:
+        """Let go of everything not handed out."""
+
+
+class FilesBufferOnDevice:
+    """Tensors of files, read ahead in the background and handed out by name.
+
+    Made by `SafeTensorsFileLoader.copy_files_to_device`. A tensor is waited for when it is asked
+    for, and only its own bytes are. Tensors own their memory: they stay valid after `close`,
+    which frees what was not handed out. In a group every rank calls the same methods in the same
+    order, as with fastsafetensors. Never closed, it goes with its last reference.
+
+    A name may be asked for twice: to the CPU both tensors share memory (they are views of one
+    private map), to a device the second is read anew, unless ``disable_cache=False``.
+
+    Attributes:
+        key_to_rank_lidx: each name's rank, and the number of its file among that rank's.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        places: Mapping[str, tuple[int, int]],
+        describe: Callable[[str], tuple[str, list[int]]],
+        *,
+        group: tuple[int, int],
+        dtype: torch.dtype | None,
+        cached: bool,
+    ) -> None:
+        self._files: Files | None = files
+        self.key_to_rank_lidx: dict[str, tuple[int, int]] = dict(places)
+        self._describe = describe
+        self._rank, self._size = group
+        self._dtype = dtype
+        self._cache: dict[tuple[str, int], torch.Tensor] | None = {} if cached else None
+
+    # ---- what is there ----
+
+    def get_filename(self, tensor_name: str) -> str:
+        """Path of the file that has a tensor, as it was given. ValueError for none."""
+        self._check(tensor_name)
+        return self._describe(tensor_name)[0]
+
+    def get_shape(self, tensor_name: str) -> list[int]:
+        """Shape of a tensor, as the header has it. ValueError for none."""
+        self._check(tensor_name)
+        return self._describe(tensor_name)[1]
+
+    # ---- tensors ----
+
+    def get_tensor(
+        self, tensor_name: str, device: object = None, dtype: object = None
+    ) -> torch.Tensor:
+        """A whole tensor; in a group, on every rank.
+
+        Args:
+            tensor_name: its name.
+            device: where to move it afterwards; None leaves it where it was loaded to.
+            dtype: to convert it to, on the device it was loaded to; None leaves the loader's.
+
+        Raises:
+            ValueError: there is no such tensor, or the buffer is closed.
+            OSError, MemoryError, SafetensorError: it could not be read; the message names file,
+                tensor and cause.
+        """
+        return self.get_sharded(tensor_name, -1, device, dtype)
+
+    def get_sharded(
+        self, tensor_name: str, dim: int, device: object = None, dtype: object = None
+    ) -> torch.Tensor:
+        """This rank's part of a tensor, split as `torch.chunk` splits; all of it for ``dim`` -1.
+
+        A process on its own gets all of it, whatever ``dim`` is, as from fastsafetensors.
+
+        Raises as `get_tensor`, and in a group IndexError when it has no such dimension.
+        """
+        files = self._check(tensor_name)
+        wanted = dtype_wanted(dtype)
+        _check_dim(dim)
+        if self._cache is None:
+            result = files.take(tensor_name, dim, wanted or self._dtype)
+            return result if device is None else moved(result, device, None)
+        kept = self._cache.get((tensor_name, dim))
+        if kept is None:
+            kept = self._cache[tensor_name, dim] = files.take(tensor_name, dim, self._dtype)
+        return moved(kept.clone(), device, wanted)
+
+    def get_tensor_wrapped(
+        self, tensor_name: str, device: object = None, dtype: object = None
+    ) -> WrappedTensor:
+        """`get_tensor` in fastsafetensors' wrapper."""
+        return WrappedTensor(self.get_tensor(tensor_name, device, dtype))
+
+    def get_sharded_wrapped(
+        self, tensor_name: str, dim: int, device: object = None, dtype: object = None
+    ) -> WrappedTensor:
+        """`get_sharded` in fastsafetensors' wrapper."""
+        return WrappedTensor(self.get_sharded(tensor_name, dim, device, dtype))
+
+    def get_multi_cols(
+        self, tensor_names: list[str], dim: int, device: object = None, dtype: object = None
+    ) -> WrappedTensor:
+        """This rank's parts of several tensors, one behind another along a dimension.
+
+        In the order of ``tensor_names``, also when they are in several files.
+
+        Raises as `get_sharded`, and ValueError when their other dimensions or dtypes differ.
+        """
+        names = list(tensor_names)
+        if not names:
+            raise ValueError("get_multi_cols: no names given")
+        _check_dim(dim)
+        shapes = {}
+        for name in names:
+            self._check(name)
+            shapes[name] = self._describe(name)[1]
+        along = _same_but_along(shapes, dim)
+        wanted = dtype_wanted(dtype)
+        parts = [self.get_sharded(name, along, None, wanted) for name in names]
+        if len({part.dtype for part in parts}) > 1:
+            found = ", ".join(f"{n!r} {p.dtype}" for n, p in zip(names, parts, strict=True))
+            raise ValueError(f"get_multi_cols: the dtypes differ: {found}; give one with dtype=")
+        return WrappedTensor(moved(_concatenated(parts, along), device, None))
+
+    def push_tensor(
+        self, tensor_name: str, dst_rank: int, device: object = None, dtype: object = None
+    ) -> torch.Tensor | None:
+        """A whole tensor on rank ``dst_rank``; None on the others. Raises as `get_tensor`."""
+        files = self._check(tensor_name)
+        if isinstance(dst_rank, bool) or not isinstance(dst_rank, int):
+            raise TypeError(f"push_tensor: dst_rank={dst_rank!r} is no whole number")
+        if not 0 <= dst_rank < self._size:
+            raise ValueError(
+                f"push_tensor: rank {dst_rank} is not in the group, whose size is {self._size}"
+            )
+        result = files.push(tensor_name, dst_rank, dtype_wanted(dtype) or self._dtype)
+        return None if result is None else moved(result, device, None)
+
+    def as_dict(self, tensor_shard_dim: Mapping[str, int]) -> dict[str, WrappedTensor]:
+        """`get_sharded_wrapped` of each name along its dimension."""
+        return {name: self.get_sharded_wrapped(name, dim) for name, dim in tensor_shard_dim.items()}
+
+    def iter_local_tensors(self, tensor_names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and whole tensors. RuntimeError in a group larger than one."""
+        if self._size != 1:
+            raise RuntimeError("iter_local_tensors requires a single-process group")
+        for name in tensor_names:
+            yield name, self.get_tensor(name)
+
+    # ---- the end ----
+
+    def close(self) -> None:
+        """Let go of what was not handed out. Tensors handed out stay valid. May be repeated."""
+        files, self._files = self._files, None
+        self._cache = None if self._cache is None else {}
+        if files is not None:
+            files.close()
+
+    def __enter__(self) -> FilesBufferOnDevice:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self, _at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        # A group's close may be collective: only what is ours alone is closed by itself.
+        if not _at_exit() and getattr(self, "_size", 0) == 1:
+            self.close()
+
+    def _check(self, name: str) -> Files:
+        if self._files is None:
+            raise ValueError("the buffer is closed: take tensors before close()")
+        if name not in self.key_to_rank_lidx:
+            raise ValueError(_unknown(name, self.key_to_rank_lidx))
+        return self._files
+
+
+def _unknown(name: object, known: Mapping[str, Any]) -> str:
+    text = f"key {name} was not found in files"
+    if isinstance(name, str):
+        near = difflib.get_close_matches(name, list(known)[:10_000], 1)
+        if near:
+            text += f"; did you mean {near[0]!r}?"
+    return text
+
+
+def _check_dim(dim: object) -> None:
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim={dim!r} is no whole number")
+
+
+def _same_but_along(shapes: Mapping[str, list[int]], dim: int) -> int:
+    """The dimension counted from the front, of tensors that differ in no other."""
+    first, *rest = shapes
+    ndim = len(shapes[first])
+    along = dim + ndim if dim < 0 else dim
+    if not 0 <= along < ndim:
+        raise IndexError(f"tensor {first!r} of shape {shapes[first]} has no dimension {dim}")
+    for name in rest:
+        ours, theirs = list(shapes[first]), list(shapes[name])
+        if len(theirs) == ndim:
+            ours[along] = theirs[along]
+        if ours != theirs:
+            raise ValueError(
+                f"get_multi_cols: {name!r} of shape {shapes[name]} does not fit"
+                f" {first!r} of shape {shapes[first]} along dimension {along}"
+            )
+    return along
+
+
+def _concatenated(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    import torch
+
+    if len(parts) == 1:
+        return parts[0]
+    dtype = parts[0].dtype
+    if dtype.itemsize == 1 and dtype.is_floating_point:  # torch moves few of these
+        raw = torch.cat([part.view(torch.uint8) for part in parts], dim=dim)
+        return raw.view(dtype)
+    return torch.cat(parts, dim=dim)

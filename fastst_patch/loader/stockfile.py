@@ -1,0 +1,111 @@
+"""A file that stock safetensors reads, behind the same interface as ours."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import engine, slices, stock
+from ..config import Config
+from ..errors import Doubt
+from ..layout import DTYPE_NAMES, FileLayout
+from ..opened import OpenedFile, UnderWay
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["StockFile", "layout_of"]
+
+
+class StockFile(OpenedFile):
+    """A file whose tensors stock makes, because of a doubt.
+
+    Attributes:
+        path: of the file.
+    """
+
+    def __init__(
+        self, path: str, layout: FileLayout, config: Config, device: str, doubt: Doubt
+    ) -> None:
+        super().__init__(None, layout, config)  # type: ignore[arg-type] # nothing here reads it
+        self.path = path
+        self.device = device
+        self.device_argument = device
+        self.account.path = "stock"
+        self.account.note = doubt.reason
+        self._doubt = doubt
+        self._handle = slices.stock_handle(stock.safe_open, path, device)
+
+    def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
+        """Tensor i, by stock; raises what stock raises."""
+        result: torch.Tensor = self._handle.get_tensor(self.layout.names[i])
+        self.count(1, self.layout.nbytes(i))
+        return result
+
+    def slice(self, i: int) -> Any:
+        """Stock's slice of tensor i."""
+        return self._handle.get_slice(self.layout.names[i])
+
+    def all_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name, in offset order."""
+        return {name: self.tensor(i) for i, name in enumerate(self.layout.names)}
+
+    def ahead(self, numbers: Sequence[int]) -> UnderWay:
+        """Stock reads nothing ahead: always a Doubt."""
+        raise Doubt(self._doubt.reason)
+
+    def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
+        """Stock reads where it likes: always a Doubt."""
+        raise Doubt(self._doubt.reason)
+
+    def note(self, job: engine.Job) -> None:
+        """There are no jobs."""
+
+    def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of tensor i's first dimension."""
+        result: torch.Tensor = self.slice(i)[start:stop]
+        return result
+
+
+def layout_of(path: str) -> FileLayout:
+    """What the header of a file says that stock has accepted, which therefore is sound.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+        size = file.seek(0, 2)
+    metadata = header.pop("__metadata__", None)
+    found = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    records, dims = array("Q"), array("q")
+    used = 0
+    for _, entry in found:
+        shape = entry["shape"]
+        kind = _kind(entry["dtype"])
+        used |= 1 << kind
+        records.extend((*entry["data_offsets"], len(dims), len(shape) | kind << 32))
+        dims.extend(shape)
+    names = tuple(name for name, _ in found)
+    return FileLayout(
+        names=names,
+        index=dict(zip(names, range(len(names)), strict=True)),
+        data_begin=8 + length,
+        data_bytes=size - 8 - length,
+        metadata=metadata,
+        dtypes=used,
+        odd_f4=False,
+        owner=None,
+        _records=memoryview(records),
+        _dims=memoryview(dims),
+    )
+
+
+def _kind(dtype: str) -> int:
+    try:
+        return DTYPE_NAMES.index(dtype)
+    except ValueError:
+        raise NotImplementedError(f"dtype {dtype!r} is not known to this version") from None

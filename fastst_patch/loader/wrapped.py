@@ -1,0 +1,106 @@
+"""The wrapped tensor that some methods of fastsafetensors return."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .arguments import device_named, dtype_wanted
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["WrappedTensor"]
+
+
+class WrappedTensor:
+    """A torch tensor in fastsafetensors' wrapper: `get_raw` gives it.
+
+    What it lacks is looked up on the tensor, and torch's functions take it as that tensor.
+
+    Attributes:
+        real_tensor: the tensor.
+    """
+
+    __slots__ = ("real_tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.real_tensor = tensor
+
+    def get_raw(self) -> torch.Tensor:
+        """The tensor itself."""
+        return self.real_tensor
+
+    def get_shape(self) -> list[int]:
+        """Its shape; of packed 4-bit numbers the number of them, not of bytes."""
+        shape = list(self.real_tensor.shape)
+        if str(self.real_tensor.dtype) == "torch.float4_e2m1fn_x2":
+            shape[-1] *= 2
+        return shape
+
+    def get_nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.real_tensor.nbytes
+
+    def to(self, device: object = None, dtype: object = None) -> WrappedTensor:
+        """It on another device or in another dtype; None leaves each as it is."""
+        return WrappedTensor(moved(self.real_tensor, device, dtype_wanted(dtype)))
+
+    def clone(self) -> WrappedTensor:
+        """A copy."""
+        return WrappedTensor(self.real_tensor.clone())
+
+    def detach(self) -> WrappedTensor:
+        """It without its history."""
+        return WrappedTensor(self.real_tensor.detach())
+
+    def contiguous(self) -> WrappedTensor:
+        """It in contiguous memory."""
+        return WrappedTensor(self.real_tensor.contiguous())
+
+    def view(self, dtype: object) -> WrappedTensor:
+        """Its bytes seen as another dtype."""
+        wanted = dtype_wanted(dtype)
+        return self if wanted is None else WrappedTensor(self.real_tensor.view(wanted))
+
+    def reshape(self, shape: list[int]) -> WrappedTensor:
+        """It in another shape."""
+        return WrappedTensor(self.real_tensor.reshape(shape))
+
+    def __getitem__(self, index: Any) -> WrappedTensor:
+        return WrappedTensor(self.real_tensor[index])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real_tensor, name)
+
+    def __repr__(self) -> str:
+        return f"WrappedTensor({self.real_tensor!r})"
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Torch's functions see the tensors inside."""
+        return function(*_unwrapped(args), **_unwrapped(kwargs or {}))
+
+
+def _unwrapped(found: Any) -> Any:
+    if isinstance(found, WrappedTensor):
+        return found.real_tensor
+    if isinstance(found, (list, tuple)):
+        return type(found)(_unwrapped(one) for one in found)
+    if isinstance(found, dict):
+        return {key: _unwrapped(one) for key, one in found.items()}
+    return found
+
+
+def moved(tensor: torch.Tensor, device: object, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor on another device, or in another dtype, cast where the bytes fewer are."""
+    if device is None:
+        return tensor if dtype is None else tensor.to(dtype)
+    named = device_named(device)
+    same_device = named.type == tensor.device.type and (
+        named.index is None or named.index == tensor.device.index
+    )
+    if same_device:
+        return tensor if dtype is None else tensor.to(dtype)
+    return tensor.to(named) if dtype is None else tensor.to(named, dtype)
