@@ -1,0 +1,656 @@
+"""The explicit loader to the CPU: every method against stock, lifetimes, filters, laziness."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from loader_files import bits, of_all_dtypes, write
+
+import fastst_patch
+from fastst_patch import (
+    FastSafetensorsFile,
+    FaststError,
+    ParallelLoader,
+    SafeTensorsFileLoader,
+    SingleGroup,
+    engine,
+    fastsafe_open,
+)
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+WAYS = [
+    {},
+    {"io": "mmap"},
+    {"io": "buffered"},
+    {"io": "direct"},
+    {"tensors": "owned"},
+    {"page_cache": "drop"},
+    {"io": "buffered", "device_memory_budget": 0},
+    {"io": "buffered", "device_memory_budget": 5_000},
+]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> list[str]:
+    return of_all_dtypes(tmp_path_factory.mktemp("all"), 3)
+
+
+@pytest.fixture(scope="module")
+def expected(paths, stock) -> dict[str, Any]:
+    return {name: bits(t) for path in paths for name, t in stock.load_file(path).items()}
+
+
+def _loader(paths: list[str], **options: Any) -> SafeTensorsFileLoader:
+    loader = SafeTensorsFileLoader(SingleGroup(), "cpu", **options)
+    loader.add_filenames({0: paths})
+    return loader
+
+
+# ---------------------------------------------------------------- every method, bit for bit
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_every_tensor(paths, expected, watch, options) -> None:
+    with fastst_patch.config_context(fallback="error"), watch() as seen:
+        loader = _loader(paths, **options)
+        names = loader.get_keys()
+        assert sorted(names) == sorted(expected)
+        with loader.copy_files_to_device() as buffer:
+            for name in names:
+                assert bits(buffer.get_tensor(name)) == expected[name], name
+            for name in random.Random(3).sample(names, len(names)):
+                assert bits(buffer.get_tensor(name)) == expected[name], name
+            for name in names[::-1]:
+                assert bits(buffer.get_sharded(name, -1)) == expected[name], name
+        loader.close()
+    for path in paths:
+        seen.assert_fast(path)
+    assert {report.call for report in seen.reports} == {"SafeTensorsFileLoader"}
+    assert sum(report.tensors for report in seen.reports) == 3 * len(expected)
+
+
+def test_every_method(paths, expected, stock) -> None:
+    loader = _loader(paths)
+    buffer = loader.copy_file_to_device()
+    by_path = {path: stock.load_file(path) for path in paths}
+    for path, tensors in by_path.items():
+        with stock.safe_open(path, "pt") as handle:
+            for name, tensor in tensors.items():
+                assert buffer.get_filename(name) == path
+                shape = handle.get_slice(name).get_shape()
+                assert loader.get_shape(name) == buffer.get_shape(name) == shape
+                assert bits(buffer.push_tensor(name, 0)) == expected[name]
+                assert bits(buffer.get_tensor_wrapped(name).get_raw()) == expected[name]
+                for dim in range(-1, len(tensor.shape) + 1):  # alone, whatever it is
+                    assert bits(buffer.get_sharded(name, dim)) == expected[name]
+    wanted = dict.fromkeys(expected, 0)
+    as_dict = buffer.as_dict(wanted)
+    assert list(as_dict) == list(wanted)
+    for name, wrapped in as_dict.items():
+        assert bits(wrapped.get_raw()) == expected[name]
+    for name, tensor in buffer.iter_local_tensors(loader.get_keys()):
+        assert bits(tensor) == expected[name]
+    assert set(buffer.key_to_rank_lidx) == set(expected)
+    assert {rank for rank, _ in buffer.key_to_rank_lidx.values()} == {0}
+    buffer.close()
+    loader.close()
+
+
+@pytest.mark.parametrize("argument", ["one", "path", "list", "dict"])
+def test_fastsafe_open(paths, expected, watch, argument) -> None:
+    given = {"one": paths[0], "path": Path(paths[0]), "list": paths, "dict": {0: paths}}[argument]
+    few = argument in ("one", "path")
+    with watch() as seen, fastsafe_open(given, framework="pt", device="cpu") as opened:
+        names = opened.keys()
+        assert names == opened.get_keys()
+        chosen = {n: b for n, b in expected.items() if not few or n.startswith("file0.")}
+        assert set(names) == set(chosen)
+        kept = {name: opened.get_tensor(name) for name in names}
+        assert opened.metadata() == {
+            path: {"seed": str(k)} for k, path in enumerate(paths[:1] if few else paths)
+        }
+        assert bits(opened.get_tensor_wrapped(names[5]).get_raw()) == expected[names[5]]
+    assert {name: bits(tensor) for name, tensor in kept.items()} == chosen
+    assert {report.call for report in seen.reports} == {"fastsafe_open"}
+
+
+def test_no_metadata_is_an_empty_dict(raw) -> None:
+    path = raw.tensors({"a": torch.ones(2)})
+    with fastsafe_open(path) as opened:
+        assert opened.metadata() == {path: {}}
+
+
+def test_a_file_as_a_mapping(paths, expected, stock, watch) -> None:
+    theirs = stock.load_file(paths[1])
+    with watch() as seen, FastSafetensorsFile(paths[1]) as file:
+        assert len(file) == len(theirs)
+        assert set(file) == set(file.keys()) == set(theirs)
+        assert "nothing" not in file
+        assert file.metadata == {"seed": "1"}
+        assert file.path == paths[1]
+        for name, tensor in file.items():
+            assert bits(tensor) == expected[name]
+        for name, info in file.get_tensors().items():
+            with stock.safe_open(paths[1], "pt") as handle:
+                piece = handle.get_slice(name)
+                assert (info.name, info.dtype) == (name, piece.get_dtype())
+                assert list(info.shape) == piece.get_shape()
+            raw = Path(paths[1]).read_bytes()[slice(*info.offsets)]
+            assert info.nbytes == len(raw)
+            assert raw == expected[name][2]
+        assert bits(file.get_slice("file1.I32.5x6")[1:3, 2:]) == bits(
+            theirs["file1.I32.5x6"][1:3, 2:]
+        )
+        with pytest.raises(KeyError, match=r"did you mean 'file1.I32.5x6'"):
+            file["file1.I32.5x7"]
+    seen.assert_fast(paths[1])
+    file.close()
+    with pytest.raises(ValueError, match="closed"):
+        file["file1.I32.5x6"]
+    with pytest.raises(ValueError, match="closed"):
+        file.get_slice("file1.I32.5x6")
+    assert len(file) == len(theirs)  # what is known stays known
+
+
+# ---------------------------------------------------------------- columns
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F8_E4M3", "F8_E8M0", "BOOL", "I64", "F4"])
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_columns_of_several_tensors(tmp_path, stock, dtype, dim) -> None:
+    shapes = [[4, 6, 8], [4, 6, 8], [4, 6, 8]]
+    for k, shape in enumerate(shapes):
+        shape[dim] += 2 * k
+    paths = [
+        write(tmp_path / f"{k}.safetensors", {f"t{k}": (dtype, tuple(shape))}, k)
+        for k, shape in enumerate(shapes)
+    ]
+    theirs = [stock.load_file(path)[f"t{k}"] for k, path in enumerate(paths)]
+    buffer = _loader(paths).copy_files_to_device()
+    for order in itertools.permutations(range(3), 2):
+        columns = buffer.get_multi_cols([f"t{k}" for k in order], dim).get_raw()
+        raw = torch.cat([theirs[k].view(torch.uint8) for k in order], dim=dim)
+        assert bits(columns) == bits(raw.view(theirs[0].dtype))
+    assert bits(buffer.get_multi_cols(["t1"], dim).get_raw()) == bits(theirs[1])
+    buffer.close()
+
+
+def test_columns_that_do_not_fit(tmp_path) -> None:
+    entries = {"a": ("F32", (4, 6)), "b": ("F32", (5, 6)), "c": ("F16", (4, 6)), "s": ("F32", ())}
+    buffer = _loader([write(tmp_path / "m.safetensors", entries)]).copy_files_to_device()
+    with pytest.raises(ValueError, match=r"'b' of shape \[5, 6\] does not fit 'a'"):
+        buffer.get_multi_cols(["a", "b"], 1)
+    with pytest.raises(ValueError, match=r"'s' of shape \[\] does not fit 'a'"):
+        buffer.get_multi_cols(["a", "s"], 1)
+    with pytest.raises(ValueError, match=r"dtypes differ: 'a' torch.float32, 'c' torch.float16"):
+        buffer.get_multi_cols(["a", "c"], 0)
+    assert buffer.get_multi_cols(["a", "c"], 0, dtype=torch.float16).shape == (8, 6)
+    with pytest.raises(IndexError, match="no dimension 2"):
+        buffer.get_multi_cols(["a", "b"], 2)
+    with pytest.raises(IndexError, match="no dimension 0"):
+        buffer.get_multi_cols(["s"], 0)
+    with pytest.raises(ValueError, match="no names"):
+        buffer.get_multi_cols([], 0)
+    buffer.close()
+
+
+def test_a_wrapped_tensor_is_taken_for_its_tensor(sample, stock) -> None:
+    with fastsafe_open(sample) as opened:
+        w = opened.get_tensor_wrapped("w")
+        plain = stock.load_file(sample)["w"]
+        assert torch.equal(w, plain)
+        assert torch.equal(torch.cat([w, w]), torch.cat([plain, plain]))
+        assert torch.equal(plain + w, plain * 2)
+        assert (w.shape, w.dtype, w.get_shape(), w.get_nbytes()) == (
+            plain.shape, torch.float32, [32, 48], plain.nbytes,
+        )  # fmt: skip
+        for ours, theirs in (
+            (w[3:5, 1], plain[3:5, 1]),
+            (w.to(dtype="F16"), plain.half()),
+            (w.to("cpu", torch.float64), plain.double()),
+            (w.clone().detach().contiguous(), plain),
+            (w.view("I32"), plain.view(torch.int32)),
+            (w.reshape([-1]), plain.reshape(-1)),
+        ):
+            assert bits(ours.get_raw()) == bits(theirs)
+
+
+# ---------------------------------------------------------------- dtypes
+
+
+NAMED = [
+    torch.bfloat16,
+    "bfloat16",
+    "torch.bfloat16",
+    "BF16",
+    "bf16",
+    SimpleNamespace(value="BF16"),
+]
+
+
+@pytest.mark.parametrize("dtype", NAMED, ids=str)
+def test_names_of_dtypes(sample, stock, dtype) -> None:
+    theirs = {name: tensor.to(torch.bfloat16) for name, tensor in stock.load_file(sample).items()}
+    loader = _loader([sample])
+    with loader.copy_files_to_device(dtype=dtype) as whole, loader.copy_files_to_device() as each:
+        for name, tensor in theirs.items():
+            assert bits(whole.get_tensor(name)) == bits(tensor)
+            assert bits(each.get_tensor(name, dtype=dtype)) == bits(tensor)
+            assert bits(each.get_sharded(name, 0, None, dtype)) == bits(tensor)
+            assert bits(each.push_tensor(name, 0, None, dtype)) == bits(tensor)
+
+
+@pytest.mark.parametrize("dtype", [None, "AUTO", SimpleNamespace(value="AUTO")], ids=str)
+def test_the_files_own_dtypes(sample, stock, dtype) -> None:
+    with _loader([sample]).copy_files_to_device(dtype) as buffer:
+        for name, tensor in stock.load_file(sample).items():
+            assert bits(buffer.get_tensor(name, None, dtype)) == bits(tensor)
+
+
+def test_every_dtype_to_every_other(paths, stock, outcome) -> None:
+    """Larger ones, too; what torch cannot convert is told with the tensor's name."""
+    theirs = stock.load_file(paths[0])
+    with _loader(paths[:1]).copy_files_to_device() as buffer:
+        for name, tensor in theirs.items():
+            if tensor.shape != (5, 6):
+                continue
+            for dtype in {t.dtype for t in theirs.values()}:
+                ours = outcome(lambda: buffer.get_tensor(name, dtype=dtype))  # noqa: B023
+                want = outcome(lambda: tensor.to(dtype))  # noqa: B023
+                assert (ours.kind, ours.error) == (want.kind, want.error)
+                if ours.kind == "ok":
+                    assert bits(ours.value) == bits(want.value)
+                else:
+                    assert name in ours.text
+
+
+# ---------------------------------------------------------------- who owns what
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("order", list(itertools.permutations(["buffer", "loader", "tensors"])))
+def test_tensors_outlive_everything(paths, expected, options, order) -> None:
+    loader = _loader(paths[:1], **options)
+    buffer = loader.copy_files_to_device()
+    names = [name for name in loader.get_keys() if "7x130" in name]
+    held = {name: buffer.get_tensor(name) for name in names}
+    view = held[names[3]][2:]
+    whole = expected[names[3]]
+    for what in order:
+        if what == "tensors":
+            assert {name: bits(t) for name, t in held.items()} == {n: expected[n] for n in names}
+            held.clear()
+        elif what == "buffer":
+            buffer.close()
+            buffer.close()
+            del buffer
+        else:
+            loader.close()
+            loader.close()
+            del loader
+        gc.collect()
+    assert bits(view)[2] == whole[2][-len(bits(view)[2]) :]
+
+
+def test_never_closed(paths, expected) -> None:
+    loader = _loader(paths)
+    tensor = loader.copy_files_to_device().get_tensor("file1.F32.7x130")  # the buffer is gone
+    del loader
+    gc.collect()
+    assert bits(tensor) == expected["file1.F32.7x130"]
+
+
+def test_closed(paths) -> None:
+    loader = _loader(paths[:1])
+    buffer = loader.copy_files_to_device()
+    name = loader.get_keys()[0]
+    loader.close()
+    assert buffer.get_tensor(name).dtype is not None  # a buffer is its own
+    assert loader.get_keys() == []
+    buffer.close()
+    for call in (
+        lambda: buffer.get_tensor(name),
+        lambda: buffer.get_sharded(name, 0),
+        lambda: buffer.get_filename(name),
+        lambda: buffer.get_shape(name),
+        lambda: buffer.push_tensor(name, 0),
+        lambda: buffer.get_multi_cols([name], 0),
+        loader.copy_files_to_device,
+        lambda: loader.add_filenames({0: paths}),
+    ):
+        with pytest.raises(ValueError, match="closed"):
+            call()
+
+
+def test_reset_and_again(paths, expected) -> None:
+    loader = _loader(paths[:2])
+    first = loader.copy_files_to_device()
+    loader.reset()
+    assert loader.get_keys() == []
+    with pytest.raises(KeyError):
+        loader.get_shape("file0.F32.7x130")
+    loader.add_filenames({0: paths[2:]})
+    second = loader.copy_files_to_device()
+    assert all(name.startswith("file2.") for name in loader.get_keys())
+    assert bits(first.get_tensor("file1.I8.5x6")) == expected["file1.I8.5x6"]
+    assert bits(second.get_tensor("file2.I8.5x6")) == expected["file2.I8.5x6"]
+    first.close()
+    second.close()
+
+
+def test_files_added_one_after_another(paths, expected) -> None:
+    loader = SafeTensorsFileLoader(None)
+    for path in paths:
+        loader.add_filenames({0: [path]})
+        loader.add_filenames({0: [path]})  # no second copy of it
+    assert len(loader.get_keys()) == len(expected)
+    with loader.copy_files_to_device() as buffer:
+        assert [bits(buffer.get_tensor(name)) for name in expected] == list(expected.values())
+    assert SafeTensorsFileLoader(None).copy_files_to_device().key_to_rank_lidx == {}
+
+
+@pytest.mark.parametrize("io", ["auto", "buffered"])
+def test_a_cache_gives_copies(sample, stock, io) -> None:
+    theirs = stock.load_file(sample)
+    with _loader([sample], disable_cache=False, io=io).copy_files_to_device() as buffer:
+        before = engine.counters()["bytes_buffered"]
+        first = buffer.get_tensor("w")
+        read = engine.counters()["bytes_buffered"]
+        first.zero_()
+        assert bits(buffer.get_tensor("w")) == bits(theirs["w"])
+        assert bits(buffer.get_tensor("w", dtype="F16")) == bits(theirs["w"].half())
+        assert engine.counters()["bytes_buffered"] == read
+        assert (read > before) == (io == "buffered")
+
+
+# ---------------------------------------------------------------- filters and twins
+
+
+def test_filter(paths, expected) -> None:
+    loader = _loader(paths)
+    names = loader.get_keys()
+    loader.set_tensor_filter(lambda name: ".BF16." in name or "7x130" in name)
+    kept = [name for name in names if ".BF16." in name or "7x130" in name]
+    assert loader.get_keys() == kept
+    gone = next(name for name in names if name not in kept)
+    with pytest.raises(ValueError, match="filtered out"):
+        loader.get_shape(gone)
+    with loader.copy_files_to_device() as buffer:
+        assert list(buffer.key_to_rank_lidx) == kept
+        for name in [*kept, *kept[::-1]]:
+            assert bits(buffer.get_tensor(name)) == expected[name]
+        for call in (buffer.get_tensor, buffer.get_filename, buffer.get_shape):
+            with pytest.raises(ValueError, match=f"key {gone} was not found in files"):
+                call(gone)
+    loader.set_tensor_filter(None)
+    assert loader.get_keys() == names
+    with pytest.raises(TypeError, match="tensor_filter='x'"):
+        loader.set_tensor_filter("x")
+
+
+def test_a_filter_leaves_bytes_unread(raw) -> None:
+    path = raw.tensors({f"t{i:02}": torch.full((50_000,), i, dtype=torch.uint8) for i in range(40)})
+    loader = _loader([path], io="buffered")
+    loader.set_tensor_filter(lambda name: int(name[1:]) % 10 == 3)
+    before = engine.counters()["bytes_buffered"]
+    with loader.copy_files_to_device() as buffer:
+        for name in loader.get_keys():
+            assert bool((buffer.get_tensor(name) == int(name[1:])).all())
+    engine.shutdown()
+    assert engine.counters()["bytes_buffered"] - before == 4 * 50_000
+
+
+def test_names_must_be_unique(raw) -> None:
+    one = raw.tensors({"a": torch.ones(2), "b": torch.ones(3)}, "one.safetensors")
+    two = raw.tensors({"c": torch.ones(2), "b": torch.ones(4)}, "two.safetensors")
+    loader = _loader([one, two])
+    with pytest.raises(FaststError, match=rf"'b' is in both {one} and {two}.*unique"):
+        loader.copy_files_to_device()
+    loader.set_tensor_filter(lambda name: name != "b")
+    assert set(loader.copy_files_to_device().key_to_rank_lidx) == {"a", "c"}
+    with pytest.raises(FaststError, match="unique"):
+        fastsafe_open([one, two])
+    # As with fastsafetensors, an iterator gives each file for itself.
+    assert [name for name, _ in ParallelLoader(None, [one, two], use_tqdm_on_load=False)
+            .iterate_weights()] == ["a", "b", "b", "c"]  # fmt: skip
+
+
+def test_unknown_names(sample) -> None:
+    loader = _loader([sample])
+    with pytest.raises(KeyError):
+        loader.get_shape("nothing")
+    with loader.copy_files_to_device() as buffer:
+        with pytest.raises(ValueError, match="key ww was not found in files; did you mean 'w'"):
+            buffer.get_tensor("ww")
+        with pytest.raises(ValueError, match="key 7 was not found"):
+            buffer.get_tensor(7)
+        with pytest.raises(TypeError, match="dim='0'"):
+            buffer.get_sharded("w", "0")
+        with pytest.raises(ValueError, match="rank 1 is not in the group"):
+            buffer.push_tensor("w", 1)
+        with pytest.raises(TypeError, match="dst_rank"):
+            buffer.push_tensor("w", None)
+
+
+# ---------------------------------------------------------------- lazy and bounded
+
+
+def _big(raw: Any, files: int = 3, tensors: int = 20, nbytes: int = 100_000) -> list[str]:
+    return [
+        raw.tensors(
+            {f"{k}.{i:02}": torch.full((nbytes,), 16 * k + i, dtype=torch.uint8)
+             for i in range(tensors)},
+            f"big{k}.safetensors",
+        )
+        for k in range(files)
+    ]  # fmt: skip
+
+
+def test_headers_alone_are_read(raw) -> None:
+    paths = _big(raw)
+    moved = ("bytes_prefetched", "bytes_buffered", "bytes_direct", "bytes_copied", "arena_bytes")
+    before = engine.counters()
+    loader = _loader(paths, io="buffered")
+    assert len(loader.get_keys()) == 60
+    assert loader.get_shape("1.03") == [100_000]
+    with FastSafetensorsFile(paths[0], io="buffered") as file:
+        assert len(file.get_tensors()) == 20
+    after = engine.counters()
+    assert [after[name] - before[name] for name in moved] == [0] * len(moved)
+    loader.close()
+
+
+@pytest.mark.parametrize("budget", [0, 1, 150_000, 400_000, 1_000_000])
+def test_reading_ahead_stays_within_the_budget(raw, budget) -> None:
+    before = engine.counters()
+    loader = _loader(_big(raw), io="buffered", device_memory_budget=budget)
+    buffer = loader.copy_files_to_device()
+    engine.shutdown()  # waits for what was started
+    started = engine.counters()["bytes_buffered"] - before["bytes_buffered"]
+    assert started <= budget
+    assert (started > 0) == (budget >= 150_000)
+    most = 0
+    for name in loader.get_keys():
+        tensor = buffer.get_tensor(name)
+        most = max(most, engine.counters()["arena_bytes"] - before["arena_bytes"])
+        assert bool((tensor == 16 * int(name[0]) + int(name[2:])).all())
+    assert most <= budget + 3 * 100_352  # tensors asked for, and one that is let go of
+    engine.shutdown()
+    assert engine.counters()["bytes_buffered"] - before["bytes_buffered"] == 60 * 100_000
+    buffer.close()
+    loader.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"io": "buffered"}, {"io": "direct"}], ids=str)
+def test_a_cold_file_is_read_once(raw, evict, options) -> None:
+    paths = _big(raw, files=2, tensors=40)
+    for path in paths:
+        evict(Path(path))
+    loader = _loader(paths, **options)
+    with fastst_patch.profile() as seen, loader.copy_files_to_device() as buffer:
+        for name in loader.get_keys():
+            assert bool((buffer.get_tensor(name) == 16 * int(name[0]) + int(name[2:])).all())
+    kinds = {"": "mmap+readahead", "buffered": "buffered", "direct": "direct"}
+    want = {kinds[options.get("io", "")]}
+    assert {report.path for report in seen.reports} <= want | {"buffered"}
+    loader.close()
+
+
+def test_every_second_tensor(raw) -> None:
+    """Tensors that are left out do not hold the walk up, nor its memory."""
+    before = engine.counters()
+    loader = _loader(_big(raw, tensors=30), io="buffered", device_memory_budget=500_000)
+    buffer = loader.copy_files_to_device()
+    for name in loader.get_keys()[::3]:
+        assert bool((buffer.get_tensor(name) == 16 * int(name[0]) + int(name[2:])).all())
+        assert engine.counters()["arena_bytes"] - before["arena_bytes"] <= 500_000 + 3 * 100_352
+    buffer.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"io": "buffered", "device_memory_budget": 300_000}])
+def test_two_threads_share_a_buffer(raw, options) -> None:
+    loader = _loader(_big(raw), **options)
+    buffer = loader.copy_files_to_device()
+    todo, wrong = iter(loader.get_keys() * 4), []
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                name = next(todo, None)
+            if name is None:
+                return
+            if not bool((buffer.get_tensor(name) == 16 * int(name[0]) + int(name[2:])).all()):
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    buffer.close()
+
+
+def _take_all(buffer: Any, names: list[str], trouble: list[Exception]) -> None:
+    try:
+        for name in names:
+            assert bool((buffer.get_tensor(name) == 16 * int(name[0]) + int(name[2:])).all())
+    except Exception as error:
+        trouble.append(error)
+
+
+def test_closed_while_others_take(raw) -> None:
+    loader = _loader(_big(raw), io="buffered", device_memory_budget=300_000)
+    for _ in range(5):
+        buffer = loader.copy_files_to_device()
+        trouble: list[Exception] = []
+        arguments = (buffer, loader.get_keys(), trouble)
+        threads = [threading.Thread(target=_take_all, args=arguments) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        buffer.close()
+        for thread in threads:
+            thread.join()
+        assert all("closed" in str(error) for error in trouble), trouble
+        trouble.clear()
+
+
+# ---------------------------------------------------------------- stock, reports
+
+
+def test_what_we_doubt_is_read_by_stock(raw, stock, watch) -> None:
+    header = '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},' + (
+        '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    )
+    path = raw.write(raw.pack(header, os.urandom(8)))
+    with watch() as seen, fastsafe_open(path) as opened:
+        assert opened.keys() == ["a"]
+        assert bits(opened.get_tensor("a")) == bits(stock.load_file(path)["a"])
+        assert opened.fb.get_shape("a") == [2]
+    seen.assert_stock(path)
+    with FastSafetensorsFile(path) as file:
+        assert bits(file.get_slice("a")[1:]) == bits(stock.load_file(path)["a"][1:])
+    with fastst_patch.config_context(fallback="error"):
+        with pytest.raises(FaststError, match="left to stock"):
+            fastsafe_open(path)
+    with fastst_patch.config_context(fallback="warn"):
+        with pytest.warns(fastst_patch.FallbackWarning, match="fastsafe_open of"):
+            fastsafe_open(path).close()
+
+
+def test_small_files_go_to_stock_if_so_wished(sample, stock, watch) -> None:
+    with watch() as seen, fastst_patch.config_context(small_file_bytes=1 << 20):
+        with fastsafe_open(sample) as opened:
+            assert bits(opened.get_tensor("h")) == bits(stock.load_file(sample)["h"])
+    seen.assert_stock(sample)
+
+
+def test_torch_modes(sample, stock) -> None:
+    with fastsafe_open(sample) as opened:
+        with torch.inference_mode():
+            ours, theirs = opened.get_tensor("w"), stock.safe_open(sample, "pt").get_tensor("w")
+        assert (ours.is_inference(), bits(ours)) == (theirs.is_inference(), bits(theirs))
+
+
+def test_verify(sample, stock, monkeypatch) -> None:
+    import fastst_patch.loader.local as local
+
+    with fastst_patch.config_context(verify=True):
+        with fastsafe_open(sample) as opened:
+            assert bits(opened.get_tensor("w")) == bits(stock.load_file(sample)["w"])
+        monkeypatch.setattr(local, "same", lambda ours, theirs: False)
+        with fastst_patch.config_context(fallback="error"), fastsafe_open(sample) as opened:
+            with pytest.raises(FaststError, match="differs from stock"):
+                opened.get_tensor("w")
+
+
+def test_progress(sample, capsys) -> None:
+    with fastst_patch.config_context(progress=True), fastsafe_open(sample) as opened:
+        for name in opened.keys():  # noqa: SIM118
+            opened.get_tensor(name)
+    assert "100%" in capsys.readouterr().err
+
+
+def test_what_is_open_is_reported_at_the_end(sample) -> None:
+    from fastst_patch.handle import report_open_handles
+
+    opened = fastsafe_open(sample)
+    opened.get_tensor("w")
+    with fastst_patch.profile() as seen:
+        report_open_handles()
+    assert [(r.call, r.tensors) for r in seen.reports if r.file == sample] == [("fastsafe_open", 1)]
+    with fastst_patch.profile() as seen:
+        opened.close()
+    assert seen.reports == []
+
+
+def test_the_package_imports_it_when_it_is_asked_for(tmp_path) -> None:
+    code = """
+import sys, fastst_patch
+fastst_patch.patch()
+assert not {"torch", "fastst_patch.loader", "fastst_patch.sharding"} & set(sys.modules)
+assert "ParallelLoader" in dir(fastst_patch)
+from fastst_patch import *
+from fastst_patch import SingleGroup
+assert SafeTensorsFileLoader.__module__ == "fastst_patch.loader.files_loader"
+assert (SingleGroup().rank(), SingleGroup().size()) == (0, 1)
+try:
+    fastst_patch.nothing
+except AttributeError as error:
+    assert "nothing" in str(error)
+"""
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, check=True, cwd=tmp_path)
