@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from fastst_patch import load_sharded, sharding
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def _told(style: str, name: str, tensor: torch.Tensor, mesh: Any) -> torch.Tensor:
@@ -76,6 +79,6 @@ def experts(rank: Any, files: list[str], count: int) -> int:
     def expect(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         if ".experts." not in name:
             return tensor
-        return tensor if int(name.split(".experts.")[1].split(".", maxsplit=1)[0]) in held else None
+        return tensor if int(EXPERT.search(name)[1]) in held else None
 
     return assert_tensors(loaded(files, None, plan), full, expect)

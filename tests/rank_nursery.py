@@ -179,13 +179,18 @@ def _alive(group: int) -> bool:
     return True
 
 
-def _wait(pids: list[int], limit: float) -> list[dict[str, Any]]:
-    """How ranks ended: statuses as subprocess has them. Who is late is aborted, then killed."""
+def _wait(pids: list[int], limit: float, doomed: list[int]) -> list[dict[str, Any]]:
+    """How ranks ended: statuses as subprocess has them. Who is late is aborted, then killed.
+
+    Late is also who is doomed once all others have ended.
+    """
     begin = time.monotonic()
     ends: dict[int, dict[str, Any]] = {}
     late: dict[int, float] = {}
+    awaited = [pid for number, pid in enumerate(pids) if number not in doomed]
     while len(ends) < len(pids):
         now = time.monotonic()
+        done = all(pid in ends for pid in awaited)
         for pid in pids:
             if pid in ends:
                 continue
@@ -198,7 +203,7 @@ def _wait(pids: list[int], limit: float) -> list[dict[str, Any]]:
                 ends[pid] = {
                     "status": code, "seconds": now - begin, "late": pid in late, "orphans": orphans,
                 }  # fmt: skip
-            elif now - begin > limit and pid not in late:
+            elif (done or now - begin > limit) and pid not in late:
                 late[pid] = now
                 os.kill(pid, signal.SIGABRT)
             elif pid in late and now - late[pid] > GRACE_S:
@@ -216,7 +221,7 @@ def main() -> None:
         gc.freeze()  # pages that no collection in a rank shall copy
         sys.stdout.flush()
         pids = [_fork_rank(job, number) for number in range(job["world"])]
-        print(json.dumps(_wait(pids, job["limit"])), flush=True)
+        print(json.dumps(_wait(pids, job["limit"], job["doomed"])), flush=True)
 
 
 if __name__ == "__main__":

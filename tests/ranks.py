@@ -161,6 +161,7 @@ class Nursery:
         limit: float = LIMIT_S,
         group: bool = True,
         meet: bool = True,
+        doomed: Sequence[int] = (),
         preload: Sequence[str] = (),
     ) -> Ran:
         """Run cases in a group of fresh ranks, in order.
@@ -174,6 +175,7 @@ class Nursery:
             limit: seconds after which a rank that has not ended is aborted.
             group: whether there is a process group at all.
             meet: whether ranks wait for each other between cases, which the dead do not do.
+            doomed: ranks that will not end by themselves: late as soon as all others have ended.
             preload: modules that all ranks need, imported once.
         """
         keys = [case.key for case in cases]
@@ -188,6 +190,7 @@ class Nursery:
             "world": world, "folder": str(folder), "timeout": timeout, "limit": limit,
             "library": None if self._library is None else str(self._library),
             "environment": dict(environment or {}), "group": group, "meet": meet,
+            "doomed": list(doomed),
             "environments": [dict(one) for one in environments] or [{}] * world,
             "preload": sorted({case.call.split(".")[0] for case in cases} | set(preload)),
         }  # fmt: skip

@@ -66,7 +66,6 @@ def _summed(values: list[dict[str, Any]], name: str) -> int:
 COLD: dict[str, dict[str, Any]] = {
     "default": {},
     "direct": DIRECT,
-    "buffered": {"io": "buffered", "chunk_bytes": MIB},
     "owned": {"tensors": "owned", "chunk_bytes": MIB},
     "cuda": CUDA,
     "cuda-direct": {**CUDA, "io": "direct"},
@@ -75,9 +74,12 @@ COLD: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def cold(nursery, big) -> Ran:
-    return nursery.run([
-        _case(big, form, label, **way) for label, way in COLD.items() for form in (*FORMS, "left out")
-    ], WORLD)  # fmt: skip
+    cases = [
+        _case(big, form, label, **way)
+        for label, way in COLD.items()
+        for form in (*FORMS, "left out")
+    ]
+    return nursery.run(cases, WORLD)
 
 
 @pytest.mark.parametrize("form", [*FORMS, "left out"])
@@ -104,7 +106,7 @@ def test_reading_is_shared(cold, big, way, form) -> None:
         assert 0.8 * share <= moved <= 1.2 * share, values
 
 
-@pytest.mark.parametrize("way", ["direct", "buffered", "owned", "cuda", "cuda-direct"])
+@pytest.mark.parametrize("way", ["direct", "owned", "cuda", "cuda-direct"])
 def test_rows_are_read_by_their_owners(cold, way) -> None:
     """No exchange: each rank reads what it gets, and nothing else."""
     for one in cold.values(f"{way}: rows"):

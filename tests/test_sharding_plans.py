@@ -23,11 +23,11 @@ READER = "transformers.distributed.tensor_parallel"
 
 # Style: shapes of parameters that it may meet. Odd lengths where the style takes them.
 STYLES = {
-    **dict.fromkeys(
-        ("colwise", "colwise_rep", "colwise_gather_output", "rowwise", "rowwise_rep",
-         "rowwise_split_input"),
-        {"weight": (7, 10), "bias": (7,), "small.weight": (3, 2)},
-    ),
+    **{
+        style: {"weight": (7, 10), "bias": (7,), "small.weight": (3, 2)}
+        for style in ("colwise", "colwise_rep", "colwise_gather_output", "rowwise", "rowwise_rep",
+                      "rowwise_split_input")
+    },
     "packed_colwise": {"weight": (20, 5), "bias": (20,), "gate_up_proj": (3, 20, 4)},
     "packed_rowwise": {"weight": (5, 20), "bias": (5,), "gate_up_proj": (3, 4, 20)},
     "embedding_rowwise": {"weight": (11, 6)},

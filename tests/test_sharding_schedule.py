@@ -6,6 +6,7 @@ each what torch's slicing gives it, with every byte read once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from array import array
 from typing import Any, NamedTuple
@@ -190,7 +191,7 @@ def test_what_is_moved_is_what_torch_slices(world: World, size: int, seed: int) 
     for rank in range(world.size):
         rows = dict(shared_rows)
         ranges = merged(extents, alone[rank])
-        assert all(a[1] < b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+        assert all(a[1] < b[0] for a, b in itertools.pairwise(ranges))
         read += sum(end - begin for begin, end in ranges)
         for i, row in _listed(alone[rank]):
             begin = extents[i].begin + row * extents[i].row_bytes

@@ -1,0 +1,127 @@
+"""The programs in examples/, run as their first lines say, by torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import sharded
+import torch
+
+from fastst_patch import engine
+
+pytestmark = [
+    pytest.mark.skipif(engine.native_error() is not None, reason=str(engine.native_error())),
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+        reason="this torch has no gloo",
+    ),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.device_count() < 4,
+        reason="NCCL wants a GPU for each rank",
+    ),
+]
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+LIMIT_S = 120
+
+
+def _start(arguments: Sequence[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """Torchrun, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+        start_new_session=True,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def _finish(running: Sequence[subprocess.Popen[str]], status: int = 0) -> tuple[list[str], str]:
+    """Sorted lines and the errors of all; none of them may leave a process behind."""
+    lines: list[str] = []
+    errors = ""
+    for one in running:
+        try:
+            out, error = one.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            for other in running:
+                os.killpg(other.pid, 9)
+            out, error = one.communicate()
+            raise AssertionError(f"torchrun hangs\n{out}\n{error}") from None
+        lines += out.splitlines()
+        errors += error
+    assert [one.returncode for one in running] == [status] * len(running), errors
+    for one in running:
+        with pytest.raises(ProcessLookupError):
+            os.killpg(one.pid, 0)
+    return sorted(lines), errors
+
+
+def _rows_and_columns(layer: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [
+        (f"model.layers.{layer}.self_attn.q_proj.weight", "BF16", (10, 8)),
+        (f"model.layers.{layer}.self_attn.o_proj.weight", "BF16", (8, 10)),
+        (f"model.layers.{layer}.mlp.down_proj.weight", "F32", (3, 8)),
+        (f"model.layers.{layer}.input_layernorm.weight", "F32", (8,)),
+    ]
+
+
+def test_four_ranks(tmp_path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for layer in range(2):
+        sharded.write_file(model / f"model-{layer}.safetensors", _rows_and_columns(layer))
+    arguments = ["--nproc-per-node", "4", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                 str(tmp_path / "store"), "--rdzv-conf", "store_type=file",
+                 "--local-addr", "127.0.0.1", str(EXAMPLES / "four_ranks.py")]  # fmt: skip
+    lines, _ = _finish([_start([*arguments, str(model)], tmp_path)])
+    # 10 rows or columns over four ranks: 3, 3, 3, 1; 8 columns: 2 each; the norm: all of it.
+    nbytes = [2 * (2 * 8 * n * 2 + 3 * 2 * 4 + 8 * 4) for n in (3, 3, 3, 1)]
+    said = [f"rank {rank} of 4: 8 tensors, {n} bytes" for rank, n in enumerate(nbytes)]
+    shapes = [
+        ("self_attn.q_proj", [3, 8], "bfloat16"), ("mlp.down_proj", [3, 2], "float32"),
+        ("self_attn.o_proj", [8, 3], "bfloat16"), ("input_layernorm", [8], "float32"),
+    ]  # fmt: skip
+    said += [
+        f"  model.layers.{layer}.{name}.weight {shape} torch.{dtype} on cpu"
+        for layer in range(2) for name, shape, dtype in shapes
+    ]  # fmt: skip
+    if not torch.cuda.is_available():
+        assert lines == sorted(said)
+
+
+def test_four_ranks_are_told_of_an_error(tmp_path) -> None:
+    """Each says the same line, and torchrun ends with an error."""
+    arguments = ["--standalone", "--nproc-per-node", "2", "--local-addr", "127.0.0.1",
+                 str(EXAMPLES / "four_ranks.py"), "nowhere.safetensors"]  # fmt: skip
+    _, errors = _finish([_start(arguments, tmp_path)], status=1)
+    assert "No such file or directory" in errors
+    assert "nowhere.safetensors" in errors
+
+
+@pytest.mark.parametrize("scope", ["node", "job"])
+def test_two_nodes(tmp_path, scope) -> None:
+    """Two torchruns on one machine, which take themselves for two."""
+    path = tmp_path / "model.safetensors"
+    tensors = [(f"layers.0.experts.{n}.up.weight", "BF16", (16, 4)) for n in range(6)]
+    sharded.write_file(path, [("norm.weight", "F32", (16,)), *tensors])
+    running = [
+        _start(
+            ["--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+             "--rdzv-id", "example", "--rdzv-endpoint", str(tmp_path / "store"),
+             "--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1",
+             str(EXAMPLES / "two_nodes.py"), str(path), "--read-once", scope],
+            tmp_path, FASTST_NODE_ID=node,
+        )
+        for node in ("a", "b")
+    ]  # fmt: skip
+    lines, _ = _finish(running)
+    owned = [[0, 4], [1, 5], [2], [3]]
+    assert lines == [
+        f"rank {rank} of 4: experts {experts}, {64 + 128 * len(experts)} bytes"
+        for rank, experts in enumerate(owned)
+    ]
