@@ -266,6 +266,7 @@ class SafeTensorsFileLoader:
             shared = self._share(self._files, config)
         else:
             self._lent = True
+        shared.read_ahead()
         return FilesBufferOnDevice(
             shared,
             shared.places(self._filter),

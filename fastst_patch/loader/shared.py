@@ -76,6 +76,10 @@ class SharedFiles:
             if keep is None or keep(name)
         }
 
+    def read_ahead(self) -> None:
+        """Start reading ahead what comes from maps, each rank of a node a share of it."""
+        self._core.read_ahead()
+
     def take(self, name: str, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
         """This rank's part of a tensor, all of it for ``dim`` -1. Collective."""
         shape = self.describe(name)[1]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import device as devices
 from ..config import Config
 from ..decide import complain, fell_back, same
-from ..errors import Doubt
+from ..errors import Doubt, RankError
 from ..machine import io_threads
 from ..onhost import HostFile
+from ..opened import progress_bar
 from ..report import LoadReport, emit
 from . import mapped
-from .exchange import Circle, Memory, Mover, Step, move
+from .exchange import Memory, Mover, Step, move
 from .groups import Group
 from .rules import Owner, Part, Plan, Rule, Take, rules_of, take_of
-from .schedule import Key, Rows, pack, split
+from .schedule import Key, split
 from .sources import Source, open_sources
-from .taking import everything, flat, joined
+from .steps import circle_of, steps_of
+from .taking import Request, cast, everything, flat, joined, part_bytes, parts_of
 
 if TYPE_CHECKING:
     import torch
@@ -67,27 +71,30 @@ class ShardedFiles:
             call: for reports.
 
         Raises:
-            RankError: a rank failed, nobody sees a file, ranks see different files, or a name
-                is in two files.
-            ValueError: ``read_once`` is something else.
+            RankError: a rank failed, nobody sees a file, or ranks see different files.
+            ValueError: a name is in two files, or an argument is wrong on all ranks.
         """
-        if read_once not in ("node", "job"):
-            raise ValueError(f"read_once={read_once!r}: allowed are 'node' and 'job'")
         self.group = group
         self._config = config
         self._call = call
+        self._tallies: dict[str, list[float]] = {}
         paths = _in_turn(files) if isinstance(files, Mapping) else list(files)
         self._target: devices.Target | None = None
         self._refused: str | None = None
         problem: BaseException | None = None
         try:
+            if read_once not in ("node", "job"):
+                raise ValueError(f"read_once={read_once!r}: allowed are 'node' and 'job'")
             self._device = _named(device)
             self._target = _target_of(self._device)
         except Doubt as doubt:
             self._refused = doubt.reason
         except BaseException as error:
             problem = error
-        refusals = group.agree(problem, self._refused)
+        try:
+            refusals = group.agree(problem, self._refused)
+        finally:
+            problem = None
         self._refused = next((said for said in refusals if said is not None), None)
         self._memory = Memory(self._target)
         self.sources: list[Source] = open_sources(paths, group, config, self._target)
@@ -133,8 +140,9 @@ class ShardedFiles:
         return self.sources[number].describe(i)
 
     def close(self) -> None:
-        """Let go of the files. Tensors stay."""
+        """Report what was taken, and let go of the files. Tensors stay."""
         for source in self.sources:
+            self._report(source)
             source.close()
 
     def __enter__(self) -> ShardedFiles:
@@ -191,12 +199,20 @@ class ShardedFiles:
         self, name: str, takes: Sequence[Take | None], dtype: torch.dtype | None
     ) -> torch.Tensor | None:
         number, i = self._where[name]
-        needs = [{i: take} if take is not None else {} for take in takes]
-        source = self.sources[number]
-        wanted = [flat(source, need) for need in needs]
-        mine, every = needs[self.group.rank], not self.local(name)
-        found = self._load_file(source, mine, wanted, dtype, every=every)
-        return found.get(i)
+        source, mine = self.sources[number], takes[self.group.rank]
+        needs = [array("q", (0, 0) if take is None else take.rows) for take in takes]
+        request = Request({} if mine is None else {i: mine}, needs, dtype, (i,))
+        return self._load_file(source, request, every=not self.local(name)).get(i)
+
+    def read_ahead(self) -> None:
+        """Start reading ahead what is taken from maps, each rank of a node a share of it.
+
+        For callers that take tensor by tensor. Not collective; ends by itself when memory is
+        short, or nobody uses the files any more.
+        """
+        for source in self.sources:
+            if source.doubt is None and self._from_map(source):
+                self._read_ahead(source, Request(None, [()] * self.group.size, None, None))
 
     def load(self, plan: Plan = None, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """This rank's parts of all tensors, in file order. Collective.
@@ -220,13 +236,41 @@ class ShardedFiles:
                 flats.append(flat(source, takes))
         except BaseException as error:
             problem = error
-        told = group.agree(problem, flats)
+        try:
+            told = group.agree(problem, flats)
+        finally:
+            problem = None
+        requests = [
+            Request(takes, [flats[number] for flats in told], dtype, None)
+            for number, takes in enumerate(mine)
+        ]
         result: dict[str, torch.Tensor] = {}
-        for number, source in enumerate(self.sources):
-            needs = [flats[number] for flats in told]
-            found = self._load_file(source, mine[number], needs, dtype, every=True)
-            result.update((source.names[i], found[i]) for i in sorted(found))
+        with self._bar(requests) as advance:
+            for number, source in enumerate(self.sources):
+                # The next file, too, so that storage does not wait while parts are copied.
+                for ahead in range(number if number == 0 else number + 1, number + 2):
+                    self._read_ahead_of(ahead, requests)
+                found = self._load_file(source, requests[number], every=True)
+                result.update((source.names[i], found[i]) for i in sorted(found))
+                advance(sum(tensor.nbytes for tensor in result.values()))
         return result
+
+    def _read_ahead_of(self, number: int, requests: Sequence[Request]) -> None:
+        if number < len(self.sources):
+            source = self.sources[number]
+            if source.doubt is None and self._refused is None and self._from_map(source):
+                self._read_ahead(source, requests[number])
+
+    @contextlib.contextmanager
+    def _bar(self, requests: Sequence[Request]) -> Iterator[Callable[[int], None]]:
+        if not self._config.progress:
+            yield lambda done: None
+            return
+        with progress_bar(self._call, sum(
+            part_bytes(source, request.takes)
+            for source, request in zip(self.sources, requests, strict=True)
+        )) as advance:  # fmt: skip
+            yield advance
 
     def _described(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {
@@ -251,70 +295,78 @@ class ShardedFiles:
     # ---- one file ----
 
     def _load_file(
-        self,
-        source: Source,
-        takes: dict[int, Take] | None,
-        needs: Sequence[Sequence[int]],
-        dtype: torch.dtype | None,
-        *,
-        every: bool,
+        self, source: Source, request: Request, *, every: bool
     ) -> dict[int, torch.Tensor]:
         """What this rank takes of one file's tensors.
 
         Args:
             source: the file.
-            takes: by tensor; None for all of it.
-            needs: of every rank, as `schedule.split` takes them.
-            dtype: to cast floating tensors to.
+            request: what is wanted.
             every: whether all ranks take part in this, to agree on errors.
         """
         started = time.perf_counter()
         doubt = source.doubt or self._refused
-        from_map = doubt is None and self._from_map(source)
-        zero_copy = takes is None and from_map and dtype is None
-        if takes is None:
-            takes = {} if zero_copy else everything(source)
-        parts = {(i, k): part for i, take in takes.items() for k, part in enumerate(take.parts)}
-        found: dict[Key, torch.Tensor] = {}
+        takes, dtype = request.takes, request.dtype
         problem: BaseException | None = None
-        if doubt is None and not from_map:
-            found = self._moved(source, parts, needs, dtype)
-        else:
+        result: dict[int, torch.Tensor] = {}
+        try:
+            if takes is None and doubt is None and dtype is None and self._from_map(source):
+                result = self._all_mapped(source)
+            else:
+                takes = everything(source) if takes is None else takes
+                found = self._parts(source, request, parts_of(takes))
+                result = {i: joined(found, i, take) for i, take in takes.items()}
+            if self._config.verify and doubt is None and source.opened is not None:
+                takes = everything(source) if takes is None else takes
+                self._verify(source, takes, result, dtype)
+        except RankError:
+            raise  # everywhere
+        except BaseException as error:
+            if not every:
+                raise
+            problem = error
+        if every:
             try:
-                if doubt is not None:
-                    found = self._by_stock(source, parts, dtype)
-                    fell_back(self._config, self._call, source.path, Doubt(doubt))
-                elif zero_copy:
-                    found = self._all_mapped(source, needs)
-                else:
-                    found = self._mapped(source, parts, needs, dtype)
-            except BaseException as error:
-                if not every:
-                    raise
-                problem = error
-            if every:
                 self.group.agree(problem)
-        if self._config.verify and doubt is None and source.opened is not None:
-            every_part = parts or {(i, 0): take.parts[0] for i, take in everything(source).items()}
-            self._verify(source, every_part, found, dtype)
-        if zero_copy:
-            result = {i: tensor for (i, _), tensor in found.items()}
-        else:
-            result = {i: joined(found, i, take) for i, take in takes.items()}
-        self._report(source, result, time.perf_counter() - started)
+            finally:
+                if problem is not None:
+                    result.clear()
+                problem = None  # and with it the frame that its traceback keeps
+        self._count(source, result, time.perf_counter() - started)
         return result
+
+    def _parts(
+        self, source: Source, request: Request, parts: dict[Key, Part]
+    ) -> dict[Key, torch.Tensor]:
+        doubt = source.doubt or self._refused
+        if doubt is not None:
+            found = self._by_stock(source, parts, request.dtype)
+            fell_back(self._config, self._call, source.path, Doubt(doubt))
+            return found
+        if not self._from_map(source):
+            return self._moved(source, request, parts)
+        opened = source.opened
+        assert isinstance(opened, HostFile)
+        found = mapped.take(opened, source.extents, parts)
+        for key, tensor in found.items():
+            wanted = cast(tensor.dtype, request.dtype)
+            if wanted != tensor.dtype:
+                found[key] = tensor.to(wanted)
+        return found
 
     def _verify(
         self,
         source: Source,
-        parts: dict[Key, Part],
-        found: dict[Key, torch.Tensor],
+        takes: dict[int, Take],
+        result: dict[int, torch.Tensor],
         dtype: torch.dtype | None,
     ) -> None:
-        for key, theirs in self._by_stock(source, parts, dtype).items():
-            if not same(found[key], theirs):
-                complain(self._config, source.path, f"tensor {source.names[key[0]]!r}")
-                found[key] = theirs
+        theirs = self._by_stock(source, parts_of(takes), dtype)
+        for i, take in takes.items():
+            right = joined(theirs, i, take)
+            if not same(result[i], right):
+                complain(self._config, source.path, f"tensor {source.names[i]!r}")
+                result[i] = right
 
     def _by_stock(
         self, source: Source, parts: dict[Key, Part], dtype: torch.dtype | None
@@ -325,7 +377,7 @@ class ShardedFiles:
         for key, part in parts.items():
             whole = source.by_stock(key[0])
             piece = whole[part.index].clone(memory_format=torch.contiguous_format)
-            found[key] = piece.to(device=self._device, dtype=_cast(piece.dtype, dtype))
+            found[key] = piece.to(device=self._device, dtype=cast(piece.dtype, dtype))
         return found
 
     def _from_map(self, source: Source) -> bool:
@@ -334,59 +386,27 @@ class ShardedFiles:
         seen = len(source.readers) == self.group.size
         return seen and self._mapped_everywhere and not by_network
 
-    def _all_mapped(
-        self, source: Source, needs: Sequence[Sequence[int]]
-    ) -> dict[Key, torch.Tensor]:
+    def _all_mapped(self, source: Source) -> dict[int, torch.Tensor]:
         opened = source.opened
         assert isinstance(opened, HostFile)
-        if self.group.size > 1:
-            self._read_ahead(source, opened, needs)
-        else:
-            opened.read_ahead_all()
-        return {(i, 0): tensor for i, tensor in enumerate(mapped.take_all(opened))}
+        return dict(enumerate(mapped.take_all(opened)))
 
-    def _mapped(
-        self,
-        source: Source,
-        parts: dict[Key, Part],
-        needs: Sequence[Sequence[int]],
-        dtype: torch.dtype | None,
-    ) -> dict[Key, torch.Tensor]:
+    def _read_ahead(self, source: Source, request: Request) -> None:
         opened = source.opened
         assert isinstance(opened, HostFile)
-        if self._config.io != "mmap":
-            self._read_ahead(source, opened, needs)
-        found = mapped.take(opened, source.extents, parts)
-        for key, tensor in found.items():
-            wanted = _cast(tensor.dtype, dtype)
-            if wanted != tensor.dtype:
-                found[key] = tensor.to(wanted)
-        return found
-
-    def _read_ahead(self, source: Source, opened: HostFile, needs: Sequence[Sequence[int]]) -> None:
         ranks = self.group.node_ranks
-        turn = ranks.index(self.group.rank)
-        alone, shared = split(source.extents, [needs[rank] for rank in ranks], range(len(ranks)))
-        extents = mapped.share(source.extents, alone[turn], shared, turn, len(ranks))
-        if not len(extents):
+        if len(ranks) == 1 and request.takes is None:
+            opened.read_ahead_all()
             return
+        turn = ranks.index(self.group.rank)
+        needs = [request.needs[rank] for rank in ranks]
+        alone, shared = split(source.extents, needs, range(len(ranks)))
+        extents = mapped.share(source.extents, alone[turn], shared, turn, len(ranks))
         threads = io_threads(self._config.threads)
         opened.read_ahead(extents, max(threads // len(ranks), 2))
 
-    def _circle(self, source: Source) -> Circle:
-        """Who exchanges a file: our node, or everybody where a node cannot see it."""
-        group = self.group
-        nodes = {group.nodes[rank] for rank in source.readers}
-        everybody = self._read_once == "job" or len(nodes) < len(set(group.nodes))
-        ranks = list(range(group.size)) if everybody else group.node_ranks
-        return Circle(group, ranks, [rank for rank in source.readers if rank in ranks])
-
     def _moved(
-        self,
-        source: Source,
-        parts: dict[Key, Part],
-        needs: Sequence[Sequence[int]],
-        dtype: torch.dtype | None,
+        self, source: Source, request: Request, parts: dict[Key, Part]
     ) -> dict[Key, torch.Tensor]:
         """Read into memory of our own, each byte by one rank of those that exchange."""
         group = self.group
@@ -395,74 +415,61 @@ class ShardedFiles:
         steps: list[Step] = []
         mover: Mover | None = None
         try:
-            circle = self._circle(source)
-            steps = self._steps(source, circle, parts, needs, dtype)
+            circle = circle_of(source, group, self._read_once)
+            steps = steps_of(source, circle, request, parts, self._unit_bytes)
             for key, part in parts.items():
-                wanted = _cast(source.describe(key[0])[1], dtype)
+                wanted = cast(source.describe(key[0])[1], request.dtype)
                 results[key] = self._memory.empty(part.size, wanted)
             mover = Mover(source, circle, self._memory, steps, parts=parts, results=results)
             mover.allocate()
         except BaseException as error:
             problem = error
-        counts = group.agree(problem, len(steps))
+        try:
+            counts = group.agree(problem, len(steps))
+        finally:
+            if problem is not None:
+                results.clear()
+            problem = None
         assert mover is not None
         try:
             move(mover, max(counts), group)
-        except BaseException as error:
-            problem = error
+        except BaseException:
             results.clear()
-        del mover
-        group.agree(problem)
+            raise
         return results
-
-    def _steps(
-        self,
-        source: Source,
-        circle: Circle,
-        parts: dict[Key, Part],
-        needs: Sequence[Sequence[int]],
-        dtype: torch.dtype | None,
-    ) -> list[Step]:
-        readers = [circle.ranks.index(rank) for rank in circle.readers]
-        alone, shared = split(source.extents, [needs[rank] for rank in circle.ranks], readers)
-        rows = alone[circle.ranks.index(self.group.rank)]
-        own: list[Rows] = []
-        rest: list[Rows] = []
-        for row in rows:
-            kind = source.describe(row[0])[1]
-            single = (row[0], 1) not in parts and parts[row[0], 0].contiguous
-            straight = single and _cast(kind, dtype) == kind
-            (own if straight else rest).append(row)
-        size = self._unit_bytes
-        return [
-            *(Step("shared", unit) for unit in pack(source.extents, shared, size)),
-            *(Step("own", unit) for unit in pack(source.extents, own, size)),
-            *(Step("alone", unit) for unit in pack(source.extents, rest, size)),
-        ]
 
     def _own_unit_bytes(self) -> int:
         given = self._config.device_memory_budget
         return UNIT if given is None else max(min(UNIT, given // 8), 1)
 
-    def _report(self, source: Source, found: dict[int, torch.Tensor], seconds: float) -> None:
-        opened, note, path = source.opened, source.doubt or self._refused, "stock"
-        resident = None
+    # ---- reports ----
+
+    def _count(self, source: Source, result: dict[int, torch.Tensor], seconds: float) -> None:
+        tally = self._tallies.setdefault(source.path, [0, 0, 0.0])
+        tally[0] += sum(tensor.nbytes for tensor in result.values())
+        tally[1] += len(result)
+        tally[2] += seconds
+
+    def _report(self, source: Source) -> None:
+        """Report what was taken of a file since the last report."""
+        nbytes, tensors, seconds = self._tallies.pop(source.path, (0, 0, 0.0))
+        if not seconds:
+            return
+        note, path, resident = source.doubt or self._refused, "stock", None
         if note is None:
-            path = "exchange"
-            if opened is not None:
-                path, note, resident = (
-                    opened.account.path,
-                    opened.account.note,
-                    opened.account.resident,
-                )
+            path = "exchange"  # of what others read
+            if source.opened is not None:
+                account = source.opened.account
+                path, note, resident = account.path, account.note, account.resident
+        device = "cpu" if self._target is None else self._target.name
         emit(
             LoadReport(
                 self._call,
                 source.path,
-                "cpu" if self._target is None else self._target.name,
+                device,
                 path,
-                sum(tensor.nbytes for tensor in found.values()),
-                len(found),
+                int(nbytes),
+                int(tensors),
                 seconds,
                 resident,
                 note,
@@ -488,10 +495,6 @@ def _target_of(named: torch.device) -> devices.Target | None:
     if named.type not in ("cpu", "cuda"):
         raise Doubt(f"device {str(named)!r} is not accelerated")
     return devices.torch_target(named)
-
-
-def _cast(kind: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted is not None and kind.is_floating_point else kind
 
 
 def _in_turn(files: Mapping[int, Sequence[str]]) -> list[str]:

@@ -15,6 +15,7 @@ import atexit
 import os
 import socket
 import threading
+import traceback
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -155,12 +156,15 @@ class Group:
 
         Raises:
             RankError: something went wrong on a rank, the lowest of which is named; caused by
-                ``error`` where that is ours.
+                ``error``, if it went wrong here, too.
             TypeError, ValueError: ``error`` itself, where it is one and all ranks say the same:
                 an argument that is wrong everywhere.
             BaseException: ``error``, where it is an interrupt.
         """
         said = None if error is None else f"{type(error).__name__}: {error}"
+        if error is not None:
+            # A traceback keeps frames, and these memory; users and shells keep tracebacks.
+            traceback.clear_frames(error.__traceback__)
         answers = self.gather((said, value))
         if error is not None and not isinstance(error, Exception):
             raise error
@@ -168,7 +172,7 @@ class Group:
             raise error
         for rank, (cause, _) in enumerate(answers):
             if cause is not None:
-                raise RankError(rank, cause) from (error if rank == self.rank else None)
+                raise RankError(rank, cause) from error
         return [answer for _, answer in answers]
 
     def flag(self, failed: bool) -> Flag:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import config_context
+from ..config import current, pop, push
 from .files import ShardedFiles
 from .groups import Group
 from .rules import Plan
@@ -58,14 +58,24 @@ def load_sharded(
         RankError: it failed on some rank; on that rank caused by the exception itself.
         OptionError, TypeError, ValueError: an argument is none.
     """
-    with config_context(**options) as config:
-        ranks = _group(group)
+    ranks = _group(group)
+    token: object = None
+    problem: BaseException | None = None
+    try:
+        token = push(options)  # refused on one rank, it must not leave the others waiting
+    except BaseException as error:
+        problem = error
+    try:
+        ranks.agree(problem)
         names = [os.fspath(files)] if isinstance(files, (str, os.PathLike)) else files
-        paths = _agreed([os.fspath(name) for name in names], ranks)
+        paths = _agreed(names, ranks)
         if device is None:
             device = "cuda" if _is_nccl(group) else "cpu"
-        with ShardedFiles(paths, ranks, device, config, read_once=read_once) as opened:
+        with ShardedFiles(paths, ranks, device, current(), read_once=read_once) as opened:
             return opened.load(plan, dtype)
+    finally:
+        problem = None
+        pop(token)
 
 
 def _group(group: Any) -> Group:
@@ -85,18 +95,21 @@ def _is_nccl(group: Any) -> bool:
     return "nccl" in str(dist.get_backend(group if isinstance(group, dist.ProcessGroup) else None))
 
 
-def _agreed(names: list[str], group: Group) -> list[str]:
+def _agreed(names: Sequence[str | os.PathLike[str]], group: Group) -> list[str]:
     """The files that names mean, as the first rank sees them that sees any."""
     found: list[str] | None = None
     unseen: OSError | None = None
     problem: BaseException | None = None
     try:
-        found = [path for name in names for path in paths_of(name)]
+        found = [path for name in names for path in paths_of(os.fspath(name))]
     except FileNotFoundError as error:
         unseen = error
     except BaseException as error:
         problem = error
-    told = group.agree(problem, found)
+    try:
+        told = group.agree(problem, found)
+    finally:
+        problem = None
     seen = [paths for paths in told if paths is not None]
     if not seen:
         group.agree(unseen)

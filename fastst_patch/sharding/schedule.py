@@ -90,7 +90,10 @@ class Unit:
 
 
 def split(
-    extents: Sequence[Extent], needs: Sequence[Sequence[int]], readers: Collection[int]
+    extents: Sequence[Extent],
+    needs: Sequence[Sequence[int]],
+    readers: Collection[int],
+    numbers: Sequence[int] | None = None,
 ) -> tuple[list[list[Rows]], list[Rows]]:
     """Tell what each rank reads alone from what is exchanged.
 
@@ -99,6 +102,7 @@ def split(
         needs: for each rank, flat pairs (first row, row behind the last) of every tensor; empty
             for a rank that needs everything.
         readers: ranks that can read the file.
+        numbers: of the tensors that ``needs`` are of; None: all.
 
     Returns:
         For each rank the rows that nobody else needs and that it can read; and the rows to be
@@ -108,11 +112,12 @@ def split(
     shared: list[Rows] = []
     ranks = range(len(needs))
     can_all = len(readers) == len(needs)
-    for i, extent in enumerate(extents):
+    for at, i in enumerate(range(len(extents)) if numbers is None else numbers):
+        extent = extents[i]
         if extent.row_bytes == 0 or extent.rows == 0:
             continue
         whole = (0, extent.rows)
-        wanted = [(n[2 * i], n[2 * i + 1]) if n else whole for n in needs]
+        wanted = [(n[2 * at], n[2 * at + 1]) if n else whole for n in needs]
         first = wanted[0]
         if can_all and len(needs) > 1 and wanted.count(first) == len(wanted):
             if first[0] < first[1]:  # the common case: all of them the same

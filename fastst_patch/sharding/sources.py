@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .. import engine, stock, tensors
 from ..config import Config
 from ..device import Target
-from ..errors import Doubt, FaststError
+from ..errors import Doubt, RankError
 from ..layout import FileLayout
 from ..ondevice import DeviceFile
 from ..onhost import HostFile
@@ -162,12 +162,17 @@ def open_sources(
             seen.append(what)
     except BaseException as error:
         problem = error
-    found: list[tuple[list[str], list[_Seen]]] = group.agree(problem, (paths, seen))
-    problem, sources, lacking = None, [], []
+    try:
+        found: list[tuple[list[str], list[_Seen]]] = group.agree(problem, (paths, seen))
+    finally:
+        problem = None  # and with it the frame that its traceback keeps
+    _compare_names([names for names, _ in found])
+    for number, path in enumerate(paths):
+        _compare(path, [views[number] for _, views in found])
+    sources, lacking = [], []
     try:
         for number, path in enumerate(paths):
             views = [views[number] for _, views in found]
-            _compare(path, views, [names for names, _ in found], paths)
             doubt = next((f"rank {r}: {v.doubt}" for r, v in enumerate(views) if v.doubt), None)
             readers = [rank for rank, view in enumerate(views) if not view.error]
             one = opened[number] if doubt is None else None
@@ -182,7 +187,10 @@ def open_sources(
                 lacking.append(number)
     except BaseException as error:
         problem = error
-    group.agree(problem)
+    try:
+        group.agree(problem)
+    finally:
+        problem = None
     _describe(sources, lacking, group)
     return sources
 
@@ -192,26 +200,35 @@ def _stock_names(handle: Any) -> list[str]:
     return list(in_file_order())
 
 
-def _compare(path: str, views: list[_Seen], named: list[list[str]], paths: list[str]) -> None:
-    """Raise unless all ranks that see a file see the same one."""
+def _compare_names(named: list[list[str]]) -> None:
+    """Raise, alike on all ranks, unless all name the same files."""
     for rank, names in enumerate(named):
-        if names != paths:
-            raise FaststError(
-                f"rank {rank} loads other files than this rank: {len(names)} against {len(paths)}"
-                f" paths, such as {(names or ['none'])[0]!r}; all ranks name the same"
+        if names != named[0]:
+            odd = next((n for n in [*names, *named[0]] if (n in names) != (n in named[0])), None)
+            what = "in another order" if odd is None else f"such as {odd!r}"
+            raise RankError(
+                rank,
+                f"it loads {len(names)} files where rank 0 loads {len(named[0])}, {what};"
+                " all ranks name the same",
             )
+
+
+def _compare(path: str, views: list[_Seen]) -> None:
+    """Raise, alike on all ranks, unless those that see a file see the same one."""
     able = [(rank, view) for rank, view in enumerate(views) if not view.error]
     if not able:
-        raise OSError(views[0].error, views[0].text, path)
+        unseen = OSError(views[0].error, views[0].text, path)
+        raise RankError(0, f"{type(unseen).__name__}: {unseen}") from unseen
     first, reference = able[0]
     if any(view.doubt for _, view in able):
         return
     for rank, view in able:
         if (view.size, view.digest) != (reference.size, reference.digest):
-            raise FaststError(
-                f"{path}: rank {rank} sees another file than rank {first}:"
-                f" {view.size} bytes with header {view.digest[:12]}, not {reference.size} with"
-                f" {reference.digest[:12]}; give every rank the same version"
+            raise RankError(
+                rank,
+                f"{path}: it sees another file than rank {first}: {view.size} bytes with header"
+                f" {view.digest[:12]}, not {reference.size} with {reference.digest[:12]}; give"
+                " every rank the same version",
             )
 
 
@@ -229,8 +246,10 @@ def _describe(sources: list[Source], lacking: list[int], group: Group) -> None:
                 headers[number] = os.pread(file.fd, begin - 8, 8), file.size
     except BaseException as error:
         problem = error
-    told = group.agree(problem, headers)
-    problem = None
+    try:
+        told = group.agree(problem, headers)
+    finally:
+        problem = None
     try:
         for number in lacking:
             source = sources[number]
@@ -240,4 +259,7 @@ def _describe(sources: list[Source], lacking: list[int], group: Group) -> None:
                 source.names = source._layout.names
     except BaseException as error:
         problem = error
-    group.agree(problem)
+    try:
+        group.agree(problem)
+    finally:
+        problem = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .rules import Part, Take
@@ -13,7 +15,29 @@ from .sources import Source
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["everything", "flat", "joined"]
+__all__ = ["Request", "cast", "everything", "flat", "joined", "part_bytes", "parts_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is wanted of one file.
+
+    Attributes:
+        takes: of this rank, by tensor; None for all of it.
+        needs: of every rank, as `schedule.split` takes them.
+        dtype: to cast floating tensors to.
+        numbers: of the tensors that ``needs`` are of; None: all.
+    """
+
+    takes: dict[int, Take] | None
+    needs: Sequence[Sequence[int]]
+    dtype: torch.dtype | None
+    numbers: Sequence[int] | None
+
+
+def cast(kind: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """What a tensor becomes: only floating ones are cast."""
+    return wanted if wanted is not None and kind.is_floating_point else kind
 
 
 def joined(found: Mapping[Key, torch.Tensor], i: int, take: Take) -> torch.Tensor:
@@ -41,3 +65,19 @@ def flat(source: Source, takes: Mapping[int, Take] | None) -> Any:
     for i, take in takes.items():
         pairs[2 * i], pairs[2 * i + 1] = take.rows
     return pairs
+
+
+def parts_of(takes: Mapping[int, Take]) -> dict[Key, Part]:
+    """All parts, by tensor and number."""
+    return {(i, k): part for i, take in takes.items() for k, part in enumerate(take.parts)}
+
+
+def part_bytes(source: Source, takes: Mapping[int, Take] | None) -> int:
+    """Bytes of what a rank takes, as in the file; all of it for None."""
+    total = 0
+    for i, (_, dtype) in enumerate(source.described):
+        if takes is None:
+            total += source.extents[i].rows * source.extents[i].row_bytes
+        elif i in takes:
+            total += sum(math.prod(part.size) for part in takes[i].parts) * dtype.itemsize
+    return total
