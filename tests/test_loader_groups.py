@@ -55,6 +55,9 @@ class Core:
         ]
         Core.made.append(self)
 
+    def read_ahead(self) -> None:
+        """From the map of a file, which torch has not."""
+
     def where(self, name: str) -> tuple[str, int]:
         return self.paths[name], 0
 

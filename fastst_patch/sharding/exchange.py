@@ -195,6 +195,16 @@ class Mover:
         count = min(AHEAD + 2, len(self._steps))
         self._slots = [_Slot(self._memory, size, part) for _ in range(count)]
 
+    def connect(self) -> None:
+        """Connect those who will exchange, while all are known to be well. Collective on them.
+
+        Raises:
+            RankError: a rank is gone.
+        """
+        if any(step.kind == "shared" for step in self._steps):
+            circle = self._circle
+            circle.group.channel(circle.ranks, self._slots[0].unit.device.type)
+
     def _slot(self, number: int) -> _Slot:
         return self._slots[number % len(self._slots)]
 

@@ -431,6 +431,7 @@ class ShardedFiles:
                 results.clear()
             problem = None
         assert mover is not None
+        mover.connect()
         try:
             move(mover, max(counts), group)
         except BaseException:
