@@ -48,6 +48,7 @@ class Ceiling:
     chosen: str = ""
     verified: bool | None = True  # the files were in that state, every time
     unavailable: str | None = None  # why there is no number
+    tried: dict[str, list[float]] = field(default_factory=dict)  # GB/s of each variant, in order
 
     def measure(self, paths: Sequence[str]) -> None:
         """Add one measurement, over all files."""
@@ -61,6 +62,8 @@ class Ceiling:
             # Some filesystems have no O_DIRECT; then nothing is bound by it either.
             self.unavailable = str(error)
             return
+        for (seconds, nbytes), variant in timed:
+            self.tried.setdefault(variant.label, []).append(nbytes / seconds / 1e9)
         (seconds, self.bytes), best = min(timed, key=lambda one: one[0][0])
         self.variants = [best]
         self.chosen = best.label

@@ -12,7 +12,6 @@ import gc
 import hashlib
 import importlib
 import json
-import re
 import sys
 import time
 import types
@@ -29,6 +28,7 @@ from fastst_patch.device import target
 
 from . import residency, settle
 from .job import LoadJob, Sample
+from .memory import device_memory, process_memory
 
 H2D_BYTES = 256 << 20
 _H2D_REPEATS = 8
@@ -171,7 +171,7 @@ def _path_taken(loader: str, reports: Sequence[Any]) -> str:
     return ", ".join(dict.fromkeys(str(report.path) for report in reports))
 
 
-# ---- device and process -------------------------------------------------
+# ---- device -------------------------------------------------------------
 
 
 def _on_cpu(device: str) -> bool:
@@ -203,33 +203,6 @@ def synchronize(device: str) -> None:
 
 def _device_name(device: str) -> str:
     return "cpu" if _on_cpu(device) else torch.cuda.get_device_name(device)
-
-
-def process_memory() -> dict[str, int]:
-    """Read the peak from VmHWM: getrusage remembers the parent of before exec."""
-    wanted = {"VmHWM": "peak_rss", "Rss": "rss", "Pss": "pss", "Pss_Anon": "pss_anonymous"}
-    wanted |= {"Pss_File": "pss_file", "RssAnon": "rss_anonymous", "RssFile": "rss_file"}
-    found = {}
-    for source in ("/proc/self/status", "/proc/self/smaps_rollup"):
-        with contextlib.suppress(OSError):
-            for line in Path(source).read_text(encoding="ascii").splitlines():
-                match = re.match(r"(\w+):\s+(\d+) kB$", line)
-                if match and match[1] in wanted:
-                    found[wanted[match[1]]] = int(match[2]) * 1024
-    return found
-
-
-def device_memory(device: str) -> dict[str, int]:
-    """What the driver and torch's allocator say of the device, and what is pinned for copies."""
-    if _on_cpu(device):
-        return {}
-    free, total = torch.cuda.mem_get_info(device)
-    return {
-        "device_used": total - free,
-        "device_allocated": torch.cuda.memory_allocated(device),
-        "device_reserved_peak": torch.cuda.max_memory_reserved(device),
-        "pinned": engine.counters()["pinned_bytes"],
-    }
 
 
 # ---- other jobs ---------------------------------------------------------

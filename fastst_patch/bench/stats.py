@@ -19,10 +19,16 @@ class Summary:
 
 def summarize(values: Sequence[float]) -> Summary:
     """Return the median and spread of one or more values."""
+    first, median, third = quartiles(values)
+    return Summary(median, (third - first) / 2 if len(values) > 1 else None)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the first quartile, the median and the third quartile of one or more values."""
     if len(values) < 2:
-        return Summary(values[0], None)
+        return values[0], values[0], values[0]
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return Summary(median, (third - first) / 2)
+    return first, median, third
 
 
 def paired_ratio(values: Sequence[float], baselines: Sequence[float]) -> Summary:
