@@ -10,6 +10,7 @@ import functools
 import gc
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import time
@@ -28,12 +29,14 @@ class Job:
     """One timed run in a fresh process."""
 
     row: str
-    loader: str  # "stock" or "patched"
+    loader: str  # "stock", "patched", or the name of one of OFFERS
     folder: str  # the model
     files: tuple[str, ...]  # its weights
     file_bytes: int
     device: str
     options: Mapping[str, object] = field(default_factory=dict)  # for patch()
+    arguments: Mapping[str, object] = field(default_factory=dict)  # for from_pretrained; an Offer's
+    variables: Mapping[str, str] = field(default_factory=dict)  # of the environment; an Offer's
     probe: bool = True  # report the residency just before the clock starts
     rehearse: bool = False  # the device is the CPU in truth: nothing can reach a GPU
 
@@ -72,6 +75,17 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Offer:
+    """What a library has itself to load faster; raced like a loader, with stock safetensors."""
+
+    name: str
+    package: str
+    there: Callable[[], bool]  # whether the installed version has it
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the table, for each loader."""
 
@@ -84,12 +98,14 @@ class Row:
     device: str = "cpu"
     packages: tuple[str, ...] = ("transformers",)
     target: str = "-"  # what issue 4 wants, of stock's time
+    offers: tuple[str, ...] = ()  # of OFFERS
 
 
 ROWS: dict[str, Row] = {}
 
 _LLAMA = ("transformers.models.llama.modeling_llama",)
 _MIXTURE = ("transformers.models.qwen3_moe.modeling_qwen3_moe",)
+_PIPELINE = ("diffusers", "diffusers.pipelines.dit.pipeline_dit")
 
 
 def row(name: str, title: str, **facts: Any) -> Callable[[Callable[[Job], Call]], Any]:
@@ -100,18 +116,58 @@ def row(name: str, title: str, **facts: Any) -> Callable[[Callable[[Job], Call]]
     return register
 
 
+# ---- what the libraries offer themselves --------------------------------
+
+
+def _transformers_can_read_files_whole() -> bool:
+    import transformers
+
+    return (
+        "disable_mmap" in inspect.signature(transformers.PreTrainedModel.from_pretrained).parameters
+    )
+
+
+def _diffusers_can_read_files_whole() -> bool:
+    import diffusers
+
+    # An argument among **kwargs, which only the function's text tells of.
+    return '"disable_mmap"' in inspect.getsource(diffusers.DiffusionPipeline.from_pretrained)
+
+
+def _diffusers_can_load_shards_in_parallel() -> bool:
+    from diffusers.utils import constants
+
+    return hasattr(constants, "HF_ENABLE_PARALLEL_LOADING")
+
+
+OFFERS = {
+    offer.name: offer
+    for offer in (
+        Offer("transformers, disable_mmap=True", "transformers",
+              _transformers_can_read_files_whole, {"disable_mmap": True}),
+        Offer("diffusers, disable_mmap=True", "diffusers",
+              _diffusers_can_read_files_whole, {"disable_mmap": True}),
+        Offer("diffusers, HF_ENABLE_PARALLEL_LOADING=1", "diffusers",
+              _diffusers_can_load_shards_in_parallel,
+              variables={"HF_ENABLE_PARALLEL_LOADING": "1"}),
+    )
+}  # fmt: skip
+_OF_TRANSFORMERS = tuple(name for name, one in OFFERS.items() if one.package == "transformers")
+_OF_DIFFUSERS = tuple(name for name, one in OFFERS.items() if one.package == "diffusers")
+
 # ---- the rows -----------------------------------------------------------
 # Decorators apply from the bottom up; the table follows that order.
 
 
 @row("moe-cpu", "from_pretrained of a mixture of experts to the CPU", model="moe",
-     imports=_MIXTURE, target="<= 1.0")  # fmt: skip
+     imports=_MIXTURE, target="<= 1.0", offers=_OF_TRANSFORMERS)  # fmt: skip
 @row("cpu-cold", "from_pretrained to the CPU, all weights touched", model="dense", cache="cold",
-     imports=_LLAMA, target="<= 0.65 at 128 KiB")  # fmt: skip
-@row("cpu-warm", "from_pretrained to the CPU", model="dense", imports=_LLAMA, target="<= 1.0")
+     imports=_LLAMA, target="<= 0.65 at 128 KiB", offers=_OF_TRANSFORMERS)  # fmt: skip
+@row("cpu-warm", "from_pretrained to the CPU", model="dense", imports=_LLAMA, target="<= 1.0",
+     offers=_OF_TRANSFORMERS)  # fmt: skip
 def load_to_cpu(job: Job) -> Call:
     architecture = _architecture(job.folder)
-    return Call(lambda: architecture.from_pretrained(job.folder), _state)
+    return Call(lambda: architecture.from_pretrained(job.folder, **job.arguments), _state)
 
 
 @row("disk-offload", f"{FORWARDS} forwards with the layers left on the disk", model="llama",
@@ -149,15 +205,14 @@ def sentence_transformer(job: Job) -> Call:
 
 @row("cuda-moe", "from_pretrained(device_map) of a mixture of experts", model="moe",
      device="cuda", imports=(*_MIXTURE, "accelerate"), packages=("transformers", "accelerate"),
-     target="<= 0.4")  # fmt: skip
+     target="<= 0.4", offers=_OF_TRANSFORMERS)  # fmt: skip
 @row("cuda-device-map", "from_pretrained(device_map)", model="dense", device="cuda",
      imports=(*_LLAMA, "accelerate"), packages=("transformers", "accelerate"),
-     target="weights <= 0.35, >= 70%")  # fmt: skip
+     target="weights <= 0.35, >= 70%", offers=_OF_TRANSFORMERS)  # fmt: skip
 def load_to_device(job: Job) -> Call:
     architecture = _architecture(job.folder)
-    return Call(
-        lambda: architecture.from_pretrained(job.folder, device_map={"": job.device}), _state
-    )
+    arguments = {"device_map": {"": job.device}, **job.arguments}
+    return Call(lambda: architecture.from_pretrained(job.folder, **arguments), _state)
 
 
 @row("cuda-to", "model.to(device), loaded on the CPU before", model="dense", device="cuda",
@@ -167,24 +222,27 @@ def model_to_device(job: Job) -> Call:
     return Call(lambda: model.to(job.device), _state)
 
 
+@row("diffusers-warm", "from_pretrained of a diffusers pipeline to the CPU", model="pipeline",
+     imports=_PIPELINE, packages=("diffusers",), offers=_OF_DIFFUSERS)  # fmt: skip
+@row("diffusers-cold", "from_pretrained of a diffusers pipeline to the CPU, all weights touched",
+     model="pipeline", cache="cold", imports=_PIPELINE, packages=("diffusers",),
+     offers=_OF_DIFFUSERS)  # fmt: skip
+def load_pipeline(job: Job) -> Call:
+    import torch
+    from diffusers import DiTPipeline
+
+    arguments = {"torch_dtype": torch.bfloat16, **job.arguments}
+    return Call(lambda: DiTPipeline.from_pretrained(job.folder, **arguments), _of_pipeline)
+
+
 @row("cuda-pipeline", "pipe.to(device) of diffusers, loaded on the CPU before", model="pipeline",
-     device="cuda", imports=("diffusers", "diffusers.pipelines.dit.pipeline_dit"),
-     packages=("diffusers",))  # fmt: skip
+     device="cuda", imports=_PIPELINE, packages=("diffusers",))  # fmt: skip
 def pipeline_to_device(job: Job) -> Call:
     import torch
     from diffusers import DiTPipeline
 
     pipeline = DiTPipeline.from_pretrained(job.folder, torch_dtype=torch.bfloat16)
-
-    def tensors(moved: Any) -> Tensors:
-        return {
-            f"{part}.{name}": tensor
-            for part, module in moved.components.items()
-            if isinstance(module, torch.nn.Module)
-            for name, tensor in _state(module).items()
-        }
-
-    return Call(lambda: pipeline.to(job.device), tensors)
+    return Call(lambda: pipeline.to(job.device), _of_pipeline)
 
 
 # ---- what proves a row --------------------------------------------------
@@ -200,6 +258,18 @@ def _architecture(folder: str) -> Any:
 def _state(model: Any) -> Tensors:
     """Everything a model holds: what it saves, and the buffers that it does not."""
     return dict(model.state_dict()) | dict(model.named_buffers())
+
+
+def _of_pipeline(pipeline: Any) -> Tensors:
+    """Everything that the models of a pipeline hold."""
+    import torch
+
+    return {
+        f"{part}.{name}": tensor
+        for part, module in pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+        for name, tensor in _state(module).items()
+    }
 
 
 def _offloaded(model: Any) -> Tensors:
@@ -244,6 +314,7 @@ def run(job: Job) -> Sample:
     from fastst_patch.bench import child, residency, settle
 
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.update(job.variables)
     line = ROWS[job.row]
     begin = time.perf_counter()
     if job.loader == "patched":
@@ -362,6 +433,18 @@ def ask() -> dict[str, Any]:
     return {"cuda": torch.cuda.get_device_name(0), "free": torch.cuda.mem_get_info(0)[0]}
 
 
+def offers() -> dict[str, Any]:
+    """Tell which of OFFERS the installed versions have."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    there = {}
+    for name, offer in OFFERS.items():
+        try:
+            there[name] = offer.there()
+        except ImportError:
+            there[name] = False
+    return there
+
+
 def pinned_copy(rehearse: bool, quick: bool) -> float:
     """Return the GB/s that copies from pinned memory reach at most, as gpu_ceilings.py does."""
     import gpu_ceilings
@@ -384,6 +467,8 @@ def child(message: dict[str, Any]) -> dict[str, Any]:
         os.environ["HF_HUB_OFFLINE"] = "1"
         _models.MAKERS[message["model"]](Path(message["folder"]))
         return {}
+    if kind == "offers":
+        return offers()
     if kind == "pinned copy":
         return {"gb_per_s": pinned_copy(**message)}
     return ask()

@@ -1,12 +1,13 @@
 """What users call: from_pretrained, .to(device), pipelines, an offloaded forward; against stock.
 
     python benchmarks/end_to_end.py [--rows NAME,NAME] [--repeat 5] [--gb N] [--tensors N]
-                                    [--read-ahead KIB] [-o NAME=VALUE] [--json FILE]
+                                    [--read-ahead KIB] [--offers] [-o NAME=VALUE] [--json FILE]
 
 Fresh processes, stock and patched alternating, the page cache proven cold or warm before each. The
 whole call lasts until the model is complete on its device; weights is its part within
 transformers' _load_pretrained_model; imports come before. Every run's bytes are compared with
-those of the first. A run in which nothing was accelerated is an error and no row.
+those of the first. A run in which nothing was accelerated is an error and no row. With --offers,
+what the libraries have themselves to load faster races beside the two, where they have it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import _models
-from _rows import ROWS, Job, Row, Sample, child
+from _rows import OFFERS, ROWS, Job, Row, Sample, child
 from readahead import read_ahead
 from tqdm import tqdm
 
@@ -53,7 +54,7 @@ class Measured:
 
     row: Row
     model: _models.Model
-    runs: dict[str, list[Run]] = field(default_factory=lambda: {name: [] for name in LOADERS})
+    runs: dict[str, list[Run]]  # by loader; stock first
 
     def samples(self, loader: str) -> list[Sample]:
         return [run.sample for run in self.runs[loader]]
@@ -75,6 +76,7 @@ class Bench:
     skipped: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     pinned_gb_per_s: float | None = None
+    offers: dict[str, bool] = field(default_factory=dict)  # whether the libraries have them
 
 
 # ---- models -------------------------------------------------------------
@@ -135,6 +137,11 @@ def reason_to_skip(bench: Bench, row: Row) -> str | None:
     return None
 
 
+def loaders_of(bench: Bench, row: Row) -> list[str]:
+    """Stock, ours, and what the row's library offers itself."""
+    return [*LOADERS, *(name for name in row.offers if bench.offers.get(name))]
+
+
 def measure(bench: Bench, row: Row, bar: tqdm) -> Measured:
     """Run the rounds of one row, or as many as the time cap allows, at least one."""
     model = model_of(bench, row)
@@ -145,15 +152,17 @@ def measure(bench: Bench, row: Row, bar: tqdm) -> Measured:
         message = {"kind": "pinned copy", "rehearse": bench.args.rehearse,
                    "quick": bench.args.repeat == 1}  # fmt: skip
         bench.pinned_gb_per_s = _ask(message, "copies from pinned memory")["gb_per_s"]
-    measured = Measured(row, model)
+    loaders = loaders_of(bench, row)
+    measured = Measured(row, model, {name: [] for name in loaders})
     begin, longest = time.monotonic(), 0.0
     for number in range(bench.args.repeat):
         started = time.monotonic()
         if number and started - begin + longest > bench.args.max_seconds:
-            bar.update((bench.args.repeat - number) * len(LOADERS))
+            bar.update((bench.args.repeat - number) * len(loaders))
             break
         # Whoever goes second finds the disk and the allocator as the first left them.
-        for loader in LOADERS if number % 2 == 0 else LOADERS[::-1]:
+        first = number % len(loaders)
+        for loader in loaders[first:] + loaders[:first]:
             bar.set_description(f"{row.name}, round {number + 1}: {loader}")
             run = run_proven(bench, row, model, loader)
             require_equal(measured, run.sample, loader)
@@ -184,6 +193,7 @@ def run_proven(bench: Bench, row: Row, model: _models.Model, loader: str) -> Run
 def run_once(bench: Bench, row: Row, model: _models.Model, loader: str) -> Run:
     state = residency.prepare(row.cache, model.files)
     on_device = row.device == "cuda" and not bench.args.rehearse
+    offer = OFFERS.get(loader)
     job = Job(
         row=row.name,
         loader=loader,
@@ -192,6 +202,8 @@ def run_once(bench: Bench, row: Row, model: _models.Model, loader: str) -> Run:
         file_bytes=model.file_bytes,
         device="cuda:0" if on_device else "cpu",
         options=dict(bench.args.options) if loader == "patched" else {},
+        arguments=offer.arguments if offer else {},
+        variables=offer.variables if offer else {},
         probe=state.probe_is_harmless,
         rehearse=row.device == "cuda" and bench.args.rehearse,
     )
@@ -217,8 +229,8 @@ def measure_all(bench: Bench, rows: Sequence[Row]) -> None:
         if reason is not None:
             bench.skipped[row.name] = reason
     chosen = [row for row in rows if row.name not in bench.skipped]
-    with tqdm(total=len(chosen) * bench.args.repeat * len(LOADERS), unit="run", disable=None,
-              leave=False) as bar:  # fmt: skip
+    runs = bench.args.repeat * sum(len(loaders_of(bench, row)) for row in chosen)
+    with tqdm(total=runs, unit="run", disable=None, leave=False) as bar:
         for row in chosen:
             try:
                 bench.measured.append(measure(bench, row, bar))
@@ -288,7 +300,7 @@ def to_json(bench: Bench, environment: dict[str, Any]) -> dict[str, Any]:
         "spread": stats.SPREAD,
         "rehearsal": bench.args.rehearse,
         "pinned_copy_gb_per_s": bench.pinned_gb_per_s,
-        "results": [result(bench, one, loader) for one in bench.measured for loader in LOADERS],
+        "results": [result(bench, one, loader) for one in bench.measured for loader in one.runs],
         "skipped": bench.skipped,
         "errors": bench.errors,
     }
@@ -334,7 +346,8 @@ def _cells(one: dict[str, Any]) -> tuple[str, ...]:
         *(_shown(one, name, "_spread_s") for name in ("weights_s", "whole_s")),
         _shown(one, "touch_s", "_spread_s") if one["cache"] == "cold" else "-",
         _shown(one, "import_s", "_spread_s"),
-        *(_shown(one, f"{name}_ratio_to_stock", "_ratio_to_stock_spread", 2) if patched else "1"
+        *("1" if one["loader"] == "stock"
+          else _shown(one, f"{name}_ratio_to_stock", "_ratio_to_stock_spread", 2)
           for name in ("weights", "total")),
         f"{one['of_pinned_copy']:.0%}" if "of_pinned_copy" in one else "-",
         one["to_reach"] if patched else "",
@@ -415,6 +428,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dir", help="where to write the models")
     made.add_argument("-o", "--option", type=option, action="append", default=[], dest="options",
                       metavar="NAME=VALUE", help="an option for patch(); repeatable")  # fmt: skip
+    made.add_argument("--offers", action="store_true",
+                      help="race what the libraries offer themselves, too")  # fmt: skip
     made.add_argument("--rehearse", action="store_true", help="run the rows of a device with the "
                       "CPU in its place; their numbers mean nothing")  # fmt: skip
     made.add_argument("--json", metavar="FILE")
@@ -434,6 +449,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(args, stack.enter_context(_models.scratch(directory)), {"cuda": None})
         if any(row.device == "cuda" for row in rows):
             bench.cuda = _ask({"kind": "ask"}, "asking torch for CUDA")
+        if args.offers:
+            bench.offers = _ask({"kind": "offers"}, "asking what the libraries offer")
         environment = machine.environment(bench.place) | {"gpu": bench.cuda["cuda"]}
         environment |= {name: _version(name) for name in _LIBRARIES}
         measure_all(bench, rows)

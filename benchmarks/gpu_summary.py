@@ -129,7 +129,8 @@ def first_table(run: dict[str, Any] | None) -> str:
 
 def whole_table(run: dict[str, Any] | None) -> str:
     run = run or {"results": [], "skipped": {}, "errors": {}}
-    pairs = zip(run["results"][::2], run["results"][1::2], strict=True)  # stock, patched
+    stocks = {row["row"]: row for row in run["results"] if row["loader"] == "stock"}
+    pairs = ((stocks[row["row"]], row) for row in run["results"] if row["loader"] == "patched")
     lines = [
         f"| {stock['title']}: {stock['bytes'] / 1e9:.2f} GB in {stock['file_tensors']} tensors, "
         f"{stock['cache']} | {_seconds(stock)} | {_seconds(patched)} "

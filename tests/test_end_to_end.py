@@ -156,6 +156,31 @@ def test_patch_without_effect_is_an_error(run) -> None:
     assert "nothing was accelerated" in found["errors"]["cpu-warm"]
 
 
+@timed_version
+def test_what_the_library_offers_itself_races_too(run, rows) -> None:
+    status, found = run("--rows", "cpu-warm", "--offers")
+    assert status == 0
+    offered = [name for name in rows.ROWS["cpu-warm"].offers if rows.OFFERS[name].there()]
+    assert [one["loader"] for one in found["results"]] == ["stock", "patched", *offered]
+    assert len({one["digest"] for one in found["results"]}) == 1
+    for one in found["results"][2:]:
+        assert (one["path"], one["accelerated_bytes"]) == ("stock", 0)
+        assert one["total_ratio_to_stock"] > 0
+
+
+def test_an_offer_sets_what_it_names(rows, monkeypatch) -> None:
+    """Its argument reaches from_pretrained, and its variable the process."""
+    given = {}
+    architecture = SimpleNamespace(from_pretrained=lambda folder, **named: given.update(named))
+    monkeypatch.setattr(rows, "_architecture", lambda folder: architecture)
+    offer = rows.OFFERS["transformers, disable_mmap=True"]
+    job = rows.Job("cpu-warm", offer.name, "x", (), 0, "cpu", arguments=offer.arguments)
+    rows.ROWS["cpu-warm"].start(job).run()
+    assert given == {"disable_mmap": True}
+    rows.ROWS["cuda-device-map"].start(job).run()
+    assert given == {"disable_mmap": True, "device_map": {"": "cpu"}}
+
+
 # ---- parts --------------------------------------------------------------
 
 
