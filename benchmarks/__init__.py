@@ -1,0 +1,1 @@
+"""Measurements of fastst-patch and of what it competes with. `python -m benchmarks --help`."""

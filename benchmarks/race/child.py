@@ -1,0 +1,178 @@
+"""The timed process: one job in, one answer out, and a gate between getting ready and the clock.
+
+It is started by `process.Child`, which says what goes over the pipes. Until the loader has been
+imported nothing but the standard library is, so that an import's time is the loader's own. What
+is printed by libraries goes to stderr.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Say = Callable[[dict[str, Any]], None]
+
+MAX_DIFFERENCES = 3  # told; the rest is counted
+
+
+@dataclass(frozen=True)
+class Job:
+    """One timed load."""
+
+    loader: str
+    module: str  # that holds LOADERS
+    folder: str | None  # put on sys.path for it
+    device: str
+    files: tuple[str, ...]
+    read: tuple[str, ...]  # the files whose bytes the loader reads; most often the same
+    file_bytes: int
+    truth: str  # file with the expected tensors
+    probe: bool  # asking for the residency leaves the page cache as it is
+
+
+def main() -> int:
+    """Do the job on stdin."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    message = json.loads(sys.stdin.readline())
+    kind = message.pop("kind")
+    if kind == "load":
+        message |= {key: tuple(message[key]) for key in ("files", "read")}
+        load(Job(**message), say)
+    elif kind == "make":
+        say(make(**message))
+    else:
+        from . import probes
+
+        say(probes.KINDS[kind](**message))
+    return 0
+
+
+def make(module: str, folder: str | None, loader: str, files: list[str]) -> dict[str, Any]:
+    """Let a loader write what it reads instead of the files, if it has to."""
+    from . import entrants
+
+    entrants.find(entrants.Source(module, folder), loader).make(files)
+    return {}
+
+
+def _await_gate() -> None:
+    if sys.stdin.readline().strip() != "go":
+        sys.exit("the harness is gone")
+
+
+def load(job: Job, say: Say, gate: Callable[[], None] = _await_gate) -> None:
+    """Import, open the device, wait at the gate, load under the clock, judge, tell.
+
+    ``touch_s`` is reading every byte in file order, on one core, by the same native routine for
+    all loaders; part of the race on the CPU, where a loader may have put reading off.
+    """
+    from . import entrants, truth
+
+    expected = truth.read(job.truth)
+    loader = entrants.find(entrants.Source(job.module, job.folder), job.loader)
+    begin = time.perf_counter()
+    loader.warm_imports(job.device)
+    import torch  # which some import only when they load: everybody's import time has it
+
+    import_s = time.perf_counter() - begin
+    context_s = _open(job.device)
+    # What the harness itself needs, after the loader's imports and before its clock.
+    from fastst_patch.bench import residency, settle
+
+    from . import probes
+
+    say({"ready": True, "import_s": import_s, "context_s": context_s})
+    gate()
+
+    settle.memory(job.file_bytes)
+    gc.collect()
+    gc.freeze()  # who imported more shall not pay for traversing it
+    held_before = probes.held(job.device)
+    done_before = probes.done()
+    resident = residency.resident_fraction(job.read)[0] if job.probe else None
+    modules = set(sys.modules)
+    first_at: list[float] = []
+
+    def first() -> None:
+        if not first_at:
+            first_at.append(time.perf_counter())
+
+    started = time.perf_counter()
+    tensors = loader.load(list(job.files), job.device, first)
+    synchronize(job.device)
+    ready = time.perf_counter()
+    on_cpu = job.device == "cpu"
+    sums = touch(tensors, expected) if on_cpu else {}
+    ended = time.perf_counter() if on_cpu else ready
+    done_after = probes.done()
+    held_after = probes.held(job.device)
+    late = sorted({name.partition(".")[0] for name in set(sys.modules) - modules})
+
+    gc.collect()  # what the loader left to the collector is gone: tensors must stand alone
+    again = touch(tensors, expected)
+    wrong = truth.differences(expected, tensors, again, job.device)
+    if on_cpu and not wrong and sums != again:
+        wrong = ["bytes changed after the load"]
+    say(
+        {
+            "first_s": (first_at[0] if first_at else ready) - started,
+            "load_s": ready - started,
+            "touch_s": ended - ready,
+            "tensors": len(tensors),
+            "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "wrong": wrong[:MAX_DIFFERENCES],
+            "wrong_count": len(wrong),
+            "resident_before": resident,
+            "before": held_before,
+            "after": held_after,
+            "done": {key: done_after[key] - done_before[key] for key in done_after},
+            "late_imports": late,  # top-level names of what was imported under the clock
+            "path": probes.our_path(loader.family),
+            "versions": probes.versions(loader.package) | {"torch": torch.__version__},
+        }
+    )
+
+
+def touch(tensors: dict[str, Any], expected: list[Any]) -> dict[str, int]:
+    """Read every byte in file order: a checksum of each tensor that depends on their order."""
+    from fastst_patch import engine
+
+    sums = {}
+    for entry in expected:
+        tensor = tensors.get(entry.name)
+        if tensor is not None:
+            here = tensor.detach().cpu().contiguous()  # itself, of an ordinary CPU tensor
+            sums[entry.name] = engine.touch(here.data_ptr(), here.nbytes)
+    return sums
+
+
+def _open(device: str) -> float:
+    """Create the context, which costs a program its first second whatever it loads."""
+    if device == "cpu":
+        return 0.0
+    import torch
+
+    begin = time.perf_counter()
+    torch.empty(1, device=device)
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def synchronize(device: str) -> None:
+    """Wait until everything asked of the device is done; nothing to wait for on the CPU."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize(device)

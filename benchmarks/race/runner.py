@@ -1,0 +1,308 @@
+"""The rounds: random order, fresh processes, proven cache states; whoever fails is listed."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastst_patch.bench import residency
+from fastst_patch.bench.errors import BenchError
+
+from . import process, starters
+from .ceilings import Board, board
+from .entrants import Entrants, read_by
+from .plan import Cell, Planner
+from .starters import Starters
+from .watch import DeviceWatch
+
+if TYPE_CHECKING:
+    from .workloads import Workload
+
+TRIES = 4
+LEAST_FOR_CEILINGS = 200_000_000  # bytes; less is over before threads have started
+
+
+@dataclass(frozen=True)
+class Written:
+    """A workload's files, and what they hold."""
+
+    files: tuple[str, ...]
+    file_bytes: int
+    truth: str  # see truth.write
+    refused: dict[str, str] = field(default_factory=dict)  # loader -> why it cannot take it
+
+
+Provide = Callable[["Workload"], contextlib.AbstractContextManager[Written]]
+
+
+@dataclass
+class Race:
+    """What is raced, by whom, how often; and everything measured so far.
+
+    ``provide`` writes a workload's files, which exist as long as its context.
+    """
+
+    entrants: Entrants
+    device: str
+    workloads: Sequence[Workload]
+    provide: Provide
+    planner: Planner
+    seed: int
+    limit_s: float  # for one load
+    at_once: int  # processes that get ready together; they are timed one at a time
+    watch: DeviceWatch
+    ceilings: bool = True  # measure them, too
+    began: float = field(default_factory=time.monotonic)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    orders: list[dict[str, Any]] = field(default_factory=list)
+    boards: dict[str, Board] = field(default_factory=dict)  # by workload
+    refused: list[dict[str, str]] = field(default_factory=list)
+    out: dict[tuple[Cell, str], str] = field(default_factory=dict)  # (cell, loader) -> why
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since everything began, writing the files included."""
+        return time.monotonic() - self.began
+
+
+Step = tuple[str, Any]  # ("load", name of a loader) or ("ceiling", one of Board.steps)
+
+
+class Shown:
+    """What the person at the terminal sees. The default shows nothing."""
+
+    def doing(self, text: str) -> None:
+        """Name the step that begins now."""
+
+    def step(self, loads: int) -> None:
+        """So many loads are over."""
+
+    def estimate(self, planner: Planner) -> None:
+        """What is left, as the planner sees it now."""
+
+    def tell(self, text: str) -> None:
+        """Say something that stays on the screen."""
+
+
+def race(run: Race, shown: Shown, save: Callable[[], None] = lambda: None) -> None:
+    """Run everything; ``save`` is called after each round, so that an interruption loses little."""
+    chance = random.Random(run.seed)
+    for workload in run.workloads:
+        run.planner.fit(run.elapsed_s)
+        run.planner.passed.add(workload.name)
+        if run.planner.of(workload.name):
+            _workload(run, workload, chance, shown, save)
+
+
+def _workload(
+    run: Race, workload: Workload, chance: random.Random, shown: Shown, save: Callable[[], None]
+) -> None:
+    planner, begin = run.planner, time.monotonic()
+    shown.doing(f"writing {workload.name}")
+    with run.provide(workload) as written:
+        planner.write_s = (time.monotonic() - begin) / max(workload.nbytes, 1)
+        for name, reason in written.refused.items():
+            run.refused.append({"workload": workload.name, "loader": name, "reason": reason})
+        if run.ceilings and (workload.nbytes >= LEAST_FOR_CEILINGS or not run.boards):
+            caches = dict.fromkeys(unit.cell.cache for unit in planner.units)
+            run.boards[workload.name] = board(run.device, list(caches), written.files)
+        for number in range(1, planner.rounds + 1):
+            shown.estimate(planner)
+            _round(run, workload.name, written, number, chance=chance, shown=shown)
+            planner.fit(run.elapsed_s)
+            if number == 1 and not _others_began(run, workload.name):
+                _tell_plan(run, shown)
+            save()
+
+
+def _others_began(run: Race, name: str) -> bool:
+    return any(one["workload"] != name for one in run.orders)
+
+
+def _round(
+    run: Race,
+    name: str,
+    written: Written,
+    number: int,
+    *,
+    chance: random.Random,
+    shown: Shown,
+) -> None:
+    planner = run.planner
+    cells = planner.cells(name)
+    chance.shuffle(cells)
+    seen: set[str] = set()
+    beside_s = 0.0
+    for cell, units in cells:
+        names = [loader for unit in units for loader in unit.loaders]
+        again = {loader for unit in units if unit.again for loader in unit.loaders}
+        turns = _Turns(cell, names, again, number, _ceilings(run, cell, seen))
+        loading_s, measuring_s = _cell(run, written, turns, chance, shown)
+        planner.took(cell, loading_s)
+        beside_s += measuring_s
+    if beside_s:
+        planner.beside_s = beside_s
+
+
+def _tell_plan(run: Race, shown: Shown) -> None:
+    seconds, planner = run.planner.left_s(), run.planner
+    cells = {unit.cell for unit in planner.units}
+    shown.tell(
+        f"After the first round ({run.elapsed_s / 60:.1f} min): about {seconds / 60:.1f} min more "
+        f"for {planner.rounds} rounds of {len(cells)} cells in all."
+    )
+    for unit, why in planner.dropped.items():
+        cell, _, loaders = unit.partition(": ")
+        shown.tell(f"  {cell}, {len(loaders.split(', '))} loaders: {why}")
+
+
+def _ceilings(run: Race, cell: Cell, seen: set[str]) -> list[Any]:
+    """The ceilings measured beside this cell: in each round once for a state of the cache."""
+    here = run.boards.get(cell.workload)
+    if here is None:
+        return []
+    steps = here.steps(cell.cache, not seen)
+    seen.add(cell.cache)
+    return steps
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """What is done in one cell in one round."""
+
+    cell: Cell
+    loaders: Sequence[str]
+    again: set[str]
+    round: int
+    ceilings: Sequence[Any]
+
+
+def _cell(
+    run: Race, written: Written, turns: _Turns, chance: random.Random, shown: Shown
+) -> tuple[float, float]:
+    """Let everybody load once, the ceilings among them, in a random order that is noted.
+
+    Returns the seconds that the loads took, and those of a later round's ceilings.
+    """
+    cell, number = turns.cell, turns.round
+    out = {loader for where, loader in run.out if where == cell} | set(written.refused)
+    steps: list[Step] = [("load", name) for name in turns.loaders if name not in out]
+    steps += [("ceiling", one) for one in turns.ceilings]
+    chance.shuffle(steps)
+    order = [what if kind == "load" else _ceiling_name(what) for kind, what in steps]
+    run.orders.append({"round": number, "workload": cell.workload, "cache": cell.cache,
+                       "order": order})  # fmt: skip
+    racing = [what for kind, what in steps if kind == "load"]
+    begin, measuring, later = time.monotonic(), 0.0, 0.0
+    with Starters(run, written, racing, turns.again) as ready:
+        for turn, (kind, what) in enumerate(steps):
+            if kind == "ceiling":
+                shown.doing(f"round {number}: {_ceiling_name(what)}")
+                # Of the variants that are tried, later rounds measure one.
+                variants = len(getattr(what, "variants", ())) or 1
+                seconds = _measure_ceiling(run.boards[cell.workload], what)
+                measuring, later = measuring + seconds, later + seconds / variants
+                continue
+            shown.doing(f"round {number}: {cell}: {what}")
+            record = {"workload": cell.workload, "cache": cell.cache, "round": number,
+                      "turn": turn, "loader": what}  # fmt: skip
+            _load_and_again(run, written, ready, record, what in turns.again)
+            ready.forget(what)
+            shown.step(2 if what in turns.again else 1)
+    return time.monotonic() - begin - measuring, later
+
+
+def _ceiling_name(step: Any) -> str:
+    return str(step.name) if hasattr(step, "name") else " and ".join(step.names)
+
+
+def _measure_ceiling(measured_on: Board, step: Any) -> float:
+    begin = time.monotonic()
+    try:
+        measured_on.measure(step)
+    except BenchError as error:  # no reason to end the race
+        step.unavailable = str(error)
+    return time.monotonic() - begin
+
+
+# ---- one load -----------------------------------------------------------
+
+
+def _load_and_again(
+    run: Race, written: Written, ready: Starters, record: dict[str, Any], again: bool
+) -> None:
+    """Load; where asked for, once more in a new process with the cache as the first left it."""
+    name, cache = record["loader"], record["cache"]
+    found = _proven(run, written, ready, name, cache)
+    run.runs.append(record | {"again": False} | found)
+    if again and found["outcome"] == "ok":
+        second = _once(run, written, ready, name, None)
+        run.runs.append(record | {"again": True} | second)
+        found = second if second["outcome"] in ("crashed", "time limit", "wrong") else found
+    if found["outcome"] in ("crashed", "time limit", "wrong"):
+        cell = Cell(record["workload"], cache)
+        run.out[cell, name] = f"{found['outcome']} in round {record['round']}: {found['detail']}"
+
+
+def _proven(run: Race, written: Written, ready: Starters, name: str, cache: str) -> dict[str, Any]:
+    """Load from a proven state; again when something else took the cache out of it.
+
+    Kernels that reclaim idle pages, and other programs, do so between preparing and loading.
+    The result of such a run is not looked at, so repeating it chooses nothing.
+    """
+    for tries in range(1, TRIES + 1):
+        found = _once(run, written, ready, name, cache) | {"tries": tries}
+        if found["outcome"] != "cache":
+            break
+    return found
+
+
+def _once(
+    run: Race, written: Written, ready: Starters, name: str, cache: str | None
+) -> dict[str, Any]:
+    files = read_by(ready.loader(name), written.files)
+    try:
+        with ready.take(name) as child:
+            started = child.wait_ready(starters.READY_S)
+            state = residency.prepare(cache, files) if cache else None
+            with run.watch.peak() as risen:
+                sample = started | child.go(run.limit_s)
+    except process.ProcessFailedError as failed:
+        return {"outcome": failed.outcome, "detail": failed.detail, "sample": None}
+    sample["device_peak"] = risen[0] if risen else None
+    left, _ = residency.resident_fraction(files)
+    return judge(cache, state, sample) | {"sample": sample, "resident_after": left}
+
+
+def judge(
+    cache: str | None, state: residency.CacheState | None, sample: dict[str, Any]
+) -> dict[str, Any]:
+    """Say what a run is worth: "wrong" bytes, a wrong state of the page "cache", or "ok"."""
+    if sample["wrong"]:
+        more = sample["wrong_count"] - len(sample["wrong"])
+        detail = "; ".join(sample["wrong"]) + (f"; and {more} more" if more else "")
+        return {"outcome": "wrong", "detail": detail, "verified": None}
+    path = sample.get("path")
+    if path is not None and not any(
+        count for way, count in path["bytes"].items() if way != "stock"
+    ):
+        reasons = "; ".join(path["fallbacks"]) or "patch() had no effect"
+        detail = f"stock did it, which is no result under our name: {reasons}"
+        return {"outcome": "crashed", "detail": detail, "verified": None}
+    if cache is None or state is None:
+        return {"outcome": "ok", "detail": None, "verified": None}
+    inside = sample["resident_before"]
+    verdict = residency.weakest(
+        [state.verified, None if inside is None else residency.satisfies(cache, inside)]
+        if state.probe_is_harmless
+        else [state.verified]
+    )
+    if verdict is False:
+        seen = state.fraction if inside is None else inside
+        detail = f"to be {cache}, but {seen:.1%} of the bytes were in the page cache"
+        return {"outcome": "cache", "detail": detail, "verified": False}
+    return {"outcome": "ok", "detail": None, "verified": verdict}
