@@ -3,8 +3,8 @@
 #
 #   benchmarks/gpu_race.sh           the full suite, true sizes where they fit: hours
 #   benchmarks/gpu_race.sh quick     within nine minutes
-#   benchmarks/gpu_race.sh rehearse  every step on the CPU, one round: numbers mean nothing, but a
-#                                    typo shows here and not on a GPU's time
+#   benchmarks/gpu_race.sh rehearse  every step without a GPU, small, over the fake driver: numbers
+#                                    mean nothing, but a typo shows here and not on a GPU's time
 #
 # The exit status is 2 when there is no GPU, else that of the race. Environment:
 #   PYTHON   whose torch is used (python3)
@@ -26,7 +26,8 @@ shift $(($# > 0))
 case $mode in
 full) limit=${LIMIT:-21600} race=(--device cuda --suite full) ;;
 quick) limit=${LIMIT:-530} race=(--device cuda --suite quick) ;;
-rehearse) limit=${LIMIT:-600} race=(--device cpu --suite quick --rounds 1 --workloads llama-3-8b-lora --no-end-to-end) ;;
+rehearse) limit=${LIMIT:-600} race=(--device cuda --suite quick --rounds 1 --no-end-to-end
+    --workloads llama-3-8b-lora --loaders stock-mmap,fastst,fastst-direct) ;;
 *) echo "usage: $0 [full | quick | rehearse] [argument of the race ...]" >&2 && exit 2 ;;
 esac
 
@@ -84,6 +85,11 @@ f"gpu_race.sh: torch {torch.__version__} sees no usable GPU")' || exit 2
     results=${out:-$root/benchmarks/results/$name/race}
 else
     results=${out:-$work/results}
+    say "fake driver"
+    (cd "$root/tests" && "$python" -c '
+import sys, pathlib, fake_device
+assert fake_device.build(pathlib.Path(sys.argv[1])), "no compiler"' "$work") || exit 1
+    export REHEARSAL_DRIVER=$work/libfake_cuda.so PYTHONPATH=$root/tests/rehearsal
 fi
 
 # The race plans with what is left, and keeps a minute for drawing and for being wrong.

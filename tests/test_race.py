@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,7 @@ report = importlib.import_module("benchmarks.race.report")
 results = importlib.import_module("benchmarks.race.results")
 runner = importlib.import_module("benchmarks.race.runner")
 truth = importlib.import_module("benchmarks.race.truth")
+whole = importlib.import_module("benchmarks.race.whole")
 watch = importlib.import_module("benchmarks.race.watch")
 benchmarks_main = importlib.import_module("benchmarks.__main__")
 
@@ -187,7 +189,7 @@ def test_cold_load_and_a_second_one_in_a_new_process(file, on_disk) -> None:
     assert first["resident_after"] > 0.5
     names = {one["name"]: one for one in race.boards["tiny"].to_json("tiny")}
     assert names[ceilings.TOUCH]["gb_per_s"] > 0
-    assert set(names[ceilings.MEMCPY]["tried"]) >= {"1 threads"}
+    assert set(names[ceilings.MEMCPY]["tried"]) >= {"1 thread"}
     assert names["cold buffered read"]["gb_per_s"] > 0
     assert set(race.orders[0]["order"]) == {
         "stock-mmap", "O_DIRECT read", "cold buffered read", "memory read, one core and memcpy",
@@ -735,6 +737,68 @@ def test_no_device_is_a_usage_error(tmp_path, monkeypatch, capsys) -> None:
     arguments = ["race", "--device", "cuda", "--out", str(tmp_path / "out")]
     assert benchmarks_main.main(arguments) == 2
     assert "--device cuda: no driver" in capsys.readouterr().err
+
+
+def test_what_an_interruption_leaves_can_be_drawn(
+    file, fake, tmp_path, monkeypatch, capsys
+) -> None:
+    pytest.importorskip("matplotlib", reason="charts need matplotlib")
+    one = workload()
+    module = SimpleNamespace(
+        suite=lambda *args: [one],
+        write=lambda given, folder, progress: folder.mkdir() or [Path(shutil.copy(file, folder))],
+    )
+    monkeypatch.setitem(sys.modules, command._WORKLOADS, module)
+    monkeypatch.setattr(runner, "board", lambda *args: ceilings.Board((), {}, []))
+
+    def interrupted():
+        if len(fake.started) > 4:
+            raise KeyboardInterrupt
+        return sample()
+
+    fake.answers["stock-mmap"] = interrupted
+    out = tmp_path / "out"
+    arguments = ["race", "--out", str(out), "--dir", str(tmp_path), "--no-end-to-end",
+                 "--loaders", "stock-mmap"]  # fmt: skip
+    args = benchmarks_main.parser().parse_args(arguments)
+    assert guarded("race", lambda: command.race(args, SOURCE)) == 130
+    assert "python -m benchmarks report" in capsys.readouterr().err
+    assert not list(tmp_path.glob("fastst-bench-*"))
+    assert benchmarks_main.main(["report", str(out)]) == 0
+    assert "tiny, warm" in capsys.readouterr().out
+
+
+def test_the_installed_package_comes_first(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", ["", "elsewhere", str(ROOT), "packages"])
+    benchmarks_main.installed_first()
+    assert sys.path == ["elsewhere", "packages", str(ROOT)]
+
+
+def test_end_to_end_that_fails_is_told_and_no_reason_to_stop(tmp_path, monkeypatch) -> None:
+    script = tmp_path / "script.py"
+    monkeypatch.setattr(whole, "SCRIPT", script)
+    script.write_text("raise SystemExit(3)")
+    failed = whole.measure("cpu", "quick", tmp_path, 5, 60.0)
+    assert failed["errors"] == {"all rows": "end_to_end.py ended with exit status 3"}
+    script.write_text(
+        "import json, sys\n"
+        "target = sys.argv[sys.argv.index('--json') + 1]\n"
+        "found = {'results': [], 'skipped': {'a': 'no'}, 'errors': {'b': 'in /x/y/z.py\\nbad'}}\n"
+        "json.dump(found | {'given': sys.argv[1:]}, open(target, 'w'))\n"
+    )
+    found = whole.measure("cpu", "quick", tmp_path, 5, 60.0)
+    assert found["errors"] == {"b": "in z.py bad"}
+    assert "--offers" in found["given"]
+    assert found["given"][found["given"].index("--max-seconds") + 1] == "30"
+    assert not list(tmp_path.glob("end-to-end-*"))
+
+
+def test_rows_of_end_to_end_exist() -> None:
+    names = {
+        name for rows in (whole.ROWS, whole.QUICK_ROWS) for row in rows.values() for name in row
+    }
+    text = (ROOT / "benchmarks" / "_rows.py").read_text(encoding="utf-8")
+    assert all(f'@row("{name}"' in text for name in names)
 
 
 def test_watch_without_nvml_says_nothing() -> None:

@@ -58,9 +58,13 @@ class Measured:
 
 def _speeds(answer: dict[str, Any]) -> dict[str, dict[str, float]]:
     if "copy" in answer:
-        threads = {f"{count} threads": speed for count, speed in answer["copy"].items()}
+        threads = {_threads(int(count)): speed for count, speed in answer["copy"].items()}
         return {TOUCH: {"1 thread": answer["touch"]}, MEMCPY: threads}
     return {PINNED: answer["pinned"], PAGEABLE: answer["pageable"]}
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 @dataclass

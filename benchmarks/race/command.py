@@ -68,8 +68,13 @@ def race(args: argparse.Namespace, source: Source | None = None) -> int:
     rest = _Rest(args, place, facts, absent)
     with scratch(place) as folder:
         run = _plan(args, who, suite, folder, facts)
-        with screen.bar():
-            runner.race(run, screen, lambda: results.save(_found(run, rest), out))
+        try:
+            with screen.bar():
+                runner.race(run, screen, lambda: results.save(_found(run, rest), out))
+        except KeyboardInterrupt:
+            if (out / results.FILE_NAME).exists():
+                screen.tell(f"What was measured until now: python -m benchmarks report {args.out}")
+            raise
         if args.end_to_end:
             rest.end_to_end = _end_to_end(args, run, folder, screen)
     found = _found(run, rest)

@@ -119,7 +119,7 @@ COLUMNS: tuple[Column, ...] = (
     ("", lambda row: str(row.rank or "")),
     ("loader", lambda row: row.loader),
     ("s", lambda row: spread(row.total_s)),
-    ("GB/s", lambda row: "-" if row.gb_per_s is None else f"{row.gb_per_s:.2f}"),
+    ("GB/s", lambda row: "-" if row.gb_per_s is None else f"{row.gb_per_s:.3g}"),
     ("of ceiling", _of_ceiling),
     ("time / stock", lambda row: spread(row.to_stock, 2)),
     ("time / ours", lambda row: spread(row.to_ours, 2)),
@@ -128,6 +128,7 @@ COLUMNS: tuple[Column, ...] = (
     ("again s", lambda row: spread(row.again_s)),
     ("peak MB", _of_memory("peak")),
     ("own MB", _of_memory("anonymous")),
+    ("from disk MB", lambda row: megabytes(row.storage_bytes)),
     ("left cached", lambda row: "-" if row.cached_after is None else f"{row.cached_after:.0%}"),
     ("import s", lambda row: "-" if row.import_s is None else f"{row.import_s.median:.2f}"),
 )
@@ -199,6 +200,7 @@ def table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
 _LEFT = {
     "loader",
     "beside",
+    "cache",
     "of ceiling",
     "reason",
     "ceiling",
@@ -288,8 +290,8 @@ def _notes(found: Found) -> str:
         )
     notes.append(
         "time / stock, time / ours: medians of ratios within a round. again: a second load in a "
-        "new process, with the cache as the first left it. left cached: of the files, after the "
-        "process ended."
+        "new process, with the cache as the first left it. from disk: by the kernel's count. "
+        "left cached: of the files, after the process ended."
     )
     for name, why in found["absent"].items():
         notes.append(f"{name}: no such workload here: {why}.")

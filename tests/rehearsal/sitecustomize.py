@@ -1,4 +1,6 @@
-"""Lets `benchmarks/gpu.sh rehearse` run where there is no GPU; on PYTHONPATH there, nowhere else.
+"""Lets `benchmarks/gpu.sh rehearse` and `gpu_race.sh rehearse` run where there is no GPU.
+
+It is on PYTHONPATH there, and nowhere else.
 
 The fake driver stands for CUDA (../fake_device.py), CPU memory for the device's. Of torch only
 what the benchmarks call is replaced. Numbers mean nothing, every line is run.
@@ -11,6 +13,7 @@ import functools
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import wrapt
@@ -31,6 +34,9 @@ def _torch(torch: Any) -> None:
         return made(*args, device=None if _is_cuda(device) else device, **kwargs)
 
     torch.empty = empty
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_properties = lambda device=None: None
+    torch.cuda.current_stream = lambda device=None: SimpleNamespace(synchronize=lambda: None)
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.get_device_name = lambda device=None: "rehearsal"
     torch.cuda.mem_get_info = lambda device=None: (1 << 34, 1 << 35)
@@ -56,6 +62,25 @@ def _device(module: Any) -> None:
     driver = fake_device.Driver(Path(os.environ["REHEARSAL_DRIVER"]))
     module._runtime = fake_device.FakeRuntime(driver)
     atexit.register(_must_be_clean, driver)
+
+
+# ---- of the race alone --------------------------------------------------
+
+
+@wrapt.when_imported("benchmarks.gpu_ceilings")
+def _ceilings(module: Any) -> None:
+    module.Gpu = module.StandIn
+
+
+@wrapt.when_imported("benchmarks.race.loaders.base")
+def _loaders(module: Any) -> None:
+    module.no_driver = lambda kind: None
+
+
+@wrapt.when_imported("benchmarks.race.truth")
+def _truth(module: Any) -> None:
+    judge = module.differences
+    module.differences = lambda entries, tensors, sums, device: judge(entries, tensors, sums, "cpu")
 
 
 def _must_be_clean(driver: Any) -> None:
