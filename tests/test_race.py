@@ -1,122 +1,43 @@
 """benchmarks/race must not lie: wrong loaders, wrong caches, slow and hanging ones are caught."""
 
+# ruff: noqa: F401, F811 - fixtures come from race_harness
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import json
-import os
 import platform
 import random
-import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
-import race_standins
 import torch
+from race_harness import (
+    FakeChild,
+    benchmarks_main,
+    ceilings,
+    entrants,
+    fake,
+    file,
+    found_of,
+    on_disk,
+    plan,
+    process,
+    race_of,
+    report,
+    results,
+    runner,
+    sample,
+    states,
+    truth,
+    who,
+    workload,
+)
 
 from fastst_patch import engine
-from fastst_patch.bench import guarded, machine, residency
-from fastst_patch.bench.checkpoint import transformer_specs, write_checkpoint
+from fastst_patch.bench import machine, residency
 from fastst_patch.bench.errors import UsageError
-
-ROOT = Path(__file__).resolve().parent.parent
-
-if engine.native_error() is not None:
-    pytest.skip("no native extension", allow_module_level=True)
-if not (ROOT / "benchmarks" / "race").is_dir():
-    pytest.skip("no benchmarks beside these tests", allow_module_level=True)
-sys.path.append(str(ROOT))  # last: what is installed is tested, and not the checkout
-
-ceilings = importlib.import_module("benchmarks.race.ceilings")
-charts = importlib.import_module("benchmarks.race.charts")
-command = importlib.import_module("benchmarks.race.command")
-entrants = importlib.import_module("benchmarks.race.entrants")
-plan = importlib.import_module("benchmarks.race.plan")
-process = importlib.import_module("benchmarks.race.process")
-readme = importlib.import_module("benchmarks.race.readme")
-report = importlib.import_module("benchmarks.race.report")
-results = importlib.import_module("benchmarks.race.results")
-runner = importlib.import_module("benchmarks.race.runner")
-truth = importlib.import_module("benchmarks.race.truth")
-whole = importlib.import_module("benchmarks.race.whole")
-watch = importlib.import_module("benchmarks.race.watch")
-benchmarks_main = importlib.import_module("benchmarks.__main__")
-
-SOURCE = entrants.Source("race_standins", str(Path(__file__).resolve().parent))
-
-
-@pytest.fixture
-def on_disk(tmp_path):
-    if machine.filesystem(tmp_path).in_memory:
-        pytest.skip("the temporary directory is in memory, which is never cold")
-
-
-@pytest.fixture
-def file(tmp_path) -> Path:
-    path = tmp_path / "files" / "model.safetensors"
-    path.parent.mkdir()
-    write_checkpoint(path, transformer_specs(300_000), lambda _: None)
-    return path
-
-
-def workload(name: str = "tiny", nbytes: int = 300_000) -> SimpleNamespace:
-    return SimpleNamespace(
-        name=name, description="a small one", files=1, tensors=147, nbytes=nbytes, scaled=1.0,
-        dtype="bf16", source="here",
-    )  # fmt: skip
-
-
-def who(*names: str):
-    return entrants.assemble(SOURCE, "cpu", names or None, None, lambda _: None)
-
-
-def race_of(file: Path, *names: str, caches=("warm",), rounds=1, **changes):
-    """A race of stand-ins over one file; nothing is run yet."""
-    one = workload()
-    entered = who(*names)
-
-    @contextlib.contextmanager
-    def provide(_):
-        path = file.parent / "truth.json"
-        truth.write(truth.of([str(file)]), path)
-        yield runner.Written((str(file),), file.stat().st_size, str(path))
-
-    facts = {
-        "entrants": entered,
-        "device": "cpu",
-        "workloads": [one],
-        "provide": provide,
-        "planner": plan.Planner(plan.units([one], entered.running, caches, False), None, rounds),
-        "seed": 7,
-        "limit_s": 120.0,
-        "at_once": 2,
-        "watch": watch.DeviceWatch(None),
-        "ceilings": False,
-    }
-    return runner.Race(**(facts | changes))
-
-
-def found_of(race, **environment):
-    args = SimpleNamespace(suite="quick")
-    rest = SimpleNamespace(args=args, absent={}, end_to_end=None, environment={
-        "cpu": "a CPU", "cpus": 2, "memory": 8_000_000_000, "kernel": "Linux 6", "fs": "ext4",
-        "block_device": "vda", "read_ahead_kb": 128, "python": "3.11", "torch": "2",
-        "safetensors": "0.8", "fastst_patch": "0.1", **environment,
-    })  # fmt: skip
-    return command._found(race, rest)
-
-
-def states(race) -> dict[str, str]:
-    found = found_of(race)
-    return {
-        row.loader: row.state for cell in results.cells(found) for row in results.rows(found, *cell)
-    }
-
 
 # ---- with processes: who is wrong, and who fails ------------------------
 
@@ -197,59 +118,6 @@ def test_cold_load_and_a_second_one_in_a_new_process(file, on_disk) -> None:
 
 
 # ---- without processes: caches, slowness, order -------------------------
-
-
-def sample(load_s=1.0, **changes):
-    made = {
-        "import_s": 1.0, "context_s": 0.0, "first_s": load_s / 2, "load_s": load_s,
-        "touch_s": 0.5, "tensors": 147, "bytes": 300_000, "wrong": [], "wrong_count": 0,
-        "resident_before": None, "late_imports": [], "path": None, "versions": {},
-        "before": {"rss": 10, "rss_anonymous": 5, "rss_file": 5, "pss": 8},
-        "after": {"rss": 30, "rss_anonymous": 15, "rss_file": 15, "pss": 20, "peak_rss": 40},
-        "done": {"user_s": 1.0, "system_s": 0.5, "storage_bytes": 0},
-    }  # fmt: skip
-    return made | changes
-
-
-class FakeChild:
-    """Answers at once: what `answers` says of its loader."""
-
-    answers: ClassVar[dict[str, object]] = {}
-    started: ClassVar[list[str]] = []
-
-    def __init__(self, message, environment=None):
-        self.name = message["loader"]
-        self.started.append(self.name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        pass
-
-    def close(self):
-        pass
-
-    def wait_ready(self, seconds):
-        return {"ready": True, "import_s": 1.0, "context_s": 0.0}
-
-    def go(self, seconds):
-        return self.answers.get(self.name, sample)()
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    """Children that answer at once, and a cache that is as asked for."""
-    monkeypatch.setattr(FakeChild, "answers", {})
-    monkeypatch.setattr(FakeChild, "started", [])
-    monkeypatch.setattr(process, "Child", FakeChild)
-    monkeypatch.setattr(residency, "_PAUSE_S", 0)
-
-    def prepare(cache, paths):
-        return residency.CacheState(cache, 0.0 if cache == "cold" else 1.0, "cachestat")
-
-    monkeypatch.setattr(residency, "prepare", prepare)
-    return FakeChild
 
 
 def test_slow_loader_shows_as_slow(file, fake) -> None:
@@ -529,307 +397,3 @@ def test_ceilings_alone(file, capsys, tmp_path) -> None:
 def test_ceilings_of_no_file_is_a_usage_error(tmp_path, capsys) -> None:
     assert benchmarks_main.main(["ceilings", "--file", str(tmp_path / "absent")]) == 2
     assert "no such file" in capsys.readouterr().err
-
-
-# ---- results, reports, charts -------------------------------------------
-
-
-@pytest.fixture
-def found(file, fake):
-    fake.answers["again"] = lambda: sample(load_s=0.25)
-    race = race_of(file, "stock-mmap", "again", "not-installed", rounds=5, caches=("cold", "warm"))
-    runner.race(race, runner.Shown())
-    return found_of(race)
-
-
-def test_results_are_read_back_and_drawn_again(found, tmp_path, capsys) -> None:
-    pytest.importorskip("matplotlib", reason="charts need matplotlib")
-    results.save(found, tmp_path)
-    assert results.read(tmp_path) == json.loads(json.dumps(found))
-    assert benchmarks_main.main(["report", str(tmp_path)]) == 0
-    page = (tmp_path / "report.md").read_text()
-    assert page.strip() == capsys.readouterr().out.strip()
-    assert "| 1 | again |" in page
-    for name in ("speed.png", "first-tensor.png", "memory.png"):
-        assert f"({name})" in page
-        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
-
-
-def test_rounds_of_one_machine_are_added_up(found) -> None:
-    (merged,) = results.merge([found, json.loads(json.dumps(found))])
-    rows = results.rows(merged, "tiny", "warm")
-    assert {row.rounds for row in rows} == {10}
-    assert merged["seed"] == [7, 7]
-    assert rows[0].to_stock.median == 0.5
-    assert found["runs"] != merged["runs"]
-    assert len(found["runs"]) * 2 == len(merged["runs"])
-
-
-def test_another_machine_or_version_is_another_section(found) -> None:
-    other = json.loads(json.dumps(found))
-    other["environment"]["cpu"] = "another CPU"
-    newer = json.loads(json.dumps(found))
-    newer["loaders"][0]["version"] = "99"
-    larger = json.loads(json.dumps(found))
-    larger["workloads"][0]["nbytes"] += 1
-    assert len(results.merge([found, other])) == 2
-    assert len(results.merge([found, newer])) == 2
-    assert len(results.merge([found, larger])) == 2
-    page = report.markdown(results.merge([found, other]))
-    assert page.count("### tiny, warm") == 2
-    assert "another CPU" in page
-
-
-def test_a_loader_missing_in_one_race_but_not_the_other(found) -> None:
-    other = json.loads(json.dumps(found))
-    other["missing"]["again"] = "not this time"
-    other["runs"] = [run for run in other["runs"] if run["loader"] != "again"]
-    (merged,) = results.merge([other, found])
-    assert merged["missing"] == found["missing"]
-    rounds = {row.loader: row.rounds for row in results.rows(merged, "tiny", "warm")}
-    assert rounds == {"again": 5, "stock-mmap": 10}
-
-
-def test_several_results_need_a_place(found, tmp_path, capsys) -> None:
-    pytest.importorskip("matplotlib", reason="charts need matplotlib")
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        results.save(found, tmp_path / name)
-    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
-    assert benchmarks_main.main(["report", *folders]) == 2
-    assert "--out" in capsys.readouterr().err
-    assert benchmarks_main.main(["report", *folders, "--out", str(tmp_path / "c")]) == 0
-    assert "Medians of 10 rounds" in (tmp_path / "c" / "report.md").read_text()
-
-
-def test_what_is_no_result_is_refused(tmp_path) -> None:
-    with pytest.raises(UsageError, match="No such file"):
-        results.read(tmp_path)
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(UsageError, match="not results of"):
-        results.read(tmp_path)
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(UsageError, match="not JSON"):
-        results.read(tmp_path)
-
-
-def test_wrong_loader_has_no_time_and_no_bar(file, fake, tmp_path) -> None:
-    pytest.importorskip("matplotlib", reason="charts need matplotlib")
-    fake.answers["again"] = lambda: sample(wrong=["x: its bytes are not the file's"],
-                                           wrong_count=4)  # fmt: skip
-    race = race_of(file, "stock-mmap", "again", rounds=5)
-    runner.race(race, runner.Shown())
-    found = found_of(race)
-    row = next(one for one in results.rows(found, "tiny", "warm") if one.loader == "again")
-    assert (row.state, row.rank, row.total_s, row.gb_per_s) == ("wrong", None, None, None)
-    assert "and 3 more" in row.detail
-    assert charts.draw(found, tmp_path) == ["speed.png", "first-tensor.png", "memory.png"]
-    assert "| 1 | stock-mmap |" in report.markdown([found])
-    assert "| again | wrong |" in "\n".join(readme.matrix(found))
-
-
-def test_our_own_failure_is_the_exit_status(found) -> None:
-    assert command.verdict(found) == 0
-    ours = json.loads(json.dumps(found))
-    ours["loaders"][1]["family"] = "fastst"
-    for run in ours["runs"]:
-        if run["loader"] == ours["loaders"][1]["name"]:
-            run["outcome"] = "crashed"
-    assert command.verdict(ours) == 1
-
-
-def test_memory_of_a_map_is_told_from_a_copy() -> None:
-    row = SimpleNamespace(memory={"peak": 2e9, "anonymous": 0.1e9, "file": 1.8e9})
-    assert charts.own_and_whole(row) == pytest.approx((0.2, 2.0))
-    copy = SimpleNamespace(memory={"peak": 3e9, "anonymous": 2e9, "file": 0.0, "pinned": 1e9})
-    assert charts.own_and_whole(copy) == pytest.approx((4.0, 4.0))
-
-
-def test_peak_that_could_not_be_reset_is_no_number(found) -> None:
-    assert results.rows(found, "tiny", "warm")[0].memory["peak"] == 30
-    for run in found["runs"]:
-        run["sample"] = run["sample"] | {"before": run["sample"]["before"] | {"peak_rss": 10**9}}
-    row = results.rows(found, "tiny", "warm")[0]
-    assert row.memory["peak"] is None
-    assert row.memory["anonymous"] == 10
-
-
-# ---- the README ---------------------------------------------------------
-
-
-def test_readme_is_current() -> None:
-    assert readme.main(check=True) == 0
-
-
-def test_readme_is_written_from_the_results(found, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
-    monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
-    folder = tmp_path / "results" / "here" / "race"
-    folder.mkdir(parents=True)
-    results.save(found, folder)
-    before = f"# x\n{readme.BEGIN}\nold\n{readme.END}\ny\n"
-    (tmp_path / "README.md").write_text(before)
-    assert readme.main(check=True) == 1
-    assert (tmp_path / "README.md").read_text() == before
-    assert readme.main(check=False) == 0
-    text = (tmp_path / "README.md").read_text()
-    assert "| loader | tiny, 0.3 MB, cold | tiny, 0.3 MB, warm |" in text
-    assert "| again | **0.75 s** | **0.75 s** |" in text
-    assert "(results/here/race/speed.png)" in text
-    assert text.endswith(f"{readme.END}\ny\n")
-    assert readme.main(check=True) == 0
-    (tmp_path / "README.md").write_text("no markers")
-    with pytest.raises(UsageError, match="expected one line"):
-        readme.main(check=True)
-
-
-# ---- the command --------------------------------------------------------
-
-
-def test_whole_command(file, fake, tmp_path, monkeypatch, capsys, on_disk) -> None:
-    pytest.importorskip("matplotlib", reason="charts need matplotlib")
-
-    def write(one, folder, progress):
-        folder.mkdir(parents=True)
-        path = folder / "model.safetensors"
-        write_checkpoint(path, transformer_specs(one.nbytes), progress)
-        return [path]
-
-    module = SimpleNamespace(
-        suite=lambda name, device, disk, memory: [workload(), workload("other")],
-        absent=lambda suite: {"real": "it is not installed"},
-        write=write,
-    )
-    monkeypatch.setitem(sys.modules, command._WORKLOADS, module)
-    parse = benchmarks_main.parser().parse_args
-    out = tmp_path / "out"
-    common = ["race", "--out", str(out), "--dir", str(tmp_path), "--no-end-to-end", "--seed", "3"]
-
-    def run(*arguments):
-        args = parse([*common, *arguments])
-        args.rounds = 1
-        monkeypatch.setattr(command, "board", None, raising=False)
-        return guarded("race", lambda: command.race(args, SOURCE))
-
-    monkeypatch.setattr(runner, "board", lambda device, caches, files: ceilings.Board((), {}, []))
-    assert run("--loaders", "stock-mmap,again,gpu-only", "--workloads", "tiny,real") == 0
-    printed = capsys.readouterr()
-    found = results.read(out)
-    assert found["seed"] == 3
-    assert {run["workload"] for run in found["runs"]} == {"tiny"}
-    assert found["missing"] == {"gpu-only": "does not load to cpu"}
-    assert found["absent"] == {"real": "it is not installed"}
-    assert "real: no such workload here: it is not installed." in printed.out
-    assert "No rank, for fewer than 5 rounds" in printed.out
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("fastst-bench-")]
-    text = json.dumps(found)
-    assert str(tmp_path) not in text
-    assert os.fspath(Path.home()) + "/" not in text
-    assert run("--workloads", "none") == 2
-    assert run("--workloads", "real") == 2
-    assert "it is not installed" in capsys.readouterr().err
-
-
-def test_no_device_is_a_usage_error(tmp_path, monkeypatch, capsys) -> None:
-    pytest.importorskip("matplotlib", reason="charts need matplotlib")
-    monkeypatch.setattr(process, "ask", lambda message: {"gpu": None, "reason": "no driver"})
-    arguments = ["race", "--device", "cuda", "--out", str(tmp_path / "out")]
-    assert benchmarks_main.main(arguments) == 2
-    assert "--device cuda: no driver" in capsys.readouterr().err
-
-
-def test_what_an_interruption_leaves_can_be_drawn(
-    file, fake, tmp_path, monkeypatch, capsys
-) -> None:
-    pytest.importorskip("matplotlib", reason="charts need matplotlib")
-    one = workload()
-    module = SimpleNamespace(
-        suite=lambda *args: [one],
-        write=lambda given, folder, progress: folder.mkdir() or [Path(shutil.copy(file, folder))],
-    )
-    monkeypatch.setitem(sys.modules, command._WORKLOADS, module)
-    monkeypatch.setattr(runner, "board", lambda *args: ceilings.Board((), {}, []))
-
-    def interrupted():
-        if len(fake.started) > 4:
-            raise KeyboardInterrupt
-        return sample()
-
-    fake.answers["stock-mmap"] = interrupted
-    out = tmp_path / "out"
-    arguments = ["race", "--out", str(out), "--dir", str(tmp_path), "--no-end-to-end",
-                 "--loaders", "stock-mmap"]  # fmt: skip
-    args = benchmarks_main.parser().parse_args(arguments)
-    assert guarded("race", lambda: command.race(args, SOURCE)) == 130
-    assert "python -m benchmarks report" in capsys.readouterr().err
-    assert not list(tmp_path.glob("fastst-bench-*"))
-    assert benchmarks_main.main(["report", str(out)]) == 0
-    assert "tiny, warm" in capsys.readouterr().out
-
-
-def test_the_installed_package_comes_first(monkeypatch) -> None:
-    monkeypatch.setattr(sys, "path", ["", "elsewhere", str(ROOT), "packages"])
-    benchmarks_main.installed_first()
-    assert sys.path == ["elsewhere", "packages", str(ROOT)]
-
-
-def test_end_to_end_that_fails_is_told_and_no_reason_to_stop(tmp_path, monkeypatch) -> None:
-    script = tmp_path / "script.py"
-    monkeypatch.setattr(whole, "SCRIPT", script)
-    script.write_text("raise SystemExit(3)")
-    failed = whole.measure("cpu", "quick", tmp_path, 5, 60.0)
-    assert failed["errors"] == {"all rows": "end_to_end.py ended with exit status 3"}
-    script.write_text(
-        "import json, sys\n"
-        "target = sys.argv[sys.argv.index('--json') + 1]\n"
-        "found = {'results': [], 'skipped': {'a': 'no'}, 'errors': {'b': 'in /x/y/z.py\\nbad'}}\n"
-        "json.dump(found | {'given': sys.argv[1:]}, open(target, 'w'))\n"
-    )
-    found = whole.measure("cpu", "quick", tmp_path, 5, 60.0)
-    assert found["errors"] == {"b": "in z.py bad"}
-    assert "--offers" in found["given"]
-    assert found["given"][found["given"].index("--max-seconds") + 1] == "30"
-    assert not list(tmp_path.glob("end-to-end-*"))
-
-
-def test_rows_of_end_to_end_exist() -> None:
-    names = {
-        name for rows in (whole.ROWS, whole.QUICK_ROWS) for row in rows.values() for name in row
-    }
-    text = (ROOT / "benchmarks" / "_rows.py").read_text(encoding="utf-8")
-    assert all(f'@row("{name}"' in text for name in names)
-
-
-def test_watch_without_nvml_says_nothing() -> None:
-    blind = watch.DeviceWatch(None)
-    with blind.peak() as risen:
-        pass
-    assert blind.used() is None
-    assert risen == []
-
-
-def test_watch_finds_the_peak(monkeypatch) -> None:
-    seen = iter([100, 150, 400, 120])
-    looking = watch.DeviceWatch(None)
-    last = [100]
-
-    def used():
-        last[0] = next(seen, last[0])
-        return last[0]
-
-    monkeypatch.setattr(looking, "used", used)
-    monkeypatch.setattr(watch, "_EVERY_S", 0.001)
-    with looking.peak() as risen:
-        while last[0] != 120:
-            pass
-    assert risen == [300]
-
-
-def test_interface_of_loaders_is_what_stand_ins_have() -> None:
-    loader = race_standins.LOADERS[0]
-    names = {field.name for field in dataclasses.fields(loader)}
-    wanted = {"name", "family", "devices", "package", "environment", "note"}
-    assert wanted <= names
-    for method in ("missing", "load", "warm_imports"):
-        assert callable(getattr(loader, method))
