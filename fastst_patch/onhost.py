@@ -34,6 +34,8 @@ MIB = 1 << 20
 WORKERS_FROM = 1 * MIB
 """Bytes from which a load is worth waking workers for; a thread costs about 30 us."""
 
+HUGE_PAGE = 2 * MIB
+
 AHEAD = 64 * MIB
 """How far read-ahead runs in front of a handle that is walked in file order."""
 
@@ -237,9 +239,9 @@ class HostFile(OpenedFile):
         sequential = self.follows_another(i)
         if low <= begin and end <= high:
             if sequential and high - end < AHEAD // 2 and high < self.file.size:
-                self._cover(low, high, min(high + AHEAD, self.file.size))
+                self._cover(low, high, self._ahead_of(high))
         elif sequential:
-            self._cover(begin, begin, min(max(end, begin + AHEAD), self.file.size))
+            self._cover(begin, begin, max(end, self._ahead_of(begin)))
         elif end - begin >= WORKERS_FROM:  # less is a few faults, which the kernel serves
             self._cover(begin, begin, end)
 
@@ -253,6 +255,10 @@ class HostFile(OpenedFile):
             self.account.path = "mmap+readahead"
             extent = array("Q", (begin, end - begin, 0))
             self._start(self.map(), extent, io_threads(self.config.threads))
+
+    def _ahead_of(self, offset: int) -> int:
+        """Where a window of read-ahead ends: at a huge page, which the next one begins with."""
+        return min(-(-(offset + AHEAD) // HUGE_PAGE) * HUGE_PAGE, self.file.size)
 
     def read_ahead(self, extents: array[int], threads: int) -> None:
         """Start reading ahead extents of a mapped file that others do not; it runs on by itself.

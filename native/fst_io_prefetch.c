@@ -33,9 +33,9 @@
 #define READAHEAD_BYTES (512u << 10)
 #define POPULATE_TRIES 1000
 
-static void queue_reads(const fst_io_context *io) {
-    for (uint64_t at = io->begin; at < io->end; at += READAHEAD_BYTES) {
-        size_t bytes = (size_t)fst_min(READAHEAD_BYTES, io->end - at);
+static void queue_reads(const fst_io_context *io, uint64_t begin, uint64_t end) {
+    for (uint64_t at = begin; at < end; at += READAHEAD_BYTES) {
+        size_t bytes = (size_t)fst_min(READAHEAD_BYTES, end - at);
         if (FST_SYS->readahead(io->file->fd, (off_t)at, bytes) != 0) return; /* advice only */
     }
 }
@@ -67,15 +67,38 @@ static int populate(const fst_io_context *io, unsigned char *mapped, uint64_t be
     return EAGAIN;
 }
 
-/* Asks for huge pages, and tries on the chunk's first page whether a fault brings one. */
-static bool faults_are_huge(const fst_io_context *io, unsigned char *mapped) {
-    uint64_t first = fst_align_down(io->begin, fst_page()), resident = 0;
-    uint64_t huge_end = fst_align_down(io->begin, FST_HUGE_PAGE) + FST_HUGE_PAGE;
+/* What of a chunk is read by huge pages: whole ones, since a neighbour may be nobody's wish, such
+ * as experts of other ranks. The header before the first and the end of the file are no loss. */
+typedef struct huge_range {
+    uint64_t begin, end;
+    bool tail_alone; /* behind it nothing is wanted, or by small pages */
+} huge_range;
+
+static huge_range huge_part(const fst_io_context *io) {
+    bool first = io->begin < FST_HUGE_PAGE, last = io->end >= io->file->info.size;
+    huge_range part = {
+        .begin = first ? io->begin : fst_align_up(io->begin, FST_HUGE_PAGE),
+        .end = last ? io->end : fst_align_down(io->end, FST_HUGE_PAGE),
+    };
+    part.tail_alone = part.end < io->end;
+    return part;
+}
+
+/* Asks for huge pages, and tries on the first page whether a fault brings one. */
+static bool faults_are_huge(const fst_io_context *io, unsigned char *mapped, huge_range part) {
+    uint64_t page = fst_page(), base = fst_align_down(io->begin, page), resident = 0;
     int probe = FST_PROBE_NONE;
     /* Of less, a fault would read more than is wanted. */
-    if (io->end - io->begin < FST_HUGE_PAGE) return false;
-    if (FST_SYS->madvise(mapped, (size_t)(io->end - first), MADV_HUGEPAGE) != 0) return false;
-    if (populate(io, mapped, io->begin, io->begin + 1) != 0) return false;
+    if (part.end < part.begin || part.end - part.begin < FST_HUGE_PAGE) return false;
+    uint64_t first = fst_align_down(part.begin, page);
+    uint64_t huge_end = fst_align_down(part.begin, FST_HUGE_PAGE) + FST_HUGE_PAGE;
+    unsigned char *from = mapped + (first - base);
+    if (FST_SYS->madvise(from, (size_t)(part.end - first), MADV_HUGEPAGE) != 0) return false;
+    /* A fault asks for the next huge page, too, unless it is told that accesses are random. */
+    if (part.tail_alone)
+        (void)FST_SYS->madvise(mapped + (part.end - FST_HUGE_PAGE - base), FST_HUGE_PAGE,
+                               MADV_RANDOM);
+    if (populate(io, mapped, part.begin, part.begin + 1) != 0) return false;
     (void)fst_file_residency((fst_file *)(uintptr_t)io->file, first, huge_end - first, &resident,
                              &probe);
     return resident == huge_end - first;
@@ -89,7 +112,13 @@ static uint64_t cold_bytes_of(const fst_io_context *io) {
 }
 
 static int fill(const fst_io_context *io, unsigned char *mapped) {
-    if (!faults_are_huge(io, mapped)) queue_reads(io);
+    huge_range part = huge_part(io);
+    if (!faults_are_huge(io, mapped, part)) {
+        queue_reads(io, io->begin, io->end);
+    } else {
+        queue_reads(io, io->begin, part.begin);
+        queue_reads(io, part.end, io->end);
+    }
     return populate(io, mapped, io->begin, io->end);
 }
 
@@ -99,7 +128,7 @@ void fst_io_fill_cache(const fst_io_context *io) {
     size_t bytes = (size_t)(fst_align_up(io->end, fst_page()) - first);
     void *map = FST_SYS->mmap(NULL, bytes, PROT_READ, MAP_SHARED, io->file->fd, (off_t)first);
     if (map == MAP_FAILED) {
-        queue_reads(io);
+        queue_reads(io, io->begin, io->end);
         return;
     }
     (void)fill(io, map); /* whatever is wrong, the read that follows says it */

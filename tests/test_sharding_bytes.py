@@ -82,6 +82,9 @@ def cold(nursery, big) -> Ran:
     return nursery.run(cases, WORLD)
 
 
+READ_AHEAD = 8 << 20  # the largest window that images set
+
+
 @pytest.mark.parametrize("form", [*FORMS, "left out"])
 @pytest.mark.parametrize("way", COLD)
 def test_storage_is_read_once(cold, big, way, form) -> None:
@@ -92,7 +95,9 @@ def test_storage_is_read_once(cold, big, way, form) -> None:
     read, needed = _summed(values, "read"), _needed(big, skipped=form == "left out")
     if read == 0:
         pytest.skip("this kernel does not count what processes read from storage")
-    assert 0.95 * needed <= read <= MORE * needed
+    # Reads through the page cache leave the end of a run to the kernel, which reads ahead behind it.
+    beyond = READ_AHEAD if (way, form) == ("owned", "left out") else 0
+    assert 0.95 * needed <= read <= MORE * needed + beyond
 
 
 @pytest.mark.parametrize("form", ["last", "whole", "alternating"])
