@@ -47,6 +47,28 @@ class Explicit(Loader):
         )
 
 
+@dataclass(frozen=True)
+class Parallel(Loader):
+    """`fastst_patch.ParallelLoader`, one walk over all files."""
+
+    def warm_imports(self, device: str) -> None:
+        import safetensors.torch  # noqa: F401
+
+        from fastst_patch import ParallelLoader  # noqa: F401
+
+    def load(self, files: list[str], device: str, first: First) -> Tensors:
+        from fastst_patch import ParallelLoader
+
+        found: Tensors = {}
+        loader = ParallelLoader(None, files, device=device)
+        for name, tensor in loader.iterate_weights():
+            found[name] = tensor
+            if len(found) == 1:
+                first()
+        loader.close()
+        return found
+
+
 def _patched(name: str, note: str, io: str = "auto", **options: object) -> Patched:
     settings = {"devices": ("cpu", "cuda"), "package": "fastst-patch", **options}
     return Patched(name=name, family="fastst", note=note, io=io, **settings)
@@ -60,6 +82,13 @@ LOADERS: tuple[Loader, ...] = (
         devices=("cpu", "cuda"),
         package="fastst-patch",
         note="fastst_patch.load_file, nothing patched",
+    ),
+    Parallel(
+        name="fastst-parallel",
+        family="fastst",
+        devices=("cpu", "cuda"),
+        package="fastst-patch",
+        note="fastst_patch.ParallelLoader",
     ),
     _patched(
         "fastst-mmap",
