@@ -28,6 +28,7 @@ __all__ = [
     "environment_enabled",
     "environment_profile",
     "environment_targets",
+    "local_ranks",
     "pop",
     "push",
     "undecided_environment",
@@ -232,6 +233,18 @@ def environment_profile() -> tuple[str, int] | None:
     path = os.environ.get("FASTST_PROFILE_FILE")
     pid = os.environ.get("FASTST_PROFILE_PID", "")
     return (path, int(pid) if pid.isdecimal() else 0) if path else None
+
+
+def local_ranks() -> tuple[int, int] | None:
+    """Our number among the ranks that ``torchrun`` started on this node, and how many they are.
+
+    None where nobody said so, or it cannot be.
+    """
+    try:
+        rank, count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return None
+    return (rank, count) if 0 <= rank < count else None
 
 
 def child_environment(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import engine, tensors
 from .config import Config
@@ -66,6 +66,8 @@ class HostFile(OpenedFile):
         self._storage: torch.UntypedStorage | None = None  # of the whole map
         self._covered = (0, 0)  # file range last looked after
         self._all_cached = False  # certainly
+        self._resident: float | None = None  # what a look at the whole file found last
+        self._looked = False  # whether the report knows what was cached at first
         self._reserve: int | None = None  # bytes of memory that read-ahead leaves
 
     # ---- which path ----
@@ -98,16 +100,32 @@ class HostFile(OpenedFile):
             Doubt: stock must do it.
             OSError, MemoryError, SafetensorError: its bytes could not be read.
         """
-        tensors.check(self.layout, i)
-        if not tensors.ordinary_mode():
-            result = self._in_mode(i, for_slice)
-        elif self.mapped:
-            self._look_ahead(i)
-            result = tensors.import_batch(self.map(), self.layout, array("Q", (i,)))[0]
-        else:
-            result = self._read([i])[0]
+        result = self._made(i, for_slice)
         self.count(1, self.layout.nbytes(i))
         return result
+
+    def part(self, i: int, index: Any, *, ahead: bool = True) -> torch.Tensor:
+        """What stock's slice gives for an index into tensor i. Raises as `tensor`.
+
+        Args:
+            i: number of the tensor.
+            index: as torch takes it.
+            ahead: whether to read ahead where the file is mapped.
+        """
+        whole = self._made(i, for_slice=True, ahead=ahead)
+        result = self.index(whole, index)
+        self.count(1, result.nbytes if self.mapped else whole.nbytes)
+        return result
+
+    def _made(self, i: int, for_slice: bool, ahead: bool = True) -> torch.Tensor:
+        tensors.check(self.layout, i)
+        if not tensors.ordinary_mode():
+            return self._in_mode(i, for_slice)
+        if not self.mapped:
+            return self._read([i])[0]
+        if ahead:
+            self._look_ahead(i)
+        return tensors.import_batch(self.map(), self.layout, array("Q", (i,)))[0]
 
     def all_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, in offset order. Raises as `tensor`."""
@@ -221,7 +239,7 @@ class HostFile(OpenedFile):
         cached = self._note_residency(layout.data_begin, layout.data_bytes)
         if not cached:
             # Where samples find everything cached, one worker makes sure of the rest.
-            threads = 1 if self.account.resident == 1.0 else io_threads(self.config.threads)
+            threads = 1 if self._resident == 1.0 else io_threads(self.config.threads)
             job = self._start(arena, array("Q", (layout.data_begin, layout.data_bytes, 0)), threads)
         self._covered = (0, self.file.size)
         if self.config.progress and (cached or job is not None):
@@ -274,12 +292,21 @@ class HostFile(OpenedFile):
         if self._note_residency(self.layout.data_begin, self.layout.data_bytes):
             return
         # Where samples find everything cached, one worker makes sure of the rest.
-        self._start(self.map(), extents, 1 if self.account.resident == 1.0 else threads)
+        self._start(self.map(), extents, 1 if self._resident == 1.0 else threads)
+
+    def cold(self) -> bool:
+        """Whether a look at a mapped file tells that reading it ahead is worth while."""
+        layout = self.layout
+        if self.config.io == "mmap" or layout.data_bytes < WORKERS_FROM:
+            return False
+        self._note_residency(layout.data_begin, layout.data_bytes)
+        return self._resident != 1.0
 
     def _note_residency(self, begin: int, nbytes: int) -> bool:
         """Look how much is cached, for the report; whether it is certain that everything is.
 
-        Large extents are sampled; workers look at every chunk themselves.
+        Large extents are sampled; workers look at every chunk themselves. The report is told
+        what was found first: later there is what was read ahead.
         """
         samples, size = 16, min(nbytes, 256 << 10)
         if nbytes <= PROBED_WHOLE:
@@ -289,9 +316,13 @@ class HostFile(OpenedFile):
         for k in range(samples):
             found, probe = self.file.residency(min(begin + k * step, begin + nbytes - size), size)
             if probe == "none":
+                self._resident = None
                 return False
             resident, looked = resident + found, looked + size
-        self.account.resident = resident / looked
+        self._resident = resident / looked
+        if not self._looked:
+            self._looked = True
+            self.account.resident = self._resident
         if resident < looked:
             self.account.path = "mmap+readahead"
         return resident == nbytes

@@ -153,6 +153,10 @@ class OpenedFile(abc.ABC):
     def note(self, job: engine.Job) -> None:
         """Put how a finished job came by its bytes into the account."""
 
+    def part(self, i: int, index: Any) -> torch.Tensor:
+        """What stock's slice gives for an index into tensor i. Raises as `tensor`."""
+        return self.index(self.tensor(i, for_slice=True), index)
+
     def index(self, whole: torch.Tensor, index: Any) -> torch.Tensor:
         """What stock's slice gives for an index into a tensor, or into some rows of it."""
         result: torch.Tensor = whole[index]

@@ -19,7 +19,7 @@ from .opened import OpenedFile
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FastSlice", "behind", "repr_as", "stock_handle", "stock_over"]
+__all__ = ["FastSlice", "behind", "leading_rows", "repr_as", "stock_handle", "stock_over"]
 
 
 def stock_over(opened: OpenedFile, stock_class: Any = stock.safe_open) -> Any:
@@ -98,11 +98,11 @@ class FastSlice:
 
     def _indexed(self, opened: OpenedFile, index: Any) -> torch.Tensor:
         if not opened.mapped:
-            rows = _leading_rows(index, opened.layout.shape(self._i))
+            rows = leading_rows(index, opened.layout.shape(self._i))
             if rows is not None:
                 start, stop, rest = rows
                 return opened.index(opened.rows(self._i, start, stop), rest)
-        return opened.index(opened.tensor(self._i, for_slice=True), index)
+        return opened.part(self._i, index)
 
     def _verified(self, ours: torch.Tensor, index: Any) -> Any:
         theirs = self._stock()[index]
@@ -126,7 +126,7 @@ def behind(found: Any) -> tuple[OpenedFile, int] | None:
     return (found._opened, found._i) if type(found) is FastSlice else None
 
 
-def _leading_rows(index: Any, shape: list[int]) -> tuple[int, int, Any] | None:
+def leading_rows(index: Any, shape: list[int]) -> tuple[int, int, Any] | None:
     """Rows that an index with a leading plain slice needs, and what is left to index."""
     first = index[0] if isinstance(index, tuple) and index else index
     if not isinstance(first, slice) or not shape:

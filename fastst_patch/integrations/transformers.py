@@ -15,7 +15,7 @@ Tensors that stay on the CPU as they are are made where they are taken, and not 
 
 Lazy stays lazy: where transformers uses no threads (offload to disk, quantizing on the fly),
 a tensor is read when it is asked for and not before. Left to transformers: sharded tensors
-(tensor parallelism), other devices, checkpoints that are not ours, ``verify``.
+(tensor parallelism) but for `shards`, other devices, checkpoints that are not ours, ``verify``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import operator
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +40,7 @@ from ..slices import behind
 from ..stock import SafetensorError
 from ..streams import Lane, Stream, Ticket
 from .hook import Hook, Integration
+from .shards import Shards
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,8 @@ def _spawn_materialize(original: Any, args: Any, kwargs: Any) -> Any:
         call = functools.partial(original, *args, **kwargs)
         try:
             promised = _promised(load, call, merged, *args, **kwargs)
+            if promised is None and kwargs.get("sharding_op") is not None:
+                promised = _sharded(load, original, *args, **kwargs)
         except FaststError:  # fallback="error"
             raise
         except Exception as error:  # nothing was handed out yet
@@ -122,7 +124,8 @@ def _promised(  # noqa: PLR0917 - spawn_materialize's own
         return None
     opened, i = ours
     if thread_pool is not None and _is_at_once(opened, i, device, dtype):
-        return _Promise(functools.partial(operator.getitem, tensor, ...))
+        load.shards.whole(opened, i)
+        return _Promise(functools.partial(load.whole, tensor))
     file = load.file(opened, device)
     if file is None:
         return None
@@ -133,6 +136,47 @@ def _promised(  # noqa: PLR0917 - spawn_materialize's own
     return _Promise(functools.partial(load.take, file, ticket, dtype, stock))
 
 
+def _sharded(  # noqa: PLR0917 - spawn_materialize's own
+    load: _Load,
+    original: Callable[..., Any],
+    thread_pool: Any,
+    tensor: Any,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    sharding_op: Any = None,
+    tensor_idx: int | None = None,
+    **unknown: Any,
+) -> Any:
+    """A future for this rank's shard of a tensor; None where stock's threads make it."""
+    ours = behind(tensor)
+    if ours is None or thread_pool is None or unknown or not _is_cpu(device):
+        return None
+    opened, i = ours
+
+    def materialize(source: Any) -> Any:
+        # Without an argument that an older one may not have.
+        index = {} if tensor_idx is None else {"tensor_idx": tensor_idx}
+        return original(_AtOnce(), source, device, dtype, sharding_op=sharding_op, **index)
+
+    take = load.shards.local(
+        opened, i, sharding_op,
+        tensor_idx=tensor_idx, cast=_is_cast(opened, i, dtype), materialize=materialize,
+    )  # fmt: skip
+    return None if take is None else _Promise(take)
+
+
+class _AtOnce:
+    """In a thread pool's place: does what it is given, and returns what comes of it."""
+
+    def submit(self, job: Callable[[], Any]) -> Any:
+        """Call it."""
+        return job()
+
+
+def _is_cpu(device: Any) -> bool:
+    return device is None or str(device) == "cpu"
+
+
 def _is_at_once(opened: OpenedFile, i: int, device: Any, dtype: torch.dtype | None) -> bool:
     """Whether a tensor is a view of the file's map, which takes longer to pass to a thread.
 
@@ -140,7 +184,7 @@ def _is_at_once(opened: OpenedFile, i: int, device: Any, dtype: torch.dtype | No
     """
     return (
         opened.mapped
-        and (device is None or str(device) == "cpu")
+        and _is_cpu(device)
         and not _is_cast(opened, i, dtype)
         and tensors.ordinary_mode()  # transformers' threads are in none
     )
@@ -237,8 +281,14 @@ class _Load:
         self._failed = False
         self.converters: dict[int, tuple[Any, Any]] = {}  # the last copy of each
         self.merging = False  # a converter was copied that merges its tensors
+        self.shards = Shards()
         # Up to 5.12 tensors that are sharded go another way, and not by spawn_materialize.
         self.sharded = getattr(options, "device_mesh", None) is not None
+
+    def whole(self, tensor: Any) -> Any:
+        """A tensor that is a view of the file's map."""
+        self.shards.start()
+        return tensor[...]
 
     def file(self, opened: OpenedFile, device: Any) -> _File | None:
         """The file on its way to a device; None where stock does it."""

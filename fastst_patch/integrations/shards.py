@@ -1,0 +1,219 @@
+"""Tensor parallelism on the CPU: a rank's shards of one load, and reading ahead with the others.
+
+transformers cuts a DTensor's local shard out of the slice of a tensor, in threads. Where that
+makes a view of the file's map it is made at once instead, as for tensors that are not sharded.
+
+Ranks of one node share the page cache, so of what is not cached yet each reads a share ahead.
+Nothing is agreed upon: stock's load needs no other rank, and one that failed, or that does
+something else in the meantime, must not be waited for. Each rank knows which rows it takes itself
+and whose turn it is by the mesh; see `mapped.in_turn` for what that leaves to chance.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from .. import tensors
+from ..config import local_ranks
+from ..slices import leading_rows
+from ..layout import DTYPE_NAMES, plan_rows
+from ..machine import io_threads
+from ..onhost import HostFile
+from ..sharding.mapped import in_turn
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..opened import OpenedFile
+
+__all__ = ["Shards"]
+
+_log = logging.getLogger("fastst_patch")
+
+ENOUGH = 64 << 20
+"""Bytes that are known to be needed before reading them ahead starts, if nothing is taken yet."""
+
+
+class Shards:
+    """What one load takes of files, once it takes shards. For the thread that loads."""
+
+    def __init__(self) -> None:
+        self._readings: dict[int, _Reading] = {}
+        self._turn: tuple[int, int] | None = None  # known from the first shard on
+
+    def local(
+        self,
+        opened: OpenedFile,
+        i: int,
+        sharding_op: Any,
+        *,
+        tensor_idx: int | None,
+        cast: bool,
+        materialize: Callable[[Any], Any],
+    ) -> Callable[[], Any] | None:
+        """Make this rank's shard of a tensor of a file that stays on the CPU.
+
+        Args:
+            opened: the file.
+            i: number of the tensor.
+            sharding_op: which cuts, by ``shard_tensor``.
+            tensor_idx: its argument.
+            cast: whether a shard is copied to another dtype.
+            materialize: does all that transformers does with a slice, here and now.
+
+        Returns:
+            What gives the shard; None where transformers' threads should make it, or can at
+            least raise what they always did.
+        """
+        if not (isinstance(opened, HostFile) and opened.mapped and tensors.ordinary_mode()):
+            return None
+        if opened.config.verify:  # by the slice itself
+            return None
+        if self._turn is None:
+            self._turn = _turn_in(sharding_op.device_mesh)
+        reading = self._reading(opened)
+        try:
+            if not cast and _is_view(sharding_op):
+                shard = materialize(_Source(opened, i, reading))
+                return lambda: self._taken(shard)
+            if reading.worth_it:
+                outline = _Outline(opened, i, reading)
+                sharding_op.shard_tensor(outline, tensor_idx=tensor_idx, device="meta")
+        except Exception:  # theirs to raise, or ours to hide: transformers cuts the slice itself
+            _log.debug("a shard is left to transformers", exc_info=True)
+        return None
+
+    def whole(self, opened: OpenedFile, i: int) -> None:
+        """A tensor will be taken as it is; of interest where others are taken in shards."""
+        if self._turn is not None and isinstance(opened, HostFile) and not opened.config.verify:
+            self._reading(opened).note(i, ...)
+
+    def start(self) -> None:
+        """Read ahead what is known to be needed by now."""
+        for reading in self._readings.values():
+            reading.start()
+
+    def _taken(self, shard: Any) -> Any:
+        self.start()
+        return shard
+
+    def _reading(self, opened: HostFile) -> _Reading:
+        found = self._readings.get(id(opened))
+        if found is None:
+            assert self._turn is not None
+            found = self._readings[id(opened)] = _Reading(opened, *self._turn)
+        return found
+
+
+class _Reading:
+    """Reading one file ahead. Keeps the file, so that no other gets its id.
+
+    Attributes:
+        worth_it: whether any of it is not cached.
+    """
+
+    def __init__(self, opened: HostFile, turn: int, turns: int) -> None:
+        self._opened = opened
+        self._turn, self._turns = turn, turns
+        self._nbytes = 0
+        self._alone: set[tuple[int, int]] = set()
+        self._shared: set[tuple[int, int]] = set()
+        self.worth_it = opened.cold()
+
+    def note(self, i: int, index: Any) -> None:
+        """An index into tensor i will be taken."""
+        if not self.worth_it:
+            return
+        layout = self._opened.layout
+        begin, end = layout.extent(i)
+        shape = layout.shape(i)
+        rows = leading_rows(index, shape)
+        if rows is None or rows[1] - rows[0] == shape[0]:
+            place, ranges = (begin, end), self._shared
+        else:  # rows are one rank's, as a rule
+            first, last = plan_rows(layout, i, rows[0], rows[1])
+            place, ranges = (begin + first, begin + last), self._alone
+        if place in ranges or place[0] == place[1]:
+            return
+        ranges.add(place)
+        self._nbytes += place[1] - place[0]
+        if self._nbytes >= ENOUGH:
+            self.start()
+
+    def start(self) -> None:
+        """Start reading what was noted."""
+        if not self._nbytes:
+            return
+        alone, shared = _joined(self._alone), _joined(self._shared)
+        extents = in_turn(alone, shared, self._turn, self._turns)
+        _log.debug(
+            "%s: rank %d of %d reads %d bytes ahead, of which others may read %d",
+            self._opened.file.path, self._turn, self._turns, self._nbytes,
+            sum(end - begin for begin, end in shared),
+        )  # fmt: skip
+        self._nbytes = 0
+        self._alone, self._shared = set(), set()
+        threads = io_threads(self._opened.config.threads)
+        self._opened.read_ahead(extents, max(threads // self._turns, 2))
+
+
+class _Source:
+    """Stands for a slice, gives what it gives, and tells what was taken."""
+
+    def __init__(self, opened: HostFile, i: int, reading: _Reading) -> None:
+        self._opened, self._i, self._reading = opened, i, reading
+
+    def get_shape(self) -> list[int]:
+        """As of a slice."""
+        return self._opened.layout.shape(self._i)
+
+    def get_dtype(self) -> str:
+        """As of a slice."""
+        return DTYPE_NAMES[self._opened.layout.dtype(self._i)]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        self._reading.note(self._i, index)
+        with self._opened.account:
+            return self._opened.part(self._i, index, ahead=not self._reading.worth_it)
+
+
+class _Outline(_Source):
+    """The same without any bytes."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        import torch
+
+        self._reading.note(self._i, index)
+        shape, dtype = tensors.shape_and_dtype(self._opened.layout, self._i)
+        result: torch.Tensor = torch.empty(shape, dtype=dtype, device="meta")[index]
+        return result
+
+
+def _is_view(sharding_op: Any) -> bool:
+    """Whether a shard is one piece of the tensor, and not several that are copied together."""
+    return all(one.is_shard() or not hasattr(one, "dim") for one in sharding_op.placements)
+
+
+def _turn_in(mesh: Any) -> tuple[int, int]:
+    """Which of how many ranks we are that load on this node, as far as the launcher said so."""
+    import torch.distributed as dist
+
+    rank, local = dist.get_rank(), local_ranks()
+    ranks: list[int] = mesh.mesh.flatten().tolist()
+    if local is not None:
+        first = rank - local[0]
+        ranks = [one for one in ranks if first <= one < first + local[1]]
+    return (ranks.index(rank), len(ranks)) if rank in ranks else (0, 1)
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same bytes in ascending ranges that do not touch."""
+    found: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if found and begin <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((begin, end))
+    return found

@@ -1,0 +1,232 @@
+"""from_pretrained(tp_plan="auto") of two ranks under torchrun, over gloo: stock's shards, faster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
+
+from tiny import Saved  # noqa: E402 - which needs transformers, too
+from twice import FAST, weights_in  # noqa: E402
+
+from fastst_patch import engine  # noqa: E402
+from fastst_patch.sharding.mapped import LAG, STRIPE, in_turn  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(engine.native_error() is not None, reason=str(engine.native_error())),
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+        reason="this torch has no gloo",
+    ),
+]
+
+WORLD = 2
+RANKS = Path(__file__).resolve().with_name("tp_ranks.py")
+
+# Name: model, options of patched(), options of from_pretrained.
+SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("one file", {}, {}),
+    "llama in shards": ("tied shards", {}, {}),
+    "llama cast": ("one file", {}, {"dtype": "float32"}),
+    "llama buffered": ("one file", {"io": "buffered"}, {}),
+    "llama owned": ("tied shards", {"tensors": "owned"}, {}),
+    "mixtral": ("mixtral", {}, {}),
+    "qwen3 moe": ("qwen3 moe", {}, {}),
+    "verified": ("one file", {"verify": True}, {}),
+    "no sharing of reads": ("one file", {"io": "mmap"}, {}),
+}
+
+
+class Ran:
+    """What the ranks left."""
+
+    def __init__(self, folder: Path, log: str) -> None:
+        paths = [folder / f"rank{rank}.json" for rank in range(WORLD)]
+        self._found = [json.loads(p.read_text()) if p.exists() else {} for p in paths]
+        self._log = log
+
+    def __call__(self, name: str) -> list[Any]:
+        """What each rank returned in a case."""
+        for rank, found in enumerate(self._found):
+            assert name in found, f"rank {rank} did not finish {name!r}\n{self._log}"
+            assert found[name]["error"] is None, f"rank {rank}: {found[name]['error']}"
+        return [found[name]["value"] for found in self._found]
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of several turns."""
+    torch.manual_seed(4)
+    config = transformers.LlamaConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=2048, num_hidden_layers=3,
+        num_attention_heads=8, num_key_value_heads=4,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("big")
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, big: Path) -> Ran:
+    """All cases, in one torchrun."""
+    saved, folder = Saved(tmp_path_factory), tmp_path_factory.mktemp("ranks")
+    broken = tmp_path_factory.mktemp("broken")
+    for file in saved("one file").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (file,) = weights_in(broken)
+    Path(file).write_bytes(Path(file).read_bytes()[:-64])
+    cases = [
+        {"name": name, "call": "same", "arguments": {
+            "folder": str(saved(model)), "options": options, "load_options": more}}
+        for name, (model, options, more) in SAME.items()
+    ]  # fmt: skip
+    cases.append({"name": "failing", "call": "failing", "arguments": {
+        "folder": str(saved("one file")), "elsewhere": str(broken)}})  # fmt: skip
+    (file,) = weights_in(big)
+    cases += [
+        {"name": name, "call": "cold", "arguments": {
+            "folder": str(big), "file": str(file), "force": name == "as if cold"}}
+        for name in ("cold", "as if cold")
+    ]  # fmt: skip
+    job = folder / "job.json"
+    job.write_text(json.dumps({"folder": str(folder), "cases": cases}))
+    environment = {
+        **os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         str(WORLD), str(RANKS), str(job)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, cwd=folder,
+        env=environment, check=False,
+    )  # fmt: skip
+    found = Ran(folder, done.stdout)
+    assert done.returncode == 0, done.stdout
+    return found
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_shards_and_logits_are_stocks(ran: Callable[[str], list[Any]], name: str) -> None:
+    """Compared in the ranks, tensor by tensor, bit for bit; here who did it."""
+    _, options, more = SAME[name]
+    for found in ran(name):
+        assert found["sharded"] > 0
+        assert found["after"] == 0  # unpatched, nothing of ours is left
+        assert found["reports"]
+        assert {r["call"] for r in found["reports"]} == {"safe_open"}
+        assert {r["path"] for r in found["reports"]} <= FAST, found["reports"]
+        assert {r["why"] for r in found["reports"]} == {None}
+        assert found["asked"] > 0
+        ours = not (options.get("verify") or more or options.keys() & {"tensors"})
+        ours &= options.get("io") != "buffered"
+        assert (found["views"] > 0) is ours
+
+
+def test_each_rank_reports_its_own_part(ran: Callable[[str], list[Any]], big: Path) -> None:
+    """Bytes are those of the shards: together the file, and what every rank has whole."""
+    (file,) = weights_in(big)
+    layout = engine.read_layout(engine.open_file(str(file)))
+    whole = sum(layout.nbytes(i) for i, name in enumerate(layout.names) if "norm" in name)
+    for name in ("cold", "as if cold"):
+        told = [sum(r["bytes"] for r in found["reports"]) for found in ran(name)]
+        assert told == [(layout.data_bytes + whole) // WORLD] * WORLD
+        tensors = [sum(r["tensors"] for r in found["reports"]) for found in ran(name)]
+        assert tensors == [len(layout.names)] * WORLD
+
+
+@pytest.mark.parametrize("name", ["cold", "as if cold"])
+def test_ranks_read_ahead_in_turn(ran: Callable[[str], list[Any]], big: Path, name: str) -> None:
+    found = ran(name)
+    if name == "cold" and not found[0]["evicted"]:
+        pytest.skip("this file system keeps the file cached")
+    assert found[0]["sum"] != found[1]["sum"]
+    (file,) = weights_in(big)
+    layout = engine.read_layout(engine.open_file(str(file)))
+    needed: set[tuple[int, int]] = set()
+    for rank, one in enumerate(found):
+        assert one["plans"]
+        if name == "cold":
+            assert {r["path"] for r in one["reports"]} == {"mmap+readahead"}
+        for plan in one["plans"]:
+            assert (plan["turn"], plan["turns"]) == (rank, WORLD)
+            assert plan["alone"]
+            assert plan["shared"]
+            needed |= {(b, e) for b, e in plan["alone"] + plan["shared"]}
+            asked = sum(e - b for b, e in plan["alone"] + plan["shared"])
+            assert sum(size for _, size in plan["extents"]) == asked
+    covered = at = layout.data_begin
+    for begin, end in sorted(needed):
+        assert begin <= covered, (begin, covered)  # both ranks' together: the file, no gap
+        covered = max(covered, end)
+    assert covered == at + layout.data_bytes
+
+
+def test_storage_is_read_once(ran: Callable[[str], list[Any]], big: Path) -> None:
+    found = ran("cold")
+    if not found[0]["evicted"]:
+        pytest.skip("this file system keeps the file cached")
+    (file,) = weights_in(big)
+    size = Path(file).stat().st_size
+    total = sum(one["storage"] for one in found)
+    if total == 0:
+        pytest.skip("the kernel does not count what this file system reads")
+    assert total <= 1.05 * size, [one["storage"] for one in found]
+
+
+def test_a_rank_that_fails_leaves_the_others_alone(ran: Callable[[str], list[Any]]) -> None:
+    """As with stock: it raises stock's error, the other loads, and both go on in step."""
+    for rank, one in enumerate(ran("failing")):
+        assert one["patched"] == one["stock"]
+        assert (one["patched"] == "loaded") is (rank == 0)
+        assert one["patched told"] == one["stock told"]
+        assert "safetensor" in one["patched told"][1].lower()
+
+
+# ---- the turns themselves ----
+
+
+def _bytes(flat: Any) -> list[tuple[int, int]]:
+    return [(begin, begin + size) for begin, size in zip(flat[0::3], flat[1::3], strict=True)]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 8])
+def test_turns_leave_nothing_out(turns: int) -> None:
+    """Every rank reads all that it needs, each in another order, its own first."""
+    shared = [(100, 5 * STRIPE + 7), (9 * STRIPE - 1, 40 * STRIPE)]
+    alone = [(5 * STRIPE + 7, 5 * STRIPE + 9), (41 * STRIPE, 42 * STRIPE + 1)]
+    first: set[int] = set()
+    for turn in range(turns):
+        found = _bytes(in_turn(alone, shared, turn, turns))
+        assert all(begin < end for begin, end in found)
+        ascending = sorted(found)
+        assert all(a[1] <= b[0] for a, b in zip(ascending, ascending[1:], strict=False))
+        assert sum(e - b for b, e in found) == sum(e - b for b, e in alone + shared)
+        wanted = sorted(alone + shared)
+        assert all(any(b <= x < e for b, e in wanted) for x, _ in found)
+        begin = next(b for b, _ in found if b < 5 * STRIPE + 7)
+        first.add(begin // STRIPE)
+    assert first == set(range(min(turns, 6))) or turns > 6
+
+
+def test_others_stripes_come_behind_ones_own() -> None:
+    found = _bytes(in_turn([], [(0, 64 * STRIPE)], 1, 2))
+    assert found[0] == (STRIPE, 2 * STRIPE)
+    order = [begin // STRIPE for begin, end in found for _ in range(end - begin) if end == -1] or [
+        begin // STRIPE + k for begin, end in found for k in range((end - begin) // STRIPE)
+    ]
+    assert sorted(order) == list(range(64))
+    assert order.index(0) > order.index(2 * LAG - 1)
+    assert order.index(0) < order.index(2 * LAG + 3)
+
+
+def test_one_rank_reads_in_order() -> None:
+    assert _bytes(in_turn([], [(8, 100 * STRIPE)], 0, 1)) == [(8, 100 * STRIPE)]
+    assert not in_turn([], [], 0, 4)

@@ -1,0 +1,197 @@
+"""What each rank of test_tensor_parallel.py does: from_pretrained with a tp_plan, by torchrun.
+
+``torchrun tp_ranks.py JOB`` runs the cases of a JSON file in order, in all ranks, and leaves what
+they found in a file of each rank. Ranks meet between the cases, so that one that waits for
+another which is not coming shows as an error of its case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as their_logging
+
+import fastst_patch
+from fastst_patch import engine
+from fastst_patch.bench import residency
+from fastst_patch.integrations import shards
+from fastst_patch.sharding.mapped import STRIPE
+
+MEETING_S = 20.0  # what a rank waits for another, in a program's own collectives
+
+
+def load(folder: str, **options: Any) -> Any:
+    options.setdefault("tp_plan", "auto")
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of tp_plan itself
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(torch.arange(12).view(2, 6)).logits
+    return found.full_tensor() if hasattr(found, "full_tensor") else found
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return getattr(tensor, "_local_tensor", tensor).detach()
+
+
+def placed(tensor: torch.Tensor, mapped: bool) -> str:
+    found = local(tensor)
+    return str((
+        type(tensor).__name__, str(getattr(tensor, "placements", "")), tensor.shape,
+        tensor.stride(), found.shape, found.stride(), found.dtype, str(found.device),
+        found.untyped_storage().nbytes() if mapped else 0, tensor.requires_grad,
+    ))  # fmt: skip
+
+
+def assert_same(ours: Any, theirs: Any, mapped: bool = True) -> int:
+    """All parameters and buffers, and what the models compute; how many are sharded.
+
+    A shard is a view of the whole tensor as stock's is, unless only its rows were read.
+    """
+    mine, yours = ours.state_dict(keep_vars=True), theirs.state_dict(keep_vars=True)
+    assert list(mine) == list(yours)
+    for name, tensor in yours.items():
+        assert placed(mine[name], mapped) == placed(tensor, mapped), name
+        assert torch.equal(local(mine[name]), local(tensor)), name
+    assert torch.equal(logits(ours), logits(theirs))
+    return sum(hasattr(tensor, "placements") for tensor in mine.values())
+
+
+def reported(seen: Any) -> list[dict[str, Any]]:
+    return [
+        {"file": Path(r.file).name, "call": r.call, "path": r.path, "bytes": r.bytes,
+         "tensors": r.tensors, "why": r.fallback_reason}
+        for r in seen.reports
+    ]  # fmt: skip
+
+
+# ---- cases ----
+
+
+def same(folder: str, options: dict[str, Any], load_options: dict[str, Any]) -> dict[str, Any]:
+    """Stock, patched, and stock again."""
+    theirs = load(folder, **load_options)
+    promised = []
+    by_us = shards.Shards.local
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        promised.append(by_us(*args, **kwargs))
+        return promised[-1]
+
+    shards.Shards.local = watched
+    try:
+        with fastst_patch.patched(**options), fastst_patch.profile() as seen:
+            ours = load(folder, **load_options)
+    finally:
+        shards.Shards.local = by_us
+    mapped = options.get("io") != "buffered" and options.get("tensors") != "owned"
+    sharded = assert_same(ours, theirs, mapped)
+    with fastst_patch.profile() as after:
+        again = load(folder, **load_options)
+    assert_same(again, theirs)
+    return {
+        "sharded": sharded, "reports": reported(seen), "after": len(after.reports),
+        "views": sum(one is not None for one in promised), "asked": len(promised),
+    }  # fmt: skip
+
+
+def cold(folder: str, file: str, force: bool) -> dict[str, Any]:
+    """A file that is not cached: who reads what ahead, and what came from storage."""
+    was = True
+    if int(os.environ["RANK"]) == 0:
+        was = residency.prepare("cold", [file]).verified is not False
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, was)
+    plans = []
+    plan = shards.in_turn
+
+    def watched(alone: Any, shared: Any, turn: int, turns: int) -> Any:
+        result = plan(alone, shared, turn, turns)
+        plans.append({"turn": turn, "turns": turns, "alone": list(alone), "shared": list(shared),
+                      "extents": list(zip(result[0::3], result[1::3]))})  # fmt: skip
+        return result
+
+    shards.in_turn = watched
+    if force:  # whatever the file system keeps
+        shards.HostFile.cold = lambda self: True
+    before, counted = io(), engine.counters()
+    try:
+        with fastst_patch.patched(), fastst_patch.profile() as seen:
+            model = load(folder)
+            total = sum(local(tensor).double().sum() for tensor in model.state_dict().values())
+    finally:
+        shards.in_turn = plan
+    after, count = io(), engine.counters()
+    return {
+        "evicted": all(told), "plans": plans, "stripe": STRIPE, "sum": float(total),
+        "reports": reported(seen), "storage": after["read_bytes"] - before["read_bytes"],
+        "ahead": count["bytes_prefetched"] - counted["bytes_prefetched"],
+    }  # fmt: skip
+
+
+def io() -> dict[str, int]:
+    with open("/proc/self/io", encoding="ascii") as file:
+        return {line.split(":")[0]: int(line.split(":")[1]) for line in file}
+
+
+def failing(folder: str, elsewhere: str) -> dict[str, Any]:
+    """One rank is told to load a file that is none; the others load, as with stock."""
+    found = {}
+    for which in ("stock", "patched"):
+        begin = time.monotonic()
+        patched = fastst_patch.patched() if which == "patched" else contextlib.nullcontext()
+        try:
+            with patched:
+                load(elsewhere if os.environ["RANK"] == "1" else folder)
+            found[which] = "loaded"
+        except Exception as error:
+            found[which] = f"{type(error).__name__}: {error}"
+        found[f"{which} seconds"] = time.monotonic() - begin
+        # What the program itself does next works, in step.
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, found[which])
+        found[f"{which} told"] = told
+    return found
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    their_logging.set_verbosity_error()
+    their_logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=MEETING_S))
+    outcomes: dict[str, Any] = {}
+    out = Path(job["folder"]) / f"rank{rank}.json"
+    for case in job["cases"]:
+        try:
+            value = globals()[case["call"]](**case["arguments"])
+            outcomes[case["name"]] = {"value": value, "error": None}
+        except Exception:
+            outcomes[case["name"]] = {"value": None, "error": traceback.format_exc()}
+        out.write_text(json.dumps(outcomes), encoding="utf-8")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
