@@ -39,7 +39,7 @@ from .stock import SafetensorError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Ahead", "DeviceFile"]
+__all__ = ["Ahead", "DeviceFile", "RowsAhead"]
 
 MIB = 1 << 20
 ARENA = 256 * MIB
@@ -177,6 +177,27 @@ class DeviceFile(OpenedFile):
         self._check()
         with _Failing(self):
             return Ahead(self, self._start(sorted(numbers), owned))
+
+    def rows_ahead(self, wanted: Sequence[tuple[int, int, int]]) -> RowsAhead:
+        """Start moving rows that will be asked for, each run into an allocation of its own.
+
+        Args:
+            wanted: number of the tensor, the first row, and the row behind the last.
+
+        Raises as `tensor`.
+        """
+        self._check()
+        with _Failing(self):
+            return self._start_rows(wanted)
+
+    def _start_rows(self, wanted: Sequence[tuple[int, int, int]]) -> RowsAhead:
+        made, places = {}, []
+        for i, start, stop in wanted:
+            first, last = plan_rows(self.layout, i, start, stop)
+            made[i, start, stop] = result = self._empty(i, stop - start)
+            places.append((self.layout.extent(i)[0] + first, last - first, result))
+        places.sort(key=lambda place: place[0])
+        return RowsAhead(self, self._start_places(places), made)
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone. Raises as `tensor`."""
@@ -320,13 +341,18 @@ class DeviceFile(OpenedFile):
         for i, tensor in made.items():
             begin, end = layout.extent(i)
             places.append((begin, end - begin, tensor))
+        window = self._start_places(places)
+        window.plan.tensors.extend(numbers)
+        window.waiting.update(made)
+        return window
+
+    def _start_places(self, places: list[tuple[int, int, torch.Tensor]]) -> _Window:
+        """Start reading (file offset, bytes), in that order, into tensors that exist."""
         arena, segments = self._borrow(places)
-        data_bytes = sum(segments[1::3])
-        plan = LoadPlan(
-            array("Q", numbers), array("Q"), segments, max(data_bytes, 1), data_bytes
-        )  # fmt: skip
+        nbytes = sum(segments[1::3])
+        plan = LoadPlan(array("Q"), array("Q"), segments, max(nbytes, 1), nbytes)
         job = self.read_into(arena, segments)
-        return _Window(plan, arena, job, made, device.sample_of(self._target, segments))
+        return _Window(plan, arena, job, {}, device.sample_of(self._target, segments))
 
     def _fill(self, places: list[tuple[int, int, torch.Tensor]]) -> None:
         arena, segments = self._borrow(places)
@@ -433,6 +459,40 @@ class Ahead:
         with _Failing(opened):
             result = opened._arrived(window, i, window.waiting.pop(i))
         opened.count(1, opened.layout.nbytes(i))
+        return result
+
+
+class RowsAhead:
+    """Rows under way to a device, each run to be taken once. Dropping it cancels the rest."""
+
+    def __init__(
+        self,
+        opened: DeviceFile,
+        window: _Window,
+        made: dict[tuple[int, int, int], torch.Tensor],
+    ) -> None:
+        self._opened = opened
+        self._window = window
+        self._made = made
+
+    def landed(self) -> bool:
+        """Whether nothing moves any more. Never blocks."""
+        return self._window.job.stats().done
+
+    def take(self, rows: tuple[int, int, int]) -> torch.Tensor:
+        """What was asked for, usable on any stream. Raises as `DeviceFile.tensor`."""
+        opened = self._opened
+        begin = opened.layout.extent(rows[0])[0]
+        first, last = plan_rows(opened.layout, *rows)
+        try:
+            with _Failing(opened):
+                result = self._made.pop(rows)
+                opened._landed(self._window, begin + last)
+        except (OSError, SafetensorError, FaststError):  # of rows that nobody has asked for yet?
+            if len(self._window.plan.segments) <= 3:
+                raise
+            return opened.rows(*rows)
+        opened.count(1, last - first)
         return result
 
 

@@ -125,8 +125,9 @@ def cold(folder: str, file: str, force: bool) -> dict[str, Any]:
 
     def watched(alone: Any, shared: Any, turn: int, turns: int) -> Any:
         result = plan(alone, shared, turn, turns)
+        extents = list(zip(result[0::3], result[1::3], strict=True))
         plans.append({"turn": turn, "turns": turns, "alone": list(alone), "shared": list(shared),
-                      "extents": list(zip(result[0::3], result[1::3]))})  # fmt: skip
+                      "extents": extents})  # fmt: skip
         return result
 
     shards.in_turn = watched

@@ -1,4 +1,4 @@
-"""Tensor parallelism on the CPU: a rank's shards of one load, and reading ahead with the others.
+"""Tensor parallelism: a rank's shards of one load, and reading ahead with the others.
 
 transformers cuts a DTensor's local shard out of the slice of a tensor, in threads. Where that
 makes a view of the file's map it is made at once instead, as for tensors that are not sharded.
@@ -7,28 +7,31 @@ Ranks of one node share the page cache, so of what is not cached yet each reads 
 Nothing is agreed upon: stock's load needs no other rank, and one that failed, or that does
 something else in the meantime, must not be waited for. Each rank knows which rows it takes itself
 and whose turn it is by the mesh; see `mapped.in_turn` for what that leaves to chance.
+
+To a device a shard of complete rows needs no other rank either: see `rows_of`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .. import tensors
 from ..config import local_ranks
-from ..slices import leading_rows
 from ..layout import DTYPE_NAMES, plan_rows
 from ..machine import io_threads
 from ..onhost import HostFile
 from ..sharding.mapped import in_turn
+from ..slices import leading_rows
 
 if TYPE_CHECKING:
     import torch
 
     from ..opened import OpenedFile
 
-__all__ = ["Shards"]
+__all__ = ["Shards", "rows_of"]
 
 _log = logging.getLogger("fastst_patch")
 
@@ -79,7 +82,7 @@ class Shards:
                 shard = materialize(_Source(opened, i, reading))
                 return lambda: self._taken(shard)
             if reading.worth_it:
-                outline = _Outline(opened, i, reading)
+                outline = _Outline(opened, i, functools.partial(reading.note, i))
                 sharding_op.shard_tensor(outline, tensor_idx=tensor_idx, device="meta")
         except Exception:  # theirs to raise, or ours to hide: transformers cuts the slice itself
             _log.debug("a shard is left to transformers", exc_info=True)
@@ -159,36 +162,75 @@ class _Reading:
         self._opened.read_ahead(extents, max(threads // self._turns, 2))
 
 
-class _Source:
-    """Stands for a slice, gives what it gives, and tells what was taken."""
+class _Outline:
+    """Stands for a slice of which nothing is read, and tells what is taken.
 
-    def __init__(self, opened: HostFile, i: int, reading: _Reading) -> None:
-        self._opened, self._i, self._reading = opened, i, reading
+    Attributes:
+        given: the last answer to an index, without bytes.
+    """
+
+    def __init__(self, opened: OpenedFile, i: int, tell: Callable[[Any], None]) -> None:
+        self._layout, self._i, self._tell = opened.layout, i, tell
+        self.given: torch.Tensor | None = None
 
     def get_shape(self) -> list[int]:
         """As of a slice."""
-        return self._opened.layout.shape(self._i)
+        return self._layout.shape(self._i)
 
     def get_dtype(self) -> str:
         """As of a slice."""
-        return DTYPE_NAMES[self._opened.layout.dtype(self._i)]
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        self._reading.note(self._i, index)
-        with self._opened.account:
-            return self._opened.part(self._i, index, ahead=not self._reading.worth_it)
-
-
-class _Outline(_Source):
-    """The same without any bytes."""
+        return DTYPE_NAMES[self._layout.dtype(self._i)]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         import torch
 
-        self._reading.note(self._i, index)
-        shape, dtype = tensors.shape_and_dtype(self._opened.layout, self._i)
-        result: torch.Tensor = torch.empty(shape, dtype=dtype, device="meta")[index]
-        return result
+        self._tell(index)
+        shape, dtype = tensors.shape_and_dtype(self._layout, self._i)
+        given: torch.Tensor = torch.empty(shape, dtype=dtype, device="meta")[index]
+        self.given = given
+        return given
+
+
+class _Source(_Outline):
+    """Stands for a slice, gives what it gives, and leaves reading ahead to a `_Reading`."""
+
+    def __init__(self, opened: HostFile, i: int, reading: _Reading) -> None:
+        super().__init__(opened, i, functools.partial(reading.note, i))
+        self._opened, self._ahead = opened, not reading.worth_it
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        self._tell(index)
+        with self._opened.account:
+            return self._opened.part(self._i, index, ahead=self._ahead)
+
+
+def rows_of(
+    opened: OpenedFile, i: int, sharding_op: Any, tensor_idx: int | None
+) -> tuple[int, int] | None:
+    """The rows that a shard consists of: the first, and the one behind the last.
+
+    None where it is something else: other dimensions, several pieces, nothing, no shard at all.
+    """
+    indices: list[Any] = []
+    outline = _Outline(opened, i, indices.append)
+    try:
+        shard = sharding_op.shard_tensor(outline, tensor_idx=tensor_idx, device="meta")
+    except Exception:  # theirs to raise
+        return None
+    shape = opened.layout.shape(i)
+    if len(indices) != 1 or shard is not outline.given or not shape:
+        return None
+    index = indices[0]
+    if index is Ellipsis:
+        return (0, shape[0]) if shape[0] else None
+    parts = index if isinstance(index, tuple) else (index,)
+    if len(parts) > len(shape) or any(type(part) is not slice for part in parts):
+        return None
+    cuts = [part.indices(length) for part, length in zip(parts, shape)]  # noqa: B905 - or fewer
+    if any(cut != (0, length, 1) for cut, length in zip(cuts[1:], shape[1:])):  # noqa: B905
+        return None
+    start, stop, step = cuts[0]
+    return (start, stop) if step == 1 and start < stop else None
 
 
 def _is_view(sharding_op: Any) -> bool:

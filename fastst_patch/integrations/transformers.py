@@ -33,14 +33,15 @@ from .. import tensors
 from ..decide import check_move, fell_back
 from ..device import Target, torch_target
 from ..errors import Doubt, FaststError
-from ..ondevice import Ahead, DeviceFile
+from ..layout import plan_rows
+from ..ondevice import Ahead, DeviceFile, RowsAhead
 from ..opened import OpenedFile
 from ..report import LoadReport, emit
 from ..slices import behind
 from ..stock import SafetensorError
 from ..streams import Lane, Stream, Ticket
 from .hook import Hook, Integration
-from .shards import Shards
+from .shards import Shards, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ def _spawn_materialize(original: Any, args: Any, kwargs: Any) -> Any:
         try:
             promised = _promised(load, call, merged, *args, **kwargs)
             if promised is None and kwargs.get("sharding_op") is not None:
-                promised = _sharded(load, original, *args, **kwargs)
+                promised = _sharded(load, original, call, merged, *args, **kwargs)
         except FaststError:  # fallback="error"
             raise
         except Exception as error:  # nothing was handed out yet
@@ -139,6 +140,8 @@ def _promised(  # noqa: PLR0917 - spawn_materialize's own
 def _sharded(  # noqa: PLR0917 - spawn_materialize's own
     load: _Load,
     original: Callable[..., Any],
+    stock: Callable[[], Any],
+    merged: bool,
     thread_pool: Any,
     tensor: Any,
     device: Any = None,
@@ -149,9 +152,11 @@ def _sharded(  # noqa: PLR0917 - spawn_materialize's own
 ) -> Any:
     """A future for this rank's shard of a tensor; None where stock's threads make it."""
     ours = behind(tensor)
-    if ours is None or thread_pool is None or unknown or not _is_cpu(device):
+    if ours is None or thread_pool is None or unknown:
         return None
     opened, i = ours
+    if not _is_cpu(device):
+        return _sharded_to(load, opened, i, device, dtype, merged, stock, sharding_op, tensor_idx)
 
     def materialize(source: Any) -> Any:
         # Without an argument that an older one may not have.
@@ -163,6 +168,27 @@ def _sharded(  # noqa: PLR0917 - spawn_materialize's own
         tensor_idx=tensor_idx, cast=_is_cast(opened, i, dtype), materialize=materialize,
     )  # fmt: skip
     return None if take is None else _Promise(take)
+
+
+def _sharded_to(  # noqa: PLR0917 - as above
+    load: _Load,
+    opened: OpenedFile,
+    i: int,
+    device: Any,
+    dtype: torch.dtype | None,
+    merged: bool,
+    stock: Callable[[], Any],
+    sharding_op: Any,
+    tensor_idx: int | None,
+) -> Any:
+    """A future for complete rows of a tensor on a device; None where stock's threads make it."""
+    file = load.file(opened, device)
+    rows = None if file is None else rows_of(opened, i, sharding_op, tensor_idx)
+    if file is None or rows is None:
+        return None
+    passing = merged or _is_cast(opened, i, dtype)
+    ticket = load.ask_rows(file, (i, *rows), passing)
+    return _Promise(functools.partial(load.take, file, ticket, dtype, stock))
 
 
 class _AtOnce:
@@ -265,6 +291,9 @@ class _File:
     def start(self, owned: bool, numbers: Sequence[int]) -> Ahead:
         return self.moving.ahead(numbers, owned=owned)
 
+    def start_rows(self, wanted: Sequence[tuple[int, int, int]]) -> RowsAhead:
+        return self.moving.rows_ahead(wanted)
+
 
 class _Load:
     """One call of ``convert_and_load_state_dict_in_model``.
@@ -320,14 +349,23 @@ class _Load:
 
     def ask(self, file: _File, i: int, passing: bool) -> Ticket:
         """Tensor i will be taken, after those asked for before."""
+        owned = not passing and file.moving.config.tensors != "dlpack"
+        lane = Lane((id(file), passing), functools.partial(file.start, owned), passing)
+        return self._stream(file).ask(lane, i, file.moving.layout.nbytes(i))
+
+    def ask_rows(self, file: _File, rows: tuple[int, int, int], passing: bool) -> Ticket:
+        """Rows of a tensor will be taken, after what was asked for before."""
+        first, last = plan_rows(file.moving.layout, *rows)
+        lane = Lane((id(file), passing, "rows"), file.start_rows, passing)
+        return self._stream(file).ask(lane, rows, last - first)
+
+    def _stream(self, file: _File) -> Stream:
         moving = file.moving
         stream = self._streams.get(moving.device)
         if stream is None:
             budget = moving.config.device_memory_budget
             stream = self._streams.setdefault(moving.device, Stream(budget))
-        owned = not passing and moving.config.tensors != "dlpack"
-        lane = Lane((id(file), passing), functools.partial(file.start, owned), passing)
-        return stream.ask(lane, i, moving.layout.nbytes(i))
+        return stream
 
     def take(
         self, file: _File, ticket: Ticket, dtype: torch.dtype | None, stock: Callable[[], Any]
