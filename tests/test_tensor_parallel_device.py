@@ -100,7 +100,6 @@ def inside_a_load() -> Iterator[Any]:
 @pytest.mark.parametrize("rank", range(WORLD))
 def test_shards_are_stocks(pretrained_to_cuda: Any, file: Path, rank: int, dtype: Any) -> None:
     """Also cast, and uneven: 64 rows are cut into 22, 22 and 20."""
-    driver = pretrained_to_cuda.driver
     moved = 0
     with (
         rank_of(rank) as mesh,

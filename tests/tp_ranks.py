@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import json
 import logging
 import os
@@ -34,7 +35,8 @@ MEETING_S = 20.0  # what a rank waits for another, in a program's own collective
 
 
 def load(folder: str, **options: Any) -> Any:
-    options.setdefault("tp_plan", "auto")
+    if "distributed_config" not in options:
+        options["tp_plan"] = "auto"
     if "dtype" in options:
         options["dtype"] = getattr(torch, options["dtype"])
     with warnings.catch_warnings():
@@ -113,15 +115,26 @@ def same(folder: str, options: dict[str, Any], load_options: dict[str, Any]) -> 
     }  # fmt: skip
 
 
-def cold(folder: str, file: str, force: bool) -> dict[str, Any]:
+def one_by_one(**arguments: Any) -> dict[str, Any]:
+    """Without transformers' threads."""
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        return same(**arguments)
+    finally:
+        del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+
+
+def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, Any]:
     """A file that is not cached: who reads what ahead, and what came from storage."""
     was = True
+    gc.collect()  # what is mapped stays cached
+    dist.barrier()
     if int(os.environ["RANK"]) == 0:
         was = residency.prepare("cold", [file]).verified is not False
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, was)
     plans = []
-    plan = shards.in_turn
+    plan, looked = shards.in_turn, shards.HostFile.cold
 
     def watched(alone: Any, shared: Any, turn: int, turns: int) -> Any:
         result = plan(alone, shared, turn, turns)
@@ -136,10 +149,10 @@ def cold(folder: str, file: str, force: bool) -> dict[str, Any]:
     before, counted = io(), engine.counters()
     try:
         with fastst_patch.patched(), fastst_patch.profile() as seen:
-            model = load(folder)
+            model = load(folder, **load_options)
             total = sum(local(tensor).double().sum() for tensor in model.state_dict().values())
     finally:
-        shards.in_turn = plan
+        shards.in_turn, shards.HostFile.cold = plan, looked
     after, count = io(), engine.counters()
     return {
         "evicted": all(told), "plans": plans, "stripe": STRIPE, "sum": float(total),

@@ -23,7 +23,7 @@ from ..config import local_ranks
 from ..layout import DTYPE_NAMES, plan_rows
 from ..machine import io_threads
 from ..onhost import HostFile
-from ..sharding.mapped import in_turn
+from ..sharding.mapped import STRIPE, in_turn
 from ..slices import leading_rows
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Shards:
 
     def __init__(self) -> None:
         self._readings: dict[int, _Reading] = {}
+        self._latest: _Reading | None = None
         self._turn: tuple[int, int] | None = None  # known from the first shard on
 
     def local(
@@ -90,8 +91,15 @@ class Shards:
 
     def whole(self, opened: OpenedFile, i: int) -> None:
         """A tensor will be taken as it is; of interest where others are taken in shards."""
-        if self._turn is not None and isinstance(opened, HostFile) and not opened.config.verify:
+        if self._turn is None or opened.config.verify:
+            return
+        if isinstance(opened, HostFile) and opened.mapped:
             self._reading(opened).note(i, ...)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether `start` has something to do."""
+        return any(reading.waiting for reading in self._readings.values())
 
     def start(self) -> None:
         """Read ahead what is known to be needed by now."""
@@ -107,6 +115,9 @@ class Shards:
         if found is None:
             assert self._turn is not None
             found = self._readings[id(opened)] = _Reading(opened, *self._turn)
+        if self._latest is not None and self._latest is not found:
+            self._latest.start(STRIPE)  # as a rule nothing more will be wanted of it
+        self._latest = found
         return found
 
 
@@ -124,6 +135,11 @@ class _Reading:
         self._alone: set[tuple[int, int]] = set()
         self._shared: set[tuple[int, int]] = set()
         self.worth_it = opened.cold()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something was noted and not started."""
+        return self._nbytes > 0
 
     def note(self, i: int, index: Any) -> None:
         """An index into tensor i will be taken."""
@@ -145,9 +161,9 @@ class _Reading:
         if self._nbytes >= ENOUGH:
             self.start()
 
-    def start(self) -> None:
-        """Start reading what was noted."""
-        if not self._nbytes:
+    def start(self, fewest: int = 1) -> None:
+        """Start reading what was noted, unless it is less than so many bytes."""
+        if self._nbytes < fewest:
             return
         alone, shared = _joined(self._alone), _joined(self._shared)
         extents = in_turn(alone, shared, self._turn, self._turns)

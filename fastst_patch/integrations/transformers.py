@@ -124,8 +124,9 @@ def _promised(  # noqa: PLR0917 - spawn_materialize's own
     if ours is None or sharding_op is not None or unknown:
         return None
     opened, i = ours
-    if thread_pool is not None and _is_at_once(opened, i, device, dtype):
+    if thread_pool is not None and _is_cpu(device):
         load.shards.whole(opened, i)
+    if thread_pool is not None and _is_at_once(opened, i, device, dtype):
         return _Promise(functools.partial(load.whole, tensor))
     file = load.file(opened, device)
     if file is None:
@@ -167,7 +168,12 @@ def _sharded(  # noqa: PLR0917 - spawn_materialize's own
         opened, i, sharding_op,
         tensor_idx=tensor_idx, cast=_is_cast(opened, i, dtype), materialize=materialize,
     )  # fmt: skip
-    return None if take is None else _Promise(take)
+    if take is not None:
+        return _Promise(take)
+    if not load.shards.waiting:
+        return None
+    future = stock()
+    return _Promise(functools.partial(load.result, future))
 
 
 def _sharded_to(  # noqa: PLR0917 - as above
@@ -311,13 +317,18 @@ class _Load:
         self.converters: dict[int, tuple[Any, Any]] = {}  # the last copy of each
         self.merging = False  # a converter was copied that merges its tensors
         self.shards = Shards()
-        # Up to 5.12 tensors that are sharded go another way, and not by spawn_materialize.
+        # Up to 5.13 tensors that are sharded go another way, and not by spawn_materialize.
         self.sharded = getattr(options, "device_mesh", None) is not None
 
     def whole(self, tensor: Any) -> Any:
         """A tensor that is a view of the file's map."""
         self.shards.start()
         return tensor[...]
+
+    def result(self, future: Any) -> Any:
+        """What one of transformers' threads makes."""
+        self.shards.start()
+        return future.result()
 
     def file(self, opened: OpenedFile, device: Any) -> _File | None:
         """The file on its way to a device; None where stock does it."""
