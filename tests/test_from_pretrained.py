@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastst_patch
-from fastst_patch import engine, handle, streams
+from fastst_patch import engine, slices, streams
 
 transformers = pytest.importorskip("transformers")
 loading = pytest.importorskip(
@@ -205,13 +205,13 @@ def test_a_default_device_is_transformers_own(to_cuda, saved, monkeypatch) -> No
 def test_verify_leaves_devices_to_transformers(to_cuda, saved, monkeypatch) -> None:
     """It compares what it hands to transformers for the CPU, and says why it is not the device."""
     verified: list[str] = []
-    same = handle.same
+    same = slices.same
 
     def compared(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
         verified.append(str(theirs.dtype))
         return same(ours, theirs)
 
-    monkeypatch.setattr(handle, "same", compared)
+    monkeypatch.setattr(slices, "same", compared)
     monkeypatch.setattr(
         loading, "_materialize_copy", lambda tensor, device=None, dtype=None: tensor[...].to(dtype)
     )
