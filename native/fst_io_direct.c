@@ -153,7 +153,8 @@ static bool read_in_place(const fst_io_context *io) {
         atomic_store(&io->arena->slots_only, true);
         return false;
     }
-    memmove(l.place, l.at, (size_t)(l.end - l.begin)); /* first: it lies where others belong */
+    if (l.place != l.at) /* first: it lies where others belong */
+        memmove(l.place, l.at, (size_t)(l.end - l.begin));
     scatter(io, io->begin, l.begin);
     scatter(io, l.end, io->end);
     return true;

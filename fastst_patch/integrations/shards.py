@@ -23,7 +23,6 @@ from ..config import local_ranks
 from ..layout import DTYPE_NAMES, plan_rows
 from ..machine import io_threads
 from ..onhost import HostFile
-from ..sharding.mapped import STRIPE, in_turn
 from ..slices import leading_rows
 
 if TYPE_CHECKING:
@@ -116,6 +115,8 @@ class Shards:
             assert self._turn is not None
             found = self._readings[id(opened)] = _Reading(opened, *self._turn)
         if self._latest is not None and self._latest is not found:
+            from ..sharding.mapped import STRIPE  # patch() does not need it
+
             self._latest.start(STRIPE)  # as a rule nothing more will be wanted of it
         self._latest = found
         return found
@@ -166,6 +167,8 @@ class _Reading:
         if self._nbytes < fewest:
             return
         alone, shared = _joined(self._alone), _joined(self._shared)
+        from ..sharding.mapped import in_turn
+
         extents = in_turn(alone, shared, self._turn, self._turns)
         _log.debug(
             "%s: rank %d of %d reads %d bytes ahead, of which others may read %d",
