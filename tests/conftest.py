@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,12 @@ _WORKER_BYTES = 2 << 30  # what a process takes at most that has met every libra
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_configure() -> None:
+    """Ctrl-C works in tests whoever started them: shells let what they start with & ignore it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """How many processes ``-n auto`` starts; 0: all tests run in this one."""
     if torch.cuda.is_available() or engine.native_error() is not None:
