@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,15 +39,17 @@ class Runner:
     """Runs commands in a folder of their own, with nothing of ours in the environment.
 
     Args:
-        folder: theirs; temporary files go to ``tmp`` in it.
+        folder: theirs.
     """
 
     def __init__(self, folder: Path) -> None:
-        (folder / "tmp").mkdir()
         self.folder = folder
+        # Not in it: sockets of multiprocessing lie in there, whose paths have 107 bytes at most.
+        # Goes with this object.
+        self.temporary = tempfile.TemporaryDirectory(prefix="run-")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTST_", "PYTHONPATH"))}
         self.environment = {
-            **kept, "TMPDIR": str(folder / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"
+            **kept, "TMPDIR": self.temporary.name, "PYTHONDONTWRITEBYTECODE": "1"
         }  # fmt: skip
 
     def write(self, name: str, text: str) -> Path:
@@ -92,4 +95,4 @@ class Runner:
 
     def left(self) -> list[str]:
         """Temporary files of ours that are still there."""
-        return [name for name in os.listdir(self.folder / "tmp") if name.startswith("fastst")]
+        return [name for name in os.listdir(self.temporary.name) if name.startswith("fastst")]
