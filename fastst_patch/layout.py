@@ -28,9 +28,6 @@ __all__ = [
 ARENA_ALIGNMENT = 256
 """Bytes. Files promise 8; transformers' grouped matmul wants 16 and kernels up to 128."""
 
-FILE_BLOCK = 4096
-"""Bytes. What O_DIRECT reads begin and end at: `FST_DIRECT_ALIGN` in native/fst_internal.h."""
-
 # In the order of enum fst_dtype.
 DTYPE_NAMES = (
     "BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0",
@@ -148,17 +145,8 @@ class LoadPlan:
     data_bytes: int
 
 
-def plan_arena(
-    layout: FileLayout, tensors: Iterable[int] | None = None, *, as_in_file: bool = False
-) -> LoadPlan:
-    """Place tensors (all when None) one behind another at `ARENA_ALIGNMENT` boundaries.
-
-    Args:
-        layout: of the file.
-        tensors: their numbers.
-        as_in_file: leave neighbours beside each other, and all at the same place within a block
-            of `FILE_BLOCK` bytes as in the file: then O_DIRECT reads land where they belong.
-    """
+def plan_arena(layout: FileLayout, tensors: Iterable[int] | None = None) -> LoadPlan:
+    """Place tensors (all when None) one behind another at `ARENA_ALIGNMENT` boundaries."""
     chosen = array("Q", range(len(layout.names)) if tensors is None else sorted(tensors))
     offsets, segments = array("Q"), array("Q")
     place = data_bytes = 0
@@ -170,11 +158,6 @@ def plan_arena(
         offsets.append(place)
         if length == 0:
             continue
-        if as_in_file:
-            place = arena_end
-            if begin != file_end:
-                place = -(-max(arena_end, 0) // FILE_BLOCK) * FILE_BLOCK + begin % FILE_BLOCK
-            offsets[-1] = place
         if begin == file_end and place == arena_end:
             segments[-2] += length
         else:
@@ -182,8 +165,6 @@ def plan_arena(
         file_end, arena_end = end, place + length
         data_bytes += length
         place = -(-arena_end // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
-    if as_in_file:
-        place = -(-max(arena_end, 1) // FILE_BLOCK) * FILE_BLOCK
     return LoadPlan(chosen, offsets, segments, max(place, 1), data_bytes)
 
 

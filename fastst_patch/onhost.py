@@ -381,7 +381,7 @@ class HostFile(OpenedFile):
                 for i, tensor in zip(wanted, made, strict=True)
             ]
             return made, *self._borrow(places)
-        plan = plan_arena(self.layout, wanted, as_in_file=self._direct)
+        plan = plan_arena(self.layout, wanted)
         arena = engine.alloc_arena(plan.arena_bytes)
         made = tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
         return made, arena, plan.segments, plan.data_bytes
