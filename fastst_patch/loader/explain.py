@@ -12,7 +12,7 @@ from .. import stock
 
 __all__ = ["explained"]
 
-_TODO = {
+_REMEDIES = {
     errno.ENOENT: "check the path, and that all shards of the model were downloaded",
     errno.EACCES: "check the permissions of the file and of its folders",
     errno.EPERM: "check the permissions of the file and of its folders",
@@ -63,11 +63,11 @@ def _cause(error: Exception) -> str:
 
 def _todo(error: Exception) -> str | None:
     if isinstance(error, MemoryError):
-        return _TODO[errno.ENOMEM]
+        return _REMEDIES[errno.ENOMEM]
     if isinstance(error, FileNotFoundError):
-        return _TODO[errno.ENOENT]
+        return _REMEDIES[errno.ENOENT]
     if isinstance(error, OSError) and error.errno is not None:
-        return _TODO.get(error.errno)
+        return _REMEDIES.get(error.errno)
     if isinstance(error, stock.SafetensorError):
         return "the file is damaged or incomplete: download or write it again"
     return None
