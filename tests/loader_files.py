@@ -6,10 +6,11 @@ import json
 import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastst_patch import tensors
+from fastst_patch import SafeTensorsFileLoader, SingleGroup, tensors
 
 # Bytes of one element; F4 has half of one.
 DTYPES = {
@@ -77,3 +78,10 @@ def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     if tensor.numel():
         raw = tensor.contiguous().reshape(-1).view(torch.uint8)
     return tensor.dtype, tuple(tensor.shape), raw.numpy().tobytes()
+
+
+def loader_of(paths: list[str], device: Any = "cpu", **options: Any) -> SafeTensorsFileLoader:
+    """A loader of one process that these files were added to."""
+    loader = SafeTensorsFileLoader(SingleGroup(), device, **options)
+    loader.add_filenames({0: paths})
+    return loader

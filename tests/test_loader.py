@@ -1,4 +1,4 @@
-"""The explicit loader to the CPU: every method against stock, lifetimes, filters, laziness."""
+"""The explicit loader to the CPU: every method against stock, lifetimes, filters."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import os
 import random
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from loader_files import bits, of_all_dtypes, write
+from loader_files import bits, loader_of, of_all_dtypes
 
 import fastst_patch
 from fastst_patch import (
@@ -23,7 +22,6 @@ from fastst_patch import (
     FaststError,
     ParallelLoader,
     SafeTensorsFileLoader,
-    SingleGroup,
     engine,
     fastsafe_open,
 )
@@ -52,19 +50,13 @@ def expected(paths, stock) -> dict[str, Any]:
     return {name: bits(t) for path in paths for name, t in stock.load_file(path).items()}
 
 
-def _loader(paths: list[str], **options: Any) -> SafeTensorsFileLoader:
-    loader = SafeTensorsFileLoader(SingleGroup(), "cpu", **options)
-    loader.add_filenames({0: paths})
-    return loader
-
-
 # ---------------------------------------------------------------- every method, bit for bit
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
 def test_every_tensor(paths, expected, watch, options) -> None:
     with fastst_patch.config_context(fallback="error"), watch() as seen:
-        loader = _loader(paths, **options)
+        loader = loader_of(paths, **options)
         names = loader.get_keys()
         assert sorted(names) == sorted(expected)
         with loader.copy_files_to_device() as buffer:
@@ -82,7 +74,7 @@ def test_every_tensor(paths, expected, watch, options) -> None:
 
 
 def test_every_method(paths, expected, stock) -> None:
-    loader = _loader(paths)
+    loader = loader_of(paths)
     buffer = loader.copy_file_to_device()
     by_path = {path: stock.load_file(path) for path in paths}
     for path, tensors in by_path.items():
@@ -164,48 +156,6 @@ def test_a_file_as_a_mapping(paths, expected, stock, watch) -> None:
     assert len(file) == len(theirs)  # what is known stays known
 
 
-# ---------------------------------------------------------------- columns
-
-
-@pytest.mark.parametrize("dtype", ["BF16", "F32", "F8_E4M3", "F8_E8M0", "BOOL", "I64", "F4"])
-@pytest.mark.parametrize("dim", [0, 1, 2, -1])
-def test_columns_of_several_tensors(tmp_path, stock, dtype, dim) -> None:
-    shapes = [[4, 6, 8], [4, 6, 8], [4, 6, 8]]
-    for k, shape in enumerate(shapes):
-        shape[dim] += 2 * k
-    paths = [
-        write(tmp_path / f"{k}.safetensors", {f"t{k}": (dtype, tuple(shape))}, k)
-        for k, shape in enumerate(shapes)
-    ]
-    theirs = [stock.load_file(path)[f"t{k}"] for k, path in enumerate(paths)]
-    buffer = _loader(paths).copy_files_to_device()
-    for order in itertools.permutations(range(3), 2):
-        columns = buffer.get_multi_cols([f"t{k}" for k in order], dim).get_raw()
-        raw = torch.cat([theirs[k].view(torch.uint8) for k in order], dim=dim)
-        assert bits(columns) == bits(raw.view(theirs[0].dtype))
-    assert bits(buffer.get_multi_cols(["t1"], dim).get_raw()) == bits(theirs[1])
-    buffer.close()
-
-
-def test_columns_that_do_not_fit(tmp_path) -> None:
-    entries = {"a": ("F32", (4, 6)), "b": ("F32", (5, 6)), "c": ("F16", (4, 6)), "s": ("F32", ())}
-    buffer = _loader([write(tmp_path / "m.safetensors", entries)]).copy_files_to_device()
-    with pytest.raises(ValueError, match=r"'b' of shape \[5, 6\] does not fit 'a'"):
-        buffer.get_multi_cols(["a", "b"], 1)
-    with pytest.raises(ValueError, match=r"'s' of shape \[\] does not fit 'a'"):
-        buffer.get_multi_cols(["a", "s"], 1)
-    with pytest.raises(ValueError, match=r"dtypes differ: 'a' torch.float32, 'c' torch.float16"):
-        buffer.get_multi_cols(["a", "c"], 0)
-    assert buffer.get_multi_cols(["a", "c"], 0, dtype=torch.float16).shape == (8, 6)
-    with pytest.raises(IndexError, match="no dimension 2"):
-        buffer.get_multi_cols(["a", "b"], 2)
-    with pytest.raises(IndexError, match="no dimension 0"):
-        buffer.get_multi_cols(["s"], 0)
-    with pytest.raises(ValueError, match="no names"):
-        buffer.get_multi_cols([], 0)
-    buffer.close()
-
-
 def test_a_wrapped_tensor_is_taken_for_its_tensor(sample, stock) -> None:
     with fastsafe_open(sample) as opened:
         w = opened.get_tensor_wrapped("w")
@@ -243,7 +193,7 @@ NAMED = [
 @pytest.mark.parametrize("dtype", NAMED, ids=str)
 def test_names_of_dtypes(sample, stock, dtype) -> None:
     theirs = {name: tensor.to(torch.bfloat16) for name, tensor in stock.load_file(sample).items()}
-    loader = _loader([sample])
+    loader = loader_of([sample])
     with loader.copy_files_to_device(dtype=dtype) as whole, loader.copy_files_to_device() as each:
         for name, tensor in theirs.items():
             assert bits(whole.get_tensor(name)) == bits(tensor)
@@ -254,7 +204,7 @@ def test_names_of_dtypes(sample, stock, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [None, "AUTO", SimpleNamespace(value="AUTO")], ids=str)
 def test_the_files_own_dtypes(sample, stock, dtype) -> None:
-    with _loader([sample]).copy_files_to_device(dtype) as buffer:
+    with loader_of([sample]).copy_files_to_device(dtype) as buffer:
         for name, tensor in stock.load_file(sample).items():
             assert bits(buffer.get_tensor(name, None, dtype)) == bits(tensor)
 
@@ -262,7 +212,7 @@ def test_the_files_own_dtypes(sample, stock, dtype) -> None:
 def test_every_dtype_to_every_other(paths, stock, outcome) -> None:
     """Larger ones, too; what torch cannot convert is told with the tensor's name."""
     theirs = stock.load_file(paths[0])
-    with _loader(paths[:1]).copy_files_to_device() as buffer:
+    with loader_of(paths[:1]).copy_files_to_device() as buffer:
         for name, tensor in theirs.items():
             if tensor.shape != (5, 6):
                 continue
@@ -282,7 +232,7 @@ def test_every_dtype_to_every_other(paths, stock, outcome) -> None:
 @pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("order", list(itertools.permutations(["buffer", "loader", "tensors"])))
 def test_tensors_outlive_everything(paths, expected, options, order) -> None:
-    loader = _loader(paths[:1], **options)
+    loader = loader_of(paths[:1], **options)
     buffer = loader.copy_files_to_device()
     names = [name for name in loader.get_keys() if "7x130" in name]
     held = {name: buffer.get_tensor(name) for name in names}
@@ -305,7 +255,7 @@ def test_tensors_outlive_everything(paths, expected, options, order) -> None:
 
 
 def test_never_closed(paths, expected) -> None:
-    loader = _loader(paths)
+    loader = loader_of(paths)
     tensor = loader.copy_files_to_device().get_tensor("file1.F32.7x130")  # the buffer is gone
     del loader
     gc.collect()
@@ -313,7 +263,7 @@ def test_never_closed(paths, expected) -> None:
 
 
 def test_closed(paths) -> None:
-    loader = _loader(paths[:1])
+    loader = loader_of(paths[:1])
     buffer = loader.copy_files_to_device()
     name = loader.get_keys()[0]
     loader.close()
@@ -335,7 +285,7 @@ def test_closed(paths) -> None:
 
 
 def test_reset_and_again(paths, expected) -> None:
-    loader = _loader(paths[:2])
+    loader = loader_of(paths[:2])
     first = loader.copy_files_to_device()
     loader.reset()
     assert loader.get_keys() == []
@@ -364,7 +314,7 @@ def test_files_added_one_after_another(paths, expected) -> None:
 @pytest.mark.parametrize("io", ["auto", "buffered"])
 def test_a_cache_gives_copies(sample, stock, io) -> None:
     theirs = stock.load_file(sample)
-    with _loader([sample], disable_cache=False, io=io).copy_files_to_device() as buffer:
+    with loader_of([sample], disable_cache=False, io=io).copy_files_to_device() as buffer:
         before = engine.counters()["bytes_buffered"]
         first = buffer.get_tensor("w")
         read = engine.counters()["bytes_buffered"]
@@ -379,7 +329,7 @@ def test_a_cache_gives_copies(sample, stock, io) -> None:
 
 
 def test_filter(paths, expected) -> None:
-    loader = _loader(paths)
+    loader = loader_of(paths)
     names = loader.get_keys()
     loader.set_tensor_filter(lambda name: ".BF16." in name or "7x130" in name)
     kept = [name for name in names if ".BF16." in name or "7x130" in name]
@@ -402,7 +352,7 @@ def test_filter(paths, expected) -> None:
 
 def test_a_filter_leaves_bytes_unread(raw) -> None:
     path = raw.tensors({f"t{i:02}": torch.full((50_000,), i, dtype=torch.uint8) for i in range(40)})
-    loader = _loader([path], io="buffered")
+    loader = loader_of([path], io="buffered")
     loader.set_tensor_filter(lambda name: int(name[1:]) % 10 == 3)
     before = engine.counters()["bytes_buffered"]
     with loader.copy_files_to_device() as buffer:
@@ -415,7 +365,7 @@ def test_a_filter_leaves_bytes_unread(raw) -> None:
 def test_names_must_be_unique(raw) -> None:
     one = raw.tensors({"a": torch.ones(2), "b": torch.ones(3)}, "one.safetensors")
     two = raw.tensors({"c": torch.ones(2), "b": torch.ones(4)}, "two.safetensors")
-    loader = _loader([one, two])
+    loader = loader_of([one, two])
     with pytest.raises(FaststError, match=rf"'b' is in both {one} and {two}.*unique"):
         loader.copy_files_to_device()
     loader.set_tensor_filter(lambda name: name != "b")
@@ -428,7 +378,7 @@ def test_names_must_be_unique(raw) -> None:
 
 
 def test_unknown_names(sample) -> None:
-    loader = _loader([sample])
+    loader = loader_of([sample])
     with pytest.raises(KeyError):
         loader.get_shape("nothing")
     with loader.copy_files_to_device() as buffer:
@@ -442,130 +392,6 @@ def test_unknown_names(sample) -> None:
             buffer.push_tensor("w", 1)
         with pytest.raises(TypeError, match="dst_rank"):
             buffer.push_tensor("w", None)
-
-
-# ---------------------------------------------------------------- lazy and bounded
-
-
-def _big(raw: Any, files: int = 3, tensors: int = 20, nbytes: int = 100_000) -> list[str]:
-    return [
-        raw.tensors(
-            {f"{k}.{i:02}": torch.full((nbytes,), 16 * k + i, dtype=torch.uint8)
-             for i in range(tensors)},
-            f"big{k}.safetensors",
-        )
-        for k in range(files)
-    ]  # fmt: skip
-
-
-def test_headers_alone_are_read(raw) -> None:
-    paths = _big(raw)
-    moved = ("bytes_prefetched", "bytes_buffered", "bytes_direct", "bytes_copied", "arena_bytes")
-    before = engine.counters()
-    loader = _loader(paths, io="buffered")
-    assert len(loader.get_keys()) == 60
-    assert loader.get_shape("1.03") == [100_000]
-    with FastSafetensorsFile(paths[0], io="buffered") as file:
-        assert len(file.get_tensors()) == 20
-    after = engine.counters()
-    assert [after[name] - before[name] for name in moved] == [0] * len(moved)
-    loader.close()
-
-
-@pytest.mark.parametrize("budget", [0, 1, 150_000, 400_000, 1_000_000])
-def test_reading_ahead_stays_within_the_budget(raw, budget) -> None:
-    before = engine.counters()
-    loader = _loader(_big(raw), io="buffered", device_memory_budget=budget)
-    buffer = loader.copy_files_to_device()
-    engine.shutdown()  # waits for what was started
-    started = engine.counters()["bytes_buffered"] - before["bytes_buffered"]
-    assert started <= budget
-    assert (started > 0) == (budget >= 150_000)
-    most = 0
-    for name in loader.get_keys():
-        tensor = buffer.get_tensor(name)
-        most = max(most, engine.counters()["arena_bytes"] - before["arena_bytes"])
-        assert bool((tensor == 16 * int(name[0]) + int(name[2:])).all())
-    assert most <= budget + 3 * 100_352  # tensors asked for, and one that is let go of
-    engine.shutdown()
-    assert engine.counters()["bytes_buffered"] - before["bytes_buffered"] == 60 * 100_000
-    buffer.close()
-    loader.close()
-
-
-@pytest.mark.parametrize("options", [{}, {"io": "buffered"}, {"io": "direct"}], ids=str)
-def test_a_cold_file_is_read_once(raw, evict, options) -> None:
-    paths = _big(raw, files=2, tensors=40)
-    for path in paths:
-        evict(Path(path))
-    loader = _loader(paths, **options)
-    with fastst_patch.profile() as seen, loader.copy_files_to_device() as buffer:
-        for name in loader.get_keys():
-            assert bool((buffer.get_tensor(name) == 16 * int(name[0]) + int(name[2:])).all())
-    kinds = {"": "mmap+readahead", "buffered": "buffered", "direct": "direct"}
-    want = {kinds[options.get("io", "")]}
-    assert {report.path for report in seen.reports} <= want | {"buffered"}
-    loader.close()
-
-
-def test_every_second_tensor(raw) -> None:
-    """Tensors that are left out do not hold the walk up, nor its memory."""
-    before = engine.counters()
-    loader = _loader(_big(raw, tensors=30), io="buffered", device_memory_budget=500_000)
-    buffer = loader.copy_files_to_device()
-    for name in loader.get_keys()[::3]:
-        assert bool((buffer.get_tensor(name) == 16 * int(name[0]) + int(name[2:])).all())
-        assert engine.counters()["arena_bytes"] - before["arena_bytes"] <= 500_000 + 3 * 100_352
-    buffer.close()
-
-
-@pytest.mark.parametrize("options", [{}, {"io": "buffered", "device_memory_budget": 300_000}])
-def test_two_threads_share_a_buffer(raw, options) -> None:
-    loader = _loader(_big(raw), **options)
-    buffer = loader.copy_files_to_device()
-    todo, wrong = iter(loader.get_keys() * 4), []
-    lock = threading.Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                name = next(todo, None)
-            if name is None:
-                return
-            if not bool((buffer.get_tensor(name) == 16 * int(name[0]) + int(name[2:])).all()):
-                wrong.append(name)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-    buffer.close()
-
-
-def _take_all(buffer: Any, names: list[str], trouble: list[Exception]) -> None:
-    try:
-        for name in names:
-            assert bool((buffer.get_tensor(name) == 16 * int(name[0]) + int(name[2:])).all())
-    except Exception as error:
-        trouble.append(error)
-
-
-def test_closed_while_others_take(raw) -> None:
-    loader = _loader(_big(raw), io="buffered", device_memory_budget=300_000)
-    for _ in range(5):
-        buffer = loader.copy_files_to_device()
-        trouble: list[Exception] = []
-        arguments = (buffer, loader.get_keys(), trouble)
-        threads = [threading.Thread(target=_take_all, args=arguments) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        buffer.close()
-        for thread in threads:
-            thread.join()
-        assert all("closed" in str(error) for error in trouble), trouble
-        trouble.clear()
 
 
 # ---------------------------------------------------------------- stock, reports

@@ -13,14 +13,13 @@ import torch
 from fake_device import StockOnCpu
 from hypothesis import given
 from hypothesis import strategies as st
-from loader_files import bits, of_all_dtypes, write
+from loader_files import bits, loader_of, of_all_dtypes, write
 
 import fastst_patch
 from fastst_patch import (
     FastSafetensorsFile,
     ParallelLoader,
     SafeTensorsFileLoader,
-    SingleGroup,
     engine,
     fastsafe_open,
 )
@@ -65,9 +64,7 @@ def _right(name: str, tensor: torch.Tensor) -> bool:
 
 
 def _loader(paths: list[str], device: Any = "cuda", **options: Any) -> SafeTensorsFileLoader:
-    loader = SafeTensorsFileLoader(SingleGroup(), device, **options)
-    loader.add_filenames({0: paths})
-    return loader
+    return loader_of(paths, device, **options)
 
 
 def _copied() -> int:
