@@ -117,10 +117,12 @@ def test_too_small_is_refused():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
-def test_quick_is_few_and_not_large(device):
+def test_quick_is_all_of_them_and_not_large(device):
     quick = workloads.suite("quick", device, 75 * GB, 24 * GB)
-    assert {workload.name for workload in quick} >= {"qwen2.5-7b", "qwen3-30b-a3b"}
-    assert len(quick) <= 4
+    full = workloads.suite("full", device, 75 * GB, 24 * GB)
+    assert {workload.name for workload in quick} == {workload.name for workload in full}
+    assert [workload.name for workload in quick[:2]] == ["qwen2.5-7b", "qwen3-30b-a3b"]
+    assert sum(workload.nbytes for workload in quick) <= 7 * GB
     assert all(workload.nbytes <= 1.7 * GB for workload in quick)
     assert all(workload.nbytes >= 0.2 * GB for workload in quick[:2])
 
