@@ -1,5 +1,7 @@
 """One rank of sharding.py: a job as JSON on stdin, what it measured as JSON on stdout.
 
+Rank 0 says "ready" before the clock, and waits for one more line.
+
 Whatever the loader, the rank ends with its part of every tensor of the checkpoint and has read
 each of its bytes once, by the same torch sum.
 """
@@ -21,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from fastst_patch import engine
-from fastst_patch.bench import residency, settle
+from fastst_patch.bench import residency
 from fastst_patch.bench.child import process_memory, reports_of, require_stock
 
 Tensors = dict[str, torch.Tensor]
@@ -120,12 +122,13 @@ def digest(tensors: Tensors) -> str:
 
 
 def start_line(job: dict[str, Any]) -> residency.CacheState | None:
-    """All ranks wait here until memory and page cache are as they should be."""
+    """All ranks wait here until page cache and memory are as they should be."""
     state = None
     dist.barrier()
     if job["rank"] == 0:
-        settle.memory(sum(Path(file).stat().st_size for file in job["files"]))
         state = residency.prepare(job["cache"], job["files"])
+        print("ready", flush=True)
+        sys.stdin.readline()  # memory has been freed for us
     gc.collect()
     gc.freeze()
     dist.barrier()
@@ -133,7 +136,7 @@ def start_line(job: dict[str, Any]) -> residency.CacheState | None:
 
 
 def main() -> int:
-    job = json.load(sys.stdin)
+    job = json.loads(sys.stdin.readline())
     torch.set_num_threads(1)  # as many ranks as there are share the machine
     dist.init_process_group(
         "gloo", init_method=f"file://{job['store']}", rank=job["rank"], world_size=job["ranks"],

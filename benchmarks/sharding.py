@@ -29,7 +29,7 @@ from typing import Any
 
 from readahead import read_ahead
 
-from fastst_patch.bench import guarded, machine, stats, write_json
+from fastst_patch.bench import guarded, machine, settle, stats, write_json
 from fastst_patch.bench.checkpoint import (
     TensorSpec,
     pick_directory,
@@ -46,6 +46,7 @@ CACHES = ("cold", "warm")
 RANK = Path(__file__).resolve().with_name("_sharding_rank.py")
 RANK_SECONDS = 600  # after which a rank hangs
 TRIES = 3  # of a measurement that did not find the cache as it should be
+FRESH = 3  # times the files' bytes: in the page cache, in buffers, in tensors
 STEP = 64  # hidden sizes that all of a model's sizes divide by
 
 _HEADINGS = (
@@ -109,8 +110,11 @@ def checkpoint(directory: Path, files: int, nbytes: int) -> Iterator[list[str]]:
 # ---- one measurement ----------------------------------------------------
 
 
-def run(plan: Plan, loader: str, cache: str) -> Measurement:
-    """Start the ranks, wait for them, and put together what they say."""
+def run(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> Measurement:
+    """Start the ranks, wait for them, and put together what they say.
+
+    The memory of the reserve is theirs from the start of the clock on.
+    """
     with tempfile.TemporaryDirectory(prefix="fastst-ranks-") as folder:
         job = {
             "files": plan.files, "loader": loader, "cache": cache, "ranks": plan.ranks,
@@ -127,15 +131,18 @@ def run(plan: Plan, loader: str, cache: str) -> Measurement:
         try:
             for number, process in enumerate(running):
                 assert process.stdin is not None
-                process.stdin.write(json.dumps({**job, "rank": number}))
-                process.stdin.close()
-                process.stdin = None
+                process.stdin.write(json.dumps({**job, "rank": number}) + "\n")
+                process.stdin.flush()
+            assert running[0].stdout is not None
+            running[0].stdout.readline()  # "ready", or nothing: it failed, and says so below
+            reserve.free()
             answers = [_answer(process, loader) for process in running]
         finally:
             for process in running:
                 if process.poll() is None:
                     process.kill()
                 process.wait()
+            reserve.take()
     return Measurement(
         seconds=max(one["end"] for one in answers) - min(one["begin"] for one in answers),
         load_seconds=max(one["ready"] - one["begin"] for one in answers),
@@ -151,7 +158,7 @@ def run(plan: Plan, loader: str, cache: str) -> Measurement:
 
 def _answer(process: subprocess.Popen[str], loader: str) -> dict[str, Any]:
     try:
-        out, err = process.communicate(timeout=RANK_SECONDS)
+        out, err = process.communicate("go\n", timeout=RANK_SECONDS)
     except subprocess.TimeoutExpired:
         raise BenchError(f"a rank of {loader} hangs") from None
     if process.returncode != 0:
@@ -160,10 +167,10 @@ def _answer(process: subprocess.Popen[str], loader: str) -> dict[str, Any]:
     return answer
 
 
-def measure(plan: Plan, loader: str, cache: str) -> Measurement:
+def measure(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> Measurement:
     """A measurement that found the page cache as it should be, with the right bytes."""
     for _ in range(TRIES):
-        found = run(plan, loader, cache)
+        found = run(plan, loader, cache, reserve)
         if found.verified is not False:
             break
     else:
@@ -174,12 +181,18 @@ def measure(plan: Plan, loader: str, cache: str) -> Measurement:
     return found
 
 
-def race(plan: Plan, loaders: Sequence[str], caches: Sequence[str], rounds: int) -> None:
+def race(
+    plan: Plan,
+    loaders: Sequence[str],
+    caches: Sequence[str],
+    rounds: int,
+    reserve: settle.Reserve,
+) -> None:
     for cache in caches:
         for number in range(rounds):
             turn = number % len(loaders)
             for loader in (*loaders[turn:], *loaders[:turn]):
-                found = measure(plan, loader, cache)
+                found = measure(plan, loader, cache, reserve)
                 plan.done.setdefault((cache, loader), []).append(found)
                 print(f"{cache} {number + 1}/{rounds} {loader}: {found.seconds:.2f} s",
                       file=sys.stderr)  # fmt: skip
@@ -280,7 +293,9 @@ def main() -> int:
             stack.enter_context(read_ahead(setting, args.read_ahead))
         environment = machine.environment(Path(files[0]))
         plan = Plan(files, args.ranks, dict(args.options), args.fastsafetensors)
-        race(plan, loaders, args.cache, args.rounds)
+        nbytes = sum(Path(file).stat().st_size for file in files)
+        with settle.Reserve(FRESH * nbytes) as reserve:
+            race(plan, loaders, args.cache, args.rounds, reserve)
         found = rows(plan)
     print(f"{args.ranks} ranks, {len(files)} files; medians of {args.rounds} rounds, "
           f"± {stats.SPREAD}; every rank's bytes equal in all measurements")  # fmt: skip

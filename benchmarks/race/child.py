@@ -31,7 +31,6 @@ class Job:
     device: str
     files: tuple[str, ...]
     read: tuple[str, ...]  # the files whose bytes the loader reads; most often the same
-    file_bytes: int
     truth: str  # file with the expected tensors
     probe: bool  # asking for the residency leaves the page cache as it is
 
@@ -96,7 +95,7 @@ def load(job: Job, say: Say, gate: Callable[[], None] = _await_gate) -> None:
     say({"ready": True, "import_s": import_s, "context_s": context_s})
     gate()
 
-    settle.memory(job.file_bytes)
+    settle.forget_peak()
     gc.collect()
     gc.freeze()  # who imported more shall not pay for traversing it
     held_before = probes.held(job.device)

@@ -22,7 +22,7 @@ COPY_ROUNDS = 4
 
 
 def held(device: str) -> dict[str, int]:
-    """Memory held now; the peak is that since the last call of settle.memory."""
+    """Memory held now; the peak is that since settle.forget_peak."""
     from fastst_patch.bench import memory
 
     found = memory.process_memory() | memory.device_memory(device)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastst_patch.bench import residency
+from fastst_patch.bench import residency, settle
 from fastst_patch.bench.errors import BenchError
 
 from . import process, starters
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TRIES = 4
 LEAST_FOR_CEILINGS = 200_000_000  # bytes; less is over before threads have started
+FRESH = 3  # times a file's bytes: in the page cache, in a loader's buffers, in its tensors
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Race:
     limit_s: float  # for one load
     at_once: int  # processes that get ready together; they are timed one at a time
     watch: DeviceWatch
+    reserve: settle.Reserve = field(default_factory=lambda: settle.Reserve(0))
     ceilings: bool = True  # measure them, too
     began: float = field(default_factory=time.monotonic)
     runs: list[dict[str, Any]] = field(default_factory=list)
@@ -110,13 +112,14 @@ def _workload(
         if run.ceilings and (workload.nbytes >= LEAST_FOR_CEILINGS or not run.boards):
             caches = dict.fromkeys(unit.cell.cache for unit in planner.units)
             run.boards[workload.name] = board(run.device, list(caches), written.files)
-        for number in range(1, planner.rounds + 1):
-            shown.estimate(planner)
-            _round(run, workload.name, written, number, chance=chance, shown=shown)
-            planner.fit(run.elapsed_s)
-            if number == 1 and not _others_began(run, workload.name):
-                _tell_plan(run, shown)
-            save()
+        with settle.Reserve(FRESH * written.file_bytes) as run.reserve:
+            for number in range(1, planner.rounds + 1):
+                shown.estimate(planner)
+                _round(run, workload.name, written, number, chance=chance, shown=shown)
+                planner.fit(run.elapsed_s)
+                if number == 1 and not _others_began(run, workload.name):
+                    _tell_plan(run, shown)
+                save()
 
 
 def _others_began(run: Race, name: str) -> bool:
@@ -204,7 +207,9 @@ def _cell(
                 shown.doing(f"round {number}: {_ceiling_name(what)}")
                 # Of the variants that are tried, later rounds measure one.
                 variants = len(getattr(what, "variants", ())) or 1
+                run.reserve.free()
                 seconds = _measure_ceiling(run.boards[cell.workload], what)
+                run.reserve.take()
                 measuring, later = measuring + seconds, later + seconds / variants
                 continue
             shown.doing(f"round {number}: {cell}: {what}")
@@ -269,10 +274,13 @@ def _once(
         with ready.take(name) as child:
             started = child.wait_ready(starters.READY_S)
             state = residency.prepare(cache, files) if cache else None
+            run.reserve.free()
             with run.watch.peak() as risen:
                 sample = started | child.go(run.limit_s)
     except process.ProcessFailedError as failed:
         return {"outcome": failed.outcome, "detail": failed.detail, "sample": None}
+    finally:
+        run.reserve.take()
     sample["device_peak"] = risen[0] if risen else None
     left, _ = residency.resident_fraction(files)
     return judge(cache, state, sample) | {"sample": sample, "resident_after": left}

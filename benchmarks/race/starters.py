@@ -89,7 +89,6 @@ class Starters:
             "device": run.device,
             "files": self._written.files,
             "read": read_by(loader, self._written.files),
-            "file_bytes": self._written.file_bytes,
             "truth": self._written.truth,
             "probe": self._probe,
         }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from . import ceilings, residency
+from . import ceilings, residency, settle
 from .ceilings import Ceiling
 from .errors import BenchError
 from .files import CheckpointFile
@@ -87,47 +88,59 @@ def race(plan: Plan) -> Outcome:
     steps = len(runs) + len(outcome.ceilings)
     begin, longest = time.monotonic(), 0.0
     # disable=None: no bar where stderr is no terminal.
-    with tqdm(total=plan.rounds * steps, unit="run", disable=None, leave=False) as bar:
+    nbytes = sum(os.stat(path).st_size for path in plan.paths)
+    with (
+        tqdm(total=plan.rounds * steps, unit="run", disable=None, leave=False) as bar,
+        settle.Reserve(nbytes) as reserve,
+    ):
         for number in range(plan.rounds):
             started = time.monotonic()
             if number and started - begin + longest > plan.max_seconds:
                 break
-            _round(outcome, number, beside, bar)
+            _round(outcome, number, beside, bar, reserve)
             outcome.rounds += 1
             longest = max(longest, time.monotonic() - started)
     return outcome
 
 
-def _round(outcome: Outcome, number: int, beside: dict[str, list[Ceiling]], bar: tqdm) -> None:
+def _round(
+    outcome: Outcome,
+    number: int,
+    beside: dict[str, list[Ceiling]],
+    bar: tqdm,
+    reserve: settle.Reserve,
+) -> None:
     # Whoever goes second finds the disk and the allocator as the first left them.
     order = LOADERS if number % 2 == 0 else LOADERS[::-1]
     for cache, measured_beside in beside.items():
         for loader in order:
             bar.set_description(f"round {number + 1}: {loader}, {cache}")
-            run = _run(outcome.plan, loader, cache)
+            run = _run(outcome.plan, loader, cache, reserve)
             outcome.runs[cache, loader].append(run)
             _require_equal(outcome, run.sample, loader, cache)
             bar.update()
         for ceiling in measured_beside:
             bar.set_description(f"round {number + 1}: {ceiling.name}")
+            reserve.free()
             ceiling.measure(outcome.plan.paths)
+            reserve.take()
             bar.update()
 
 
-def _run(plan: Plan, loader: str, cache: str) -> Run:
+def _run(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> Run:
     """Prepare the cache and load; again when something else took the cache out of that state.
 
     Kernels that reclaim idle pages, and other programs, do so between preparing and loading.
     The result of such a run is not looked at, so repeating it chooses nothing.
     """
     for _ in range(TRIES):
-        run = _run_once(plan, loader, cache)
+        run = _run_once(plan, loader, cache, reserve)
         if run.verified is not False:
             break
     return run
 
 
-def _run_once(plan: Plan, loader: str, cache: str) -> Run:
+def _run_once(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> Run:
     state = residency.prepare(cache, plan.paths)
     job = LoadJob(
         loader=loader,
@@ -137,7 +150,11 @@ def _run_once(plan: Plan, loader: str, cache: str) -> Run:
         options=plan.options if loader == "patched" else {},
         probe=state.probe_is_harmless,
     )
-    return Run(run_load(job), state)
+    reserve.free()  # the child makes sure of it once more, which is quick now
+    try:
+        return Run(run_load(job), state)
+    finally:
+        reserve.take()
 
 
 def _require_equal(outcome: Outcome, sample: Sample, loader: str, cache: str) -> None:
