@@ -74,8 +74,9 @@ def _section(folder: Path) -> str:
     lines = [
         f"**{report.title(found)}.** Seconds until every byte is there"
         + (" and read once" if found["device"] == "cpu" else "")
-        + f"; {report.conditions(found)} Everything else, the reasons of who could not run "
-        f"included: [{place}/report.md]({place}/report.md).",
+        + f"; of {results.OURS} what `patch()` does by itself, of the others the fastest variant, "
+        f"named in brackets. {report.conditions(found)} All variants, quartiles, memory, ceilings, "
+        f"and who could not run and why: [{place}/report.md]({place}/report.md).",
         "",
         *matrix(found),
         "",
@@ -85,15 +86,41 @@ def _section(folder: Path) -> str:
 
 
 def matrix(found: Found) -> list[str]:
-    """Loaders by cells; the fastest of a cell in bold, whoever failed in words."""
-    cells = results.cells(found)
-    rows = {cell: {row.loader: row for row in results.rows(found, *cell)} for cell in cells}
-    headings = ["loader", *(_heading(found, *cell) for cell in cells)]
+    """Cells by families; of each family but ours the loader that was fastest in that cell.
+
+    The fastest of a cell is in bold, and whoever failed in words. The last column is the fastest
+    of the others by ours, paired by round.
+    """
+    families = list(dict.fromkeys(one["family"] for one in found["loaders"]))
+    rows = {cell: results.rows(found, *cell) for cell in results.cells(found)}
+    raced = [name for name in families if any(row.family == name for here in rows.values()
+                                              for row in here)]  # fmt: skip
+    raced.sort(key=lambda name: name != results.OURS)
     body = []
-    for name in _order(found, cells, rows):
-        shown = f"**{name}**" if name == results.OURS else name
-        body.append([shown, *(_cell(rows[cell].get(name)) for cell in cells)])
-    return report.table(headings, body)
+    for cell, here in rows.items():
+        best = {name: _best(here, name) for name in raced}
+        others = [row for name, row in best.items() if name != results.OURS and row is not None]
+        body.append([_heading(found, *cell), *(_cell(best[name]) for name in raced),
+                     _ahead(others)])  # fmt: skip
+    return report.table(["files", *(_title(name) for name in raced), "fastest other / ours"], body)
+
+
+def _title(family: str) -> str:
+    return f"**{family}**" if family == results.OURS else family
+
+
+def _best(rows: list[Row], family: str) -> Row | None:
+    """The family's fastest; of ours, what `patch()` does by itself."""
+    here = [row for row in rows if row.family == family]
+    if family == results.OURS:
+        here = [row for row in here if row.loader == results.OURS]
+    ranked = [row for row in here if row.rank is not None and row.total_s is not None]
+    return min(ranked, key=lambda row: row.rank or 0, default=next(iter(here), None))
+
+
+def _ahead(others: list[Row]) -> str:
+    ratios = [row.to_ours.median for row in others if row.rank is not None and row.to_ours]
+    return f"{min(ratios):.2f}" if ratios else ""
 
 
 def _heading(found: Found, workload: str, cache: str) -> str:
@@ -103,20 +130,6 @@ def _heading(found: Found, workload: str, cache: str) -> str:
     return f"{workload}, {shown}, {cache}"
 
 
-def _order(
-    found: Found, cells: list[tuple[str, str]], rows: dict[tuple[str, str], dict[str, Row]]
-) -> list[str]:
-    """By rank in the first cell; who is not in it comes last."""
-    names = [one["name"] for one in found["loaders"]]
-    raced = [name for name in names if any(name in here for here in rows.values())]
-
-    def place(name: str) -> tuple[bool, int]:
-        row = rows[cells[0]].get(name)
-        return (row is None or row.rank is None, row.rank if row and row.rank else 0)
-
-    return sorted(raced, key=place)
-
-
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
@@ -124,4 +137,6 @@ def _cell(row: Row | None) -> str:
         return row.state
     seconds = row.total_s.median
     text = f"{seconds:.2f} s" if seconds >= 0.0995 else f"{1e3 * seconds:.2g} ms"
-    return f"**{text}**" if row.rank == 1 else text
+    variant = row.loader.removeprefix(row.family).lstrip("-")
+    text = f"**{text}**" if row.rank == 1 else text
+    return f"{text} ({variant})" if variant else text

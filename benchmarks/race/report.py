@@ -33,7 +33,7 @@ def markdown(sections: Sequence[Found], charts: Sequence[Sequence[str]] = ()) ->
 
 def section(found: Found, charts: Sequence[str] = ()) -> str:
     """One machine's and one device's results."""
-    parts = [f"## {title(found)}", conditions(found)]
+    parts = [f"## {title(found)}", f"{conditions(found)} Quartiles are in brackets."]
     parts += [f"![{_alt(name)}]({name})" for name in charts]
     parts += [cell(found, workload, cache) for workload, cache in results.cells(found)]
     parts += [_missing(found), _ceilings(found), _whole(found), _notes(found)]
@@ -81,7 +81,7 @@ def conditions(found: Found) -> str:
     rounds = "-".join(map(str, sorted({min(counts), max(counts)})))
     return (
         f"{', '.join(parts)}. Medians of {rounds} rounds in fresh processes and random "
-        f"order (seed {found['seed']}), quartiles in brackets; GB = 1e9 bytes."
+        f"order (seed {found['seed']}); GB = 1e9 bytes."
     )
 
 
@@ -199,6 +199,7 @@ def table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
 
 _LEFT = {
     "loader",
+    "files",
     "beside",
     "cache",
     "of ceiling",
