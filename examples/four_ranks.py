@@ -44,11 +44,12 @@ def main() -> int:
         print(f"rank {rank}: {error}", file=sys.stderr)
         return 1
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    print(f"rank {rank} of {ranks}: {len(tensors)} tensors, {nbytes} bytes", flush=True)
+    # With its end in one piece: ranks share the terminal.
+    print(f"rank {rank} of {ranks}: {len(tensors)} tensors, {nbytes} bytes\n", end="", flush=True)
     dist.barrier()
     if rank == 0:
         for name, tensor in tensors.items():
-            print(f"  {name} {list(tensor.shape)} {tensor.dtype} on {tensor.device}", flush=True)
+            print(f"  {name} {list(tensor.shape)} {tensor.dtype} on {tensor.device}")
     dist.destroy_process_group()
     return 0
 

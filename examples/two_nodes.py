@@ -50,7 +50,8 @@ def main() -> int:
         return 1
     experts = sorted({int(found[1]) for name in tensors if (found := EXPERT.search(name))})
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    print(f"rank {rank} of {ranks}: experts {experts}, {nbytes} bytes", flush=True)
+    # With its end in one piece: ranks share the terminal.
+    print(f"rank {rank} of {ranks}: experts {experts}, {nbytes} bytes\n", end="", flush=True)
     dist.destroy_process_group()
     return 0
 

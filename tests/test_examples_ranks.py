@@ -36,9 +36,7 @@ def _start(arguments: Sequence[str], folder: Path, **environment: str) -> subpro
         [sys.executable, "-m", "torch.distributed.run", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
         start_new_session=True,
-        # Unbuffered, a line is two writes to the pipe that all ranks share.
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
-             "PYTHONUNBUFFERED": "", **environment},
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
 
