@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,6 @@ class Job:
     loader: str  # "stock", "patched", or the name of one of OFFERS
     folder: str  # the model
     files: tuple[str, ...]  # its weights
-    file_bytes: int
     device: str
     options: Mapping[str, object] = field(default_factory=dict)  # for patch()
     arguments: Mapping[str, object] = field(default_factory=dict)  # for from_pretrained; an Offer's
@@ -312,6 +312,7 @@ def digest_of(tensors: Tensors, sums: Iterable[int]) -> str:
 def run(job: Job) -> Sample:
     """Time one row once, in this process. Ends the process where it cannot be a fair race."""
     from fastst_patch.bench import child, residency, settle
+    from fastst_patch.bench.job import READY
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.update(job.variables)
@@ -330,8 +331,9 @@ def run(job: Job) -> Sample:
     call = line.start(job)
     child.synchronize(job.device)
     prepare_s = time.perf_counter() - ready
-    # A warm load to a device takes no host memory to speak of.
-    settle.memory(job.file_bytes if line.device == "cpu" else 0)
+    print(READY, flush=True)
+    sys.stdin.readline()  # now there is memory
+    settle.forget_peak()
     gc.collect()
     gc.freeze()  # the patched process imported more: neither shall pay for traversing that
     resident = residency.resident_fraction(job.files)[0] if job.probe else None

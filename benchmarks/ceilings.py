@@ -21,7 +21,7 @@ if __name__ == "__main__":
     sys.path.append(str(ROOT))
 
 from benchmarks.race import ceilings as measured  # noqa: E402
-from fastst_patch.bench import guarded, machine, synthetic_checkpoint, write_json  # noqa: E402
+from fastst_patch.bench import guarded, machine, settle, synthetic_checkpoint, write_json  # noqa: E402
 from fastst_patch.bench.errors import UsageError  # noqa: E402
 from fastst_patch.summary import grid  # noqa: E402
 
@@ -49,10 +49,11 @@ def run(args: argparse.Namespace) -> int:
         environment = machine.environment(path)
         caches = ("warm",) if machine.filesystem(path).in_memory else ("cold", "warm")
         board = measured.board(args.device, caches, [str(path)])
+        reserve = stack.enter_context(settle.reserve_for([str(path)]))
         for _ in range(args.rounds):
             for number, cache in enumerate(caches):
                 for step in board.steps(cache, number == 0):
-                    board.measure(step)
+                    board.measure(step, reserve)
     entries = board.to_json(path.name)
     measured.require_some(entries)
     print(f"{environment['cpu']}, {environment['cpus']} CPUs; {environment['kernel']}; "

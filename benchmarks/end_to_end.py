@@ -29,11 +29,11 @@ from _rows import OFFERS, ROWS, Job, Row, Sample, child
 from readahead import read_ahead
 from tqdm import tqdm
 
-from fastst_patch.bench import guarded, machine, residency, stats, table, write_json
+from fastst_patch.bench import guarded, machine, residency, settle, stats, table, write_json
 from fastst_patch.bench.checkpoint import budget, pick_directory
 from fastst_patch.bench.errors import EXIT_FAILED, BenchError, UsageError
 from fastst_patch.bench.job import run_json
-from fastst_patch.bench.runner import LOADERS, TRIES, Run
+from fastst_patch.bench.runner import LOADERS, TRIES, Gate, Run
 from fastst_patch.bench.table import with_spread
 from fastst_patch.cli import option
 from fastst_patch.summary import grid
@@ -118,8 +118,8 @@ def _make(kind: str, folder: Path) -> None:
     _ask({"kind": "make", "model": kind, "folder": str(folder)}, f"making the {kind} model")
 
 
-def _ask(message: dict[str, Any], label: str) -> dict[str, Any]:
-    return run_json([str(Path(__file__).absolute()), "--child"], message, label)
+def _ask(message: dict[str, Any], label: str, gate: Gate | None = None) -> dict[str, Any]:
+    return run_json([str(Path(__file__).absolute()), "--child"], message, label, gate)
 
 
 # ---- runs ---------------------------------------------------------------
@@ -155,31 +155,36 @@ def measure(bench: Bench, row: Row, bar: tqdm) -> Measured:
     loaders = loaders_of(bench, row)
     measured = Measured(row, model, {name: [] for name in loaders})
     begin, longest = time.monotonic(), 0.0
-    for number in range(bench.args.repeat):
-        started = time.monotonic()
-        if number and started - begin + longest > bench.args.max_seconds:
-            bar.update((bench.args.repeat - number) * len(loaders))
-            break
-        # Whoever goes second finds the disk and the allocator as the first left them.
-        first = number % len(loaders)
-        for loader in loaders[first:] + loaders[:first]:
-            bar.set_description(f"{row.name}, round {number + 1}: {loader}")
-            run = run_proven(bench, row, model, loader)
-            require_equal(measured, run.sample, loader)
-            measured.runs[loader].append(run)
-            bar.update()
-        longest = max(longest, time.monotonic() - started)
+    # A warm load to a device takes no host memory to speak of.
+    fresh = settle.FRESH * model.file_bytes if row.device == "cpu" else 0
+    with settle.Reserve(fresh) as reserve:
+        for number in range(bench.args.repeat):
+            started = time.monotonic()
+            if number and started - begin + longest > bench.args.max_seconds:
+                bar.update((bench.args.repeat - number) * len(loaders))
+                break
+            # Whoever goes second finds the disk and the allocator as the first left them.
+            first = number % len(loaders)
+            for loader in loaders[first:] + loaders[:first]:
+                bar.set_description(f"{row.name}, round {number + 1}: {loader}")
+                run = run_proven(bench, row, model, loader, reserve)
+                require_equal(measured, run.sample, loader)
+                measured.runs[loader].append(run)
+                bar.update()
+            longest = max(longest, time.monotonic() - started)
     return measured
 
 
-def run_proven(bench: Bench, row: Row, model: _models.Model, loader: str) -> Run:
+def run_proven(
+    bench: Bench, row: Row, model: _models.Model, loader: str, reserve: settle.Reserve
+) -> Run:
     """Prepare the cache and run; again when something else took the cache out of that state.
 
     Raises:
         BenchError: it never was in the state that the row names; such a run is no result.
     """
     for _ in range(TRIES):
-        run = run_once(bench, row, model, loader)
+        run = run_once(bench, row, model, loader, reserve)
         if run.verified is not False:
             return run
     fractions = [run.prepared.fraction, run.sample.resident_before]
@@ -190,8 +195,9 @@ def run_proven(bench: Bench, row: Row, model: _models.Model, loader: str) -> Run
     )
 
 
-def run_once(bench: Bench, row: Row, model: _models.Model, loader: str) -> Run:
-    state = residency.prepare(row.cache, model.files)
+def run_once(
+    bench: Bench, row: Row, model: _models.Model, loader: str, reserve: settle.Reserve
+) -> Run:
     on_device = row.device == "cuda" and not bench.args.rehearse
     offer = OFFERS.get(loader)
     job = Job(
@@ -199,17 +205,17 @@ def run_once(bench: Bench, row: Row, model: _models.Model, loader: str) -> Run:
         loader=loader,
         folder=model.folder,
         files=model.files,
-        file_bytes=model.file_bytes,
         device="cuda:0" if on_device else "cpu",
         options=dict(bench.args.options) if loader == "patched" else {},
         arguments=offer.arguments if offer else {},
         variables=offer.variables if offer else {},
-        probe=state.probe_is_harmless,
+        probe=residency.can_probe(model.files),
         rehearse=row.device == "cuda" and bench.args.rehearse,
     )
-    answer = _ask({"kind": "run", **asdict(job)}, f"{row.name}, {loader}")
+    gate = Gate(row.cache, model.files, reserve)
+    answer = _ask({"kind": "run", **asdict(job)}, f"{row.name}, {loader}", gate)
     answer["fallbacks"] = tuple(answer["fallbacks"])
-    return Run(Sample(**answer), state)
+    return Run(Sample(**answer), gate.state)
 
 
 def require_equal(measured: Measured, sample: Sample, loader: str) -> None:
@@ -463,6 +469,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--child"]:
-        print(json.dumps(child(json.load(sys.stdin))), flush=True)
+        print(json.dumps(child(json.loads(sys.stdin.readline()))), flush=True)
         sys.exit(0)
     sys.exit(guarded("end_to_end", main))

@@ -46,7 +46,6 @@ CACHES = ("cold", "warm")
 RANK = Path(__file__).resolve().with_name("_sharding_rank.py")
 RANK_SECONDS = 600  # after which a rank hangs
 TRIES = 3  # of a measurement that did not find the cache as it should be
-FRESH = 3  # times the files' bytes: in the page cache, in buffers, in tensors
 STEP = 64  # hidden sizes that all of a model's sizes divide by
 
 _HEADINGS = (
@@ -135,14 +134,13 @@ def run(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> Measure
                 process.stdin.flush()
             assert running[0].stdout is not None
             running[0].stdout.readline()  # "ready", or nothing: it failed, and says so below
-            reserve.free()
-            answers = [_answer(process, loader) for process in running]
+            with reserve.lend():
+                answers = [_answer(process, loader) for process in running]
         finally:
             for process in running:
                 if process.poll() is None:
                     process.kill()
                 process.wait()
-            reserve.take()
     return Measurement(
         seconds=max(one["end"] for one in answers) - min(one["begin"] for one in answers),
         load_seconds=max(one["ready"] - one["begin"] for one in answers),
@@ -293,8 +291,7 @@ def main() -> int:
             stack.enter_context(read_ahead(setting, args.read_ahead))
         environment = machine.environment(Path(files[0]))
         plan = Plan(files, args.ranks, dict(args.options), args.fastsafetensors)
-        nbytes = sum(Path(file).stat().st_size for file in files)
-        with settle.Reserve(FRESH * nbytes) as reserve:
+        with settle.reserve_for(files) as reserve:
             race(plan, loaders, args.cache, args.rounds, reserve)
         found = rows(plan)
     print(f"{args.ranks} ranks, {len(files)} files; medians of {args.rounds} rounds, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -22,6 +23,7 @@ from fastst_patch.bench import (
     residency,
     results,
     runner,
+    settle,
     stats,
     table,
 )
@@ -63,8 +65,10 @@ def fake_runs(monkeypatch):
     """Children that answer at once; each job handed to them, and an answer to override."""
     jobs, answers = [], {}
 
-    def run_load(one):
+    def run_load(one, gate):
         jobs.append(one)
+        with gate:
+            pass
         return answers.get(one.loader, sample)(one.loader)
 
     monkeypatch.setattr(runner, "run_load", run_load)
@@ -183,11 +187,12 @@ def test_missing_o_direct_is_no_failure(monkeypatch, transformer):
 
     monkeypatch.setattr(engine, "read_ceiling", refuse)
     direct = ceilings.Ceiling(ceilings.DIRECT, "warm", [ceilings.Variant(True, 8, 1 << 20)])
-    direct.measure([str(transformer)])
+    reserve = settle.Reserve(0)
+    direct.measure([str(transformer)], reserve)
     assert "Invalid argument" in direct.unavailable
     buffered = ceilings.Ceiling(ceilings.PAGE_CACHE, "warm", [ceilings.Variant(False, 1, 1 << 20)])
     with pytest.raises(BenchError, match="page-cache read"):
-        buffered.measure([str(transformer)])
+        buffered.measure([str(transformer)], reserve)
 
 
 def test_failed_child_shows_its_last_words():
@@ -197,6 +202,45 @@ def test_failed_child_shows_its_last_words():
         job.run_json(["-c", "import os; os.kill(os.getpid(), 9)"], {}, "stock loader")
     with pytest.raises(BenchError, match="no JSON"):
         job.run_json(["-c", "print('hello')"], {}, "stock loader")
+
+
+def test_gate_is_passed_when_the_child_is_ready(tmp_path):
+    told = tmp_path / "told"
+    child = ("import json, pathlib, sys\n"
+             "message = json.loads(sys.stdin.readline())\n"
+             "print('ready', flush=True)\n"
+             "sys.stdin.readline()\n"
+             "print(json.dumps({'told': pathlib.Path(message['path']).read_text()}))")  # fmt: skip
+
+    @contextlib.contextmanager
+    def gate():
+        told.write_text("before")
+        yield
+        told.write_text("after")
+
+    answer = job.run_json(["-c", child], {"path": str(told)}, "stock loader", gate())
+    assert (answer, told.read_text()) == ({"told": "before"}, "after")
+    with pytest.raises(BenchError, match="last words"):
+        job.run_json(["-c", "raise SystemExit('last words')"], {}, "stock loader", gate())
+
+
+def test_interrupted_gate_leaves_no_process(tmp_path):
+    pid = tmp_path / "pid"
+    child = ("import json, os, pathlib, sys\n"
+             "path = json.loads(sys.stdin.readline())['path']\n"
+             "pathlib.Path(path).write_text(str(os.getpid()))\n"
+             "print('ready', flush=True)\n"
+             "sys.stdin.readline()\n")  # fmt: skip
+
+    @contextlib.contextmanager
+    def gate():
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run_json(["-c", child], {"path": str(pid)}, "stock loader", gate())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 # ---- digests ------------------------------------------------------------

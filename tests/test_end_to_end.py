@@ -117,14 +117,14 @@ def test_two_rows(run, capsys) -> None:
 def test_wrong_byte_is_caught(run, bench, monkeypatch, capsys) -> None:
     run_once = bench.run_once
 
-    def spoiled(made, row, model, loader):
+    def spoiled(made, row, model, loader, reserve):
         if loader == "patched":  # only now: stock has seen the file as it was
             with open(model.files[0], "r+b") as file:
                 file.seek(model.file_bytes // 2)
                 byte = file.read(1)
                 file.seek(model.file_bytes // 2)
                 file.write(bytes([byte[0] ^ 1]))
-        return run_once(made, row, model, loader)
+        return run_once(made, row, model, loader, reserve)
 
     monkeypatch.setattr(bench, "run_once", spoiled)
     status, found = run("--rows", "cpu-warm")
@@ -174,7 +174,7 @@ def test_an_offer_sets_what_it_names(rows, monkeypatch) -> None:
     architecture = SimpleNamespace(from_pretrained=lambda folder, **named: given.update(named))
     monkeypatch.setattr(rows, "_architecture", lambda folder: architecture)
     offer = rows.OFFERS["transformers, disable_mmap=True"]
-    job = rows.Job("cpu-warm", offer.name, "x", (), 0, "cpu", arguments=offer.arguments)
+    job = rows.Job("cpu-warm", offer.name, "x", (), "cpu", arguments=offer.arguments)
     rows.ROWS["cpu-warm"].start(job).run()
     assert given == {"disable_mmap": True}
     rows.ROWS["cuda-device-map"].start(job).run()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastst_patch.bench import machine
+from fastst_patch.bench import machine, settle
 from fastst_patch.bench.ceilings import COLD_BUFFERED, DIRECT, PAGE_CACHE, Ceiling, Variant
 from fastst_patch.bench.errors import BenchError
 
@@ -40,12 +40,13 @@ class Measured:
     tried: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     unavailable: str | None = None
 
-    def measure(self, _files: Sequence[str]) -> None:
+    def measure(self, _files: Sequence[str], reserve: settle.Reserve) -> None:
         """Add one measurement."""
         if self.unavailable:
             return
         try:
-            answer = process.ask(self.message)
+            with reserve.lend():
+                answer = process.ask(self.message)
         except process.ProcessFailedError as failed:
             self.unavailable = str(failed)
             return
@@ -79,9 +80,9 @@ class Board:
         """What is measured beside a cell; what needs no file, beside the first cell of a round."""
         return [*self.reads.get(cache, []), *(self.others if first else [])]
 
-    def measure(self, step: Any) -> None:
+    def measure(self, step: Any, reserve: settle.Reserve) -> None:
         """Measure one of `steps`."""
-        step.measure(self.files)
+        step.measure(self.files, reserve)
 
     def to_json(self, workload: str) -> list[dict[str, Any]]:
         """One entry a ceiling, with what every round gave."""

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 TRIES = 4
 LEAST_FOR_CEILINGS = 200_000_000  # bytes; less is over before threads have started
-FRESH = 3  # times a file's bytes: in the page cache, in a loader's buffers, in its tensors
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _workload(
         if run.ceilings and (workload.nbytes >= LEAST_FOR_CEILINGS or not run.boards):
             caches = dict.fromkeys(unit.cell.cache for unit in planner.units)
             run.boards[workload.name] = board(run.device, list(caches), written.files)
-        with settle.Reserve(FRESH * written.file_bytes) as run.reserve:
+        with settle.reserve_for(written.files) as run.reserve:
             for number in range(1, planner.rounds + 1):
                 shown.estimate(planner)
                 _round(run, workload.name, written, number, chance=chance, shown=shown)
@@ -207,9 +206,7 @@ def _cell(
                 shown.doing(f"round {number}: {_ceiling_name(what)}")
                 # Of the variants that are tried, later rounds measure one.
                 variants = len(getattr(what, "variants", ())) or 1
-                run.reserve.free()
-                seconds = _measure_ceiling(run.boards[cell.workload], what)
-                run.reserve.take()
+                seconds = _measure_ceiling(run.boards[cell.workload], what, run.reserve)
                 measuring, later = measuring + seconds, later + seconds / variants
                 continue
             shown.doing(f"round {number}: {cell}: {what}")
@@ -225,10 +222,10 @@ def _ceiling_name(step: Any) -> str:
     return str(step.name) if hasattr(step, "name") else " and ".join(step.names)
 
 
-def _measure_ceiling(measured_on: Board, step: Any) -> float:
+def _measure_ceiling(measured_on: Board, step: Any, reserve: settle.Reserve) -> float:
     begin = time.monotonic()
     try:
-        measured_on.measure(step)
+        measured_on.measure(step, reserve)
     except BenchError as error:  # no reason to end the race
         step.unavailable = str(error)
     return time.monotonic() - begin
@@ -274,13 +271,10 @@ def _once(
         with ready.take(name) as child:
             started = child.wait_ready(starters.READY_S)
             state = residency.prepare(cache, files) if cache else None
-            run.reserve.free()
-            with run.watch.peak() as risen:
+            with run.reserve.lend(), run.watch.peak() as risen:
                 sample = started | child.go(run.limit_s)
     except process.ProcessFailedError as failed:
         return {"outcome": failed.outcome, "detail": failed.detail, "sample": None}
-    finally:
-        run.reserve.take()
     sample["device_peak"] = risen[0] if risen else None
     left, _ = residency.resident_fraction(files)
     return judge(cache, state, sample) | {"sample": sample, "resident_after": left}

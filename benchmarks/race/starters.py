@@ -37,8 +37,7 @@ class Starters:
         self._waiting = [name for name in order for _ in range(2 if name in again else 1)]
         self._started: list[tuple[str, process.Child]] = []
         self._loaders = {loader.name: loader for loader in run.entrants.running}
-        probe = residency.resident_fraction(written.files)[1]
-        self._probe = residency.CacheState("", None, probe).probe_is_harmless
+        self._probe = residency.can_probe(written.files)
 
     def __enter__(self) -> Starters:
         return self

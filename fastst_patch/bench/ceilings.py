@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,12 +49,12 @@ class Ceiling:
     unavailable: str | None = None  # why there is no number
     tried: dict[str, list[float]] = field(default_factory=dict)  # GB/s of each variant, in order
 
-    def measure(self, paths: Sequence[str]) -> None:
+    def measure(self, paths: Sequence[str], reserve: settle.Reserve) -> None:
         """Add one measurement, over all files."""
         if self.unavailable:
             return
         try:
-            timed = [(self._read(variant, paths), variant) for variant in self.variants]
+            timed = [(self._read(variant, paths, reserve), variant) for variant in self.variants]
         except OSError as error:
             if not self.variants[0].direct:
                 raise BenchError(f"measuring the {self.name}: {error}") from error
@@ -69,21 +68,22 @@ class Ceiling:
         self.chosen = best.label
         self.seconds.append(seconds)
 
-    def _read(self, variant: Variant, paths: Sequence[str]) -> tuple[float, int]:
+    def _read(
+        self, variant: Variant, paths: Sequence[str], reserve: settle.Reserve
+    ) -> tuple[float, int]:
         state = residency.prepare(self.cache, paths)
-        if self.cache == "cold" and not variant.direct:  # what is read takes fresh memory
-            settle.memory(sum(os.stat(path).st_size for path in paths))
         self.verified = residency.weakest([self.verified, state.verified])
         total_bytes, total_s = 0, 0.0
-        for path in paths:
-            read, seconds = engine.read_ceiling(
-                path,
-                direct=variant.direct,
-                threads=variant.threads,
-                chunk_bytes=variant.chunk_bytes,
-            )
-            total_bytes += read
-            total_s += seconds
+        with reserve.lend():  # the page cache takes fresh memory
+            for path in paths:
+                read, seconds = engine.read_ceiling(
+                    path,
+                    direct=variant.direct,
+                    threads=variant.threads,
+                    chunk_bytes=variant.chunk_bytes,
+                )
+                total_bytes += read
+                total_s += seconds
         return total_s, total_bytes
 
 
@@ -93,7 +93,7 @@ class BusCeiling(Ceiling):
 
     device: str = "cuda"
 
-    def measure(self, paths: Sequence[str]) -> None:
+    def measure(self, paths: Sequence[str], reserve: settle.Reserve) -> None:
         """Add one measurement, made in a process of its own."""
         answer = run_json(job.CHILD, {"kind": "h2d", "device": self.device}, self.name)
         self.chosen = "256 MiB, reused"

@@ -1,5 +1,7 @@
 """The process that is timed: `python -m fastst_patch.bench.child`, one JSON job on stdin.
 
+A load waits at a gate when all is imported: it says "ready", and goes on at the next line.
+
 Everything that is not loading happens before the clock starts (imports, patching, the
 CUDA context) or after it stopped (digests, memory). Nothing here reads a file's bytes
 before that, or the cache state under test would be gone.
@@ -17,7 +19,6 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -27,7 +28,7 @@ from fastst_patch import engine
 from fastst_patch.device import target
 
 from . import residency, settle
-from .job import LoadJob, Sample
+from .job import READY, LoadJob, Sample
 from .memory import device_memory, process_memory
 
 H2D_BYTES = 256 << 20
@@ -39,7 +40,7 @@ Tensors = dict[str, torch.Tensor]
 
 def main() -> int:
     """Do the job on stdin and print the answer as one line of JSON."""
-    message = json.load(sys.stdin)
+    message = json.loads(sys.stdin.readline())
     answer = _KINDS[message.pop("kind")](message)
     print(json.dumps(answer), flush=True)
     return 0
@@ -66,7 +67,9 @@ def run(job: LoadJob) -> Sample:
     else:
         require_stock()
     parts = _open_device(job)
-    settle.memory(sum(Path(path).stat().st_size for path in job.paths))
+    print(READY, flush=True)
+    sys.stdin.readline()  # now there is memory
+    settle.forget_peak()
     gc.collect()
     gc.freeze()  # the patched process imported more: neither shall pay for traversing that
     memory_before = process_memory() | device_memory(job.device)

@@ -5,18 +5,23 @@ Neither side imports torch or the engine through this module.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config import undecided_environment
+from . import settle
 from .errors import BenchError
 
 CHILD = ("-m", "fastst_patch.bench.child")
+
+READY = "ready"  # a process's first line
 
 _STDERR_LINES = 15
 
@@ -59,41 +64,88 @@ class Sample:
         return self.load_s + self.touch_s
 
 
-def run_load(job: LoadJob) -> Sample:
-    """Run one timed load in a fresh process."""
+Gate = contextlib.AbstractContextManager[None]  # as of runner.Gate
+
+
+def run_load(job: LoadJob, gate: Gate | None = None) -> Sample:
+    """Run one timed load in a fresh process.
+
+    It enters the gate when all is imported, and leaves it when the load is over. Without one it
+    has memory that is there, and the page cache as it is.
+    """
     label = f"{job.loader} loader"
-    answer = run_json(CHILD, {"kind": "load", **asdict(job)}, label)
+    message = {"kind": "load", **asdict(job)}
+    if gate is not None:
+        answer = run_json(CHILD, message, label, gate)
+    else:
+        with settle.reserve_for(job.paths) as reserve:
+            answer = run_json(CHILD, message, label, reserve.lend())
     answer["digests"] = tuple(answer["digests"])
     answer["fallbacks"] = tuple(answer["fallbacks"])
     return Sample(**answer)
 
 
-def run_json(arguments: Sequence[str], message: Mapping[str, object], label: str) -> dict[str, Any]:
+def run_json(
+    arguments: Sequence[str],
+    message: Mapping[str, object],
+    label: str,
+    gate: Gate | None = None,
+) -> dict[str, Any]:
     """Run a fresh interpreter on a JSON message; its last line of output is the answer.
 
     It runs in the directory that holds this package, so that `-m` finds this very copy
     and not a checkout that happens to be the user's working directory. ``FASTST_ENABLED`` is
     for programs, and does not reach it: who is patched is this bench's own business.
+
+    With a gate the process waits after its first line of output, and goes on within that context.
     """
-    finished = subprocess.run(
-        [sys.executable, *arguments],
-        input=json.dumps(message),
-        capture_output=True,
-        text=True,
-        env=undecided_environment(),
-        cwd=Path(__file__).absolute().parents[2],
-        check=False,
-    )
-    if finished.returncode != 0:
-        raise BenchError(_failure(label, finished.returncode, finished.stderr))
-    lines = finished.stdout.strip().splitlines()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=undecided_environment(),
+            cwd=Path(__file__).absolute().parents[2],
+        )
+        with process, _ended(process):
+            output = _talk(process, json.dumps(message) + "\n", gate)
+        errors.seek(0)
+        told = errors.read()
+    if process.returncode != 0:
+        raise BenchError(_failure(label, process.returncode, told))
+    lines = output.strip().splitlines()
     try:
         answer = json.loads(lines[-1])
     except (IndexError, ValueError) as error:
-        raise BenchError(_failure(label, 0, finished.stderr) + "\nno JSON answer") from error
+        raise BenchError(_failure(label, 0, told) + "\nno JSON answer") from error
     if not isinstance(answer, dict):
         raise BenchError(f"{label}: its answer is no JSON object: {lines[-1]}")
     return answer
+
+
+def _talk(process: subprocess.Popen[str], message: str, gate: Gate | None) -> str:
+    if gate is None:
+        return process.communicate(message)[0]
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # it says why below
+        process.stdin.write(message)
+        process.stdin.flush()
+    process.stdout.readline()  # READY, or nothing: it ended
+    with gate:
+        return process.communicate("go\n")[0]
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Leave no process behind when the block ends early."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
 
 
 def _failure(label: str, code: int, stderr: str) -> str:

@@ -70,6 +70,11 @@ def prepare(cache: str, paths: Sequence[str]) -> CacheState:
     return state
 
 
+def can_probe(paths: Sequence[str]) -> bool:
+    """Whether asking for the residency of these files leaves the page cache as it is."""
+    return CacheState("", None, resident_fraction(paths)[1]).probe_is_harmless
+
+
 def resident_fraction(paths: Sequence[str]) -> tuple[float | None, str]:
     """Return the fraction over all files; None as soon as one cannot be probed."""
     found = [engine.residency(path) for path in paths]

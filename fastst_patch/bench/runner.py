@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm import tqdm
 
@@ -42,6 +42,27 @@ class Plan:
         """Whether the options ask for O_DIRECT, whatever the cache state."""
         io, page_cache = self.options.get("io"), self.options.get("page_cache")
         return io in ("direct", "gds") or page_cache == "drop"
+
+
+class Gate:
+    """What a process finds when it is let through: a proven page cache, and memory.
+
+    A context manager for the time in which it is timed. Both are made at the last moment, since
+    pages that have been free for long may not be the machine's any more.
+    """
+
+    state: CacheState
+
+    def __init__(self, cache: str, paths: Sequence[str], reserve: settle.Reserve) -> None:
+        self._cache, self._paths = cache, paths
+        self._lending = reserve.lend()
+
+    def __enter__(self) -> None:
+        self.state = residency.prepare(self._cache, self._paths)
+        self._lending.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._lending.__exit__(*exc)
 
 
 @dataclass(frozen=True)
@@ -88,10 +109,9 @@ def race(plan: Plan) -> Outcome:
     steps = len(runs) + len(outcome.ceilings)
     begin, longest = time.monotonic(), 0.0
     # disable=None: no bar where stderr is no terminal.
-    nbytes = sum(os.stat(path).st_size for path in plan.paths)
     with (
         tqdm(total=plan.rounds * steps, unit="run", disable=None, leave=False) as bar,
-        settle.Reserve(nbytes) as reserve,
+        settle.reserve_for(plan.paths) as reserve,
     ):
         for number in range(plan.rounds):
             started = time.monotonic()
@@ -121,9 +141,7 @@ def _round(
             bar.update()
         for ceiling in measured_beside:
             bar.set_description(f"round {number + 1}: {ceiling.name}")
-            reserve.free()
-            ceiling.measure(outcome.plan.paths)
-            reserve.take()
+            ceiling.measure(outcome.plan.paths, reserve)
             bar.update()
 
 
@@ -141,20 +159,17 @@ def _run(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> Run:
 
 
 def _run_once(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> Run:
-    state = residency.prepare(cache, plan.paths)
     job = LoadJob(
         loader=loader,
         device=plan.device,
         paths=plan.paths,
         orders=tuple(file.order for file in plan.files),
         options=plan.options if loader == "patched" else {},
-        probe=state.probe_is_harmless,
+        probe=residency.can_probe(plan.paths),
     )
-    reserve.free()  # the child makes sure of it once more, which is quick now
-    try:
-        return Run(run_load(job), state)
-    finally:
-        reserve.take()
+    gate = Gate(cache, plan.paths, reserve)
+    sample = run_load(job, gate)
+    return Run(sample, gate.state)
 
 
 def _require_equal(outcome: Outcome, sample: Sample, loader: str, cache: str) -> None:
