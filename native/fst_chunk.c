@@ -277,6 +277,7 @@ static void run_prefetch(fst_job *job, fst_worker *worker) {
     claim(job, &io, &chunk);
     job->reading++;
     fst_pool_unlock();
+    fst_numa_place(worker, job->node, job->options.threads);
     int failed = move_ahead(job, &io, worker, look_at_memory, &cold);
     if (failed == 0) {
         count_bytes(job, &chunk, cold);
@@ -310,6 +311,7 @@ static void run_read(fst_job *job, fst_worker *worker) {
     fst_pool.in_flight_direct += shared;
     fst_pool_unlock();
 
+    fst_numa_place(worker, job->node, job->options.threads);
     chunk->direct = direct && !(if_cold && is_cached(&io));
     if (chunk->direct) io.packed = false; /* blocks come as they are in the file */
     uint64_t before = thread_nanoseconds();

@@ -254,6 +254,7 @@ static int submit(enum job_kind kind, fst_file *file, fst_arena *arena, const fs
     fst_arena_retain(arena);
     job->file = file;
     job->arena = arena;
+    job->node = options->device == NULL ? fst_numa_of_file(file) : options->device->numa_node;
     open_direct(job, file);
     enqueue(job);
     *out = job;

@@ -31,6 +31,7 @@ struct timespec fst_deadline(int milliseconds) {
 
 static void *worker_main(void *argument) {
     fst_worker *worker = argument;
+    fst_numa_start(worker);
     fst_pool_lock();
     for (;;) {
         fst_chunk_retire(worker, worker->in_flight == FST_IN_FLIGHT);

@@ -14,6 +14,7 @@
 #define FST_POOL_H
 
 #include <pthread.h>
+#include <sched.h>
 
 #include "fst_gpu.h"
 #include "fst_internal.h"
@@ -21,7 +22,8 @@
 #define FST_MAX_THREADS 64
 #define FST_CHUNK_MIN (64u << 10)
 #define FST_CHUNK_MAX (64u << 20)
-#define FST_IN_FLIGHT 2 /* chunks of one worker whose copies may be under way */
+#define FST_ANYWHERE (-1) /* no NUMA node in particular */
+#define FST_IN_FLIGHT 2   /* chunks of one worker whose copies may be under way */
 
 enum job_kind {
     JOB_PREFETCH,
@@ -54,6 +56,7 @@ struct fst_job {
     int direct_fd;
     void *gds_handle; /* cuFile's, of direct_fd */
     void *allocated;  /* event: what was pending on the arena's memory is over */
+    int node;         /* the NUMA node of the device, or of the file's disk */
     fst_job_options options;
     fst_segment *segments;
     uint64_t count;
@@ -73,6 +76,9 @@ typedef struct fst_worker {
     fst_pages slot; /* made when a chunk needs one, reused until the worker leaves */
     fst_chunk chunks[FST_IN_FLIGHT];
     int oldest, in_flight; /* of chunks: those whose copies were started */
+    cpu_set_t allowed;     /* the CPUs it was started with */
+    int node;              /* near which it was placed */
+    bool placeable;        /* false for callers that help: their threads are their own */
 } fst_worker;
 
 typedef struct fst_pool_state {
@@ -110,6 +116,18 @@ void fst_job_refuse_gds(fst_job *job, const fst_error *error);
 void fst_job_fail(fst_job *job, int code, const fst_error *error); /* the first failure counts */
 /* If nothing of the job runs or will run, finishes it; lets go of the lock meanwhile. */
 void fst_job_finish_if_over(fst_job *job);
+
+/* ---- fst_numa.c ---- */
+
+/* The node of the disk that a file is on; FST_ANYWHERE if that is not known, or makes no
+ * difference. */
+int fst_numa_of_file(const fst_file *file);
+/* A worker says which CPUs it may use. */
+void fst_numa_start(fst_worker *worker);
+/* Moves the worker, which is the calling thread, near a node that so many workers shall serve. */
+void fst_numa_place(fst_worker *worker, int node, int threads);
+/* For tests: another folder than /sys tells about the machine. Not while workers run. */
+void fst_numa_pretend(const char *root);
 
 /* ---- fst_chunk.c; with the lock held, which they let go of meanwhile ---- */
 

@@ -1,0 +1,111 @@
+/* fst_numa.c - workers near the device or the disk they serve, where a machine has several nodes.
+ *
+ * Only our own threads are placed, within the CPUs they were started with, and only where
+ * enough of those are near. Whatever the system does not tell, or refuses, leaves them alone.
+ */
+#define _GNU_SOURCE
+#include <limits.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/sysmacros.h>
+
+#include "fst_pool.h"
+
+#define NODES_MAX 64
+
+static struct {
+    const char *root;
+    int nodes; /* that have CPUs */
+    cpu_set_t cpus[NODES_MAX];
+} machine = {.root = "/sys"};
+
+static pthread_once_t looked = PTHREAD_ONCE_INIT;
+
+/* Lists such as "0-3,8,10-11"; false where it is something else. */
+static bool parse_list(const char *text, cpu_set_t *set) {
+    CPU_ZERO(set);
+    while (*text != '\0' && *text != '\n') {
+        char *end;
+        long first = strtol(text, &end, 10), last = first;
+        if (end == text) return false;
+        if (*end == '-') {
+            text = end + 1;
+            last = strtol(text, &end, 10);
+            if (end == text) return false;
+        }
+        if (first < 0 || last < first || last >= CPU_SETSIZE) return false;
+        for (long cpu = first; cpu <= last; cpu++) CPU_SET((size_t)cpu, set);
+        text = *end == ',' ? end + 1 : end;
+        if (*end != ',' && *end != '\0' && *end != '\n') return false;
+    }
+    return true;
+}
+
+static bool read_list(const char *path, cpu_set_t *set) {
+    char text[8192];
+    FILE *file = fopen(path, "re");
+    if (file == NULL) return false;
+    bool read = fgets(text, sizeof text, file) != NULL;
+    (void)fclose(file);
+    return read && parse_list(text, set);
+}
+
+static void look(void) {
+    char path[PATH_MAX];
+    cpu_set_t nodes;
+    machine.nodes = 0;
+    (void)snprintf(path, sizeof path, "%s/devices/system/node/has_cpu", machine.root);
+    if (!read_list(path, &nodes)) return;
+    for (int node = 0; node < NODES_MAX; node++) {
+        CPU_ZERO(&machine.cpus[node]);
+        if (!CPU_ISSET((size_t)node, &nodes)) continue;
+        (void)snprintf(path, sizeof path, "%s/devices/system/node/node%d/cpulist", machine.root,
+                       node);
+        if (read_list(path, &machine.cpus[node])) machine.nodes++;
+    }
+}
+
+void fst_numa_pretend(const char *root) {
+    (void)pthread_once(&looked, look);
+    machine.root = root;
+    look();
+}
+
+int fst_numa_of_file(const fst_file *file) {
+    /* A disk and its controller, then the same of the disk that a partition is on. */
+    static const char *const places[] = {"device", "device/device", "../device",
+                                         "../device/device"};
+    (void)pthread_once(&looked, look);
+    if (file == NULL || machine.nodes < 2) return FST_ANYWHERE;
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        char path[PATH_MAX];
+        int node = FST_ANYWHERE;
+        (void)snprintf(path, sizeof path, "%s/dev/block/%u:%u/%s/numa_node", machine.root,
+                       major(file->info.dev), minor(file->info.dev), places[i]);
+        FILE *told = fopen(path, "re");
+        if (told == NULL) continue;
+        if (fscanf(told, "%d", &node) != 1) node = FST_ANYWHERE;
+        (void)fclose(told);
+        return node;
+    }
+    return FST_ANYWHERE;
+}
+
+void fst_numa_start(fst_worker *worker) {
+    worker->node = FST_ANYWHERE;
+    worker->placeable = sched_getaffinity(0, sizeof worker->allowed, &worker->allowed) == 0;
+}
+
+void fst_numa_place(fst_worker *worker, int node, int threads) {
+    cpu_set_t near;
+    if (!worker->placeable || node == worker->node) return;
+    (void)pthread_once(&looked, look);
+    worker->node = node;
+    if (machine.nodes < 2) return;
+    CPU_ZERO(&near);
+    if (node >= 0 && node < NODES_MAX) CPU_AND(&near, &worker->allowed, &machine.cpus[node]);
+    /* Workers wait most of the time, for storage: half as many CPUs do. */
+    if (CPU_COUNT(&near) == 0 || 2 * CPU_COUNT(&near) < threads) near = worker->allowed;
+    (void)sched_setaffinity(0, sizeof near, &near);
+}
