@@ -156,7 +156,7 @@ def measure(bench: Bench, row: Row, bar: tqdm) -> Measured:
     measured = Measured(row, model, {name: [] for name in loaders})
     begin, longest = time.monotonic(), 0.0
     # A warm load to a device takes no host memory to speak of.
-    fresh = settle.FRESH * model.file_bytes if row.device == "cpu" else 0
+    fresh = model.file_bytes if row.device == "cpu" else 0
     with settle.Reserve(fresh) as reserve:
         for number in range(bench.args.repeat):
             started = time.monotonic()

@@ -20,12 +20,15 @@ BLOCK = 32 << 20
 STEP = 4 << 20
 PAGE = 4096  # the smallest there is; where pages are larger each is touched more than once
 SLACK = 256 << 20  # the process's own growth, read buffers, page tables
-FRESH = 3
-"""Times the files' bytes: in the page cache, in buffers, in tensors. With less, loads of what is
-not cached met memory that was not there (1.7 GB by stock: 4.0 s with 1, 1.6 with 2, 1.2 with 3)."""
-
-AHEAD = 256 << 20  # free at any time; at 10 GB/s of use, what goes in five periods
+AHEAD = 256 << 20  # of each kind, at any time; at 10 GB/s of use, what goes in five periods
 PERIOD_S = 0.005
+KINDS = {mmap.MADV_NOHUGEPAGE: 3, mmap.MADV_HUGEPAGE: 2}
+"""Pages, small and huge, and how many times the files' bytes of each.
+
+The kernel gives small pages from what is left between larger free blocks, and huge ones from
+those: with one kind alone, who wants the other gets memory that is not there. Of small ones more
+is left lying about. 1.7 GB by stock, cold: 4.0 s with none, 1.6 with twice, 1.2 with thrice."""
+
 _ONES = b"\1" * (STEP // PAGE)
 
 
@@ -42,12 +45,14 @@ class Reserve:
     it is still there: 0.4 s a GiB, where getting it back from the host was seen to take 6 s.
 
     Args:
-        wanted: bytes, to which some are added; at most half of what is available is taken.
+        wanted: bytes that a load may read; `KINDS` times that is taken, and some more, but at most
+            half of what is available.
     """
 
     def __init__(self, wanted: int) -> None:
-        self._wanted = wanted
-        self._held: list[mmap.mmap] = []
+        self._wanted = {kind: times * wanted + SLACK for kind, times in KINDS.items()}
+        self._held: dict[int, list[mmap.mmap]] = {kind: [] for kind in KINDS}
+        self._taken = dict.fromkeys(KINDS, 0)  # blocks, when last all were there
         self._taking: threading.Thread | None = None
 
     def __enter__(self) -> Reserve:
@@ -56,8 +61,12 @@ class Reserve:
 
     def __exit__(self, *exc: object) -> None:
         self._await_taken()
-        while self._held:
-            self._held.pop().close()
+        self._feed(sum(self._wanted.values()))
+
+    @property
+    def held(self) -> int:
+        """Bytes that are held now."""
+        return BLOCK * sum(map(len, self._held.values()))
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[None]:
@@ -67,10 +76,10 @@ class Reserve:
         once would do for quick loads only.
         """
         self._await_taken()
+        had = _free() + self.held
         over = threading.Event()
-        floor = _free() + AHEAD
-        self._feed(floor)
-        feeding = threading.Thread(target=self._keep_feeding, args=(floor, over), daemon=True)
+        self._feed(AHEAD)
+        feeding = threading.Thread(target=self._keep_feeding, args=(had, over), daemon=True)
         feeding.start()
         try:
             yield
@@ -79,15 +88,15 @@ class Reserve:
             feeding.join()
             self._take_soon()
 
-    def _keep_feeding(self, floor: int, over: threading.Event) -> None:
-        while self._held and not over.wait(PERIOD_S):
-            self._feed(floor)
+    def _keep_feeding(self, had: int, over: threading.Event) -> None:
+        while self.held and not over.wait(PERIOD_S):
+            self._feed(had - _free() - self.held + AHEAD)
 
-    def _feed(self, floor: int) -> None:
-        missing = floor - _free()
-        while missing > 0 and self._held:
-            self._held.pop().close()
-            missing -= BLOCK
+    def _feed(self, nbytes: int) -> None:
+        """Free until so many bytes of each kind have been freed since it was taken."""
+        for kind, held in self._held.items():
+            while held and (self._taken[kind] - len(held)) * BLOCK < nbytes:
+                held.pop().close()
 
     def _take_soon(self) -> None:
         self._taking = threading.Thread(target=self._take, daemon=True)
@@ -97,28 +106,26 @@ class Reserve:
         if self._taking is not None:
             self._taking.join()
             self._taking = None
+        self._taken = {kind: len(held) for kind, held in self._held.items()}
 
     def _take(self) -> None:
-        held = len(self._held) * BLOCK
-        allowed = min(self._wanted + SLACK, (machine.memory_available() + held) // 2)
+        allowed = (machine.memory_available() + self.held) // 2
         with contextlib.suppress(OSError):  # no room: what there is has to do
-            while held + BLOCK <= allowed:
-                self._held.append(_touched())
-                held += BLOCK
+            for kind, held in self._held.items():
+                while len(held) * BLOCK < self._wanted[kind] and self.held + BLOCK <= allowed:
+                    held.append(_touched(kind))
 
 
 def reserve_for(paths: Sequence[str]) -> Reserve:
     """Make one for loads of these files."""
-    return Reserve(FRESH * sum(Path(path).stat().st_size for path in paths))
+    return Reserve(sum(Path(path).stat().st_size for path in paths))
 
 
-def _touched() -> mmap.mmap:
+def _touched(kind: int) -> mmap.mmap:
     """A block of memory, all of it there."""
     block = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Small pages, taken where the page cache will look for some: in what is left between larger
-    # free blocks, first. Kept in huge pages, what is lent is not what others get.
-    with contextlib.suppress(OSError):
-        block.madvise(mmap.MADV_NOHUGEPAGE)
+    with contextlib.suppress(OSError):  # where pages have one size alone
+        block.madvise(kind)
     for begin in range(0, BLOCK, STEP):  # so that other threads get their turn
         block[begin : begin + STEP : PAGE] = _ONES
     return block
