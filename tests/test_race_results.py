@@ -66,6 +66,16 @@ def test_rounds_of_one_machine_are_added_up(found) -> None:
     assert rows[0].to_stock.median == 0.5
     assert found["runs"] != merged["runs"]
     assert len(found["runs"]) * 2 == len(merged["runs"])
+    (thrice,) = results.merge([merged, found])
+    assert {row.rounds for row in results.rows(thrice, "tiny", "warm")} == {15}
+
+
+def test_what_another_race_had_time_for_was_not_left_out(found) -> None:
+    first = json.loads(json.dumps(found))
+    first["dropped"] = {"tiny, warm: again": "no time", "tiny, cold: fastst": "no time"}
+    first["runs"] = [run for run in first["runs"] if run["cache"] == "cold"]
+    (merged,) = results.merge([first, found])
+    assert list(merged["dropped"]) == ["tiny, cold: fastst"]
 
 
 def test_another_machine_or_version_is_another_section(found) -> None:
@@ -103,6 +113,7 @@ def test_several_results_need_a_place(found, tmp_path, capsys) -> None:
     assert "--out" in capsys.readouterr().err
     assert benchmarks_main.main(["report", *folders, "--out", str(tmp_path / "c")]) == 0
     assert "Medians of 10 rounds" in (tmp_path / "c" / "report.md").read_text()
+    assert len(results.read(tmp_path / "c")["runs"]) == 2 * len(found["runs"])
 
 
 def test_what_is_no_result_is_refused(tmp_path) -> None:

@@ -318,6 +318,8 @@ def _end_to_end(
 def redraw(args: argparse.Namespace) -> int:
     """Draw results again, several together where they were measured alike.
 
+    Where all of several were, what was put together is written, too.
+
     Raises:
         UsageError: a folder holds none.
     """
@@ -327,7 +329,10 @@ def redraw(args: argparse.Namespace) -> int:
     if not args.out and len(args.folders) > 1:
         raise UsageError("report: several results are drawn together: say where, with --out DIR")
     out.mkdir(parents=True, exist_ok=True)
-    print(write_page(results.merge(several), out))
+    merged = results.merge(several)
+    if len(several) > 1 and len(merged) == 1:
+        results.save(merged[0], out)
+    print(write_page(merged, out))
     return 0
 
 

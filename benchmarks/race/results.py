@@ -288,7 +288,8 @@ def merge(several: Sequence[Found]) -> list[Found]:
         key = json.dumps([found["device"], *(found["environment"].get(name) for name in _SAME)])
         while key in merged and _conflict(merged[key], found):
             key += "'"
-        marked = [run | {"source": number} for run in found["runs"]]
+        # Of what was put together before, too.
+        marked = [run | {"source": f"{number} {run.get('source', '')}"} for run in found["runs"]]
         if key not in merged:
             merged[key] = found | {"runs": marked}
             continue
@@ -302,12 +303,20 @@ def merge(several: Sequence[Found]) -> list[Found]:
         ran = {run["loader"] for run in into["runs"]}
         missing = found["missing"] | into["missing"]
         into["missing"] = {name: why for name, why in missing.items() if name not in ran}
-        into["dropped"] = into["dropped"] | found["dropped"]
+        dropped = into["dropped"] | found["dropped"]
+        into["dropped"] = {unit: why for unit, why in dropped.items() if not _ran(unit, into)}
         new = [one for one in found["refused"] if one not in into["refused"]]
         into["refused"] = into["refused"] + new
         into["ceilings"] = _merge_ceilings(into["ceilings"], found["ceilings"])
         into["end_to_end"] = into["end_to_end"] or found["end_to_end"]
     return list(merged.values())
+
+
+def _ran(unit: str, found: Found) -> bool:
+    """Whether all that a `plan.Unit` names has runs, by now."""
+    cell, _, loaders = unit.partition(": ")
+    ran = {(f"{run['workload']}, {run['cache']}", run["loader"]) for run in found["runs"]}
+    return all((cell, loader) in ran for loader in loaders.split(", "))
 
 
 def _together(one: Any, other: Any) -> list[Any]:

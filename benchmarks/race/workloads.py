@@ -132,16 +132,17 @@ _FULL = (
     _MINILM,
     "llama-3-8b-lora",
 )
-# Bytes at most. A process takes 1 to 2 s to import torch, so that two cores time some 600 loads in
-# 20 minutes if none takes much more than a second: the first workload by everybody, the others by
-# one loader of each family. The later ones are small, for as many as there is time for.
+# Bytes at most. A process takes 1 to 2 s to import torch, and as long to get memory for, so that
+# two cores time some 500 loads in 20 minutes if none takes much more than a second: the first
+# workload by everybody, the others by one loader of each family. The later ones are small, for as
+# many as there is time for.
 _QUICK = {
-    "cpu": {"qwen2.5-7b": 600_000_000, "qwen3-30b-a3b": 300_000_000},
+    "cpu": {"qwen2.5-7b": 420_000_000, "qwen3-30b-a3b": 230_000_000},
     "cuda": {"qwen2.5-7b": 1_700_000_000, "qwen3-30b-a3b": 620_000_000},
 }
 _SMALL = {_MINILM: 10**9, "llama-3-8b-lora": 10**9}  # at their true size everywhere
 _QUICK_LATER = {
-    "cpu": 200_000_000,  # below what ceilings are measured beside: see runner.LEAST_FOR_CEILINGS
+    "cpu": 120_000_000,  # below what ceilings are measured beside: see runner.LEAST_FOR_CEILINGS
     "cuda": 620_000_000,
 }
 

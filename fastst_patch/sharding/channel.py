@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Channel", "Pending", "lost"]
 
+_LENGTH, _SHORT = 8, 1016  # bytes: of an int64, and of what goes with it
 _TIMEOUT = timedelta(minutes=30)  # torch's own default for gloo
 
 
@@ -135,15 +136,27 @@ class Channel:
 
         size = len(self._ranks)
         said = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        lengths = torch.empty(size, dtype=torch.int64)
-        self.all_gather(lengths, torch.tensor([len(said)])).wait()
-        longest = int(lengths.max())
-        mine = torch.zeros(longest, dtype=torch.uint8)
-        mine[: len(said)] = said
-        heard = torch.empty(size * longest, dtype=torch.uint8)
-        self.all_gather(heard, mine).wait()
-        rows = heard.view(size, longest)
+        # What is short goes with its length: as a rule that is all, and one round.
+        mine = torch.zeros(_LENGTH + _SHORT, dtype=torch.uint8)
+        mine[:_LENGTH].view(torch.int64)[0] = len(said)
+        mine[_LENGTH : _LENGTH + len(said)] = said[:_SHORT]
+        rows = self._gathered(mine)
+        lengths = rows[:, :_LENGTH].contiguous().view(torch.int64).view(size).tolist()
+        rows = rows[:, _LENGTH:]
+        if max(lengths) > _SHORT:
+            mine = torch.zeros(max(lengths), dtype=torch.uint8)
+            mine[: len(said)] = said
+            rows = self._gathered(mine)
         return [pickle.loads(rows[r, : lengths[r]].numpy().tobytes()) for r in range(size)]
+
+    def _gathered(self, mine: torch.Tensor) -> torch.Tensor:
+        """Everybody's row of as many bytes."""
+        import torch
+
+        size = len(self._ranks)
+        heard = torch.empty(size * len(mine), dtype=torch.uint8)
+        self.all_gather(heard, mine).wait()
+        return heard.view(size, len(mine))
 
 
 def _store(pg: Any) -> Any:

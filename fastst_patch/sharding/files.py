@@ -34,6 +34,8 @@ MIB = 1 << 20
 UNIT = 32 * MIB
 """Bytes that are exchanged at a time. Four units and as many parts are in use at once; with
 half of `device_memory_budget` as their bound, small budgets make small units."""
+SETTLED = 1 << 30
+"""Bytes of files after which ranks that exchange nothing tell each other how it goes."""
 
 
 class ShardedFiles:
@@ -245,15 +247,45 @@ class ShardedFiles:
             for number, takes in enumerate(mine)
         ]
         result: dict[str, torch.Tensor] = {}
+        unsettled = 0
         with self._bar(requests) as advance:
             for number, source in enumerate(self.sources):
                 # The next file, too, so that storage does not wait while parts are copied.
                 for ahead in range(number if number == 0 else number + 1, number + 2):
                     self._read_ahead_of(ahead, requests)
-                found = self._load_file(source, requests[number], every=True)
+                found: dict[int, torch.Tensor] = {}
+                try:
+                    if problem is None:
+                        found = self._load_file(source, requests[number], every=False)
+                except RankError:
+                    raise  # everywhere
+                except BaseException as error:
+                    problem = error
+                    result.clear()
                 result.update((source.names[i], found[i]) for i in sorted(found))
+                unsettled += SETTLED if source.doubt is not None else source.layout.data_bytes
+                if self._must_settle(number, unsettled):
+                    unsettled = 0
+                    try:
+                        group.agree(problem)
+                    finally:
+                        if problem is not None:
+                            found.clear()
+                        problem = None  # and with it the frame that its traceback keeps
                 advance(sum(tensor.nbytes for tensor in result.values()))
         return result
+
+    def _must_settle(self, number: int, unsettled: int) -> bool:
+        """Whether ranks agree on errors after a file: each round of that costs milliseconds.
+
+        Not while all take from maps, where nobody waits for another.
+
+        Args:
+            number: of the file.
+            unsettled: bytes of the files since they last did, this one's included.
+        """
+        here = self.sources[number : number + 2]
+        return len(here) < 2 or unsettled >= SETTLED or not all(map(self._from_map, here))
 
     def _read_ahead_of(self, number: int, requests: Sequence[Request]) -> None:
         if number < len(self.sources):
