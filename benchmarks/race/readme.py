@@ -100,7 +100,9 @@ def matrix(found: Found) -> list[str]:
     for cell, here in rows.items():
         best = {name: _best(here, name) for name in raced}
         others = [row for name, row in best.items() if name != results.OURS and row is not None]
-        body.append([_heading(found, *cell), *(_cell(best[name]) for name in raced),
+        times = [row.total_s.median for row in best.values() if row and row.rank and row.total_s]
+        first = min(times, default=None)
+        body.append([_heading(found, *cell), *(_cell(best[name], first) for name in raced),
                      _ahead(others)])  # fmt: skip
     return report.table(["files", *(_title(name) for name in raced), "fastest other / ours"], body)
 
@@ -130,7 +132,7 @@ def _heading(found: Found, workload: str, cache: str) -> str:
     return f"{workload}, {shown}, {cache}"
 
 
-def _cell(row: Row | None) -> str:
+def _cell(row: Row | None, first: float | None) -> str:
     if row is None:
         return ""
     if row.total_s is None or row.state in ("wrong", "crashed", "time limit"):
@@ -138,5 +140,5 @@ def _cell(row: Row | None) -> str:
     seconds = row.total_s.median
     text = f"{seconds:.2f} s" if seconds >= 0.0995 else f"{1e3 * seconds:.2g} ms"
     variant = row.loader.removeprefix(row.family).lstrip("-")
-    text = f"**{text}**" if row.rank == 1 else text
+    text = f"**{text}**" if row.rank and seconds == first else text
     return f"{text} ({variant})" if variant else text
