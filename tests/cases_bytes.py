@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from cases_forms import FORMS, Me, way_of
-from sharded import Full, Outline, assert_tensors
+from sharded import Full, Outline, assert_tensors, load_sharded
 
-from fastst_patch import engine, load_sharded
+from fastst_patch import engine
 from fastst_patch.bench import residency
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from cases_forms import FORMS, Me, full_of, way_of
 from rank_nursery import attempt
-from sharded import assert_tensors
+from sharded import assert_tensors, load_sharded
 
-from fastst_patch import RankError, engine, load_sharded, sharding
+from fastst_patch import RankError, engine, sharding
 
 FOREVER = 1 << 62
 

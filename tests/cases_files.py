@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from cases_forms import FORMS, Me, full_of, loaded, way_of
 from rank_nursery import attempt
-from sharded import Full, assert_owns, assert_tensors, chunk
+from sharded import Full, assert_owns, assert_tensors, chunk, load_sharded
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
-from fastst_patch import load_sharded, sharding
+from fastst_patch import sharding
 
 
 def named(rank: Any, what: Any, files: list[str], as_path: bool = False) -> int:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from sharded import FAST, Expect, Full, assert_tensors, chunk
+from sharded import FAST, Expect, Full, assert_tensors, chunk, load_sharded
 
 import fastst_patch
-from fastst_patch import load_sharded, sharding
+from fastst_patch import sharding
 
 _full: dict[tuple[str, ...], Full] = {}
 
@@ -240,7 +240,17 @@ def form(rank: Any, files: list[str], form: str, **way: Any) -> int:
     full = full_of(files)
     plan, expect = FORMS[form](full, Me(rank.rank, rank.world))
     with way_of(rank, way) as options:
-        return assert_tensors(loaded(files, None, plan, **options), full, expect)
+        views = options.get("contiguous") is False
+        return assert_tensors(loaded(files, None, plan, **options), full, expect, views=views)
+
+
+def views_by_default(rank: Any, files: list[str]) -> int:
+    """Columns of the default path are where the file has them, and nothing of them is copied."""
+    full = full_of(files)
+    plan, expect = FORMS["last"](full, Me(rank.rank, rank.world))
+    result = fastst_patch.load_sharded(files, None, plan)
+    assert_tensors(result, full, expect, views=True)
+    return sum(t.untyped_storage().nbytes() > t.nbytes for t in result.values())
 
 
 def groups(rank: Any, files: list[str], forms: list[str], **way: Any) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from cases_forms import full_of, loaded, way_of
 from rank_nursery import attempt
-from sharded import assert_tensors
+from sharded import assert_tensors, load_sharded
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from fastst_patch import load_sharded, sharding
+from fastst_patch import sharding
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 

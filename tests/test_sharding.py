@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
 SMALL = {"chunk_bytes": 64 << 10, "threads": 2}
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
+    "views": {"contiguous": False},
     "mmap": {"io": "mmap"},
     "buffered": {"io": "buffered", **SMALL},
     "direct": {"io": "direct", **SMALL},
@@ -38,7 +39,11 @@ WAYS: dict[str, dict[str, Any]] = {
 # differ from others in little tried with all forms.
 FEW = ("rows", "last", "alternating", "steps", "owners", "each its own")
 IN_LITTLE = ("mmap", "buffered", "drop", "cuda-owned", "cuda-direct")
-WAYS_OF = {1: ("default", "buffered", "cuda"), 2: ("default", "direct", "cuda"), 4: tuple(WAYS)}
+WAYS_OF = {
+    1: ("default", "views", "buffered", "cuda"),
+    2: ("default", "direct", "cuda"),
+    4: tuple(WAYS),
+}
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,7 @@ def grouped(nursery, zoo) -> Ran:
     for way in ("default", "buffered", "cuda"):
         arguments = {"files": zoo, "times": 4, "met": True, **WAYS[way]}
         cases.append(Case("cases_files.two_threads", arguments, name=f"threads: {way}"))
+    cases.append(Case("cases_forms.views_by_default", {"files": zoo}, name="views"))
     return nursery.run(cases, 4)
 
 
@@ -101,6 +107,10 @@ def grouped(nursery, zoo) -> Ran:
 def test_subgroups_side_by_side(grouped, way) -> None:
     """Ranks 1, 3 beside 0, 2; groups of one; the default group by None and by name."""
     grouped.values(way)
+
+
+def test_columns_are_views_unless_they_shall_be_contiguous(grouped) -> None:
+    assert all(count > 0 for count in grouped.values("views"))
 
 
 @pytest.mark.parametrize("way", ["default", "buffered", "cuda"])

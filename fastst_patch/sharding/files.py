@@ -57,6 +57,7 @@ class ShardedFiles:
         config: Config,
         *,
         read_once: str = "node",
+        contiguous: bool = True,
         call: str = "load_sharded",
     ) -> None:
         """Open files. Collective.
@@ -70,6 +71,7 @@ class ShardedFiles:
             config: in force for the files.
             read_once: ``node``: every node reads what its ranks need once; ``job``: one rank of
                 all reads it, and the network carries it to the others.
+            contiguous: copy parts of maps that are not complete rows.
             call: for reports.
 
         Raises:
@@ -79,6 +81,7 @@ class ShardedFiles:
         self.group = group
         self._config = config
         self._call = call
+        self._contiguous = contiguous
         self._tallies: dict[str, list[float]] = {}
         paths = _in_turn(files) if isinstance(files, Mapping) else list(files)
         self._target: devices.Target | None = None
@@ -379,7 +382,7 @@ class ShardedFiles:
             return self._moved(source, request, parts)
         opened = source.opened
         assert isinstance(opened, HostFile)
-        found = mapped.take(opened, source.extents, parts)
+        found = mapped.take(opened, source.extents, parts, self._contiguous)
         for key, tensor in found.items():
             wanted = cast(tensor.dtype, request.dtype)
             if wanted != tensor.dtype:

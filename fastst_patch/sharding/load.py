@@ -27,6 +27,7 @@ def load_sharded(
     device: Any = None,
     dtype: torch.dtype | None = None,
     read_once: str = "node",
+    contiguous: bool = False,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
     """Load this rank's part of every tensor. Collective: all ranks of the group call it.
@@ -48,11 +49,14 @@ def load_sharded(
         dtype: for floating tensors, cast where they go.
         read_once: ``node``, or ``job`` where the network is faster than the storage: every byte
             is read by one rank of all.
+        contiguous: parts of a file's map that are not complete rows are copied. By default they
+            are views of it, as stock's slices are; all others are contiguous anyway.
         options: as of `config_context`, for this load.
 
     Returns:
         Name -> tensor, in file order, without those of which this rank takes nothing. Tensors
-        are contiguous and own storage of exactly their size.
+        are contiguous and own storage of exactly their size, but for views of maps: see
+        ``contiguous``.
 
     Raises:
         RankError: it failed on some rank; on that rank caused by the exception itself.
@@ -71,7 +75,9 @@ def load_sharded(
         paths = _agreed(names, ranks)
         if device is None:
             device = "cuda" if _is_nccl(group) else "cpu"
-        with ShardedFiles(paths, ranks, device, current(), read_once=read_once) as opened:
+        with ShardedFiles(
+            paths, ranks, device, current(), read_once=read_once, contiguous=contiguous
+        ) as opened:
             return opened.load(plan, dtype)
     finally:
         problem = None

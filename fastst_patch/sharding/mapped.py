@@ -95,16 +95,18 @@ def take_all(opened: HostFile) -> list[torch.Tensor]:
 
 
 def take(
-    opened: HostFile, extents: Sequence[Extent], parts: Mapping[Key, Part]
+    opened: HostFile, extents: Sequence[Extent], parts: Mapping[Key, Part], contiguous: bool
 ) -> dict[Key, torch.Tensor]:
-    """Parts of tensors of a mapped file, each contiguous and with storage of its own.
+    """Parts of tensors of a mapped file.
 
-    Rows that are complete are zero-copy tensors over the map; others are copied from it.
+    Rows that are complete are zero-copy tensors over the map, with storage of exactly their
+    size; others are views of such a tensor.
 
     Args:
         opened: the file.
         extents: of its tensors.
         parts: by tensor and number.
+        contiguous: make views contiguous, with storage of their own.
 
     Raises:
         Doubt: stock must do it.
@@ -128,7 +130,9 @@ def take(
         elif key not in straight:
             # In order of the file, so that what is read ahead is used as it comes.
             view = wholes[key[0]][part.index]
-            found[key] = view.clone(memory_format=torch.contiguous_format)
+            if contiguous:
+                view = view.clone(memory_format=torch.contiguous_format)
+            found[key] = view
     return found
 
 
