@@ -107,6 +107,7 @@ def _failing(
         with trouble(runtime):
             outcome = attempt(lambda: load_sharded(files, None, plan, **options) and None)
         if runtime is not None:
+            engine.shutdown()  # workers let go of what was under way when it failed
             outcome["blocks"] = runtime.driver.live().blocks
             # What a stream of ours still waits for is nobody's memory; copies would be.
             runtime.driver.lib.fake_drain()
