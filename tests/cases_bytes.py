@@ -54,6 +54,10 @@ def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dic
         rank.meet()
         before, engine_before = _io(), engine.counters()
         result = load_sharded(files, None, plan, **options)
+        if form == "left out":
+            # A fault of who touches a map sooner than it was read ahead makes the kernel read on
+            # behind it, into what was left out; what we read is to be counted.
+            engine.shutdown()
         _touch(result)
         engine_after, after = engine.counters(), _io()
         rank.meet()
