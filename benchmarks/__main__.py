@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     race.add_argument("--minutes", type=float, metavar="M",
                       help="leave cells out so that it ends by then (quick: 18 on the CPU, 8 on a "
                       "GPU; full: no limit)")  # fmt: skip
+    race.add_argument("--afresh", action="store_true",
+                      help="let every process import torch itself, which takes longer (on a GPU it "
+                      "always does)")  # fmt: skip
     race.add_argument("--seed", type=int, metavar="N", help="of the random order")
     race.add_argument("--wheels", metavar="DIR", help="take side environments from these wheels")
     race.add_argument("--no-end-to-end", dest="end_to_end", action="store_false",

@@ -127,7 +127,7 @@ class FakeChild:
     answers: ClassVar[dict[str, object]] = {}
     started: ClassVar[list[str]] = []
 
-    def __init__(self, message, environment=None):
+    def __init__(self, message, environment=None, copied=None):
         self.name = message["loader"]
         self.started.append(self.name)
 

@@ -1,8 +1,9 @@
 """The timed process: one job in, one answer out, and a gate between getting ready and the clock.
 
 It is started by `process.Child`, which says what goes over the pipes. Until the loader has been
-imported nothing but the standard library is, so that an import's time is the loader's own. What
-is printed by libraries goes to stderr.
+imported nothing but the standard library is, so that an import's time is the loader's own; in a
+copy of a `template` torch is there already, and no import is timed. What is printed by libraries
+goes to stderr.
 """
 
 from __future__ import annotations
@@ -81,11 +82,12 @@ def load(job: Job, say: Say, gate: Callable[[], None] = _await_gate) -> None:
 
     expected = truth.read(job.truth)
     loader = entrants.find(entrants.Source(job.module, job.folder), job.loader)
+    copied = "torch" in sys.modules
     begin = time.perf_counter()
     loader.warm_imports(job.device)
     import torch  # which some import only when they load: everybody's import time has it
 
-    import_s = time.perf_counter() - begin
+    import_s = None if copied else time.perf_counter() - begin
     context_s = _open(job.device)
     # What the harness itself needs, after the loader's imports and before its clock.
     from fastst_patch.bench import residency, settle

@@ -69,7 +69,7 @@ def race(args: argparse.Namespace, source: Source | None = None) -> int:
     with scratch(place) as folder:
         run = _plan(args, who, suite, folder, facts)
         try:
-            with screen.bar():
+            with screen.bar(), run.template or contextlib.nullcontext():
                 runner.race(run, screen, lambda: results.save(_found(run, rest), out))
         except KeyboardInterrupt:
             if (out / results.FILE_NAME).exists():
@@ -164,6 +164,7 @@ def _plan(
         limit_s=LIMIT_S[args.suite],
         at_once=_at_once(facts),
         watch=DeviceWatch(facts.get("uuid")),
+        template=process.template() if args.device == "cpu" and not args.afresh else None,
     )
 
 
@@ -247,6 +248,7 @@ def _found(run: Race, rest: _Rest) -> results.Found:
         "rounds": {"asked": run.planner.rounds},
         "limit_s": run.limit_s,
         "started_together": run.at_once,
+        "copied": run.template is not None,
         "environment": rest.environment,
         "loaders": [
             {

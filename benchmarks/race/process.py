@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .entrants import scrub
+from .template import Forked, Template
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,12 +28,15 @@ _BOOT = """
 import sys
 if sys.path and sys.path[0] == "":
     sys.path.pop(0)
-root, environment = sys.argv[1:3]
+root, environment, kind = sys.argv[1:4]
 sys.path.append(root)
 if environment:
     sys.path.insert(0, environment)
 sys.argv[1:] = []
-from benchmarks.race.child import main
+if kind == "template":
+    from benchmarks.race.template import main
+else:
+    from benchmarks.race.child import main
 sys.exit(main())
 """
 
@@ -63,20 +68,52 @@ def environment_variables() -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
-class Child:
-    """One process, from its start to its end. A context manager: it is gone afterwards."""
+def _popen(kind: str, environment: str, **files: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _BOOT, str(ROOT), environment, kind],
+        env=environment_variables(),
+        cwd=tempfile.gettempdir(),
+        start_new_session=True,  # to end it with what it started
+        **files,
+    )
 
-    def __init__(self, message: Mapping[str, object], environment: str | None = None) -> None:
+
+def template() -> Template:
+    """Make a template of processes; it is started when the first is asked for."""
+
+    def start(its: socket.socket) -> subprocess.Popen[bytes]:
+        return _popen("template", "", stdin=its, stdout=subprocess.DEVNULL)
+
+    return Template(start)
+
+
+class Child:
+    """One process, from its start to its end. A context manager: it is gone afterwards.
+
+    Args:
+        message: what it is to do.
+        environment: folder that goes in front of its ``sys.path``.
+        copied: it is a copy of this template; None: it is started afresh.
+
+    Raises:
+        OSError, BenchError: it could not be started.
+    """
+
+    def __init__(
+        self,
+        message: Mapping[str, object],
+        environment: str | None = None,
+        copied: Template | None = None,
+    ) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, str(ROOT), environment or ""],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=environment_variables(),
-            cwd=tempfile.gettempdir(),
-            start_new_session=True,  # to end it with what it started
-        )
+        self._process: subprocess.Popen[bytes] | Forked
+        if copied is None:
+            pipe = subprocess.PIPE
+            self._process = _popen(
+                "child", environment or "", stdin=pipe, stdout=pipe, stderr=self._errors
+            )
+        else:
+            self._process = copied.fork(environment or "", self._errors.fileno())
         self._lines: queue.Queue[bytes] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -17,6 +17,7 @@ from .ceilings import Board, board
 from .entrants import Entrants, read_by
 from .plan import Cell, Planner
 from .starters import Starters
+from .template import Template
 from .watch import DeviceWatch
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Race:
     watch: DeviceWatch
     reserve: settle.Reserve = field(default_factory=lambda: settle.Reserve(0))
     ceilings: bool = True  # measure them, too
+    template: Template | None = None  # copied for loads after the first round; None: none is
     began: float = field(default_factory=time.monotonic)
     runs: list[dict[str, Any]] = field(default_factory=list)
     orders: list[dict[str, Any]] = field(default_factory=list)
@@ -142,7 +144,9 @@ def _round(
     for cell, units in cells:
         names = [loader for unit in units for loader in unit.loaders]
         again = {loader for unit in units if unit.again for loader in unit.loaders}
-        turns = _Turns(cell, names, again, number, _ceilings(run, cell, seen))
+        # Once, so that imports are timed, too.
+        afresh = number == 1 and not _others_began(run, name)
+        turns = _Turns(cell, names, again, number, _ceilings(run, cell, seen), afresh)
         loading_s, measuring_s = _cell(run, written, turns, chance, shown)
         planner.took(cell, loading_s)
         beside_s += measuring_s
@@ -181,6 +185,7 @@ class _Turns:
     again: set[str]
     round: int
     ceilings: Sequence[Any]
+    afresh: bool  # every process imports torch itself
 
 
 def _cell(
@@ -200,7 +205,8 @@ def _cell(
                        "order": order})  # fmt: skip
     racing = [what for kind, what in steps if kind == "load"]
     begin, measuring, later = time.monotonic(), 0.0, 0.0
-    with Starters(run, written, racing, turns.again) as ready:
+    afresh, seen = run.template is None or turns.afresh, len(run.runs)
+    with Starters(run, written, racing, turns.again, afresh=afresh) as ready:
         for turn, (kind, what) in enumerate(steps):
             if kind == "ceiling":
                 shown.doing(f"round {number}: {_ceiling_name(what)}")
@@ -215,7 +221,16 @@ def _cell(
             _load_and_again(run, written, ready, record, what in turns.again)
             ready.forget(what)
             shown.step(2 if what in turns.again else 1)
-    return time.monotonic() - begin - measuring, later
+    loading = time.monotonic() - begin - measuring
+    return loading - (_importing(run, seen) if turns.afresh else 0.0), later
+
+
+def _importing(run: Race, seen: int) -> float:
+    """Seconds of the loads after the first `seen` that loads by copies will not take."""
+    if run.template is None:
+        return 0.0
+    samples = [one["sample"] for one in run.runs[seen:] if one["sample"]]
+    return sum(sample["import_s"] or 0.0 for sample in samples) / run.at_once
 
 
 def _ceiling_name(step: Any) -> str:

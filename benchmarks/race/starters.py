@@ -29,15 +29,25 @@ class Starters:
         written: the workload.
         order: loaders, as they will be asked for.
         again: loaders that will be asked for twice in a row.
+        afresh: every process imports torch itself, also where there is a template to copy.
     """
 
-    def __init__(self, run: Race, written: Written, order: Sequence[str], again: set[str]) -> None:
+    def __init__(
+        self,
+        run: Race,
+        written: Written,
+        order: Sequence[str],
+        again: set[str],
+        *,
+        afresh: bool = True,
+    ) -> None:
         self._run = run
         self._written = written
         self._waiting = [name for name in order for _ in range(2 if name in again else 1)]
         self._started: list[tuple[str, process.Child]] = []
         self._loaders = {loader.name: loader for loader in run.entrants.running}
         self._probe = residency.can_probe(written.files)
+        self._copied = None if afresh else run.template
 
     def __enter__(self) -> Starters:
         return self
@@ -91,4 +101,4 @@ class Starters:
             "truth": self._written.truth,
             "probe": self._probe,
         }
-        return process.Child(message, run.entrants.environment_of(loader))
+        return process.Child(message, run.entrants.environment_of(loader), self._copied)
