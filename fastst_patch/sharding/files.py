@@ -21,9 +21,10 @@ from .exchange import Memory, Mover, Step, move
 from .groups import Group
 from .rules import Owner, Part, Plan, Rule, Take, rules_of, take_of
 from .schedule import Key, split
-from .sources import Source, open_sources
+from .sources import Source, open_sources, paths_in_turn
 from .steps import circle_of, steps_of
 from .taking import Request, cast, everything, flat, joined, part_bytes, parts_of
+from .target import named, target_of
 
 if TYPE_CHECKING:
     import torch
@@ -83,15 +84,15 @@ class ShardedFiles:
         self._call = call
         self._contiguous = contiguous
         self._tallies: dict[str, list[float]] = {}
-        paths = _in_turn(files) if isinstance(files, Mapping) else list(files)
+        paths = paths_in_turn(files) if isinstance(files, Mapping) else list(files)
         self._target: devices.Target | None = None
         self._refused: str | None = None
         problem: BaseException | None = None
         try:
             if read_once not in ("node", "job"):
                 raise ValueError(f"read_once={read_once!r}: allowed are 'node' and 'job'")
-            self._device = _named(device)
-            self._target = _target_of(self._device)
+            self._device = named(device)
+            self._target = target_of(self._device)
         except Doubt as doubt:
             self._refused = doubt.reason
         except BaseException as error:
@@ -511,29 +512,3 @@ class ShardedFiles:
                 note,
             )
         )
-
-
-def _named(device: object) -> torch.device:
-    """As torch means it: ``"cuda"`` is the current device, not the first, nor the rank's.
-
-    Raises:
-        RuntimeError, TypeError: it is none.
-    """
-    import torch
-
-    if isinstance(device, int) and not isinstance(device, bool):
-        return torch.device("cuda", device)
-    named: Any = "cpu" if device is None else device
-    return torch.device(named)
-
-
-def _target_of(named: torch.device) -> devices.Target | None:
-    if named.type not in ("cpu", "cuda"):
-        raise Doubt(f"device {str(named)!r} is not accelerated")
-    return devices.torch_target(named)
-
-
-def _in_turn(files: Mapping[int, Sequence[str]]) -> list[str]:
-    """Files of all ranks, one of each in turn, as fastsafetensors orders them."""
-    longest = max((len(paths) for paths in files.values()), default=0)
-    return [paths[at] for at in range(longest) for paths in files.values() if at < len(paths)]

@@ -11,6 +11,7 @@ import errno
 import functools
 import hashlib
 import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import engine, stock, tensors
@@ -27,7 +28,7 @@ from .schedule import Extent
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Source", "open_sources"]
+__all__ = ["Source", "open_sources", "paths_in_turn"]
 
 _UNSEEN = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ESTALE)
 """What opening a file says that this rank cannot see, and another may."""
@@ -263,3 +264,9 @@ def _describe(sources: list[Source], lacking: list[int], group: Group) -> None:
         group.agree(problem)
     finally:
         problem = None
+
+
+def paths_in_turn(files: Mapping[int, Sequence[str]]) -> list[str]:
+    """Files of all ranks, one of each in turn, as fastsafetensors orders them."""
+    longest = max((len(paths) for paths in files.values()), default=0)
+    return [paths[at] for at in range(longest) for paths in files.values() if at < len(paths)]
