@@ -55,12 +55,14 @@ def _stock(module: Any) -> None:
     module.load_file = load_file
 
 
-@wrapt.when_imported("fastst_patch.device")
-def _device(module: Any) -> None:
+@wrapt.when_imported("fastst_patch")  # the whole of it: the fake imports more than the device
+def _package(_: Any) -> None:
     import fake_device
 
+    from fastst_patch import device
+
     driver = fake_device.Driver(Path(os.environ["REHEARSAL_DRIVER"]))
-    module._runtime = fake_device.FakeRuntime(driver)
+    device._runtime = fake_device.FakeRuntime(driver)
     atexit.register(_must_be_clean, driver)
 
 
