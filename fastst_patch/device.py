@@ -274,14 +274,33 @@ def prove(found: Target, arena: engine.Arena, file: engine.File, sample: Sample 
 
 
 def prove_tensor(found: Target, moved: torch.Tensor, source: torch.Tensor) -> None:
-    """The same for a tensor that came from memory; both contiguous. Raises as `prove`."""
+    """The same for a tensor that came from memory, of which it is a contiguous copy.
+
+    Of a source with gaps no more is copied than is compared. Raises as `prove`.
+    """
     import torch
 
     nbytes = min(source.nbytes, PROOF_BYTES)
     if not found.wants(nbytes):
         return
-    raw = [t.detach().reshape(-1).view(torch.uint8)[:nbytes].cpu() for t in (moved, source)]
+    count = nbytes // source.itemsize
+    raw = [_first(t.detach(), count).view(torch.uint8).cpu() for t in (moved, source)]
     _judge(found, nbytes, torch.equal(raw[0], raw[1]), "a tensor")
+
+
+def _first(t: torch.Tensor, count: int) -> torch.Tensor:
+    """So many of a tensor's elements, one behind another in memory."""
+    import torch
+
+    while t.dim() > 1:
+        rest = t[0].numel()
+        if rest < count:
+            t = t[: -(-count // rest)]
+            break
+        t = t[0]
+    flat = t.reshape(-1)[:count]
+    # A single element may have any stride, also if a view with steps is contiguous.
+    return flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
 def _judge(found: Target, nbytes: int, equal: bool, what: str) -> None:

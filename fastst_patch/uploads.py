@@ -3,6 +3,9 @@
 Each gets an allocation of its own from torch, as with ``tensor.to``. Bytes come from memory, not
 from files: changes made in place are carried over. Pages of a file map that are not there yet
 are faulted in by the workers, many at a time.
+
+A source may be a view with gaps, such as some columns of a larger tensor. Workers then pick its
+contiguous runs, which lie one behind another in the slot, so that one copy brings a slot's.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from .streams import Lane, Stream, Ticket
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Uploads", "ordinary", "worth_it"]
+__all__ = ["Upload", "Uploads", "ordinary", "run_bytes", "worth_it"]
 
 MIB = 1 << 20
 FEWEST_BYTES = 8 * MIB
@@ -112,7 +115,7 @@ class Uploads:
         self._bytes = self._tensors = 0
         self._doubt: Doubt | None = None
         self._stream = Stream(config.device_memory_budget)
-        start = functools.partial(_Upload, target=target, config=config)
+        start = functools.partial(Upload, target=target, config=config)
         self._lanes = [Lane(cast, start, passing=cast) for cast in (False, True)]
         self._worked_on = False
         self._waiting: dict[int, tuple[Ticket, torch.Tensor, int, int]] = {}
@@ -208,14 +211,63 @@ class Uploads:
             fell_back(self._config, self._call, self._name, self._doubt)
 
 
-class _Upload:
+def _run_of(t: torch.Tensor) -> tuple[int, list[tuple[int, int]]]:
+    """Elements of a view's contiguous runs; and lengths and strides, from the inside, of these."""
+    run = 1
+    outer: list[tuple[int, int]] = []
+    for length, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+        if length == 1:
+            continue
+        if stride == run and not outer:
+            run *= length
+        else:
+            outer.append((length, stride))
+    return run, outer
+
+
+def run_bytes(t: torch.Tensor) -> int:
+    """Bytes of the contiguous runs that a view, cut out of a contiguous tensor, consists of."""
+    return _run_of(t)[0] * t.itemsize
+
+
+def _end(t: torch.Tensor) -> int:
+    """The address behind a view's last element."""
+    if t.is_contiguous():
+        return t.data_ptr() + t.nbytes
+    last = sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr() + (last + 1) * t.itemsize
+
+
+def _segments(t: torch.Tensor, place: int) -> array[int]:
+    """The runs of a view, one behind another from a place on: (address, bytes, place), flat."""
+    import torch
+
+    if t.is_contiguous():
+        return array("Q", (t.data_ptr(), t.nbytes, place))
+    run, outer = _run_of(t)
+    starts = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for length, stride in outer:
+        steps = torch.arange(length, dtype=torch.int64, device="cpu") * stride
+        starts = (steps[:, None] + starts).reshape(-1)
+    count, nbytes = len(starts), run * t.itemsize
+    flat = array("Q", bytes(24 * count))
+    rows = torch.frombuffer(flat, dtype=torch.int64).view(count, 3)  # written in place
+    rows[:, 0] = starts * t.itemsize + t.data_ptr()
+    rows[:, 1] = nbytes
+    rows[:, 2] = torch.arange(count, dtype=torch.int64, device="cpu") * nbytes + place
+    return flat
+
+
+class Upload:
     """Tensors under way, each to be taken once. Dropping it cancels the rest.
 
-    Holds the sources until their bytes have landed.
+    Holds the sources until their bytes have landed. What they become is contiguous.
 
     Args:
-        sources: contiguous CPU tensors with bytes, in memory that does not overlap; nobody else
-            has these very tensors and could give them other memory.
+        sources: CPU tensors with bytes: contiguous, or views cut by slices out of contiguous
+            ones, so that elements ascend by address. From the first element to the last no two
+            overlap, gaps included; nobody else has these very tensors and could give them other
+            memory.
         target: the device.
         config: for threads, chunks and pinned memory.
 
@@ -243,7 +295,7 @@ class _Upload:
         top = max(place + tensor.nbytes for place, tensor in zip(places, made, strict=True))
         segments = array("Q")
         for source, place in zip(order, places, strict=True):
-            segments.extend((source.data_ptr(), source.nbytes, place - base))
+            segments += _segments(source, place - base)
         self._made = {
             id(source): (source, tensor) for source, tensor in zip(order, made, strict=True)
         }
@@ -267,6 +319,6 @@ class _Upload:
             Doubt: the device failed, or bytes came out wrong.
         """
         _, result = self._made.pop(id(source))
-        self._job.wait_until(source.data_ptr() + source.nbytes)
+        self._job.wait_until(_end(source))
         device.prove_tensor(self._target, result, source)
         return result
