@@ -119,7 +119,7 @@ class DeviceFile(OpenedFile):
             Doubt: stock must do it.
             OSError, MemoryError, SafetensorError: its bytes could not be read.
         """
-        self._check(i)
+        self.check(i)
         with _Failing(self):
             result = self._take(i)
         self.count(1, self.layout.nbytes(i))
@@ -149,7 +149,7 @@ class DeviceFile(OpenedFile):
 
     def all_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, in offset order. Raises as `tensor`."""
-        self._check()
+        self.check()
         with _Failing(self):
             result = self._take_all()
         self.count(len(result), self.layout.data_bytes)
@@ -174,7 +174,7 @@ class DeviceFile(OpenedFile):
 
         Raises as `tensor`.
         """
-        self._check()
+        self.check()
         with _Failing(self):
             return Ahead(self, self._start(sorted(numbers), owned))
 
@@ -186,7 +186,7 @@ class DeviceFile(OpenedFile):
 
         Raises as `tensor`.
         """
-        self._check()
+        self.check()
         with _Failing(self):
             return self._start_rows(wanted)
 
@@ -201,7 +201,7 @@ class DeviceFile(OpenedFile):
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone. Raises as `tensor`."""
-        self._check(i)
+        self.check(i)
         first, last = plan_rows(self.layout, i, start, stop)
         begin = self.layout.extent(i)[0] + first
         with _Failing(self):
@@ -223,7 +223,8 @@ class DeviceFile(OpenedFile):
         # A view of nothing may still begin somewhere, as no copy does.
         return result if result.numel() == whole.numel() > 0 else result.clone()
 
-    def _check(self, i: int | None = None) -> None:
+    def check(self, i: int | None = None) -> None:
+        """Doubt unless tensor i, or any, may be moved now."""
         self._target.check()
         tensors.check(self.layout, i)
         if not tensors.ordinary_mode():

@@ -14,8 +14,11 @@ conversions may hand on what they are given, as those of quantized weights do.
 Tensors that stay on the CPU as they are are made where they are taken, and not in threads.
 
 Lazy stays lazy: where transformers uses no threads (offload to disk, quantizing on the fly),
-a tensor is read when it is asked for and not before. Left to transformers: sharded tensors
-(tensor parallelism) but for `shards`, other devices, checkpoints that are not ours, ``verify``.
+a tensor is read when it is asked for and not before.
+
+Of sharded tensors (tensor parallelism) the shards that are one piece are kept like that, too: see
+`shards`. Left to transformers: other shards, other devices, checkpoints that are not ours,
+``verify``.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from .. import tensors
@@ -40,8 +42,10 @@ from ..report import LoadReport, emit
 from ..slices import behind
 from ..stock import SafetensorError
 from ..streams import Lane, Stream, Ticket
+from ..uploads import Upload
 from .hook import Hook, Integration
-from .shards import Shards, rows_of
+from .promise import AtOnce, Promise, by_stock
+from .shards import Shards, cut_of, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +131,7 @@ def _promised(  # noqa: PLR0917 - spawn_materialize's own
     if thread_pool is not None and _is_cpu(device):
         load.shards.whole(opened, i)
     if thread_pool is not None and _is_at_once(opened, i, device, dtype):
-        return _Promise(functools.partial(load.whole, tensor))
+        return Promise(functools.partial(load.whole, tensor))
     file = load.file(opened, device)
     if file is None:
         return None
@@ -135,7 +139,7 @@ def _promised(  # noqa: PLR0917 - spawn_materialize's own
     if thread_pool is None:
         return functools.partial(load.now, file, i, dtype, passing, stock)
     ticket = load.ask(file, i, passing)
-    return _Promise(functools.partial(load.take, file, ticket, dtype, stock))
+    return Promise(functools.partial(load.take, file, ticket, dtype, stock))
 
 
 def _sharded(  # noqa: PLR0917 - spawn_materialize's own
@@ -162,18 +166,13 @@ def _sharded(  # noqa: PLR0917 - spawn_materialize's own
     def materialize(source: Any) -> Any:
         # Without an argument that an older one may not have.
         index = {} if tensor_idx is None else {"tensor_idx": tensor_idx}
-        return original(_AtOnce(), source, device, dtype, sharding_op=sharding_op, **index)
+        return original(AtOnce(), source, device, dtype, sharding_op=sharding_op, **index)
 
     take = load.shards.local(
         opened, i, sharding_op,
         tensor_idx=tensor_idx, cast=_is_cast(opened, i, dtype), materialize=materialize,
     )  # fmt: skip
-    if take is not None:
-        return _Promise(take)
-    if not load.shards.waiting:
-        return None
-    future = stock()
-    return _Promise(functools.partial(load.result, future))
+    return _left(load, stock) if take is None else Promise(take)
 
 
 def _sharded_to(  # noqa: PLR0917 - as above
@@ -187,22 +186,28 @@ def _sharded_to(  # noqa: PLR0917 - as above
     sharding_op: Any,
     tensor_idx: int | None,
 ) -> Any:
-    """A future for complete rows of a tensor on a device; None where stock's threads make it."""
+    """A future for one piece of a tensor on a device; None where stock's threads make it."""
     file = load.file(opened, device)
-    rows = None if file is None else rows_of(opened, i, sharding_op, tensor_idx)
-    if file is None or rows is None:
+    cut = None if file is None else cut_of(opened, i, sharding_op, tensor_idx)
+    if file is None or cut is None:
         return None
     passing = merged or _is_cast(opened, i, dtype)
-    ticket = load.ask_rows(file, (i, *rows), passing)
-    return _Promise(functools.partial(load.take, file, ticket, dtype, stock))
+    rows = rows_of(cut, opened.layout.shape(i))
+    if rows is not None:
+        ticket = load.ask_rows(file, (i, *rows), passing)
+        return Promise(functools.partial(load.take, file, ticket, dtype, stock))
+    view = load.shards.view(opened, i, sharding_op.device_mesh, cut)
+    if view is not None:
+        ticket = load.ask_view(file, view, passing)
+        return Promise(functools.partial(load.take, file, ticket, dtype, stock))
+    return _left(load, stock)
 
 
-class _AtOnce:
-    """In a thread pool's place: does what it is given, and returns what comes of it."""
-
-    def submit(self, job: Callable[[], Any]) -> Any:
-        """Call it."""
-        return job()
+def _left(load: _Load, stock: Callable[[], Any]) -> Any:
+    """A future of stock's that starts reading ahead when taken, where there is something to."""
+    if not load.shards.waiting:
+        return None
+    return Promise(functools.partial(load.result, stock()))
 
 
 def _is_cpu(device: Any) -> bool:
@@ -226,62 +231,6 @@ def _is_cast(opened: OpenedFile, i: int, dtype: torch.dtype | None) -> bool:
     return dtype is not None and tensors.shape_and_dtype(opened.layout, i)[1] != dtype
 
 
-class _Promise(Future):  # type: ignore[type-arg]
-    """A future that its reader keeps: its tensor is taken from the stream when asked for.
-
-    Whatever is asked of a future looks at its state: `result`, `done`, callbacks,
-    ``concurrent.futures.wait``. So the state is what keeps the promise, and never says that
-    somebody else is about to. Timeouts are not looked at: nothing here waits for a queue.
-    """
-
-    def __init__(self, take: Callable[[], Any]) -> None:
-        self._take: Callable[[], Any] | None = None
-        super().__init__()
-        self._take = take
-
-    @property
-    def _state(self) -> str:
-        # The future's own lock, which whoever looks at several futures holds already, and which
-        # may be taken again.
-        with self._condition:
-            take, self._take = self._take, None
-            try:
-                if take is not None:
-                    self.set_result(take())
-            except BaseException as error:
-                self.set_exception(error)
-            try:
-                return self._reached
-            finally:
-                # The error keeps this frame and its callers', which are not to keep it in turn.
-                take = None
-                self = None  # type: ignore[assignment]  # noqa: PLW0642
-
-    @_state.setter
-    def _state(self, state: str) -> None:
-        self._reached = state
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """What `result` would raise."""
-        try:
-            _ = self._state  # here, not in a frame that keeps us: as above
-            return super().exception(timeout)
-        finally:
-            self = None  # type: ignore[assignment]  # noqa: PLW0642
-
-    def cancel(self) -> bool:
-        """Give the tensor up, unless it was asked for already."""
-        with self._condition:
-            self._take = None
-            return super().cancel()
-
-
-def _by_stock(promise: Callable[[], Any]) -> Any:
-    """A tensor as the original gives it, which promises it in its own way."""
-    promised = promise()
-    return promised.result() if isinstance(promised, Future) else promised()
-
-
 # ---- one load ----
 
 
@@ -299,6 +248,28 @@ class _File:
 
     def start_rows(self, wanted: Sequence[tuple[int, int, int]]) -> RowsAhead:
         return self.moving.rows_ahead(wanted)
+
+    def start_views(self, views: Sequence[torch.Tensor]) -> _Views:
+        self.moving.check()
+        return _Views(self.moving, Upload(views, self.target, self.moving.config))
+
+
+class _Views:
+    """Views of a file's map under way to a device, counted with the file when they are taken."""
+
+    def __init__(self, moving: DeviceFile, upload: Upload) -> None:
+        self._moving = moving
+        self._upload = upload
+
+    def landed(self) -> bool:
+        return self._upload.landed()
+
+    def take(self, view: torch.Tensor) -> torch.Tensor:
+        result = self._upload.take(view)
+        self._moving.count(1, result.nbytes)
+        if self._moving.account.path == "gds":  # no read of the file has told its way yet
+            self._moving.account.path = "ring"
+        return result
 
 
 class _Load:
@@ -370,6 +341,11 @@ class _Load:
         lane = Lane((id(file), passing, "rows"), file.start_rows, passing)
         return self._stream(file).ask(lane, rows, last - first)
 
+    def ask_view(self, file: _File, view: torch.Tensor, passing: bool) -> Ticket:
+        """A view of a file's map will be taken, after what was asked for before."""
+        lane = Lane((id(file), passing, "views"), file.start_views, passing)
+        return self._stream(file).ask(lane, view, view.nbytes)
+
     def _stream(self, file: _File) -> Stream:
         moving = file.moving
         stream = self._streams.get(moving.device)
@@ -382,6 +358,7 @@ class _Load:
         self, file: _File, ticket: Ticket, dtype: torch.dtype | None, stock: Callable[[], Any]
     ) -> Any:
         """The tensor asked for, on its device and cast."""
+        self.shards.start()
         stream = self._streams[file.moving.device]
         return self._cast(lambda: stream.take(ticket), file, dtype, stock, stream.drop)
 
@@ -412,14 +389,14 @@ class _Load:
         del tensor
         file.moving.account.note = file.moving.account.note or doubt.reason
         try:
-            result = _by_stock(stock)
+            result = by_stock(stock)
         except Exception as error:
             if not file.target.runtime.is_out_of_memory(error):
                 raise
             result = None
         if result is None:  # what was read ahead may be what is in the way
             make_room()
-            result = _by_stock(stock)
+            result = by_stock(stock)
         fell_back(file.moving.config, "from_pretrained", file.moving.file.path, doubt)
         return result
 
