@@ -77,3 +77,13 @@ def test_it_is_given_back_whatever_ends_the_block() -> None:
     with pytest.raises(KeyboardInterrupt), settle.Reserve(64 * MIB) as reserve, reserve.lend():
         raise KeyboardInterrupt
     assert _status("VmRSS") - before < settle.BLOCK
+
+
+@pytest.mark.parametrize("advice", [settle.POPULATE_WRITE, 9999])
+def test_what_is_held_is_there(monkeypatch: pytest.MonkeyPatch, advice: int) -> None:
+    """Also where the kernel does not know how to touch many pages at once."""
+    monkeypatch.setattr(settle, "POPULATE_WRITE", advice)
+
+    before = _status("VmRSS")
+    held = [settle._touched(kind) for kind in settle.KINDS]
+    assert _status("VmRSS") - before >= len(held) * settle.BLOCK * 0.9

@@ -29,6 +29,10 @@ The kernel gives small pages from what is left between larger free blocks, and h
 those: with one kind alone, who wants the other gets memory that is not there. Of small ones more
 is left lying about. 1.7 GB by stock, cold: 4.0 s with none, 1.6 with twice, 1.2 with thrice."""
 
+POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE, which `mmap` does not name: touched at once instead of page by page, small
+pages 0.43 s a GiB instead of 0.48, huge ones 0.08 instead of 0.17 where memory is there."""
+
 _ONES = b"\1" * (STEP // PAGE)
 
 
@@ -127,7 +131,10 @@ def _touched(kind: int) -> mmap.mmap:
     with contextlib.suppress(OSError):  # where pages have one size alone
         block.madvise(kind)
     for begin in range(0, BLOCK, STEP):  # so that other threads get their turn
-        block[begin : begin + STEP : PAGE] = _ONES
+        try:
+            block.madvise(POPULATE_WRITE, begin, STEP)
+        except OSError:  # before Linux 5.14
+            block[begin : begin + STEP : PAGE] = _ONES
     return block
 
 
