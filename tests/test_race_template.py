@@ -63,7 +63,7 @@ def test_a_copy_loads_as_a_fresh_process(file: Path, template: Any) -> None:
 
 
 def test_copies_begin_alike(file: Path, template: Any) -> None:
-    """What one has loaded is not in the next; both are processes and sessions of their own."""
+    """What one has loaded is not in the next; both are processes and groups of their own."""
     children = [
         process.Child(message(file, "stock-mmap"), copied=template) for _ in range(2)
     ]  # fmt: skip
@@ -74,7 +74,7 @@ def test_copies_begin_alike(file: Path, template: Any) -> None:
             child.wait_ready(PATIENCE_S)
         pids = [child._process.pid for child in children]
         assert len({*pids, template._process.pid, os.getpid()}) == 4
-        assert [os.getsid(pid) for pid in pids] == pids
+        assert [os.getpgid(pid) for pid in pids] == pids
         # Neither holds the other's files, nor the template's: an end would not be seen.
         for pid in pids:
             pipes = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}

@@ -168,6 +168,7 @@ def main() -> int:
         if pid == 0:
             _become(fds, request[1:].decode(), [harness.detach(), woken, wake, *copies.values()])
             return child.main()
+        os.setpgid(pid, pid)  # before anybody knows of it: it is ended with what it starts
         copies[pid] = fds[3]
         _tell(fds[3], pid)
         for fd in fds[:3]:
@@ -192,7 +193,6 @@ def _become(fds: list[int], environment: str, others: Iterable[int]) -> None:
     """Be a process that was started with these files."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.setsid()  # to be ended with what it starts
     for target, fd in enumerate(fds[:3]):
         os.dup2(fd, target)
     for fd in (*fds, *others):
