@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from cases_forms import FORMS, Me, way_of
-from sharded import Full, Outline, assert_tensors, load_sharded
+from cases_forms import FORMS, Me, left_out, way_of
+from sharded import Full, Outline, assert_tensors, data_offsets, load_sharded
 
 from fastst_patch import engine
 from fastst_patch.bench import residency
@@ -33,7 +33,9 @@ def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dic
     """A load, every byte of it touched, in figures.
 
     Returns:
-        ``cold``: whether the files could be evicted; ``read``: bytes from storage;
+        ``cold``: whether the files could be evicted; ``read``: bytes from storage, and
+        ``read_ahead``, ``cached``: those before anything was touched, and how much of the tensors
+        that are not left out was in the page cache by then (of that form only);
         ``bytes_*``: of the engine; ``result``: handed out; ``peak``: most device memory;
         ``ordinals``: of the devices that were used.
     """
@@ -54,10 +56,13 @@ def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dic
         rank.meet()
         before, engine_before = _io(), engine.counters()
         result = load_sharded(files, None, plan, **options)
+        ahead: dict[str, Any] = {}
         if form == "left out":
-            # A fault of who touches a map sooner than it was read ahead makes the kernel read on
-            # behind it, into what was left out; what we read is to be counted.
-            engine.shutdown()
+            engine.shutdown()  # waits for what this rank reads
+            rank.meet()
+            read = _io()["read_bytes"] - before["read_bytes"]
+            ahead = {"read_ahead": read, "cached": _cached(files) if cold else None}
+            rank.meet()
         _touch(result)
         engine_after, after = engine.counters(), _io()
         rank.meet()
@@ -72,11 +77,28 @@ def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dic
         "read": after["read_bytes"] - before["read_bytes"],
         "rchar": after["rchar"] - before["rchar"],
         **{n: engine_after[n] - engine_before[n] for n in engine_after if n.startswith("bytes_")},
+        **ahead,
         "result": nbytes,
         "peak": seen["peak"],
         "ordinals": sorted(seen["ordinals"]),
         "left": left,
     }
+
+
+def _cached(files: list[str]) -> float | None:
+    """How much of the tensors that are not left out is in the page cache; None: nobody can tell."""
+    found = wanted = 0
+    for path in files:
+        opened = engine.open_file(path)
+        start = opened.size - max(end for _, end in data_offsets(path).values())
+        for name, (begin, end) in data_offsets(path).items():
+            if not left_out(name):
+                resident, probe = opened.residency(start + begin, end - begin)
+                if probe == "none":
+                    return None
+                found += resident
+                wanted += end - begin
+    return found / wanted
 
 
 def _touch(tensors: dict[str, torch.Tensor]) -> None:
