@@ -278,6 +278,15 @@ class HostFile(OpenedFile):
         """Where a window of read-ahead ends: at a huge page, which the next one begins with."""
         return min(-(-(offset + AHEAD) // HUGE_PAGE) * HUGE_PAGE, self.file.size)
 
+    def keep_to(self, wanted: array[int]) -> None:
+        """Keep the kernel from reading what nobody wants of a mapped file, before it is used.
+
+        Args:
+            wanted: flat triples (file offset, bytes, ignored) of all that is wanted, by offset.
+        """
+        if self.config.io != "mmap":  # that is how the kernel reads by itself
+            self.map().keep_to(wanted)
+
     def read_ahead(self, extents: array[int], threads: int) -> None:
         """Start reading ahead extents of a mapped file that others do not; it runs on by itself.
 

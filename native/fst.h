@@ -265,6 +265,10 @@ typedef struct fst_job fst_job;
  * the order given, and returns at once. Errors only stop it: the map still works. */
 int fst_job_prefetch(fst_file *file, fst_arena *map, const fst_segment *segments, uint64_t count,
                      const fst_job_options *options, fst_job **out, fst_error *err);
+/* Of a map: nothing but these extents, ordered by file offset, is wanted of the file, by
+ * whoever reads it together. Faults in front of what is unwanted then read nothing beyond.
+ * Before anything is touched; advice only, which read-ahead that gives up takes back. */
+void fst_arena_keep_to(fst_arena *map, const fst_segment *wanted, uint64_t count);
 /* Reads the segments (ordered by file offset, not overlapping) into the arena. */
 int fst_job_read(fst_file *file, fst_arena *arena, const fst_segment *segments, uint64_t count,
                  const fst_job_options *options, fst_job **out, fst_error *err);

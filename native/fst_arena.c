@@ -53,6 +53,56 @@ int fst_arena_map(fst_file *file, fst_arena **out, fst_error *err) {
     return FST_OK;
 }
 
+/* A fault by huge pages leaves a mark on what it read, and so does a read of the header. Who
+ * then faults on the mark, in any process, makes the kernel read a window (8 MiB here) behind
+ * what is cached; unless accesses of that map are said to be random. Ends of extents are, as
+ * far back as a window may reach. Seen with the kernel's tracepoints (page_cache_async_ra).
+ * The price: where memory is short, pages of random maps are let go of first. */
+#define WINDOW_MAX (64u << 20)
+#define UNWANTED_MIN (64u << 10) /* less is read over anyway */
+
+static void advise(const fst_arena *map, uint64_t begin, uint64_t end, int advice) {
+    uint64_t first = fst_align_down(begin, fst_page());
+    (void)FST_SYS->madvise(map->data + first, (size_t)(end - first), advice);
+}
+
+/* The next extent [begin, end) with something unwanted behind it; false: there is none. */
+static bool next_extent(const fst_arena *map, const fst_segment **next, const fst_segment *last,
+                        uint64_t *begin, uint64_t *end) {
+    const fst_segment *s = *next;
+    while (s < last && s->bytes == 0) s++;
+    if (s == last) return false;
+    *begin = *end = s->file_offset;
+    for (; s < last && s->file_offset < *end + UNWANTED_MIN; s++) {
+        if (s->file_offset > map->bytes || s->bytes > map->bytes - s->file_offset) return false;
+        if (s->file_offset + s->bytes > *end) *end = s->file_offset + s->bytes;
+    }
+    *next = s;
+    return *end > *begin && map->bytes - *end >= UNWANTED_MIN;
+}
+
+void fst_arena_keep_to(fst_arena *map, const fst_segment *wanted, uint64_t count) {
+    const fst_segment *next = wanted;
+    uint64_t begin, end, from = 0, to = 0;
+    if (map->kind != FST_ARENA_MAP) return;
+    while (next_extent(map, &next, wanted + count, &begin, &end)) {
+        uint64_t window = end - begin > WINDOW_MAX ? end - WINDOW_MAX : begin;
+        if (to > 0 && window - to > WINDOW_MAX) { /* what lies nearer is one area: few of them */
+            advise(map, from, to, MADV_RANDOM);
+            to = 0;
+        }
+        if (to == 0) from = window;
+        to = end;
+    }
+    if (to == 0) return;
+    atomic_store(&map->kept, true);
+    advise(map, from, to, MADV_RANDOM);
+}
+
+void fst_arena_keep_no_more(fst_arena *map) {
+    if (atomic_exchange(&map->kept, false)) advise(map, 0, map->bytes, MADV_NORMAL);
+}
+
 /* Where a host backs a guest's free memory only when it is touched, whole free blocks are
  * what it has taken back: 1.7 GB filled in huge pages took 2.0 to 3.2 s there, and 0.9 to
  * 1.1 s in small ones, which the kernel cuts from memory freed lately. */

@@ -282,6 +282,8 @@ static void run_prefetch(fst_job *job, fst_worker *worker) {
     if (failed == 0) {
         count_bytes(job, &chunk, cold);
         if (cold > 0) fst_arena_count_ahead(io.arena, cold);
+    } else {
+        fst_arena_keep_no_more(io.arena); /* page by page is no way to read the rest */
     }
     fst_pool_lock();
     job->reading--;

@@ -79,6 +79,7 @@ struct fst_arena {
     atomic_ullong fill_nanoseconds;
     atomic_bool small_pages; /* huge pages were given up for what is not filled yet */
     atomic_bool slots_only;  /* O_DIRECT reads in place failed */
+    atomic_bool kept;        /* faults of the map read nothing ahead, somewhere */
     enum fst_arena_kind kind;
     unsigned char *data;
     uint64_t bytes;
@@ -96,6 +97,8 @@ bool fst_arena_abandoned(const fst_arena *arena);
 /* Tells how much processor time it took to fill part of an arena: see there. */
 void fst_arena_note_fill(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds);
 void fst_arena_count_ahead(fst_arena *arena, uint64_t bytes);
+/* Undoes fst_arena_keep_to, where it was called: nothing more will be read ahead. */
+void fst_arena_keep_no_more(fst_arena *map);
 
 /* Makes forks find the pool; whatever lives longer than a call does this first. */
 void fst_pool_prepare(void);

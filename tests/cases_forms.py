@@ -141,8 +141,14 @@ def _left_out(full: Full, me: Me) -> Form:
     return Form(plan, expect)
 
 
+def _whole_or_left_out(full: Full, me: Me) -> Form:
+    """By all ranks whole or not at all."""
+    plan = {name: sharding.SKIP for name in full.tensors if left_out(name)}
+    return Form(plan, lambda name, t: None if left_out(name) else t)
+
+
 def left_out(name: str) -> bool:
-    """Whether the form of that name skips a tensor."""
+    """Whether the forms of that name skip a tensor."""
     return _number(name) % 3 == 0
 
 
@@ -203,6 +209,7 @@ FORMS: Mapping[str, Callable[[Full, Me], Form]] = {
     "owners": _owners,
     "skip": _skipped,
     "left out": _left_out,
+    "whole or left out": _whole_or_left_out,
     "callable": _callable,
     "each its own": _each_its_own,
 }

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Any
 
 from ._lib import ffi, lib, raise_
 from .files import File
+
+
+def segments_of(flat: array[int]) -> tuple[Any, int]:
+    """Flat 64-bit triples as the native engine takes them, and how many they are."""
+    if not len(flat):
+        return ffi.NULL, 0
+    return ffi.from_buffer("fst_segment[]", flat), len(flat) // 3
 
 
 class Arena:
@@ -23,6 +31,15 @@ class Arena:
         self.keep: object = None
         self.handle = ffi.gc(handle, lib.fst_arena_release)
         self.nbytes: int = lib.fst_arena_bytes(handle)
+
+    def keep_to(self, wanted: array[int]) -> None:
+        """Keep faults of a map from reading what lies behind extents; advice only.
+
+        Args:
+            wanted: all that anybody wants of the file: flat 64-bit triples (file offset, bytes,
+                ignored), by file offset.
+        """
+        lib.fst_arena_keep_to(self.handle, *segments_of(wanted))
 
 
 def _arena(create: Callable[[Any, Any], int], filename: str | None = None) -> Arena:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ._lib import ffi, lib, raise_
-from .arenas import Arena
+from .arenas import Arena, segments_of
 from .devices import Device
 from .files import File
 
@@ -120,12 +120,6 @@ class Job:
         )
 
 
-def _segments(flat: array[int]) -> tuple[Any, int]:
-    if not len(flat):
-        return ffi.NULL, 0
-    return ffi.from_buffer("fst_segment[]", flat), len(flat) // 3
-
-
 def prefetch(
     file: File,
     arena: Arena,
@@ -149,7 +143,7 @@ def prefetch(
         "fst_job_options *",
         [ffi.sizeof("fst_job_options"), threads, chunk_bytes, 0, 0, reserve_bytes],
     )
-    pointer, count = _segments(segments)
+    pointer, count = segments_of(segments)
     job = Job(arena)
     job.start(lib.fst_job_prefetch, file.handle, arena.handle, pointer, count, options)
     return job
@@ -209,7 +203,7 @@ def read(
     if to is not None:
         options.device, options.stream = to.device.handle, to.stream
         options.pinned_bytes = to.pinned_bytes
-    pointer, count = _segments(segments)
+    pointer, count = segments_of(segments)
     job = Job(arena)
     job.start(lib.fst_job_read, file.handle, arena.handle, pointer, count, options)
     return job
@@ -245,7 +239,7 @@ def upload(
     )
     options.device, options.stream = to.device.handle, to.stream
     options.pinned_bytes = to.pinned_bytes
-    pointer, count = _segments(segments)
+    pointer, count = segments_of(segments)
     job = Job((arena, keep))
     job.start(lib.fst_job_upload, arena.handle, pointer, count, options)
     return job

@@ -437,6 +437,7 @@ class ShardedFiles:
         turn = ranks.index(self.group.rank)
         needs = [request.needs[rank] for rank in ranks]
         alone, shared = split(source.extents, needs, range(len(ranks)))
+        opened.keep_to(mapped.wanted(source.extents, alone, shared))
         extents = mapped.share(source.extents, alone[turn], shared, turn, len(ranks))
         threads = io_threads(self._config.threads)
         opened.read_ahead(extents, max(threads // len(ranks), 2))

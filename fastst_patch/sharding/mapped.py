@@ -21,7 +21,7 @@ from .schedule import Extent, Key, Rows, merged
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LAG", "STRIPE", "in_turn", "share", "take", "take_all"]
+__all__ = ["LAG", "STRIPE", "in_turn", "share", "take", "take_all", "wanted"]
 
 STRIPE = 8 << 20
 """Bytes that one rank reads ahead of what several need, before it is the next one's turn: large
@@ -52,6 +52,23 @@ def share(
                 ranges.append((max(begin, stripe * STRIPE), min(end, (stripe + 1) * STRIPE)))
             stripe += 1
     flat = array("Q")
+    for begin, end in sorted(ranges):
+        flat.extend((begin, end - begin, 0))
+    return flat
+
+
+def wanted(
+    extents: Sequence[Extent], alone: Iterable[Sequence[Rows]], shared: Sequence[Rows]
+) -> array[int]:
+    """What any rank of the node needs of a file: flat triples (file offset, bytes, 0), in order.
+
+    Args:
+        extents: of the file's tensors.
+        alone: rows that one rank alone needs, of each.
+        shared: rows that several need.
+    """
+    flat = array("Q")
+    ranges = [one for rows in (*alone, shared) for one in merged(extents, rows)]
     for begin, end in sorted(ranges):
         flat.extend((begin, end - begin, 0))
     return flat

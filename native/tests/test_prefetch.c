@@ -129,6 +129,81 @@ static void test_prefetch_limits(void) {
     test_remove(&other);
 }
 
+/* How many bytes of a map are advised to be read at random. */
+static uint64_t random_bytes(fst_arena *map) {
+    uintptr_t from = (uintptr_t)fst_arena_data(map), to = from + fst_arena_bytes(map);
+    unsigned long long begin = 0, end = 0, a, b;
+    uint64_t found = 0;
+    char line[512];
+    FILE *file = fopen("/proc/self/smaps", "re");
+    MUST(file != NULL);
+    while (fgets(line, sizeof line, file) != NULL) {
+        if (sscanf(line, "%llx-%llx ", &a, &b) == 2) {
+            begin = a;
+            end = b;
+        }
+        bool mine = begin >= from && begin < to;
+        if (mine && strncmp(line, "VmFlags:", 8) == 0 && strstr(line, " rr") != NULL)
+            found += end - begin;
+    }
+    (void)fclose(file);
+    return found;
+}
+
+static const struct {
+    const char *what;
+    fst_segment wanted[3]; /* in MiB */
+    uint64_t count;
+    uint64_t random; /* in MiB */
+} extents[] = {
+    {"nothing", {{0}}, 0, 0},
+    {"everything", {{0, 200, 0}}, 1, 0},
+    {"everything, in pieces", {{0, 3, 0}, {3, 0, 0}, {3, 197, 0}}, 3, 0},
+    {"up to the end", {{10, 190, 0}}, 1, 0},
+    {"a short one", {{1, 2, 0}}, 1, 2},
+    {"a long one", {{10, 100, 0}}, 1, 64},
+    {"one from neighbours", {{10, 50, 0}, {60, 50, 0}}, 2, 64},
+    {"near each other", {{0, 1, 0}, {2, 1, 0}, {4, 1, 0}}, 3, 5},
+    {"far apart", {{0, 1, 0}, {100, 1, 0}}, 2, 2},
+    {"the last to the end", {{0, 1, 0}, {100, 100, 0}}, 2, 1},
+    {"beyond the file", {{0, 300, 0}}, 1, 0},
+};
+
+static void test_keep_to(void) {
+    test_file file = test_create(0, 5);
+    MUST(truncate(file.path, 200 << 20) == 0); /* sparse: only advice is looked at */
+    fst_file *opened = test_open(&file);
+    fst_job_options options = options_for(0);
+    fst_error err = {0};
+    for (size_t i = 0; i < sizeof extents / sizeof *extents; i++) {
+        fst_segment wanted[3];
+        fst_arena *map = NULL;
+        fst_job *job = NULL;
+        test_case = extents[i].what;
+        for (uint64_t k = 0; k < extents[i].count; k++)
+            wanted[k] = (fst_segment){extents[i].wanted[k].file_offset << 20,
+                                      extents[i].wanted[k].bytes << 20, 0};
+        MUST(fst_arena_map(opened, &map, &err) == FST_OK);
+        fst_arena_keep_to(map, wanted, extents[i].count);
+        CHECK_EQ(random_bytes(map) >> 20, extents[i].random);
+        /* What is given up is not left to be read page by page. */
+        fst_segment first = {0, 1 << 20, 0};
+        options.reserve_bytes = UINT64_MAX;
+        CHECK_EQ(fst_job_prefetch(opened, map, &first, 1, &options, &job, &err), FST_OK);
+        CHECK_EQ(wait_for(job, &err), FST_OK);
+        fst_job_release(job);
+        if (fst_memory_headroom() != UINT64_MAX) CHECK_EQ(random_bytes(map), 0);
+        fst_arena_release(map);
+    }
+    fst_arena *memory = NULL;
+    MUST(fst_arena_alloc(1 << 20, &memory, &err) == FST_OK);
+    fst_arena_keep_to(memory, &(fst_segment){0, 5000, 0}, 1); /* no map: nothing to advise */
+    CHECK_EQ(random_bytes(memory), 0);
+    fst_arena_release(memory);
+    fst_file_release(opened);
+    test_remove(&file);
+}
+
 /* Read-ahead over a file that has shrunk gives up; only a reader would get SIGBUS. */
 static void test_prefetch_truncated(void) {
     for (int old_kernel = 0; old_kernel <= 1; old_kernel++) {
@@ -150,6 +225,7 @@ int main(void) {
     RUN(test_prefetch);
     RUN(test_prefetch_faults);
     RUN(test_prefetch_limits);
+    RUN(test_keep_to);
     RUN(test_prefetch_truncated);
     return test_result();
 }
