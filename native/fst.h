@@ -77,6 +77,10 @@ typedef struct fst_file_info {
  * file) is FST_DOUBT or FST_E_SYS, and nothing stays open. */
 int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err);
 void fst_file_release(fst_file *file);
+/* From now on jobs that read it through the page cache bring in what they are asked for, and
+ * nothing behind; with smaller pages, which takes more processor time. For files of which
+ * parts are left out. */
+void fst_file_read_exactly(fst_file *file);
 /* How many are held now. */
 uint64_t fst_open_files(void);
 /* Reads exactly length bytes at offset, through the page cache. */

@@ -53,54 +53,76 @@ int fst_arena_map(fst_file *file, fst_arena **out, fst_error *err) {
     return FST_OK;
 }
 
-/* A fault by huge pages leaves a mark on what it read, and so does a read of the header. Who
- * then faults on the mark, in any process, makes the kernel read a window (8 MiB here) behind
- * what is cached; unless accesses of that map are said to be random. Ends of extents are, as
- * far back as a window may reach. Seen with the kernel's tracepoints (page_cache_async_ra).
- * The price: where memory is short, pages of random maps are let go of first. */
+/* What the kernel reads beside what is asked for (seen with its tracepoints, mm/readahead.c):
+ *
+ *   a fault on what is not cached       half a window in front of it, and half behind
+ *   a fault by huge pages, a read       as much as they ask for; and they leave a mark. Who then
+ *                                       faults on the mark, in any process, has a window read
+ *                                       behind what is cached
+ *
+ * unless accesses of that map are said to be random. Those ends of extents are that have
+ * something unwanted beside them, as far as a window (8 MiB here) may reach. The price: where
+ * memory is short, pages of random maps are let go of first. */
 #define WINDOW_MAX (64u << 20)
 #define UNWANTED_MIN (64u << 10) /* less is read over anyway */
 
-static void advise(const fst_arena *map, uint64_t begin, uint64_t end, int advice) {
-    uint64_t first = fst_align_down(begin, fst_page());
-    (void)FST_SYS->madvise(map->data + first, (size_t)(end - first), advice);
-}
+typedef struct extent {
+    uint64_t begin, end;
+    uint64_t before; /* where the one before it ends */
+} extent;
 
-/* The next extent [begin, end) with something unwanted behind it; false: there is none. */
+/* The next extent of the wanted ones, neighbours joined; false: there is none. */
 static bool next_extent(const fst_arena *map, const fst_segment **next, const fst_segment *last,
-                        uint64_t *begin, uint64_t *end) {
+                        extent *e) {
     const fst_segment *s = *next;
     while (s < last && s->bytes == 0) s++;
     if (s == last) return false;
-    *begin = *end = s->file_offset;
-    for (; s < last && s->file_offset < *end + UNWANTED_MIN; s++) {
+    e->before = e->end;
+    e->begin = e->end = s->file_offset;
+    for (; s < last && s->file_offset < e->end + UNWANTED_MIN; s++) {
         if (s->file_offset > map->bytes || s->bytes > map->bytes - s->file_offset) return false;
-        if (s->file_offset + s->bytes > *end) *end = s->file_offset + s->bytes;
+        if (s->file_offset + s->bytes > e->end) e->end = s->file_offset + s->bytes;
     }
     *next = s;
-    return *end > *begin && map->bytes - *end >= UNWANTED_MIN;
+    return e->end > e->begin;
+}
+
+typedef struct area { /* [begin, end) of a map; begin == end: none */
+    uint64_t begin, end;
+} area;
+
+static void advise(const fst_arena *map, area *a, int advice) {
+    uint64_t first = fst_align_down(a->begin, fst_page());
+    if (a->begin < a->end)
+        (void)FST_SYS->madvise(map->data + first, (size_t)(a->end - first), advice);
+    *a = (area){0};
+}
+
+/* What lies near the area before joins it: each costs an entry in the process's memory map. */
+static void add(const fst_arena *map, area *a, uint64_t begin, uint64_t end) {
+    if (a->begin < a->end && begin > a->end && begin - a->end > WINDOW_MAX)
+        advise(map, a, MADV_RANDOM);
+    if (a->begin == a->end) a->begin = begin;
+    a->end = end;
 }
 
 void fst_arena_keep_to(fst_arena *map, const fst_segment *wanted, uint64_t count) {
     const fst_segment *next = wanted;
-    uint64_t begin, end, from = 0, to = 0;
+    extent e = {0};
+    area random = {0};
     if (map->kind != FST_ARENA_MAP) return;
-    while (next_extent(map, &next, wanted + count, &begin, &end)) {
-        uint64_t window = end - begin > WINDOW_MAX ? end - WINDOW_MAX : begin;
-        if (to > 0 && window - to > WINDOW_MAX) { /* what lies nearer is one area: few of them */
-            advise(map, from, to, MADV_RANDOM);
-            to = 0;
-        }
-        if (to == 0) from = window;
-        to = end;
+    while (next_extent(map, &next, wanted + count, &e)) {
+        uint64_t window = fst_min(e.end - e.begin, WINDOW_MAX);
+        if (e.begin - e.before >= UNWANTED_MIN) add(map, &random, e.begin, e.begin + window);
+        if (map->bytes - e.end >= UNWANTED_MIN) add(map, &random, e.end - window, e.end);
     }
-    if (to == 0) return;
     atomic_store(&map->kept, true);
-    advise(map, from, to, MADV_RANDOM);
+    advise(map, &random, MADV_RANDOM);
 }
 
 void fst_arena_keep_no_more(fst_arena *map) {
-    if (atomic_exchange(&map->kept, false)) advise(map, 0, map->bytes, MADV_NORMAL);
+    area all = {0, map->bytes};
+    if (atomic_exchange(&map->kept, false)) advise(map, &all, MADV_NORMAL);
 }
 
 /* Where a host backs a guest's free memory only when it is touched, whole free blocks are

@@ -86,6 +86,11 @@ void fst_file_release(fst_file *file) {
     free(file);
 }
 
+void fst_file_read_exactly(fst_file *file) {
+    (void)FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_RANDOM);
+    atomic_store(&file->exactly, true);
+}
+
 int fst_file_open_direct(const fst_file *file) {
     char link[64];
     /* Through /proc: the same inode whatever the path names by now. */

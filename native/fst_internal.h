@@ -49,6 +49,7 @@ void fst_pages_unmap(fst_pages *pages); /* and empties it; nothing to do for an 
 
 struct fst_file {
     atomic_uint refs;
+    atomic_bool exactly; /* see fst_file_read_exactly */
     int fd;
     fst_file_info info;
     char path[]; /* for messages only: what was opened is fd */

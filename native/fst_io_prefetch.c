@@ -113,7 +113,8 @@ static uint64_t cold_bytes_of(const fst_io_context *io) {
 
 static int fill(const fst_io_context *io, unsigned char *mapped) {
     huge_range part = huge_part(io);
-    if (!faults_are_huge(io, mapped, part)) {
+    /* Who reads a page in which a huge fault left its mark reads on behind what is wanted. */
+    if (atomic_load(&io->file->exactly) || !faults_are_huge(io, mapped, part)) {
         queue_reads(io, io->begin, io->end);
     } else {
         queue_reads(io, io->begin, part.begin);
@@ -131,6 +132,7 @@ void fst_io_fill_cache(const fst_io_context *io) {
         queue_reads(io, io->begin, io->end);
         return;
     }
+    if (atomic_load(&io->file->exactly)) (void)FST_SYS->madvise(map, bytes, MADV_RANDOM);
     (void)fill(io, map); /* whatever is wrong, the read that follows says it */
     (void)munmap(map, bytes);
 }

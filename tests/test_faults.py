@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import fastst_patch
 from fastst_patch import engine
@@ -206,15 +207,20 @@ OPENING = (
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_cannot_be_opened_is_stocks(model, fast, stock, assert_same, call, watch) -> None:
+def test_what_cannot_be_opened_is_stocks(
+    model, fast, stock, assert_same, call, watch, tmp_path
+) -> None:
     expected = _load(stock, call, model)
+    long = str(tmp_path / "long.safetensors")  # its header takes a second read
+    save_file(load_file(model), long, metadata={"note": "x" * 20_000})
     for fault in OPENING:
+        path = model if fault.first == 1 else long
         fault.set()
         with watch() as seen:
-            result = _load(fast, call, model)
+            result = _load(fast, call, path)
         engine.clear_faults()
         assert_same(result, expected)
-        seen.assert_stock(model)
+        seen.assert_stock(path)
 
 
 @pytest.mark.parametrize("call", CALLS)

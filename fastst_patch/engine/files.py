@@ -40,6 +40,10 @@ class File:
         lib.fst_file_residency(self.handle, offset, nbytes, resident, probe)
         return resident[0], _PROBES[probe[0]]
 
+    def read_exactly(self) -> None:
+        """Keep jobs that read through the page cache from bringing in what lies behind."""
+        lib.fst_file_read_exactly(self.handle)
+
 
 def open_files() -> int:
     """Descriptors held now by handles, slices and running jobs."""

@@ -453,7 +453,9 @@ class ShardedFiles:
         mover: Mover | None = None
         try:
             circle = circle_of(source, group, self._read_once)
-            steps = steps_of(source, circle, request, parts, self._unit_bytes)
+            steps, leaves_out = steps_of(source, circle, request, parts, self._unit_bytes)
+            if leaves_out and source.opened is not None:
+                source.opened.file.read_exactly()
             for key, part in parts.items():
                 wanted = cast(source.describe(key[0])[1], request.dtype)
                 results[key] = self._memory.empty(part.size, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 from .exchange import Circle, Step
@@ -24,8 +25,10 @@ def circle_of(source: Source, group: Group, read_once: str) -> Circle:
 
 def steps_of(
     source: Source, circle: Circle, request: Request, parts: Mapping[Key, Part], size: int
-) -> list[Step]:
+) -> tuple[list[Step], bool]:
     """This rank's steps, in their order; the shared ones are the same on all of the circle.
+
+    Also whether the plan leaves out some of the file: nobody of the circle wants it.
 
     Args:
         source: the file.
@@ -44,8 +47,13 @@ def steps_of(
         single = (row[0], 1) not in parts and parts[row[0], 0].contiguous
         straight = single and cast(kind, request.dtype) == kind
         (own if straight else rest).append(row)
-    return [
+    steps = [
         *(Step("shared", unit) for unit in pack(source.extents, shared, size)),
         *(Step("own", unit) for unit in pack(source.extents, own, size)),
         *(Step("alone", unit) for unit in pack(source.extents, rest, size)),
     ]
+    if request.numbers is not None:
+        return steps, False  # what is not wanted now may be the next to be asked for
+    rows = itertools.chain(shared, *alone)
+    wanted = sum((last - first) * source.extents[i].row_bytes for i, first, last in rows)
+    return steps, wanted < source.layout.data_bytes

@@ -157,21 +157,23 @@ static const struct {
     uint64_t random; /* in MiB */
 } extents[] = {
     {"nothing", {{0}}, 0, 0},
-    {"everything", {{0, 200, 0}}, 1, 0},
-    {"everything, in pieces", {{0, 3, 0}, {3, 0, 0}, {3, 197, 0}}, 3, 0},
-    {"up to the end", {{10, 190, 0}}, 1, 0},
+    {"everything", {{0, 400, 0}}, 1, 0},
+    {"everything, in pieces", {{0, 3, 0}, {3, 0, 0}, {3, 397, 0}}, 3, 0},
+    {"up to the end", {{10, 390, 0}}, 1, 64},
+    {"from the beginning", {{0, 390, 0}}, 1, 64},
     {"a short one", {{1, 2, 0}}, 1, 2},
-    {"a long one", {{10, 100, 0}}, 1, 64},
-    {"one from neighbours", {{10, 50, 0}, {60, 50, 0}}, 2, 64},
+    {"a long one", {{10, 300, 0}}, 1, 128},
+    {"its ends near each other", {{10, 150, 0}}, 1, 150},
+    {"one from neighbours", {{10, 50, 0}, {60, 250, 0}}, 2, 128},
     {"near each other", {{0, 1, 0}, {2, 1, 0}, {4, 1, 0}}, 3, 5},
     {"far apart", {{0, 1, 0}, {100, 1, 0}}, 2, 2},
-    {"the last to the end", {{0, 1, 0}, {100, 100, 0}}, 2, 1},
-    {"beyond the file", {{0, 300, 0}}, 1, 0},
+    {"the last to the end", {{0, 1, 0}, {100, 300, 0}}, 2, 65},
+    {"beyond the file", {{0, 500, 0}}, 1, 0},
 };
 
 static void test_keep_to(void) {
     test_file file = test_create(0, 5);
-    MUST(truncate(file.path, 200 << 20) == 0); /* sparse: only advice is looked at */
+    MUST(truncate(file.path, 400 << 20) == 0); /* sparse: only advice is looked at */
     fst_file *opened = test_open(&file);
     fst_job_options options = options_for(0);
     fst_error err = {0};
