@@ -288,6 +288,7 @@ _lock = threading.RLock()
 fork_safe(_lock)
 _layers: list[tuple[object, dict[str, Any]]] = []
 _current: Config | None = None
+_last_environment: dict[str, Any] = {}
 _handler: logging.Handler | None = None
 
 
@@ -307,9 +308,11 @@ def _apply_log_level(level: str | None) -> None:
         logger.addHandler(_handler)
 
 
-def _resolve() -> Config:
-    global _current  # noqa: PLW0603 - the one value in force
-    merged = _environment()
+def _resolve(environment: Mapping[str, Any] | None = None) -> Config:
+    global _current, _last_environment  # noqa: PLW0603 - the one value in force
+    if environment is None:
+        environment = _last_environment = _environment()
+    merged = dict(environment)
     for _, options in _layers:
         merged.update(options)
     result = _check_together(Config(**merged))
@@ -341,10 +344,18 @@ def push(options: Mapping[str, Any]) -> object:
 
 
 def pop(token: object) -> None:
-    """Take a layer away again, wherever it lies; a token already popped is ignored."""
+    """Take a layer away again, wherever it lies; a token already popped is ignored.
+
+    Never raises, since it is called to put things back, maybe after an exception: where the
+    environment has a bad value by now, what it said before counts until `config` is called.
+    """
     with _lock:
         _layers[:] = [layer for layer in _layers if layer[0] is not token]
-        _resolve()
+        try:
+            _resolve()
+        except OptionError:
+            with contextlib.suppress(OptionError):  # what is left excludes each other
+                _resolve(_last_environment)
 
 
 def current() -> Config:

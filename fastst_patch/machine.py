@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
+from pathlib import PurePosixPath
 
 __all__ = ["NETWORKED", "cpu_limit", "gds_obstacle", "io_threads"]
 
@@ -10,18 +13,43 @@ NETWORKED = frozenset((0x6969, 0x65735546, 0x0BD00BD0, 0xFF534D42, 0xFE534D42))
 """statfs types of NFS, FUSE, Lustre, CIFS and SMB2, where O_DIRECT is for who asks for it."""
 
 
-def _cgroup_cpus() -> float | None:
-    for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
+_MOUNT = "/sys/fs/cgroup"
+
+
+def _quota(folder: str) -> float | None:
+    """CPUs that one cgroup (of either version) may use; None where no limit is to be seen."""
+
+    def fields(name: str) -> list[str]:
+        with open(f"{folder}/{name}", encoding="ascii") as file:
+            return file.read().split()
+
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
-            with open(path, encoding="ascii") as file:
-                fields = file.read().split()
-            if len(fields) == 2:
-                return None if fields[0] == "max" else int(fields[0]) / int(fields[1])
-            with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us", encoding="ascii") as file:
-                return int(fields[0]) / int(file.read()) if int(fields[0]) > 0 else None
-        except (OSError, ValueError, ZeroDivisionError, IndexError):
+            quota, period = itertools.chain.from_iterable(map(fields, files))
+            return int(quota) / int(period) if int(quota) > 0 else None  # "max" is no number
+        except (OSError, ValueError, ZeroDivisionError):
             continue
     return None
+
+
+@functools.lru_cache(maxsize=1)
+def _cgroup_cpus() -> float | None:
+    """The least quota of our cgroup and of those it lies in; looked up once."""
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8") as file:
+            entries = [line.rstrip("\n").split(":", 2) for line in file]
+    except (OSError, ValueError):
+        return None
+    folders = []
+    for _, controllers, group in (entry for entry in entries if len(entry) == 3):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = f"{_MOUNT}/cpu" if controllers else _MOUNT
+        folders += [
+            mount + str(place) for place in (PurePosixPath(group), *PurePosixPath(group).parents)
+        ]
+    quotas = [quota for quota in map(_quota, folders) if quota is not None]
+    return min(quotas, default=None)
 
 
 def cpu_limit() -> float:

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 import fastst_patch
-from fastst_patch import engine, handle, onhost, stock
+from fastst_patch import OptionError, engine, handle, onhost, stock
+from fastst_patch.config import current, pop, push
 
 MIB = 1 << 20
 
@@ -135,6 +136,38 @@ def test_bad_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTST_IO", "warp")
     with pytest.raises(fastst_patch.OptionError, match="FASTST_IO='warp'"):
         fastst_patch.patch()
+
+
+@pytest.mark.parametrize("bad", [{"FASTST_THREADS": "many"}, {"FASTST_IO": "mmap"}])
+def test_putting_back_never_raises(monkeypatch, bad) -> None:
+    """Not even where the environment went bad meanwhile: that is for who asks for it next."""
+    monkeypatch.setenv("FASTST_THREADS", "3")
+    with fastst_patch.patched():
+        fastst_patch.patch(io="direct", threads=5)
+        with pytest.raises(ZeroDivisionError), fastst_patch.config_context(tensors="owned"):
+            for name, value in bad.items():
+                monkeypatch.setenv(name, value)
+            raise ZeroDivisionError
+        fastst_patch.unpatch()
+        in_force = current()
+        assert (in_force.io, in_force.tensors) != ("direct", "owned")
+        assert in_force.threads == 3
+    assert not fastst_patch.is_patched()
+    if "FASTST_THREADS" in bad:
+        with pytest.raises(OptionError, match="FASTST_THREADS"):
+            fastst_patch.config()
+
+
+def test_options_left_that_exclude_each_other(monkeypatch) -> None:
+    """Of two that overlap the outer one ends first; the inner one does not suit what is left."""
+    outer = push({"io": "direct"})
+    monkeypatch.setenv("FASTST_IO", "mmap")
+    inner = push({"tensors": "owned"})
+    pop(outer)
+    with pytest.raises(OptionError, match="exclude each other"):
+        fastst_patch.config()
+    pop(inner)
+    assert fastst_patch.config().io == "mmap"
 
 
 def test_options_of_patch_last_until_unpatch() -> None:
