@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from bench_samples import sample
 
 from fastst_patch import cli, engine
 from fastst_patch.bench import (
@@ -19,15 +19,12 @@ from fastst_patch.bench import (
     files,
     job,
     machine,
-    plot,
     residency,
-    results,
     runner,
     settle,
-    stats,
     table,
 )
-from fastst_patch.bench.errors import BenchError, UsageError
+from fastst_patch.bench.errors import BenchError
 
 native = pytest.mark.skipif(engine.native_error() is not None, reason="no native extension")
 
@@ -40,24 +37,6 @@ def on_disk(tmp_path):
 
 def run_cli(*arguments):
     return cli.main([str(argument) for argument in arguments])
-
-
-def sample(loader="stock", digests=("same",), **changes):
-    made = job.Sample(
-        load_s=0.5,
-        touch_s=0.5,
-        digests=digests,
-        tensors=147,
-        bytes=10**9,
-        path="stock" if loader == "stock" else "mmap+readahead",
-        fallbacks=(),
-        resident_before=None,
-        memory={"peak_rss": 1},
-        memory_before={"peak_rss": 1},
-        versions={"torch": "2", "safetensors": "0.8"},
-        device_name="cpu",
-    )
-    return dataclasses.replace(made, **changes)
 
 
 @pytest.fixture
@@ -294,86 +273,6 @@ def test_touch_depends_on_every_byte_its_place_and_the_length():
     assert len({touch(bytes(length)) for length in range(200)}) == 200
 
 
-# ---- presentation -------------------------------------------------------
-
-
-def outcome(rounds=3):
-    described = files.CheckpointFile("/home/someone/model.safetensors", 10**9, 10**9, ())
-    runs = {
-        (cache, loader): [
-            runner.Run(sample(loader), residency.CacheState(cache, fraction, "cachestat"))
-        ]
-        * rounds
-        for cache, fraction in (("cold", 0.0), ("warm", 1.0))
-        for loader in runner.LOADERS
-    }
-    made = runner.Outcome(runner.Plan([described]), runs, [], rounds)
-    for group in ceilings.plan(("cold", "warm"), "cpu", False).values():
-        for ceiling in group:
-            ceiling.seconds, ceiling.bytes, ceiling.chosen = [0.5] * rounds, 10**9, "8 x 4 MiB"
-            made.ceilings.append(ceiling)
-    return made
-
-
-def environment():
-    return machine.environment(Path(__file__))
-
-
-def test_summary_and_paired_ratio():
-    assert stats.summarize([2.0]) == stats.Summary(2.0, None)
-    assert stats.summarize([1.0, 2.0, 3.0, 4.0, 5.0]) == stats.Summary(3.0, 1.0)
-    # A machine that slows down fourfold half-way changes no ratio.
-    assert stats.paired_ratio([1.0, 4.0], [2.0, 8.0]) == stats.Summary(0.5, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("cache", "path", "name"),
-    [
-        ("cold", "mmap+readahead", ceilings.COLD_BUFFERED),
-        ("cold", "stock", ceilings.COLD_BUFFERED),
-        ("cold", "direct", ceilings.DIRECT),
-        ("warm", "mmap", ceilings.PAGE_CACHE),
-        ("warm", "ring+direct", ceilings.DIRECT),
-        ("cold", "gds (compatibility mode)", ceilings.DIRECT),
-    ],
-)
-def test_binding_ceiling_follows_the_path(cache, path, name):
-    speeds = {ceilings.DIRECT: 3.0, ceilings.COLD_BUFFERED: 2.0, ceilings.PAGE_CACHE: 20.0}
-    assert results.binding_ceiling(cache, path, "cpu", speeds) == name
-    assert results.binding_ceiling(cache, path, "cpu", {}) is None
-    with_bus = {**speeds, ceilings.HOST_TO_DEVICE: 1.0}
-    assert results.binding_ceiling(cache, path, "cuda", with_bus) == ceilings.HOST_TO_DEVICE
-
-
-def test_table_fits_a_terminal_and_tells_the_conditions():
-    text = table.render(outcome(), environment())
-    assert max(map(len, text.splitlines())) <= 125
-    assert "50% cold buffered" in text
-    assert "read-ahead" in text
-    assert stats.SPREAD in text
-
-
-def test_memory_of_a_device_is_told():
-    made = outcome()
-    memory = {"peak_rss": 9 * 10**8, "pinned": 64 * 10**6, "device_used": 3 * 10**9}
-    for runs in made.runs.values():
-        for run in runs:
-            changed = dataclasses.replace(
-                run.sample,
-                memory=memory,
-                memory_before={"device_used": 10**9},
-                parts={"pinning": 1},
-            )
-            object.__setattr__(run, "sample", changed)
-    made.plan = dataclasses.replace(made.plan, device="cuda")
-    text = table.render(made, environment())
-    assert "2000               0         64               900" in text
-    assert max(map(len, text.splitlines())) <= 125
-    row = results.to_json(made, environment())["results"][0]
-    assert row["memory"]["device_used"] == 2 * 10**9
-    assert row["parts"] == {"pinning": 1}
-
-
 def test_without_ceilings(fake_runs, monkeypatch):
     monkeypatch.setattr(
         residency, "prepare", lambda cache, _: residency.CacheState(cache, None, "")
@@ -381,34 +280,7 @@ def test_without_ceilings(fake_runs, monkeypatch):
     described = files.CheckpointFile(__file__, 10**9, 10**9, ())
     made = runner.race(runner.Plan([described], rounds=1, ceilings=False))
     assert made.ceilings == []
-    assert "ceilings" not in table.render(made, environment())
-
-
-def test_json_schema():
-    report = json.loads(json.dumps(results.to_json(outcome(), environment())))
-    assert {"cpu", "kernel", "fs", "read_ahead_kb", "python", "torch", "safetensors",
-            "fastst_patch", "cpus", "memory"} <= set(report["environment"])  # fmt: skip
-    assert report["ceilings"][ceilings.DIRECT]["gb_per_s"] == 2.0
-    assert report["ceilings"][ceilings.DIRECT]["seconds"] == [0.5] * 3
-    assert [(row["cache"], row["loader"]) for row in report["results"]] == [
-        ("cold", "stock"), ("cold", "patched"), ("warm", "stock"), ("warm", "patched"),
-    ]  # fmt: skip
-    row = report["results"][1]
-    assert (row["device"], row["files"], row["tensors"], row["bytes"]) == ("cpu", 1, 147, 10**9)
-    assert row["seconds"] == [1.0] * 3
-    assert (row["median_s"], row["load_s"], row["gb_per_s"]) == (1.0, 0.5, 1.0)
-    assert (row["ceiling"], row["ceiling_fraction"]) == (ceilings.COLD_BUFFERED, 0.5)
-    assert (row["path"], row["verified"]) == ("mmap+readahead", True)
-    assert "/home" not in json.dumps(report)
-
-
-def test_plot_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    target = tmp_path / "chart.png"
-    plot.draw(outcome(), environment(), str(target))
-    assert target.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UsageError, match="cannot write"):
-        plot.draw(outcome(), environment(), str(tmp_path / "chart.nonsense"))
+    assert "ceilings" not in table.render(made, machine.environment(Path(__file__)))
 
 
 # ---- command line -------------------------------------------------------

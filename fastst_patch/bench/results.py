@@ -39,6 +39,19 @@ class Row:
         """Bytes over the median of load plus touch."""
         return self.bytes / self.total_s.median / 1e9
 
+    @property
+    def load_fraction(self) -> float | None:
+        """Of the ceiling, without the touch, where all bytes have been moved by then.
+
+        Who copies to memory of its own moves them and is done, and the touch comes on top, however
+        fast that was; a map's bytes are only moved as they are touched. None of the latter, and to
+        devices, where nothing is touched.
+        """
+        mapped = self.path == "stock" or "mmap" in self.path
+        if self.ceiling_fraction is None or mapped or self.device != "cpu":
+            return None
+        return self.ceiling_fraction * self.total_s.median / self.load_s.median
+
 
 def rows(outcome: Outcome) -> list[Row]:
     """Return the rows in the order of the table."""
@@ -170,6 +183,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "ratio_to_stock_spread": row.ratio_to_stock.spread,
         "ceiling": row.ceiling,
         "ceiling_fraction": row.ceiling_fraction,
+        "load_ceiling_fraction": row.load_fraction,
         "path": row.path,
         "fallbacks": list(row.fallbacks),
         "verified": row.verified,

@@ -118,6 +118,12 @@ def _notes(outcome: Outcome, rows: Sequence[Row]) -> list[str]:
     ]
     if any(row.ceiling == ceilings.PAGE_CACHE and row.device == "cpu" for row in rows):
         notes.append("A map copies nothing, so it can pass the page-cache read, which copies.")
+    notes += [
+        f"{row.loader}, {row.cache}: the load alone, all bytes moved and none touched, came at "
+        f"{row.load_fraction:.0%} of the {row.ceiling}."
+        for row in rows
+        if row.load_fraction is not None
+    ]
     if outcome.rounds < plan.rounds:
         notes.append(
             f"Stopped at the time cap of {plan.max_seconds:g} s (--max-seconds): "
