@@ -46,6 +46,9 @@ waking a worker and finding out how much memory is free take some 300 us a file.
 RESERVE = 512 * MIB
 """Read-ahead stops when less memory than this (or a tenth of what was free) is left."""
 
+CHUNK_MIN = 64 << 10
+"""The least that ``chunk_bytes`` may be."""
+
 LOOK_EVERY = 64 * MIB
 """Bytes taken for reads from one look at the memory that is left to the next (some 0.1 ms)."""
 
@@ -367,8 +370,8 @@ class HostFile(OpenedFile):
         if taken < LOOK_EVERY:
             return
         headroom = engine.memory_headroom()
-        slots = io_threads(self.config.threads) * self.config.chunk_bytes
-        if headroom is not None and nbytes + slots > headroom:
+        threads, chunk_bytes = self._workers()
+        if headroom is not None and nbytes + threads * chunk_bytes > headroom:
             raise Doubt(f"{nbytes} bytes do not fit the memory that is left ({headroom})")
         HostFile._taken = 0
 
@@ -425,14 +428,26 @@ class HostFile(OpenedFile):
             job.wait()
         self.note(job)
 
+    def _workers(self) -> tuple[int, int]:
+        """Most workers on a read, and the bytes that each handles at a time.
+
+        With O_DIRECT a worker that moves what it has read, or waits for cleared pages, keeps no
+        request at the disk; so there are more of them, each with less.
+        """
+        threads, chunk_bytes = io_threads(self.config.threads), self.config.chunk_bytes
+        if not self._direct or self.config.threads:
+            return threads, chunk_bytes
+        return 2 * threads, max(chunk_bytes // 2, CHUNK_MIN)
+
     def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
         """Start reading extents into memory of the host's."""
+        threads, chunk_bytes = self._workers()
         return engine.read(
             self.file,
             arena,
             segments,
-            threads=io_threads(self.config.threads),
-            chunk_bytes=self.config.chunk_bytes,
+            threads=threads,
+            chunk_bytes=chunk_bytes,
             mode="direct" if self._direct else "buffered",
             drop_cache=self.config.page_cache == "drop",
         )

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastst_patch
-from fastst_patch import OptionError, engine, handle, onhost, stock
+from fastst_patch import OptionError, engine, handle, machine, onhost, stock
 from fastst_patch.config import current, pop, push
 
 MIB = 1 << 20
@@ -235,6 +235,17 @@ def test_threads_bound_the_workers(checkpoint: Path) -> None:
     assert engine.counters()["threads"] == 2
     engine.shutdown()
     assert engine.counters()["threads"] == 0
+
+
+def test_o_direct_has_twice_the_workers_unless_told(checkpoint: Path, need_o_direct) -> None:
+    """With half a chunk each: 16 MB in chunks of 1 MiB, or as many as are asked for."""
+    need_o_direct(checkpoint)
+    by_itself = machine.io_threads(0)
+    for options, workers in (({}, 2 * by_itself), ({"threads": by_itself}, by_itself)):
+        engine.shutdown()
+        _load(checkpoint, io="direct", chunk_bytes="1MiB", **options)
+        assert engine.counters()["threads"] == workers
+    engine.shutdown()
 
 
 def test_chunk_bytes_bound_one_read(checkpoint: Path) -> None:

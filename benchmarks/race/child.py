@@ -50,6 +50,9 @@ def main() -> int:
     if kind == "load":
         message |= {key: tuple(message[key]) for key in ("files", "read")}
         load(Job(**message), say)
+        # What a library does at exit is not timed, and taking torch down took 0.2 s of a core.
+        answers.close()
+        os._exit(0)
     elif kind == "make":
         say(make(**message))
     else:
