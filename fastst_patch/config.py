@@ -32,12 +32,14 @@ __all__ = [
     "pop",
     "push",
     "undecided_environment",
+    "unknown_variables",
     "with_options",
 ]
 
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
+_NO_LIMIT = 1 << 62
 
 _SIZE_SUFFIXES = {
     "": 1, "b": 1, "k": KIB, "kb": 1000, "kib": KIB, "m": MIB, "mb": 1000**2, "mib": MIB,
@@ -129,15 +131,21 @@ def _size(name: str, value: object, low: int, high: int) -> int:
         if digits.isdecimal() and factor is not None:
             number = int(digits) * factor
     if number is None or not low <= number <= high:
-        raise OptionError(
-            f"option {name}={value!r}: allowed are whole numbers from {low} to {high}"
-            " (sizes may end in KiB, MiB or GiB)"
-        )
+        # Counts are small; of sizes nobody wants to read the bytes.
+        bounds = f"whole numbers from {low} to {high}"
+        if high >= KIB:
+            bounds = f"sizes in bytes, or such as 4MiB (KiB, MiB, GiB), from {_said(low)}"
+            bounds += f" to {_said(high)}" if high < _NO_LIMIT else " on"
+        raise OptionError(f"option {name}={value!r}: allowed are {bounds}")
     return number
 
 
+def _said(nbytes: int) -> str:
+    return f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB" if nbytes else "0"
+
+
 def _bytes_or_default(name: str, value: object) -> int | None:
-    return None if value is None or value == "" else _size(name, value, 0, 1 << 62)
+    return None if value is None or value == "" else _size(name, value, 0, _NO_LIMIT)
 
 
 def _log_level(name: str, value: object) -> str | None:
@@ -149,7 +157,7 @@ def _log_level(name: str, value: object) -> str | None:
 def _text(name: str, value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value or None
-    raise OptionError(f"option {name}={value!r}: allowed are texts")
+    raise OptionError(f"option {name}={value!r}: allowed is any text")
 
 
 _VALIDATORS = {
@@ -164,7 +172,7 @@ _VALIDATORS = {
     "verify": _boolean,
     "progress": _boolean,
     "log_level": _log_level,
-    "small_file_bytes": lambda name, value: _size(name, value, 0, 1 << 62),
+    "small_file_bytes": lambda name, value: _size(name, value, 0, _NO_LIMIT),
     "node_id": _text,
 }
 
@@ -221,6 +229,14 @@ def environment_targets() -> tuple[str, ...] | None:
     """``FASTST_TARGETS``: comma-separated names for ``patch()`` called without any."""
     names = os.environ.get("FASTST_TARGETS", "").split(",")
     return tuple(name.strip() for name in names if name.strip()) or None
+
+
+def unknown_variables() -> list[str]:
+    """Names in the environment that look like options of ours and are none: misspelt, perhaps."""
+    known = {f"FASTST_{name.upper()}" for name in _VALIDATORS}
+    known |= {"FASTST_ENABLED", "FASTST_TARGETS", "FASTST_PROFILE_FILE", "FASTST_PROFILE_PID"}
+    known |= {"FASTST_WERROR"}  # of the build
+    return sorted(name for name in os.environ if name.startswith("FASTST_") and name not in known)
 
 
 def environment_profile() -> tuple[str, int] | None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from . import engine, tensors
 from .config import Config
 from .device import Target
 from .device import target as find_target
-from .errors import Doubt, FallbackWarning, FaststError
+from .errors import Doubt, FallbackWarning, FaststError, warn_caller
 from .layout import FileLayout
 from .ondevice import DeviceFile
 from .onhost import HostFile
@@ -145,7 +144,7 @@ def fell_back(config: Config, call: str, path: str, reason: Doubt) -> None:
     text = f"{call} of {path} was left to stock safetensors: {reason.reason}"
     if config.fallback == "error":
         raise FaststError(text)
-    warnings.warn(text, FallbackWarning, stacklevel=4)
+    warn_caller(text, FallbackWarning)
 
 
 def report_stock(call: str, file: object, device: object, reason: Doubt, **counts: Any) -> None:

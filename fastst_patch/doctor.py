@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from . import engine, patcher, stock
-from .config import config
+from .config import config, unknown_variables
 from .errors import Doubt, OptionError
 from .integrations import INTEGRATIONS, Hook
 from .machine import NETWORKED, cpu_limit, io_threads
@@ -119,20 +119,49 @@ def _machine() -> dict[str, Any]:
 
 
 def _file_system(path: str) -> dict[str, Any]:
-    """What can be done with files beside ``path``; looks at it without reading its data."""
-    folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+    """What can be done with a file, or with those in a folder; reads headers, and no data."""
     result: dict[str, Any] = {"path": path}
+    if not os.path.exists(path):
+        result["error"] = "there is no such file or folder"
+        return result
+    files = [path] if os.path.isfile(path) else _model_files(path)
     try:
-        if os.path.isfile(path):
-            result.update(_probe_file(path))
+        if files:
+            result.update(_probe_file(files[0]))
+            result.update(_contents(files))
             return result
-        with tempfile.NamedTemporaryFile(dir=folder) as scratch:
+        with tempfile.NamedTemporaryFile(dir=path) as scratch:
             scratch.write(b"\0" * 8192)
             scratch.flush()
             result.update(_probe_file(scratch.name))
     except (OSError, Doubt) as error:
-        result["error"] = f"{error} (give a model file of that folder, or a folder you may write)"
+        result["error"] = f"{getattr(error, 'strerror', None) or error}; name a model file of it"
     return result
+
+
+def _model_files(folder: str) -> list[str]:
+    return sorted(str(path) for path in Path(folder).glob("*.safetensors") if path.is_file())
+
+
+def _contents(files: Sequence[str]) -> dict[str, Any]:
+    """What is in safetensors files, how much of them is cached, and which stock has to read."""
+    tensors = nbytes = cached = 0
+    left: dict[str, str] = {}
+    for path in files:
+        try:
+            file = engine.open_file(path)
+            nbytes += file.size
+            cached += file.residency(0, file.size)[0]
+            tensors += len(engine.read_layout(file).names)
+        except (OSError, Doubt) as error:
+            left[os.path.basename(path)] = str(error)
+    return {
+        "files": len(files),
+        "tensors": tensors,
+        "bytes": nbytes,
+        "cached_bytes": cached,
+        "left_to_stock": left,
+    }
 
 
 def _probe_file(path: str) -> dict[str, Any]:
@@ -182,6 +211,14 @@ def _patching() -> dict[str, Any]:
             importlib.import_module(module)
     with patcher.patched() as report:
         targets = [dataclasses.asdict(status) for status in report.targets.values()]
+    absent = {
+        integration.name: integration.tested[0]
+        for integration in INTEGRATIONS
+        if importlib.util.find_spec(integration.hooks[0].package) is None
+    }
+    for target in targets:
+        if target["name"] in absent:
+            target["reason"] = f"{absent[target['name']]} is not installed"
     small = config().small_file_bytes
     return {
         "possible": report.reason is None,
@@ -217,6 +254,7 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
         "safetensors_module": str(stock.safe_open.__module__),
         "native": native,
         "options": options,
+        "unknown_variables": unknown_variables(),
         "machine": _machine(),
         **_accelerators(),
     }
@@ -255,12 +293,22 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if found["gpu_reason"]:
         lines.append(f"GPU: none ({found['gpu_reason']})")
     for name, reason in found["libraries"].items():
-        lines.append(f"{_LIBRARIES[name]} ({name}): " + ("found" if reason is None else reason))
+        lines.append(f"{_LIBRARIES[name]} ({name}): {_library(reason)}")
     if "error" in found["options"]:
         lines.append(f"options: {found['options']['error']}")
     else:
         lines.append("options: " + ", ".join(f"{k}={v}" for k, v in found["options"].items()))
+    if found["unknown_variables"]:
+        names = ", ".join(found["unknown_variables"])
+        lines.append(f"options: no such option, and no effect: {names}")
     return lines
+
+
+def _library(reason: str | None) -> str:
+    if reason is None:
+        return "found"
+    absent = "No such file or directory" in reason
+    return "not found (needed only for such a device)" if absent else f"cannot be used: {reason}"
 
 
 def _path_lines(found: dict[str, Any]) -> list[str]:
@@ -270,14 +318,30 @@ def _path_lines(found: dict[str, Any]) -> list[str]:
             lines.append(f"{entry['path']}: {entry['error']}")
             continue
         lines.append(
-            f"{entry['path']}: {entry['file_system']}, O_DIRECT {entry['o_direct']}, page cache"
-            f" seen through {entry['residency_probe']}"
+            f"{entry['path']}: {_held(entry)}{entry['file_system']}, O_DIRECT {entry['o_direct']},"
+            f" page cache seen through {entry['residency_probe']}"
         )
+        for name, reason in entry.get("left_to_stock", {}).items():
+            lines.append(
+                f"  {name}: not accelerated, stock reads it or says what is wrong: {reason}"
+            )
     return lines
+
+
+def _held(entry: dict[str, Any]) -> str:
+    if "files" not in entry:
+        return ""
+    cached = entry["cached_bytes"] / max(entry["bytes"], 1)
+    files = f"{entry['files']} files, " if entry["files"] > 1 else ""
+    return (
+        f"{files}{entry['tensors']} tensors, {entry['bytes'] / 1e9:.3f} GB, {cached:.0%} cached; "
+    )
 
 
 def _patch_lines(found: dict[str, Any]) -> list[str]:
     patching = found.get("patch")
+    if "error" in found["options"]:
+        return ["patch() would raise OptionError: see options"]
     if patching is None:
         return ["patch() would do nothing"]
     if not patching["possible"]:
@@ -294,10 +358,15 @@ def _patch_lines(found: dict[str, Any]) -> list[str]:
 
 
 def main(paths: Sequence[str] = (), as_json: bool = False) -> int:
-    """Print what `examine` found; 0 when the fast path can be taken here, else 1."""
+    """Print what `examine` found; 0 when the fast path can be taken here, else 1.
+
+    Also 1 where a path that was named does not exist.
+    """
     found = examine(paths)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         print("\n".join(_lines(found) + _path_lines(found) + _patch_lines(found)))
-    return 0 if found["native"]["reason"] is None and "error" not in found["options"] else 1
+    absent = any(not os.path.exists(path) for path in paths)
+    usable = found["native"]["reason"] is None and "error" not in found["options"]
+    return 0 if usable and not absent else 1

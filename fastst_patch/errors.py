@@ -6,12 +6,17 @@ Bad *files* raise what stock safetensors raises; the classes here are for bad op
 
 from __future__ import annotations
 
+import sys
+import types
+import warnings
+
 __all__ = [
     "FallbackWarning",
     "FaststError",
     "OptionError",
     "RankError",
     "UntestedVersionWarning",
+    "warn_caller",
 ]
 
 
@@ -47,6 +52,19 @@ class FallbackWarning(UserWarning):
 
 class UntestedVersionWarning(UserWarning):
     """An installed dependency is outside the range that the tests cover."""
+
+
+_BETWEEN = ("fastst_patch", "wrapt", "importlib", "contextlib")
+
+
+def warn_caller(text: str, category: type[Warning]) -> None:
+    """Warn at the line of the program that led here, whatever of ours lies between."""
+    frame: types.FrameType | None = sys._getframe()
+    level = 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame = frame.f_back
+        level += 1
+    warnings.warn(text, category, stacklevel=level + 1)
 
 
 class Doubt(Exception):  # noqa: N818 - internal control flow, not an error

@@ -17,7 +17,6 @@ import logging
 import sys
 import threading
 import types
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -25,7 +24,7 @@ import wrapt
 
 from . import engine, handle
 from .config import environment_enabled, environment_targets, pop, push
-from .errors import FallbackWarning, OptionError
+from .errors import FallbackWarning, OptionError, warn_caller
 from .integrations import INTEGRATIONS, Hook
 from .locks import fork_safe
 from .targets import TESTED, Place, Target, sweep, warn_of_untested
@@ -237,7 +236,7 @@ def _impossible() -> str | None:
 @functools.cache
 def _say_impossible(reason: str) -> None:
     if engine.native_error() is not None:  # FASTST_ENABLED=0 is the user's own word
-        warnings.warn(f"fastst_patch patches nothing: {reason}", FallbackWarning, stacklevel=4)
+        warn_caller(f"fastst_patch patches nothing: {reason}", FallbackWarning)
 
 
 def _warn_of_untested_versions() -> None:

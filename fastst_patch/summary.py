@@ -7,7 +7,12 @@ from collections.abc import Iterable, Sequence
 
 from .report import LoadReport
 
-__all__ = ["grid", "render"]
+__all__ = ["NOTHING", "grid", "render"]
+
+NOTHING = (
+    "fastst_patch: no safetensors loads were seen; seen are those that went through a function"
+    " while it was patched: see `fastst-patch doctor`"
+)
 
 _HEADINGS = ("pid", "file", "call", "device", "path", "loads", "tensors", "GB", "s", "GB/s")
 _LEFT = frozenset(("file", "call", "device", "path"))
@@ -75,7 +80,7 @@ def render(loads: Iterable[tuple[int, LoadReport]]) -> str:
             reason = (report.call, report.path, report.fallback_reason)
             reasons.setdefault(reason, _Sum()).add(report)
     if not rows:
-        return "fastst_patch: no safetensors loads"
+        return NOTHING
     several = len({key[0] for key in rows}) > 1
     cells: list[tuple[str, ...]] = [_HEADINGS]
     shown = _largest(rows)

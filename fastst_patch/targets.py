@@ -17,14 +17,13 @@ import pkgutil
 import re
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import wrapt
 
 from . import stock
-from .errors import UntestedVersionWarning
+from .errors import UntestedVersionWarning, warn_caller
 from .integrations import Hook
 
 __all__ = ["Place", "Target", "sweep", "untested_version", "warn_of_untested"]
@@ -54,11 +53,12 @@ def warn_of_untested(package: str, oldest: str, newest: str) -> None:
     """Warn, once in a process, when the installed version is outside a tested range."""
     installed = untested_version(package, oldest, newest)
     if installed is not None:
-        warnings.warn(
-            f"fastst_patch is tested with {package} {oldest} to {newest}; {installed} is"
-            " installed. It will be used; verify=True compares every load with stock.",
+        warn_caller(
+            f"fastst_patch was tested with {package} {oldest} to {newest}, and {installed} is"
+            " installed. Loads are accelerated all the same. FASTST_VERIFY=1 compares each with"
+            " stock; warnings.filterwarnings('ignore', category=UntestedVersionWarning) silences"
+            " this.",
             UntestedVersionWarning,
-            stacklevel=5,
         )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import safetensors
+import torch
+from safetensors.torch import save_file
 
 import fastst_patch
 from fastst_patch import cli, doctor, engine
@@ -22,7 +25,7 @@ def test_text_and_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
 
 def test_json_is_complete(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     original = safetensors.safe_open
-    assert cli.main(["doctor", "--json", str(tmp_path), str(tmp_path / "absent" / "x")]) == 0
+    assert cli.main(["doctor", "--json", str(tmp_path), str(tmp_path / "absent" / "x")]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["native"]["loaded"] == engine.native_file()
     assert found["versions"]["safetensors"] == safetensors.__version__
@@ -30,6 +33,37 @@ def test_json_is_complete(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert "error" in found["paths"][1]
     assert {t["name"] for t in found["patch"]["targets"]} == set(fastst_patch.patch_map())
     assert safetensors.safe_open is original
+
+
+def test_what_is_in_files_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name, rows in (("a", 3), ("b", 5)):
+        save_file({name: torch.zeros(rows, 1000)}, tmp_path / f"{name}.safetensors")
+    assert cli.main(["doctor", str(tmp_path), str(tmp_path / "a.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert f"{tmp_path}: 2 files, 2 tensors, 0.000 GB" in text
+    assert f"{tmp_path}/a.safetensors: 1 tensors, " in text
+    (tmp_path / "b.safetensors").write_bytes(b"nonsense")
+    assert cli.main(["doctor", str(tmp_path)]) == 0
+    assert "b.safetensors: not accelerated" in capsys.readouterr().out
+
+
+def test_what_is_not_there_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FASTST_TREADS", "3")
+    assert cli.main(["doctor", str(tmp_path / "nope")]) == 1
+    text = capsys.readouterr().out
+    assert f"{tmp_path}/nope: there is no such file or folder" in text
+    assert "no such option, and no effect: FASTST_TREADS" in text
+
+
+def test_absent_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name)
+    )
+    reasons = {one["name"]: one["reason"] for one in doctor.examine()["patch"]["targets"]}
+    assert reasons["diffusers.from_pretrained"] == "diffusers is not installed"
 
 
 def test_without_the_native_extension(
@@ -51,4 +85,6 @@ def test_bad_environment_is_shown(
 ) -> None:
     monkeypatch.setenv("FASTST_IO", "warp")
     assert doctor.main() == 1
-    assert "FASTST_IO='warp'" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "FASTST_IO='warp'" in text
+    assert "patch() would raise OptionError" in text

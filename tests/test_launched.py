@@ -16,6 +16,7 @@ import torch
 from launching import LAUNCH, SITE, Runner
 
 from fastst_patch import engine
+from fastst_patch.summary import NOTHING
 
 needs_engine = pytest.mark.skipif(
     engine.native_error() is not None, reason=str(engine.native_error())
@@ -337,7 +338,7 @@ def test_nothing_loaded_is_one_line(run: Runner) -> None:
     for target in (["-c", "print('hello')"], ["--", "echo", "hello"]):
         done = run([*LAUNCH, "--profile", *target])
         assert done.stdout == "hello\n"
-        assert done.stderr == "fastst_patch: no safetensors loads\n"
+        assert done.stderr == f"{NOTHING}\n"
     done = run(
         [*LAUNCH, "--profile", "-c", "import sys; sys.stderr.close(); sys.__stderr__ = None"]
     )
@@ -351,4 +352,4 @@ def test_forked_child_prints_no_table(run: Runner) -> None:
     code = "import os; pid = os.fork(); pid and os.waitpid(pid, 0); print(bool(pid), flush=True)"
     done = run([*LAUNCH, "--profile", "-c", code])
     assert done.stdout == "False\nTrue\n"
-    assert done.stderr == "fastst_patch: no safetensors loads\n"
+    assert done.stderr == f"{NOTHING}\n"

@@ -20,6 +20,7 @@ from launching import LAUNCH, LOOK, SITE, Runner
 
 from fastst_patch import OptionError, cli, launcher
 from fastst_patch.config import child_environment
+from fastst_patch.summary import NOTHING
 
 
 @pytest.fixture
@@ -362,7 +363,7 @@ def test_odd_programs(run: Runner, arguments: list[str], stdin: str) -> None:
     assert plain.stdout
     profiled = run([*LAUNCH, "--profile", *arguments], stdin)
     assert (profiled.stdout, profiled.returncode) == (plain.stdout, plain.returncode)
-    assert profiled.stderr == f"{plain.stderr}fastst_patch: no safetensors loads\n"
+    assert profiled.stderr == f"{plain.stderr}{NOTHING}\n"
     assert run.left() == []
 
 
@@ -374,5 +375,5 @@ def test_launched_by_the_launcher(run: Runner) -> None:
         for inner in (["program.py"], ["--", sys.executable, "program.py"]):
             done = run([*LAUNCH, *outer, "fastst_patch", "run", "--profile", *inner, "-v"])
             assert (done.stdout, done.returncode) == ("['program.py', '-v']\n", 0)
-            assert done.stderr == "fastst_patch: no safetensors loads\n"
+            assert done.stderr == f"{NOTHING}\n"
             assert run.left() == []

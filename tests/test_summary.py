@@ -22,7 +22,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_nothing() -> None:
-    assert summary.render([]) == "fastst_patch: no safetensors loads"
+    assert summary.render([]) == summary.NOTHING
 
 
 def test_equal_loads_share_a_row() -> None:

@@ -15,6 +15,7 @@ FST_E_INVALID, other   FaststError (a bug of ours)
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from ..errors import Doubt, FaststError
@@ -28,6 +29,12 @@ try:
 except ImportError as error:  # no compiler at install time, or another platform
     ffi = lib = None
     _native_error = f"the native extension cannot be loaded: {error}"
+    _root = Path(__file__).parents[2]
+    if (_root / "build_native.py").exists():
+        _native_error += (
+            f"; {_root} is the source folder, in which nothing is built: run Python in another"
+            " one, to use what `pip install .` has installed, or `pip install -e .`"
+        )
 
 
 def native_error() -> str | None:

@@ -445,7 +445,7 @@ _MERGING = {"MergeModulelist", "Concatenate"}  # torch.stack and torch.cat
 INTEGRATION = Integration(
     "transformers.from_pretrained",
     "weights go from storage to their device, in the order the model takes them",
-    ("transformers", "5.0.0", "5.23.0"),
+    ("transformers", "5.0.0", "5.24.0"),
     (
         Hook("transformers", _MODULE, "convert_and_load_state_dict_in_model", _convert_and_load,
              ("model", "state_dict", "load_config")),
