@@ -32,6 +32,9 @@ TP_PLAN = {
 
 def main() -> int:
     """Load, and say what came."""
+    if len(sys.argv) != 2 or "RANK" not in os.environ:
+        print(__doc__, file=sys.stderr)
+        return 2
     gpus = torch.cuda.is_available()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -47,6 +47,8 @@ def streamed(files: list[str], device: str) -> int:
 
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
     device, *files = sys.argv[1:]
     with FastSafetensorsFile(files[0]) as file:  # headers only, until a tensor is asked for
         for info in list(file.get_tensors().values())[:3]:

@@ -32,6 +32,8 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--read-once", choices=("node", "job"), default="node")
     args = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error(f"start it with torchrun:\n{__doc__}")
     gpus = torch.cuda.is_available()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -25,10 +25,10 @@ def main(argv: Sequence[str] | None = None, *, run_is_meant: bool = False) -> in
     target: list[str] = []
     if given[:1] == ["run"]:
         given, target = _split(given)
-    parser = _parser()
+    parser, commands = _parser(run_is_meant)
     args = parser.parse_args(given)
     if args.command == "run":
-        return _run(parser, args, target)
+        return _run(commands["run"], args, target)
     if args.command == "doctor":
         from . import doctor
 
@@ -57,25 +57,32 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, target: list
     from .errors import OptionError
 
     if target in ([], ["--"]):
-        parser.error("run: give a script, -m MODULE, -c CODE or -- COMMAND")
+        parser.error("give a script, -m MODULE, -c CODE or -- COMMAND")
     try:
         return launcher.launch(
             target, dict(args.options), verbose=args.verbose, profile=args.profile
         )
     except OptionError as error:
-        parser.error(f"run: {error}")
+        parser.error(str(error))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(
+    run_is_meant: bool,
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of everything, and those of the commands."""
     parser = argparse.ArgumentParser(
-        prog="fastst-patch", description="Loads safetensors files at the speed of the hardware."
+        prog="python -m fastst_patch" if run_is_meant else "fastst-patch",
+        description="Loads safetensors files at the speed of the hardware.",
+        epilog="Without a command: `run`, so that `python -m fastst_patch SCRIPT` runs a script."
+        if run_is_meant
+        else None,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_bench(commands)
     _add_doctor(commands)
     _add_run(commands)
-    return parser
+    return parser, dict(commands.choices)
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -83,30 +90,49 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "bench",
         help="time stock against patched safetensors on this machine",
         description="Times stock against patched safetensors: fresh processes, alternating, "
-        "with the page cache proven cold or warm, beside what the hardware can give at most.",
+        "with the page cache proven cold or warm, beside what the hardware can give at most. "
+        "Takes minutes; compares every byte, and exits with 1 if one differs.",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH",
                         help="safetensors files or model folders; without any, a synthetic "
                         "checkpoint is written and removed")  # fmt: skip
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda[:N]")
-    parser.add_argument("--cache", choices=("cold", "warm", "both"), default="both")
-    parser.add_argument("--repeat", type=_positive_int, default=5, metavar="N", help="rounds")
+    parser.add_argument(
+        "--device", type=_device, default="cpu", help="cpu or cuda[:N] (%(default)s)"
+    )
+    parser.add_argument("--cache", choices=("cold", "warm", "both"), default="both",
+                        help="where the bytes come from: the disk, or the page cache "
+                        "(%(default)s)")  # fmt: skip
+    parser.add_argument("--repeat", type=_positive_int, default=5, metavar="N",
+                        help="rounds (%(default)s)")  # fmt: skip
     parser.add_argument("--max-seconds", type=float, default=240.0, metavar="S",
                         help="begin no round that would end later (%(default)g)")  # fmt: skip
     parser.add_argument("--dir", metavar="DIR", help="where to write the synthetic checkpoint")
-    parser.add_argument("--io", metavar="MODE", dest="io", help="short for -o io=MODE")
+    parser.add_argument(
+        "--io",
+        metavar="MODE",
+        dest="io",
+        help="short for -o io=MODE: auto, mmap, buffered, direct or gds",
+    )
     parser.add_argument("-o", "--option", type=option, action="append", default=[],
                         metavar="NAME=VALUE", dest="options",
                         help="an option for patch(), such as -o threads=4; repeatable")  # fmt: skip
     parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=True,
-                        help="measure what the hardware can give at most")  # fmt: skip
+                        help="measure what the hardware can give at most, too (yes)")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     parser.add_argument("--plot", metavar="FILE", help="draw a chart (extra: fastst-patch[plot])")
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("doctor", help="tell what works here, and what not and why")
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="files or folders to look at")
+    parser = commands.add_parser(
+        "doctor",
+        help="tell what works here, and what not and why",
+        description="Tells versions, what the machine and its libraries can do, and what patch() "
+        "would replace, and what not and why. Changes nothing. Exits with 1 where the fast path "
+        "cannot be taken.",
+    )
+    parser.add_argument("paths", nargs="*", metavar="PATH",
+                        help="model files, or folders of such, to look at (the current folder and "
+                        "the one for temporary files)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -137,10 +163,9 @@ def _device(text: str) -> str:
 
 
 def _positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def option(text: str) -> tuple[str, str]:

@@ -49,8 +49,9 @@ def _what_was_done(patched: PatchReport) -> str:
         return f"process {os.getpid()}: nothing patched: {patched.reason}"
     by_reason: dict[str, list[str]] = {}
     for status in patched.targets.values():
-        by_reason.setdefault(status.reason or "patched", []).append(status.name)
-    done = [f"{reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+        state = "patched when imported" if status.later else status.reason or "patched"
+        by_reason.setdefault(state, []).append(status.name)
+    done = [f"{state}: {', '.join(names)}" for state, names in by_reason.items()]
     return f"process {os.getpid()}: " + "; ".join(done)
 
 

@@ -27,7 +27,7 @@ from .config import environment_enabled, environment_targets, pop, push
 from .errors import FallbackWarning, OptionError, warn_caller
 from .integrations import INTEGRATIONS, Hook
 from .locks import fork_safe
-from .targets import TESTED, Place, Target, sweep, warn_of_untested
+from .targets import LATER, TESTED, Place, Target, sweep, warn_of_untested
 
 __all__ = [
     "PatchReport",
@@ -59,6 +59,11 @@ class TargetStatus:
     aliases: tuple[str, ...]
     summary: str
 
+    @property
+    def later(self) -> bool:
+        """Whether it is patched as soon as its module is imported."""
+        return self.reason is not None and self.reason.endswith(LATER)
+
 
 @dataclasses.dataclass(frozen=True)
 class PatchReport:
@@ -79,7 +84,10 @@ class PatchReport:
         lines = ["fastst_patch:"]
         for status in self.targets.values():
             state = "patched" if status.patched else f"not patched ({status.reason})"
-            aliases = f", {len(status.aliases)} aliases rebound" if status.aliases else ""
+            if status.later:
+                state = f"when it is imported ({str(status.reason).partition(' ')[0]})"
+            count = len(status.aliases)
+            aliases = f", and under {count} other name{'s'[: count > 1]}" if count else ""
             lines.append(f"  {status.name}: {state}{aliases}")
         return "\n".join(lines)
 

@@ -26,7 +26,10 @@ from . import stock
 from .errors import UntestedVersionWarning, warn_caller
 from .integrations import Hook
 
-__all__ = ["Place", "Target", "sweep", "untested_version", "warn_of_untested"]
+__all__ = ["LATER", "Place", "Target", "sweep", "untested_version", "warn_of_untested"]
+
+LATER = "is not imported yet; it is patched when it is"
+"""The end of why a target is not patched that will be."""
 
 # The oldest and newest versions that the test suite has passed with.
 TESTED = {"safetensors": ("0.4.3", "0.8.0"), "torch": ("2.4.0", "2.15.0")}
@@ -271,9 +274,7 @@ class Target:
         self.unsettled = False
         for place in self.places:
             if place.hook.module not in sys.modules:
-                why: str | None = (
-                    f"{place.hook.module} is not imported yet; it is patched when it is"
-                )
+                why: str | None = f"{place.hook.module} {LATER}"
             else:
                 if self.tested is not None:
                     warn_of_untested(*self.tested)
