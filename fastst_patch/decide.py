@@ -194,6 +194,15 @@ def complain(config: Config, path: str, what: str) -> None:
     logging.getLogger("fastst_patch").error(text)
 
 
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    flat = tensor.reshape(-1)
+    if not flat.is_contiguous() or flat.stride(0) != 1:  # of one element any stride is contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
+
+
 def same(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bytes."""
     import torch
@@ -202,5 +211,5 @@ def same(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
         return False
     if theirs.numel() == 0:
         return True
-    raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (ours, theirs)]
+    raw = [_bytes(tensor) for tensor in (ours, theirs)]
     return torch.equal(raw[0], raw[1])

@@ -13,6 +13,7 @@ import warnings
 __all__ = [
     "FallbackWarning",
     "FaststError",
+    "NameClashError",
     "OptionError",
     "RankError",
     "UntestedVersionWarning",
@@ -26,6 +27,10 @@ class FaststError(Exception):
 
 class OptionError(FaststError, ValueError):
     """An option has a bad name or value; the message names it and what is allowed."""
+
+
+class NameClashError(FaststError, ValueError):
+    """Two of the files that are loaded together hold a tensor of the same name."""
 
 
 class RankError(FaststError):

@@ -225,7 +225,10 @@ class FastHandle:
         return self._stock_handle
 
     def __getattr__(self, name: str) -> Any:
-        # Only reached for what this class lacks: a version's news, or a misspelling.
+        # Only reached for what this class lacks: a version's news, or a misspelling. Of our own
+        # an instance lacks what whoever made it has not set: an interrupt, or torch.compile.
+        if name in FastHandle.__slots__:
+            raise AttributeError(name)
         return getattr(self._stock(), name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -287,7 +290,8 @@ class FastHandle:
         self._close()
 
     def __del__(self, _at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not _at_exit():  # modules are then taken apart, and the report's may be gone already
+        # At exit modules are taken apart, and the report's may be gone already.
+        if not _at_exit() and hasattr(self, "_opened"):  # else interrupted as it was made
             self._close()
 
     # ---- inside ----

@@ -12,6 +12,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import Any
 
 from .locks import fork_safe
 
@@ -60,7 +61,7 @@ class FileLayout:
     metadata: Mapping[str, str] | None
     dtypes: int
     odd_f4: bool
-    owner: object
+    owner: Any
     _records: memoryview
     _dims: memoryview
 

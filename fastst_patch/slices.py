@@ -66,6 +66,8 @@ class FastSlice:
         return stock_over(self._opened).get_slice(self._opened.layout.names[self._i])
 
     def __getattr__(self, name: str) -> Any:
+        if name in FastSlice.__slots__:  # not set yet: see FastHandle
+            raise AttributeError(name)
         return getattr(self._stock(), name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -86,6 +86,12 @@ class Proxy(wrapt.FunctionWrapper):  # type: ignore[type-arg,misc,unused-ignore]
             raise AttributeError("__signature__")
         return inspect.signature(self.__wrapped__)
 
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        # A class has a mappingproxy there, which inspect.getattr_static takes for a dict's
+        # subclass, and so torch.compile failed on any function that names ours.
+        return dict(self.__wrapped__.__dict__)
+
     def __repr__(self) -> str:
         return repr(self.__wrapped__)
 

@@ -13,7 +13,7 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from . import engine, stock
-from .errors import Doubt
+from .errors import Doubt, OptionError
 from .layout import DTYPE_NAMES, FileLayout
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "by_stocks_recipe",
     "check",
     "dtype_named",
+    "dtype_wanted",
     "empty",
     "import_batch",
     "known_to_stock",
@@ -178,6 +179,34 @@ def dtype_named(name: str) -> torch.dtype | None:
     import torch
 
     return getattr(torch, _TORCH[name][0], None) if name in _TORCH else None
+
+
+def dtype_wanted(dtype: object) -> torch.dtype | None:
+    """The torch dtype that an argument means; None for "as in the file".
+
+    Takes torch dtypes, their names, those of safetensors (``"BF16"``), and fastsafetensors'
+    DType; ``None`` and ``"AUTO"`` mean as in the file.
+
+    Raises:
+        OptionError: it is none of these, or this torch lacks it.
+    """
+    import torch
+
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    name = getattr(dtype, "value", dtype)
+    if isinstance(name, str):
+        if name.upper() == "AUTO":
+            return None
+        named = dtype_named(name.upper())
+        if named is None:
+            named = getattr(torch, name.removeprefix("torch."), None)
+        if isinstance(named, torch.dtype):
+            return named
+    raise OptionError(
+        f"dtype={dtype!r}: allowed are torch dtypes and their names, safetensors' names such as"
+        " 'BF16', and None or 'AUTO' for the file's own"
+    )
 
 
 def _storage_shape(layout: FileLayout, i: int) -> list[int]:

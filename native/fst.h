@@ -26,7 +26,9 @@
  *                     arena until the last chunk in flight is finished, whatever its
  *                     owner does.
  *
- * Every create/open pairs with a release that accepts NULL. Functions return an
+ * Every create/open pairs with a release that accepts NULL, and one that takes the address of
+ * where the object is put, which it makes NULL: a destructor that can be in place before the
+ * object is, so that no interrupt in between leaks it. Functions return an
  * fst_code and, on anything but FST_OK or FST_PENDING, fill *err (never NULL).
  * Thread safety: all functions may be called from any thread; one fst_layout is
  * read-only after parsing. After fork() the child sees its jobs as cancelled and
@@ -77,6 +79,7 @@ typedef struct fst_file_info {
  * file) is FST_DOUBT or FST_E_SYS, and nothing stays open. */
 int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err);
 void fst_file_release(fst_file *file);
+void fst_file_release_at(fst_file **file);
 /* From now on jobs that read it through the page cache bring in what they are asked for, and
  * nothing behind; with smaller pages, which takes more processor time. For files of which
  * parts are left out. */
@@ -159,6 +162,7 @@ int fst_layout_parse(const char *header, uint64_t header_bytes, uint64_t file_si
 int fst_layout_read(fst_file *file, fst_layout *cached, fst_layout **out, fst_layout_view *view,
                     fst_error *err);
 void fst_layout_release(fst_layout *layout);
+void fst_layout_release_at(fst_layout **layout);
 
 /* ---- arenas ------------------------------------------------------------- */
 
@@ -174,6 +178,7 @@ void *fst_arena_data(fst_arena *arena);
 uint64_t fst_arena_bytes(fst_arena *arena);
 /* Gives up the creator's reference. Read-ahead on a map stops with its last user. */
 void fst_arena_release(fst_arena *arena);
+void fst_arena_release_at(fst_arena **arena);
 
 /* Memory that a DLManagedTensor (unversioned, contiguous, on any device) describes, as torch
  * exports it. The arena takes the struct over: its deleter is called once, after the last
@@ -292,8 +297,6 @@ int fst_job_wait_until(fst_job *job, uint64_t file_offset, int timeout_ms, fst_e
 void fst_job_cancel(fst_job *job);
 void fst_job_get_stats(fst_job *job, fst_job_stats *stats);
 void fst_job_release(fst_job *job);
-/* The same for the job at an address, which becomes NULL: a destructor that can be in place
- * before the job exists. */
 void fst_job_release_at(fst_job **job);
 
 /* ---- tensors ------------------------------------------------------------ */

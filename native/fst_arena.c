@@ -216,6 +216,12 @@ void fst_arena_release(fst_arena *arena) {
     if (arena != NULL) fst_arena_release_user(arena);
 }
 
+void fst_arena_release_at(fst_arena **arena) {
+    fst_arena *held = *arena;
+    *arena = NULL;
+    fst_arena_release(held);
+}
+
 bool fst_arena_abandoned(const fst_arena *arena) {
     return atomic_load_explicit(&arena->users, memory_order_acquire) == 0;
 }

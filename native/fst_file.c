@@ -91,6 +91,12 @@ void fst_file_read_exactly(fst_file *file) {
     atomic_store(&file->exactly, true);
 }
 
+void fst_file_release_at(fst_file **file) {
+    fst_file *held = *file;
+    *file = NULL;
+    fst_file_release(held);
+}
+
 int fst_file_open_direct(const fst_file *file) {
     char link[64];
     /* Through /proc: the same inode whatever the path names by now. */

@@ -447,4 +447,10 @@ void fst_layout_release(fst_layout *layout) {
     free(layout);
 }
 
+void fst_layout_release_at(fst_layout **layout) {
+    fst_layout *held = *layout;
+    *layout = NULL;
+    fst_layout_release(held);
+}
+
 const fst_layout_view *fst_layout_get(const fst_layout *layout) { return &layout->view; }

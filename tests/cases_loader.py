@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,3 +96,45 @@ def beside(rank: Any, files: list[str]) -> int:
     for name, tensor in theirs.items():
         assert_owns(ours[name].contiguous(), tensor, name)
     return len(ours)
+
+
+def mistaken(rank: Any, files: list[str], way: dict[str, Any]) -> dict[str, str]:
+    """What rank 1 does otherwise than the others, and what each rank is told; "" for nothing.
+
+    After each, whatever it was, the group goes on and every byte is right.
+    """
+    full, odd = full_of(files), rank.rank == 1
+    options = {name: value for name, value in way.items() if name != "device"}
+    device = way.get("device", "cpu")
+    told: dict[str, str] = {}
+    with way_of(rank, way), fastst_patch.config_context(**options):
+        loader, b = _opened(fastst_patch, files, device)
+        other = fastst_patch.SafeTensorsFileLoader(dist.group.WORLD, device)
+        both = {"0.a": -1, "1.a": -1}
+        calls: dict[str, Callable[[], Any]] = {
+            "another name": lambda: b.get_tensor("1.a" if odd else "0.a"),
+            "another order": lambda: b.as_dict(dict(reversed(both.items())) if odd else both),
+            "another dim": lambda: b.get_sharded("0.a", 1 if odd else 0),
+            "another rank": lambda: b.push_tensor("0.a", 2 if odd else 3),
+            "no name": lambda: b.get_tensor("nope" if odd else "0.a"),
+            "no dim": lambda: b.get_sharded("0.a", 5 if odd else 0),
+            "no whole dim": lambda: b.get_sharded("0.a", "0" if odd else 0),
+            "no dtype": lambda: b.get_tensor("0.a", dtype="x" if odd else None),
+            "no rank": lambda: b.push_tensor("0.a", "0" if odd else 0),
+            "no columns": lambda: b.get_multi_cols(["0.a", "nope" if odd else "1.a"], 0),
+            "no rank to read": lambda: other.add_filenames({9 if odd else 0: files[:1]}),
+            "no name anywhere": lambda: b.get_tensor("nope"),
+        }
+        for name, call in calls.items():
+            try:
+                call()
+                told[name] = ""
+            except Exception as error:
+                told[name] = f"{type(error).__name__}: {error}"
+            rank.meet()
+            for right in ("0.b", "1.a"):
+                assert_owns(b.get_tensor(right), full.tensors[right], right)
+        b.close()
+        loader.close()
+        other.close()
+    return told

@@ -24,6 +24,7 @@ from fastst_patch import (
     fastsafe_open,
 )
 from fastst_patch.loader import arguments
+from fastst_patch.tensors import dtype_wanted
 
 SIZE = 40_000
 COUNT = 30
@@ -135,7 +136,7 @@ def test_casts_happen_on_the_device(cuda, tmp_path, stock, source, dtype, where)
     theirs = stock.load_file(path)
     before = _copied()
     buffer = _loader([path]).copy_files_to_device(dtype if where == "whole" else None)
-    wanted = arguments.dtype_wanted(dtype)
+    wanted = dtype_wanted(dtype)
     for name, tensor in theirs.items():
         ours = buffer.get_tensor(name, dtype=None if where == "whole" else dtype)
         # Payloads of NaNs are a conversion's own business; CPU and fake are one here.
@@ -198,7 +199,7 @@ def test_slices_and_casts(fake_driver, tmp_path_factory, stock, data) -> None:
         loader = _loader([path], device, device_memory_budget=budget)
         with loader.copy_files_to_device() as buffer, FastSafetensorsFile(path, device) as file:
             for i, (_, shape, dtype, dim) in enumerate(wanted):
-                name, to = f"t{i}", arguments.dtype_wanted(dtype)
+                name, to = f"t{i}", dtype_wanted(dtype)
                 tensor = theirs[name]
                 ours = buffer.get_sharded(name, dim, dtype=dtype)
                 assert bits(ours) == bits(tensor if to is None else tensor.to(to))

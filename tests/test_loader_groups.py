@@ -76,15 +76,28 @@ class Core:
         self.asked.append(("push", name, dst_rank, dtype))
         return self.take(name, -1, dtype) if dst_rank == 1 else None
 
+    def refuse(self, name: str, error: Exception) -> None:
+        raise error
+
     def close(self) -> None:
         self.closed += 1
+
+
+class Agreeing(tuple):
+    """What is wrong is wrong on all ranks."""
+
+    @classmethod
+    def of(cls, pg: Any) -> Agreeing:
+        return cls(("group of", type(pg)))
+
+    def agree(self, error: Exception) -> None:
+        raise error
 
 
 @pytest.fixture
 def files(raw, monkeypatch) -> dict[str, torch.Tensor]:
     monkeypatch.setattr(sharding, "ShardedFiles", Core, raising=False)
-    of = SimpleNamespace(of=lambda pg: ("group of", type(pg)))
-    monkeypatch.setattr(sharding, "Group", of, raising=False)
+    monkeypatch.setattr(sharding, "Group", Agreeing, raising=False)
     Core.made.clear()
     return {
         f"{k}": raw.tensors(

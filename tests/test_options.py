@@ -237,6 +237,17 @@ def test_threads_bound_the_workers(checkpoint: Path) -> None:
     assert engine.counters()["threads"] == 0
 
 
+@pytest.mark.parametrize("index", [slice(None, None, 2), (None, 0), (None, slice(-10, 8, 7))])
+def test_verify_takes_slices_of_one_element(tmp_path: Path, index: Any) -> None:
+    """Whose stride is anything, and which count as contiguous all the same."""
+    path = tmp_path / "two.safetensors"
+    save_file({"b": torch.arange(2)}, path)
+    with stock.safe_open(path, "pt") as handle:
+        expected = handle.get_slice("b")[index]
+    with fastst_patch.config_context(verify=True), fastst_patch.safe_open(path, "pt") as handle:
+        assert torch.equal(handle.get_slice("b")[index], expected)
+
+
 def test_o_direct_has_twice_the_workers_unless_told(checkpoint: Path, need_o_direct) -> None:
     """With half a chunk each: 16 MB in chunks of 1 MiB, or as many as are asked for."""
     need_o_direct(checkpoint)

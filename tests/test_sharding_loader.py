@@ -78,6 +78,36 @@ def test_parts_are_torchs(ran, sizes, way) -> None:
     assert len(set(values)) == 1
 
 
+@pytest.fixture(scope="module")
+def mistaken(nursery, odd) -> Ran:
+    cases = [
+        Case("cases_loader.mistaken", {"files": odd, "way": way}, name=label)
+        for label, way in WAYS.items()
+    ]
+    return nursery.run(cases, 4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_mistake_of_one_rank_is_told_to_all_that_wait(mistaken, way) -> None:
+    """Where ranks exchange, all raise; where each takes from the map, it is that rank's alone."""
+    told = mistaken.values(way)
+    names = list(told[0])
+    assert len(names) == 12
+    for name in names:
+        said = [one[name] for one in told]
+        if name == "no name anywhere":
+            assert said == [said[0]] * 4
+            assert said[0].startswith("ValueError: key nope")
+        elif way == "default" and name != "no rank to read":
+            assert [bool(one) for one in said] == [False, name.startswith("no "), False, False]
+            assert not said[1].startswith("RankError")
+        else:
+            assert said == [said[0]] * 4, name
+            assert said[0].startswith("RankError: rank 1: "), name
+            if name.startswith("another"):
+                assert "where rank 0" in said[0]
+
+
 def test_beside_fastsafetensors(nursery, even) -> None:
     if importlib.util.find_spec("fastsafetensors") is None:
         pytest.skip("fastsafetensors is not installed")

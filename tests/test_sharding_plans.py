@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import sharded
+import torch
 from ranks import Case, Ran
 
-from fastst_patch import engine
+from fastst_patch import engine, sharding
+from fastst_patch.sharding.rules import take_of
 
 pytestmark = pytest.mark.skipif(
     engine.native_error() is not None, reason=str(engine.native_error())
@@ -100,6 +102,68 @@ def test_style(styled, model, style, way) -> None:
     values = styled.values(_of_style(model, style, way))
     whole = style in ("replicated_with_grad_allreduce", "mla_kv_a_proj", "replicate", "all_reduce")
     assert (values == [total] * len(values)) == whole
+
+
+# As transformers 5 has them for Qwen3-MoE and Mixtral, less what is not about experts.
+MERGED_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.experts.down_proj": "rowwise",
+    "layers.*.mlp.experts": "moe_tp_experts",
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("module", "gate", "up", "down"),
+    [
+        ("mlp", "gate_proj", "up_proj", "down_proj"),
+        ("block_sparse_moe", "w1", "w3", "w2"),
+    ],
+)
+def test_experts_apart_are_cut_as_merged_ones(module, gate, up, down, size) -> None:
+    """What ranks get of each, merged, is what they get of the merged ones."""
+    count, inner, hidden = 3, 10, 6
+    prefix = f"model.layers.0.{module}.experts"
+    whole = {
+        f"{prefix}.{e}.{part}.weight": torch.randn(
+            (hidden, inner) if part == down else (inner, hidden)
+        )
+        for e in range(count) for part in (gate, up, down)
+    }  # fmt: skip
+    merged = {
+        "model.layers.0.mlp.experts.gate_up_proj": torch.stack([
+            torch.cat([whole[f"{prefix}.{e}.{p}.weight"] for p in (gate, up)])
+            for e in range(count)
+        ]),
+        "model.layers.0.mlp.experts.down_proj": torch.stack([
+            whole[f"{prefix}.{e}.{down}.weight"] for e in range(count)
+        ]),
+    }  # fmt: skip
+
+    def taken(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+        plan = sharding.plan_from_tp_plan(MERGED_PLAN, list(tensors)).sized(size)
+        found = {}
+        for name, tensor in tensors.items():
+            take = take_of(plan(name, tensor.shape, tensor.dtype), name, tensor.shape, rank, size)
+            assert take is not None
+            pieces = [tensor[part.index] for part in take.parts]
+            found[name] = torch.cat(pieces, take.dim) if len(pieces) > 1 else pieces[0]
+        return found
+
+    for rank in range(size):
+        apart, together = taken(whole, rank), taken(merged, rank)
+        for e in range(count):
+            of = f"{prefix}.{e}"
+            ours = torch.cat([apart[f"{of}.{p}.weight"] for p in (gate, up)])
+            assert torch.equal(ours, together["model.layers.0.mlp.experts.gate_up_proj"][e])
+            theirs = together["model.layers.0.mlp.experts.down_proj"][e]
+            assert torch.equal(apart[f"{of}.{down}.weight"], theirs)
+
+
+def test_no_tp_plan_means_whole() -> None:
+    plan = sharding.plan_from_tp_plan(None, ["a"])
+    assert plan("a", (2, 2), torch.float32) is None
 
 
 @pytest.fixture(scope="module")

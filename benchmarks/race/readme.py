@@ -74,9 +74,13 @@ def _section(folder: Path) -> str:
     lines = [
         f"**{report.title(found)}.** Seconds until every byte is there"
         + (" and read once" if found["device"] == "cpu" else "")
-        + f"; of {results.OURS} what `patch()` does by itself, of the others the fastest variant, "
-        f"named in brackets. {report.conditions(found)} All variants, quartiles, memory, ceilings, "
-        f"and who could not run and why: [{place}/report.md]({place}/report.md).",
+        + f". The column {results.OURS} is plain `patch()`; of every other loader the fastest of "
+        "its settings is shown, named in brackets (0.9: the release candidate of safetensors). "
+        "Models are shrunk to the size given, each with all its tensors; a blank cell is a loader "
+        "that does not take these files. The last column is the median of the ratios within each "
+        "round, which may differ from the quotient of the medians beside it. "
+        f"{report.conditions(found)} All variants, quartiles, memory, ceilings, and who could not "
+        f"run and why: [{place}/report.md]({place}/report.md).",
         "",
         *matrix(found),
         "",

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import Doubt, FaststError
 
-__all__ = ["ffi", "lib", "native_error", "native_file", "raise_"]
+__all__ = ["ffi", "lib", "native_error", "native_file", "place_for", "raise_"]
 
 try:
     from .._native import ffi, lib
@@ -48,6 +48,15 @@ def native_file() -> str | None:
         return None
     native: Any = sys.modules[f"{__package__.rpartition('.')[0]}._native"]
     return str(native.__file__)
+
+
+def place_for(kind: str) -> Any:
+    """Where a native function puts the object that it makes: a file, an arena, a layout, a job.
+
+    What is there is given back with this place. So nothing is lost where a signal's handler
+    raises between the call and the next line of Python.
+    """
+    return ffi.gc(ffi.new(f"fst_{kind} **"), getattr(lib, f"fst_{kind}_release_at"))
 
 
 def raise_(err: Any, filename: str | None = None) -> None:

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
-from ._lib import ffi, lib, raise_
+from ._lib import ffi, lib, place_for, raise_
 from .files import File
 
 
@@ -25,12 +25,13 @@ class Arena:
         keep: whoever owns borrowed memory.
     """
 
-    __slots__ = ("handle", "keep", "nbytes")
+    __slots__ = ("_at", "handle", "keep", "nbytes")
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, at: Any) -> None:
         self.keep: object = None
-        self.handle = ffi.gc(handle, lib.fst_arena_release)
-        self.nbytes: int = lib.fst_arena_bytes(handle)
+        self._at = at
+        self.handle = at[0]
+        self.nbytes: int = lib.fst_arena_bytes(self.handle)
 
     def keep_to(self, wanted: array[int]) -> None:
         """Keep faults of a map from reading what lies behind extents; advice only.
@@ -43,10 +44,10 @@ class Arena:
 
 
 def _arena(create: Callable[[Any, Any], int], filename: str | None = None) -> Arena:
-    out, err = ffi.new("fst_arena **"), ffi.new("fst_error *")
+    out, err = place_for("arena"), ffi.new("fst_error *")
     if create(out, err):
         raise_(err, filename)
-    return Arena(out[0])
+    return Arena(out)
 
 
 def map_arena(file: File) -> Arena:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import Doubt
 from ..layout import FileLayout, LayoutCache
-from ._lib import ffi, lib, raise_
+from ._lib import ffi, lib, place_for, raise_
 
 _PROBES = ("none", "cachestat", "preadv2", "mincore")
 
@@ -24,11 +24,12 @@ class File:
         fs_magic: the file system's type as in statfs(2).
     """
 
-    __slots__ = ("fd", "fs_magic", "handle", "key", "path", "size")
+    __slots__ = ("_at", "fd", "fs_magic", "handle", "key", "path", "size")
 
-    def __init__(self, path: str, handle: Any, info: Any) -> None:
+    def __init__(self, path: str, at: Any, info: Any) -> None:
         self.path = path
-        self.handle = handle
+        self._at = at
+        self.handle = at[0]
         self.size: int = info.size
         self.fd: int = info.fd
         self.fs_magic: int = info.fs_magic
@@ -57,7 +58,7 @@ def open_file(path: str) -> File:
         Doubt: it is not a regular file, or its path is not UTF-8.
         OSError: it cannot be opened.
     """
-    out, info, err = ffi.new("fst_file **"), ffi.new("fst_file_info *"), ffi.new("fst_error *")
+    out, info, err = place_for("file"), ffi.new("fst_file_info *"), ffi.new("fst_error *")
     try:
         encoded = path.encode("utf-8")
     except UnicodeEncodeError:
@@ -66,7 +67,7 @@ def open_file(path: str) -> File:
         raise Doubt("the path holds a NUL")
     if lib.fst_file_open(encoded, out, info, err):
         raise_(err, path)
-    return File(path, ffi.gc(out[0], lib.fst_file_release), info)
+    return File(path, out, info)
 
 
 _layouts = LayoutCache()
@@ -80,18 +81,14 @@ def read_layout(file: File) -> FileLayout:
         OSError, MemoryError: reading it failed.
     """
     cached = _layouts.get(file.key)
-    known: Any = cached.owner if cached is not None else ffi.NULL
-    out, view, err = (
-        ffi.new("fst_layout **"),
-        ffi.new("fst_layout_view *"),
-        ffi.new("fst_error *"),
-    )
+    known: Any = cached.owner[0] if cached is not None else ffi.NULL
+    out, view, err = place_for("layout"), ffi.new("fst_layout_view *"), ffi.new("fst_error *")
     code = lib.fst_layout_read(file.handle, known, out, view, err)
     if code == lib.FST_PENDING and cached is not None:
         return cached
     if code != lib.FST_OK:
         raise_(err, file.path)
-    layout = _file_layout(ffi.gc(out[0], lib.fst_layout_release), view, file.size)
+    layout = _file_layout(out, view, file.size)
     _layouts.put(file.key, layout)
     return layout
 
@@ -133,14 +130,10 @@ def parse_header(header: bytes, file_bytes: int) -> FileLayout:
     Raises:
         Doubt: stock might see it differently.
     """
-    out, view, err = (
-        ffi.new("fst_layout **"),
-        ffi.new("fst_layout_view *"),
-        ffi.new("fst_error *"),
-    )
+    out, view, err = place_for("layout"), ffi.new("fst_layout_view *"), ffi.new("fst_error *")
     if lib.fst_layout_parse(header, len(header), file_bytes, out, view, err):
         raise_(err)
-    return _file_layout(ffi.gc(out[0], lib.fst_layout_release), view, file_bytes)
+    return _file_layout(out, view, file_bytes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,7 @@ def import_tensors(
     err = ffi.new("fst_error *")
     code = lib.fst_tensors_import(
         arena.handle,
-        layout.owner,
+        layout.owner[0],
         ffi.NULL if tensors is None else ffi.from_buffer("uint64_t[]", tensors),
         len(layout.names) if tensors is None else len(tensors),
         ffi.NULL if offsets is None else ffi.from_buffer("uint64_t[]", offsets),

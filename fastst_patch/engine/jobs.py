@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
-from ._lib import ffi, lib, raise_
+from ._lib import ffi, lib, place_for, raise_
 from .arenas import Arena, segments_of
 from .devices import Device
 from .files import File
@@ -43,7 +43,7 @@ class Job:
 
     def __init__(self, keep: object) -> None:
         self._keep = keep
-        self._at = ffi.gc(ffi.new("fst_job **"), lib.fst_job_release_at)
+        self._at = place_for("job")
 
     def __del__(self) -> None:
         if hasattr(self, "_at"):  # else interrupted as it was made

@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .. import tensors
 from ..config import KIB, MIB, Config, current, with_options
 from ..device import Target, torch_target
 from ..errors import Doubt, OptionError
@@ -26,7 +25,6 @@ __all__ = [
     "Settings",
     "boolean",
     "device_named",
-    "dtype_wanted",
     "filter_or_none",
     "path_list",
     "rank_files",
@@ -177,34 +175,6 @@ def _try_device(named: torch.device) -> None:
     import torch
 
     torch.empty(0, device=named)
-
-
-def dtype_wanted(dtype: object) -> torch.dtype | None:
-    """The torch dtype that an argument means; None for "as in the file".
-
-    Takes torch dtypes, their names, those of safetensors (``"BF16"``), and fastsafetensors'
-    DType; ``None`` and ``"AUTO"`` mean as in the file.
-
-    Raises:
-        OptionError: it is none of these, or this torch lacks it.
-    """
-    import torch
-
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    name = getattr(dtype, "value", dtype)
-    if isinstance(name, str):
-        if name.upper() == "AUTO":
-            return None
-        named = tensors.dtype_named(name.upper())
-        if named is None:
-            named = getattr(torch, name.removeprefix("torch."), None)
-        if isinstance(named, torch.dtype):
-            return named
-    raise OptionError(
-        f"dtype={dtype!r}: allowed are torch dtypes and their names, safetensors' names such as"
-        " 'BF16', and None or 'AUTO' for the file's own"
-    )
 
 
 def filter_or_none(keep: object, name: str = "tensor_filter") -> Any:

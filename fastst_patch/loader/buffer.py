@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from .arguments import dtype_wanted
+from ..tensors import dtype_wanted
 from .wrapped import WrappedTensor, moved
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ class Files(Protocol):
         self, name: str, dst_rank: int, dtype: torch.dtype | None = None
     ) -> torch.Tensor | None:
         """The tensor on one rank, None on the others."""
+
+    def refuse(self, name: str, error: Exception) -> NoReturn:
+        """Raise an error of arguments; in a group also on the ranks that wait for this one."""
 
     def close(self) -> None:
         """Let go of everything not handed out."""
@@ -103,9 +107,11 @@ class FilesBufferOnDevice:
 
         Raises as `get_tensor`, and in a group IndexError when it has no such dimension.
         """
-        files = self._check(tensor_name)
-        wanted = dtype_wanted(dtype)
-        _check_dim(dim)
+        files = self._open()
+        with self._refusing(tensor_name):
+            self._check(tensor_name)
+            wanted = dtype_wanted(dtype)
+            _check_dim(dim)
         if self._cache is None:
             result = files.take(tensor_name, dim, wanted or self._dtype)
             return result if device is None else moved(result, device, None)
@@ -138,13 +144,14 @@ class FilesBufferOnDevice:
         names = list(tensor_names)
         if not names:
             raise ValueError("get_multi_cols: no names given")
-        _check_dim(dim)
-        shapes = {}
-        for name in names:
-            self._check(name)
-            shapes[name] = self._describe(name)[1]
-        along = _same_but_along(shapes, dim)
-        wanted = dtype_wanted(dtype)
+        with self._refusing(names[0]):
+            _check_dim(dim)
+            shapes = {}
+            for name in names:
+                self._check(name)
+                shapes[name] = self._describe(name)[1]
+            along = _same_but_along(shapes, dim)
+            wanted = dtype_wanted(dtype)
         parts = [self.get_sharded(name, along, None, wanted) for name in names]
         if len({part.dtype for part in parts}) > 1:
             found = ", ".join(f"{n!r} {p.dtype}" for n, p in zip(names, parts, strict=True))
@@ -155,14 +162,17 @@ class FilesBufferOnDevice:
         self, tensor_name: str, dst_rank: int, device: object = None, dtype: object = None
     ) -> torch.Tensor | None:
         """A whole tensor on rank ``dst_rank``; None on the others. Raises as `get_tensor`."""
-        files = self._check(tensor_name)
-        if isinstance(dst_rank, bool) or not isinstance(dst_rank, int):
-            raise TypeError(f"push_tensor: dst_rank={dst_rank!r} is no whole number")
-        if not 0 <= dst_rank < self._size:
-            raise ValueError(
-                f"push_tensor: rank {dst_rank} is not in the group, whose size is {self._size}"
-            )
-        result = files.push(tensor_name, dst_rank, dtype_wanted(dtype) or self._dtype)
+        files = self._open()
+        with self._refusing(tensor_name):
+            self._check(tensor_name)
+            if isinstance(dst_rank, bool) or not isinstance(dst_rank, int):
+                raise TypeError(f"push_tensor: dst_rank={dst_rank!r} is no whole number")
+            if not 0 <= dst_rank < self._size:
+                raise ValueError(
+                    f"push_tensor: rank {dst_rank} is not in the group, whose size is {self._size}"
+                )
+            wanted = dtype_wanted(dtype)
+        result = files.push(tensor_name, dst_rank, wanted or self._dtype)
         return None if result is None else moved(result, device, None)
 
     def as_dict(self, tensor_shard_dim: Mapping[str, int]) -> dict[str, WrappedTensor]:
@@ -196,12 +206,23 @@ class FilesBufferOnDevice:
         if not _at_exit() and getattr(self, "_size", 0) == 1:
             self.close()
 
-    def _check(self, name: str) -> Files:
+    def _open(self) -> Files:
         if self._files is None:
             raise ValueError("the buffer is closed: take tensors before close()")
+        return self._files
+
+    def _check(self, name: str) -> None:
+        self._open()
         if name not in self.key_to_rank_lidx:
             raise ValueError(_unknown(name, self.key_to_rank_lidx))
-        return self._files
+
+    @contextlib.contextmanager
+    def _refusing(self, name: str) -> Iterator[None]:
+        """What is wrong with the arguments here, ranks that wait for this one are told."""
+        try:
+            yield
+        except Exception as error:
+            self._open().refuse(name, error)
 
 
 def _unknown(name: object, known: Mapping[str, Any]) -> str:

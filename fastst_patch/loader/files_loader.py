@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, pop, push
+from ..tensors import dtype_wanted
 from .arguments import (
     DEFAULT_BOUNCE_KB,
     DEFAULT_COPY_BLOCK,
     DEFAULT_THREADS,
     Settings,
     boolean,
-    dtype_wanted,
     filter_or_none,
     one_path,
     path_list,
@@ -25,7 +25,7 @@ from .arguments import (
 from .buffer import FilesBufferOnDevice
 from .entries import Entry, open_entries
 from .local import LocalFiles, bar_of
-from .shared import SharedFiles
+from .shared import SharedFiles, refuse_opening
 from .wrapped import WrappedTensor
 
 if TYPE_CHECKING:
@@ -131,8 +131,13 @@ class SafeTensorsFileLoader:
             OSError, SafetensorError: a file cannot be opened, or its header is wrong; the message
                 names the file. None of these files was added then.
         """
-        self._check()
-        added = rank_files(filenames, self._size)
+        try:
+            self._check()
+            added = rank_files(filenames, self._size)
+        except Exception as error:
+            if self._size > 1:
+                refuse_opening(self.pg, error)
+            raise
         if self._size > 1:
             self._add_shared(added)
             return

@@ -7,12 +7,12 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import report, slices, stock
 from ..config import Config
 from ..decide import complain, fell_back, same
-from ..errors import Doubt, FaststError
+from ..errors import Doubt, NameClashError
 from ..layout import FileLayout
 from ..opened import OpenedFile, shared_lock
 from .arguments import Settings
@@ -47,7 +47,7 @@ class LocalFiles:
         window: most bytes of one block that tensors share, if less than the budget makes it.
 
     Raises:
-        FaststError: two files have a tensor of the same name.
+        NameClashError: two files have a tensor of the same name.
         OSError, SafetensorError: a file cannot be opened by stock, which has to.
     """
 
@@ -108,7 +108,7 @@ class LocalFiles:
             for i in numbers:
                 name = layout.names[i]
                 if name in seen:
-                    raise FaststError(
+                    raise NameClashError(
                         f"tensor {name!r} is in both {seen[name]} and {path}: names must be"
                         " unique among the files of one loader; load the files apart, or leave"
                         " one of the tensors out with set_tensor_filter"
@@ -233,6 +233,10 @@ class LocalFiles:
             self._target.settle()
 
     # ---- the end ----
+
+    def refuse(self, name: str, error: Exception) -> NoReturn:
+        """Raise an error of arguments: nobody else waits."""
+        raise error
 
     def close(self) -> None:
         """Let go of the files and of what was not handed out, and report. May be repeated."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import sharding, stock
 from ..config import Config
@@ -11,7 +11,19 @@ from ..config import Config
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SharedFiles"]
+__all__ = ["SharedFiles", "refuse_opening"]
+
+
+def refuse_opening(pg: Any, error: Exception) -> NoReturn:
+    """Raise an error of arguments on all ranks of a group, while the others open files.
+
+    Raises:
+        RankError: on all; or the error itself, where all are wrong in the same way.
+    """
+    core: Any = sharding
+    core.Group.of(pg).agree(error)
+    raise error
+
 
 _PACKED = "torch.float4_e2m1fn_x2"
 """Holds two numbers in each element; headers count the numbers."""
@@ -84,7 +96,10 @@ class SharedFiles:
         """This rank's part of a tensor, all of it for ``dim`` -1. Collective."""
         shape = self.describe(name)[1]
         if dim != -1 and not 0 <= dim < len(shape):
-            raise IndexError(f"tensor {name!r} of shape {shape} has no dimension {dim} to shard")
+            self.refuse(
+                name,
+                IndexError(f"tensor {name!r} of shape {shape} has no dimension {dim} to shard"),
+            )
         result: torch.Tensor = self._core.take(name, dim, dtype)
         # The core casts what models cast; this interface casts whole numbers, too.
         return result if dtype is None else result.to(dtype)
@@ -95,6 +110,11 @@ class SharedFiles:
         """The whole tensor on one rank, None on the others. Collective."""
         result: torch.Tensor | None = self._core.push(name, dst_rank, dtype)
         return result if result is None or dtype is None else result.to(dtype)
+
+    def refuse(self, name: str, error: Exception) -> NoReturn:
+        """Raise an error of arguments; on all ranks, where they wait for each other to take."""
+        self._core.refuse(name, error)
+        raise error
 
     def close(self) -> None:
         """Let go of the files. What is known of them stays known."""

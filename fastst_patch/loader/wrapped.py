@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .arguments import device_named, dtype_wanted
+from ..tensors import dtype_wanted
+from .arguments import device_named
 
 if TYPE_CHECKING:
     import torch

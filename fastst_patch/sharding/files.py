@@ -6,12 +6,12 @@ import contextlib
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import device as devices
 from ..config import Config
 from ..decide import complain, fell_back, same
-from ..errors import Doubt, RankError
+from ..errors import Doubt, NameClashError, RankError
 from ..machine import io_threads
 from ..onhost import HostFile
 from ..opened import progress_bar
@@ -77,7 +77,8 @@ class ShardedFiles:
 
         Raises:
             RankError: a rank failed, nobody sees a file, or ranks see different files.
-            ValueError: a name is in two files, or an argument is wrong on all ranks.
+            NameClashError: a name is in two files.
+            ValueError: an argument is wrong on all ranks.
         """
         self.group = group
         self._config = config
@@ -110,7 +111,7 @@ class ShardedFiles:
             for i, name in enumerate(source.names):
                 if name in self._where:
                     other = self.sources[self._where[name][0]].path
-                    problem = ValueError(
+                    problem = NameClashError(
                         f"tensor {name!r} is in two files, {other} and {source.path}; names"
                         " must be unique"
                     )
@@ -164,7 +165,9 @@ class ShardedFiles:
     def local(self, name: str) -> bool:
         """Whether `take` of a tensor needs no other rank: it comes from the file's map."""
         number, _ = self._where[name]
-        source = self.sources[number]
+        return self._is_local(self.sources[number])
+
+    def _is_local(self, source: Source) -> bool:
         return self.group.size == 1 or (source.doubt is None and self._from_map(source))
 
     def take(self, name: str, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -180,13 +183,18 @@ class ShardedFiles:
             ValueError: it has no such dimension.
             RankError: a rank failed.
         """
-        shape, _ = self.describe(name)
-        if dim < -1:
-            raise ValueError(f"tensor {name!r}: dim is -1 for the whole tensor, or 0 and more")
-        rule = None if dim == -1 else dim
-        size = self.group.size
-        takes = [take_of(rule, name, shape, rank, size) for rank in range(size)]
-        result = self._one(name, takes, dtype)
+        try:
+            shape, _ = self.describe(name)
+            if not -1 <= dim < max(len(shape), 1):
+                raise ValueError(
+                    f"tensor {name!r} of shape {list(shape)}: dim={dim} is not one of its"
+                    " dimensions, nor -1 for the whole tensor"
+                )
+            rule, size = None if dim == -1 else dim, self.group.size
+            takes = [take_of(rule, name, shape, rank, size) for rank in range(size)]
+        except Exception as error:
+            self.refuse(name, error)
+        result = self._one(name, takes, dtype, f"takes tensor {name!r}, dim={dim}")
         assert result is not None  # every rank takes its part
         return result
 
@@ -194,20 +202,42 @@ class ShardedFiles:
         self, name: str, dst_rank: int, dtype: torch.dtype | None = None
     ) -> torch.Tensor | None:
         """The whole tensor for one rank, None for the others. Collective unless `local`."""
-        shape, _ = self.describe(name)
-        rule, size = Owner(dst_rank), self.group.size
-        takes = [take_of(rule, name, shape, rank, size) for rank in range(size)]
+        try:
+            shape, _ = self.describe(name)
+            rule, size = Owner(dst_rank), self.group.size
+            takes = [take_of(rule, name, shape, rank, size) for rank in range(size)]
+        except Exception as error:
+            self.refuse(name, error)
         if takes[self.group.rank] is None and self.local(name):
             return None
-        return self._one(name, takes, dtype)
+        return self._one(name, takes, dtype, f"pushes tensor {name!r} to rank {dst_rank}")
+
+    def refuse(self, name: str, error: Exception) -> NoReturn:
+        """Raise an error of arguments, on all ranks where others wait for us to take a tensor.
+
+        Args:
+            name: of the tensor that was asked for, which may not exist.
+            error: what is wrong here; raised itself where all ranks are wrong in the same way.
+
+        Raises:
+            RankError: otherwise, where taking is collective.
+        """
+        alone = (
+            self.local(name)
+            if name in self._where
+            else all(self._is_local(source) for source in self.sources)
+        )
+        if not alone:
+            self.group.agree(error)
+        raise error
 
     def _one(
-        self, name: str, takes: Sequence[Take | None], dtype: torch.dtype | None
+        self, name: str, takes: Sequence[Take | None], dtype: torch.dtype | None, said: str
     ) -> torch.Tensor | None:
         number, i = self._where[name]
         source, mine = self.sources[number], takes[self.group.rank]
         needs = [array("q", (0, 0) if take is None else take.rows) for take in takes]
-        request = Request({} if mine is None else {i: mine}, needs, dtype, (i,))
+        request = Request({} if mine is None else {i: mine}, needs, dtype, (i,), said)
         return self._load_file(source, request, every=not self.local(name)).get(i)
 
     def read_ahead(self) -> None:
@@ -363,7 +393,7 @@ class ShardedFiles:
             problem = error
         if every:
             try:
-                self.group.agree(problem)
+                self._agree(problem, request)
             finally:
                 if problem is not None:
                     result.clear()
@@ -464,7 +494,7 @@ class ShardedFiles:
         except BaseException as error:
             problem = error
         try:
-            counts = group.agree(problem, len(steps))
+            counts = self._agree(problem, request, len(steps))
         finally:
             if problem is not None:
                 results.clear()
@@ -477,6 +507,23 @@ class ShardedFiles:
             results.clear()
             raise
         return results
+
+    def _agree(self, problem: BaseException | None, request: Request, value: Any = None) -> Any:
+        """As `Group.agree`; also that all ask for the same, or ranks would mix up tensors.
+
+        Raises:
+            RankError: alike on all ranks, a rank asks for something else.
+        """
+        told = self.group.agree(problem, (request.said, value))
+        said = [one[0] for one in told]
+        for rank, theirs in enumerate(said):
+            if theirs != said[0]:
+                raise RankError(
+                    rank,
+                    f"it {theirs}, where rank 0 {said[0]}; all ranks take the same tensors in the"
+                    " same order",
+                )
+        return [one[1] for one in told]
 
     def _own_unit_bytes(self) -> int:
         given = self._config.device_memory_budget

@@ -157,8 +157,8 @@ class Group:
         Raises:
             RankError: something went wrong on a rank, the lowest of which is named; caused by
                 ``error``, if it went wrong here, too.
-            TypeError, ValueError: ``error`` itself, where it is one and all ranks say the same:
-                an argument that is wrong everywhere.
+            TypeError, ValueError, LookupError: ``error`` itself, where it is one and all ranks
+                say the same: an argument that is wrong everywhere.
             BaseException: ``error``, where it is an interrupt.
         """
         said = None if error is None else f"{type(error).__name__}: {error}"
@@ -168,7 +168,8 @@ class Group:
         answers = self.gather((said, value))
         if error is not None and not isinstance(error, Exception):
             raise error
-        if isinstance(error, (TypeError, ValueError)) and all(a[0] == said for a in answers):
+        arguments = (TypeError, ValueError, LookupError)
+        if isinstance(error, arguments) and all(one[0] == said for one in answers):
             raise error
         for rank, (cause, _) in enumerate(answers):
             if cause is not None:

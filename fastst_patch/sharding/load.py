@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import current, pop, push
+from ..tensors import dtype_wanted
 from .files import ShardedFiles
 from .groups import Group
 from .rules import Plan
@@ -46,7 +47,7 @@ def load_sharded(
             Ranks may have different plans.
         device: where the tensors go; None: the current CUDA device in an NCCL group, else the
             CPU. ``"cuda"`` is the current device, whatever the rank.
-        dtype: for floating tensors, cast where they go.
+        dtype: for floating tensors, cast where they go; a torch dtype or a name of one.
         read_once: ``node``, or ``job`` where the network is faster than the storage: every byte
             is read by one rank of all.
         contiguous: parts of a file's map that are not complete rows are copied. By default they
@@ -65,8 +66,10 @@ def load_sharded(
     ranks = _group(group)
     token: object = None
     problem: BaseException | None = None
+    wanted: torch.dtype | None = None
     try:
         token = push(options)  # refused on one rank, it must not leave the others waiting
+        wanted = dtype_wanted(dtype)
     except BaseException as error:
         problem = error
     try:
@@ -78,7 +81,7 @@ def load_sharded(
         with ShardedFiles(
             paths, ranks, device, current(), read_once=read_once, contiguous=contiguous
         ) as opened:
-            return opened.load(plan, dtype)
+            return opened.load(plan, wanted)
     finally:
         problem = None
         pop(token)
@@ -142,6 +145,6 @@ def paths_of(name: str) -> list[str]:
         return [name]
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        return [str(path.parent / shard) for shard in sorted(set(shards))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name}: no index of a sharded checkpoint: {error!r}") from error
-    return [str(path.parent / shard) for shard in sorted(set(shards))]

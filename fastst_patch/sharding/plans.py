@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plan_from_placements", "plan_from_tp_plan"]
 
-# What transformers 5.0 to 5.23 calls its styles, by what they do to a parameter.
+# What transformers 5.0 to 5.24 calls its styles, by what they do to a parameter.
 _COLUMNS = ("colwise", "colwise_rep", "colwise_gather_output", "local_colwise")
 _ROWS = ("rowwise", "rowwise_rep", "rowwise_split_input", "local_rowwise")
 _PACKED_COLUMNS = ("packed_colwise", "local_packed_colwise")
@@ -31,14 +31,16 @@ _STYLES = (
 
 
 def plan_from_tp_plan(
-    tp_plan: Mapping[str, str], names: Iterable[str]
+    tp_plan: Mapping[str, str] | None, names: Iterable[str]
 ) -> Callable[[str, Sequence[int], torch.dtype], Rule]:
     """A plan from transformers' ``tp_plan``, for the tensors of a checkpoint.
 
     Args:
         tp_plan: pattern -> style, as ``model._tp_plan`` or ``config.base_model_tp_plan`` has it:
             a module's or parameter's name, with ``*`` for numbers; what stands before it in a
-            checkpoint's names (``model.``) may be missing.
+            checkpoint's names (``model.``) may be missing. None: all is whole. Of experts that
+            are merged in the model (``experts.gate_up_proj``) and apart in the checkpoint
+            (``experts.3.gate_proj.weight``) each is cut as the merged one would be.
         names: of the checkpoint's tensors. Experts that are tensors of their own
             (``experts.3.up_proj.weight``) are dealt to the ranks in runs, as merged ones are cut.
 
@@ -48,7 +50,8 @@ def plan_from_tp_plan(
     Raises:
         ValueError: a style is unknown.
     """
-    for pattern, style in tp_plan.items():
+    styles = dict(tp_plan or {})
+    for pattern, style in styles.items():
         if style not in _STYLES:
             raise ValueError(
                 f"tp_plan: {pattern!r} has the style {style!r}; known are {', '.join(_STYLES)}"
@@ -59,8 +62,16 @@ def plan_from_tp_plan(
         if found:
             count = max(experts.get(found[1], 0), int(found[2]) + 1)
             experts[found[1]] = count
-    return _TensorParallel(dict(tp_plan), experts)
+    return _TensorParallel(styles, experts)
 
+
+# Where transformers 5 merges a checkpoint's experts: names of theirs, and of what they become.
+_MERGED = {
+    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj",
+    "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj",
+}  # fmt: skip
+_RENAMED = (".block_sparse_moe.", ".mlp.")
+_APART = {"packed_colwise": "colwise", "local_packed_colwise": "colwise"}
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -84,6 +95,8 @@ class _TensorParallel:
         generic = _NUMBER.sub("*", name)
         module, _, parameter = generic.rpartition(".")
         style = self._style(generic) or self._style(module)
+        if style is None:
+            style = self._merged_style(name)
         if style is not None:
             return _rule(style, parameter, len(shape))
         return self._expert(name)
@@ -94,6 +107,18 @@ class _TensorParallel:
                 return self._styles[generic]
             _, _, generic = generic.partition(".")
         return None
+
+    def _merged_style(self, name: str) -> str | None:
+        """The style of what an expert's tensor becomes a part of, for that part."""
+        found = _EXPERT.match(name)
+        part = "" if found is None else _MERGED.get(name[found.end() :].partition(".")[0], "")
+        if found is None or not part:
+            return None
+        merged = f"{_NUMBER.sub('*', found[1])}.{part}"
+        style = self._style(merged) or self._style(merged.replace(*_RENAMED))
+        if style is None or style in _EXPERTS:  # these are dealt out whole
+            return None
+        return _APART.get(style, style)
 
     def _expert(self, name: str) -> Rule:
         found = _EXPERT.match(name)
@@ -130,8 +155,8 @@ def plan_from_placements(
 
     Args:
         mesh: a DeviceMesh of one or more dimensions, of which this rank is a member.
-        placements: name -> placements, one for each dimension of the mesh; names left out are
-            whole.
+        placements: name -> placements, one for each dimension of the mesh, or a single one;
+            names left out are whole.
 
     Returns:
         A plan for `load_sharded`. A strided shard on a mesh of one dimension is `Packed`.
@@ -139,7 +164,10 @@ def plan_from_placements(
     Raises:
         ValueError: a placement that is no part of a tensor, such as ``Partial``.
     """
-    given = {name: tuple(each) for name, each in placements.items()}
+    given = {
+        name: tuple(each) if isinstance(each, (tuple, list)) else (each,)
+        for name, each in placements.items()
+    }
     for name, each in given.items():
         if len(each) != mesh.ndim:
             raise ValueError(
@@ -173,6 +201,12 @@ def _placed(mesh: Any, placements: tuple[Any, ...], name: str, shape: Sequence[i
     import torch
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    for placement in placements:
+        dim = 0 if placement.is_replicate() else placement.dim
+        if not -len(shape) <= dim < max(len(shape), 1):
+            raise ValueError(
+                f"tensor {name!r} of shape {list(shape)} has no dimension for {placement}"
+            )
     strided = [p for p in placements if not p.is_replicate() and not p.is_shard()]
     if strided:
         if len(placements) > 1:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Union
 
@@ -191,8 +192,8 @@ def take_of(rule: Rule, name: str, shape: Sequence[int], rank: int, size: int) -
         return Take((Part(lengths, whole),)) if rule.holds(rank) else None
     if rule is None or rule == "replicate":
         return Take((Part(lengths, whole),))
-    if isinstance(rule, int) and not isinstance(rule, bool):
-        return _packed(Packed(rule, 1), name, lengths, rank, size)
+    if hasattr(rule, "__index__") and not isinstance(rule, bool):  # numpy's whole numbers, too
+        return _packed(Packed(operator.index(rule), 1), name, lengths, rank, size)
     if isinstance(rule, Packed):
         return _packed(rule, name, lengths, rank, size)
     if isinstance(rule, slice):

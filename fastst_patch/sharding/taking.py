@@ -27,12 +27,14 @@ class Request:
         needs: of every rank, as `schedule.split` takes them.
         dtype: to cast floating tensors to.
         numbers: of the tensors that ``needs`` are of; None: all.
+        said: what a caller who asks for one tensor must ask for on all ranks, in words.
     """
 
     takes: dict[int, Take] | None
     needs: Sequence[Sequence[int]]
     dtype: torch.dtype | None
     numbers: Sequence[int] | None
+    said: str | None = None
 
 
 def cast(kind: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
