@@ -94,7 +94,7 @@ def row(run: dict[str, Any], cache: str) -> str:
     if not all(one["verified"] for one in by_loader.values()):
         raise SystemExit(f"{RESULTS}: a {cache} run did not prove the state of the page cache")
     stock, patched = by_loader["stock"], by_loader["patched"]
-    alone = patched["load_ceiling_fraction"]
+    alone = patched.get("load_ceiling_fraction")
     by_load = "" if alone is None else f" ({alone:.0%} by the load alone)"
     return (
         f"| {label(run, cache)} | {stock['median_s']:.2f} s | {patched['median_s']:.2f} s "
