@@ -135,7 +135,10 @@ def _talk(process: subprocess.Popen[str], message: str, gate: Gate | None) -> st
         process.stdin.flush()
     process.stdout.readline()  # READY, or nothing: it ended
     with gate:
-        return process.communicate("go\n")[0]
+        try:
+            return process.communicate("go\n")[0]
+        except BrokenPipeError:  # it is gone with the message unread; how it ended says why
+            return ""
 
 
 @contextlib.contextmanager

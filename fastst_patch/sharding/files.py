@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import device as devices
 from ..config import Config
-from ..decide import complain, fell_back, same
+from ..decide import fell_back
 from ..errors import Doubt, NameClashError, RankError
 from ..machine import io_threads
 from ..onhost import HostFile
 from ..opened import progress_bar
-from ..report import LoadReport, emit
 from . import mapped
 from .exchange import Memory, Mover, Step, move
 from .groups import Group
@@ -23,7 +22,9 @@ from .rules import Owner, Part, Plan, Rule, Take, rules_of, take_of
 from .schedule import Key, split
 from .sources import Source, open_sources, paths_in_turn
 from .steps import circle_of, steps_of
+from .stocks import by_stock, verify
 from .taking import Request, cast, everything, flat, joined, part_bytes, parts_of
+from .tally import Tally
 from .target import named, target_of
 
 if TYPE_CHECKING:
@@ -84,7 +85,6 @@ class ShardedFiles:
         self._config = config
         self._call = call
         self._contiguous = contiguous
-        self._tallies: dict[str, list[float]] = {}
         paths = paths_in_turn(files) if isinstance(files, Mapping) else list(files)
         self._target: devices.Target | None = None
         self._refused: str | None = None
@@ -104,6 +104,7 @@ class ShardedFiles:
             problem = None
         self._refused = next((said for said in refusals if said is not None), None)
         self._memory = Memory(self._target)
+        self._tally = Tally(call, "cpu" if self._target is None else self._target.name)
         self.sources: list[Source] = open_sources(paths, group, config, self._target)
         self._where: dict[str, tuple[int, int]] = {}
         problem = None
@@ -149,7 +150,7 @@ class ShardedFiles:
     def close(self) -> None:
         """Report what was taken, and let go of the files. Tensors stay."""
         for source in self.sources:
-            self._report(source)
+            self._tally.report(source, self._refused)
             source.close()
 
     def __enter__(self) -> ShardedFiles:
@@ -384,7 +385,7 @@ class ShardedFiles:
                 result = {i: joined(found, i, take) for i, take in takes.items()}
             if self._config.verify and doubt is None and source.opened is not None:
                 takes = everything(source) if takes is None else takes
-                self._verify(source, takes, result, dtype)
+                verify(source, takes, result, dtype, device=self._device, config=self._config)
         except RankError:
             raise  # everywhere
         except BaseException as error:
@@ -398,7 +399,7 @@ class ShardedFiles:
                 if problem is not None:
                     result.clear()
                 problem = None  # and with it the frame that its traceback keeps
-        self._count(source, result, time.perf_counter() - started)
+        self._tally.count(source, result, time.perf_counter() - started)
         return result
 
     def _parts(
@@ -406,7 +407,7 @@ class ShardedFiles:
     ) -> dict[Key, torch.Tensor]:
         doubt = source.doubt or self._refused
         if doubt is not None:
-            found = self._by_stock(source, parts, request.dtype)
+            found = by_stock(source, parts, request.dtype, self._device)
             fell_back(self._config, self._call, source.path, Doubt(doubt))
             return found
         if not self._from_map(source):
@@ -418,32 +419,6 @@ class ShardedFiles:
             wanted = cast(tensor.dtype, request.dtype)
             if wanted != tensor.dtype:
                 found[key] = tensor.to(wanted)
-        return found
-
-    def _verify(
-        self,
-        source: Source,
-        takes: dict[int, Take],
-        result: dict[int, torch.Tensor],
-        dtype: torch.dtype | None,
-    ) -> None:
-        theirs = self._by_stock(source, parts_of(takes), dtype)
-        for i, take in takes.items():
-            right = joined(theirs, i, take)
-            if not same(result[i], right):
-                complain(self._config, source.path, f"tensor {source.names[i]!r}")
-                result[i] = right
-
-    def _by_stock(
-        self, source: Source, parts: dict[Key, Part], dtype: torch.dtype | None
-    ) -> dict[Key, torch.Tensor]:
-        import torch
-
-        found = {}
-        for key, part in parts.items():
-            whole = source.by_stock(key[0])
-            piece = whole[part.index].clone(memory_format=torch.contiguous_format)
-            found[key] = piece.to(device=self._device, dtype=cast(piece.dtype, dtype))
         return found
 
     def _from_map(self, source: Source) -> bool:
@@ -528,37 +503,3 @@ class ShardedFiles:
     def _own_unit_bytes(self) -> int:
         given = self._config.device_memory_budget
         return UNIT if given is None else max(min(UNIT, given // 8), 1)
-
-    # ---- reports ----
-
-    def _count(self, source: Source, result: dict[int, torch.Tensor], seconds: float) -> None:
-        tally = self._tallies.setdefault(source.path, [0, 0, 0.0])
-        tally[0] += sum(tensor.nbytes for tensor in result.values())
-        tally[1] += len(result)
-        tally[2] += seconds
-
-    def _report(self, source: Source) -> None:
-        """Report what was taken of a file since the last report."""
-        nbytes, tensors, seconds = self._tallies.pop(source.path, (0, 0, 0.0))
-        if not seconds:
-            return
-        note, path, resident = source.doubt or self._refused, "stock", None
-        if note is None:
-            path = "exchange"  # of what others read
-            if source.opened is not None:
-                account = source.opened.account
-                path, note, resident = account.path, account.note, account.resident
-        device = "cpu" if self._target is None else self._target.name
-        emit(
-            LoadReport(
-                self._call,
-                source.path,
-                device,
-                path,
-                int(nbytes),
-                int(tensors),
-                seconds,
-                resident,
-                note,
-            )
-        )

@@ -201,7 +201,14 @@ class Group:
             kind = "gloo"
             if device != "cpu" and "nccl" in str(dist.get_backend(self._pg)):
                 kind = "own" if len(ranks) == self.size else "nccl"
-            found = self._channels[tuple(ranks)] = Channel(self._pg, ranks, "data", kind)
+            found = Channel(self._pg, ranks, "data", kind)
+            if kind == "gloo":
+                import torch
+
+                # Nobody goes on, and dies of what it does then, while others still connect:
+                # gloo tries again, and waits for the group's timeout each time.
+                found.maximum(torch.tensor([0])).wait()
+            self._channels[tuple(ranks)] = found
         return found
 
 
