@@ -51,6 +51,7 @@ def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dic
         engine.shutdown()
         if rank.runtime is not None:
             _watch(rank.runtime, seen)
+        rank.meet()  # nobody reads or maps them any more
         evicted = _evicted(rank, files) if cold else False
         if not cold and rank.rank == 0:
             for file in files:
