@@ -243,7 +243,10 @@ def test_verify_takes_slices_of_one_element(tmp_path: Path, index: Any) -> None:
     path = tmp_path / "two.safetensors"
     save_file({"b": torch.arange(2)}, path)
     with stock.safe_open(path, "pt") as handle:
-        expected = handle.get_slice("b")[index]
+        try:
+            expected = handle.get_slice("b")[index]
+        except Exception as error:
+            pytest.skip(f"this safetensors does not take such an index: {error}")
     with fastst_patch.config_context(verify=True), fastst_patch.safe_open(path, "pt") as handle:
         assert torch.equal(handle.get_slice("b")[index], expected)
 
