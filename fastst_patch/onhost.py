@@ -371,7 +371,7 @@ class HostFile(OpenedFile):
             return
         headroom = engine.memory_headroom()
         threads, chunk_bytes = self._workers()
-        if headroom is not None and nbytes + threads * chunk_bytes > headroom:
+        if headroom is not None and nbytes + threads * max(chunk_bytes, HUGE_PAGE) > headroom:
             raise Doubt(f"{nbytes} bytes do not fit the memory that is left ({headroom})")
         HostFile._taken = 0
 
@@ -431,13 +431,13 @@ class HostFile(OpenedFile):
     def _workers(self) -> tuple[int, int]:
         """Most workers on a read, and the bytes that each handles at a time.
 
-        With O_DIRECT a worker that moves what it has read, or waits for cleared pages, keeps no
-        request at the disk; so there are more of them, each with less.
+        With O_DIRECT a worker that copies what it has read keeps no request at the disk; so there
+        are more of them, each with so little that all their buffers stay in the cache.
         """
         threads, chunk_bytes = io_threads(self.config.threads), self.config.chunk_bytes
         if not self._direct or self.config.threads:
             return threads, chunk_bytes
-        return 2 * threads, max(chunk_bytes // 2, CHUNK_MIN)
+        return 2 * threads, max(chunk_bytes // 4, CHUNK_MIN)
 
     def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
         """Start reading extents into memory of the host's."""

@@ -15,6 +15,7 @@
 /* A few slow pages are no reason: judged one chunk at a time, half of all loads on a host that
  * had its memory gave up, and took 1.1 s instead of 0.9. */
 #define JUDGED_BYTES (64u << 20)
+#define CHUNK_JUDGED (512u << 10) /* in less, calls weigh as much as pages */
 
 static int new_arena(enum fst_arena_kind kind, void *data, uint64_t bytes, fst_arena **out,
                      fst_error *err) {
@@ -129,7 +130,7 @@ void fst_arena_keep_no_more(fst_arena *map) {
  * what it has taken back: 1.7 GB filled in huge pages took 2.0 to 3.2 s there, and 0.9 to
  * 1.1 s in small ones, which the kernel cuts from memory freed lately. */
 void fst_arena_note_fill(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds) {
-    if (arena->kind != FST_ARENA_ANONYMOUS || bytes < FST_HUGE_PAGE) return;
+    if (arena->kind != FST_ARENA_ANONYMOUS || bytes < CHUNK_JUDGED) return;
     uint64_t spent = atomic_fetch_add(&arena->fill_nanoseconds, cpu_nanoseconds) + cpu_nanoseconds;
     uint64_t filled = atomic_fetch_add(&arena->fill_bytes, bytes) + bytes;
     if (filled < JUDGED_BYTES) return;

@@ -99,7 +99,9 @@ static bool headroom_due(fst_job *job) {
 
 /* ---- moving, without the lock ---- */
 
+/* Of a whole huge page at least: what O_DIRECT reads into small ones is as many pieces. */
 static bool ensure_slot(fst_worker *worker, uint64_t bytes) {
+    if (bytes < FST_HUGE_PAGE) bytes = FST_HUGE_PAGE;
     if (worker->slot.bytes >= bytes) return true;
     fst_pages_unmap(&worker->slot);
     int failed = fst_pages_map(&worker->slot, bytes);

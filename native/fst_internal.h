@@ -79,7 +79,6 @@ struct fst_arena {
     atomic_ullong fill_bytes;  /* since the last judgement of fst_arena_note_fill */
     atomic_ullong fill_nanoseconds;
     atomic_bool small_pages; /* huge pages were given up for what is not filled yet */
-    atomic_bool slots_only;  /* O_DIRECT reads in place failed */
     atomic_bool kept;        /* faults of the map read nothing ahead, somewhere */
     enum fst_arena_kind kind;
     unsigned char *data;

@@ -44,12 +44,10 @@ def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dic
     plan, _ = FORMS[form](Outline(files), me)
     with way_of(rank, way) as options:
         seen: dict[str, Any] = {"peak": 0, "ordinals": set()}
-        # Once before: what of Python and torch is needed is in memory then, or reading it would
-        # count; and the first load to a device is read back, and its file read again.
-        _touch(load_sharded(files, None, plan, **options))
-        gc.collect()
-        engine.shutdown()
         if rank.runtime is not None:
+            # The first load to a device is read back and compared, and its file read again.
+            load_sharded(files, None, plan, **options)
+            engine.shutdown()
             _watch(rank.runtime, seen)
         rank.meet()  # nobody reads or maps them any more
         evicted = _evicted(rank, files) if cold else False

@@ -80,17 +80,6 @@ static inline load_result load_open(fst_file *opened, const test_file *file, con
     return result;
 }
 
-/* Into huge pages, where O_DIRECT may read in place. */
-static inline load_result load_huge(fst_file *opened, const test_file *file, const plan *p,
-                                    const fst_job_options *options) {
-    fst_error err = {0};
-    fst_arena *arena = NULL;
-    MUST(fst_arena_alloc(p->arena_bytes, &arena, &err) == FST_OK);
-    load_result result = load_into(arena, opened, file, p, options);
-    fst_arena_release(arena);
-    return result;
-}
-
 static inline load_result load(const test_file *file, const plan *p,
                                const fst_job_options *options) {
     fst_file *opened = test_open(file);

@@ -147,7 +147,6 @@ static const fault_case fallback_faults[] = {
 
 static void check_fault(const test_file *file, const plan *p, const fault_case *c, bool refused) {
     fst_job_options options = options_for(c->mode);
-    if (strcmp(c->call, "madvise") == 0) options.chunk_bytes = 2u << 20; /* less asks for none */
     fst_file *opened = test_open(file);
     test_case = c->what;
     if (refused) CHECK_EQ(fst_fault_set("pread", 1, ALL, EINVAL, 0), 0);
