@@ -22,8 +22,8 @@ def _status(field: str) -> int:
 def test_it_is_there_while_nothing_is_timed() -> None:
     before, threads = _status("VmRSS"), threading.active_count()
     wanted = sum(times * 64 * MIB + settle.SLACK for times in settle.KINDS.values())
-    ahead = len(settle.KINDS) * settle.AHEAD
     with settle.Reserve(64 * MIB) as reserve:
+        ahead = len(settle.KINDS) * reserve._ahead
         for _ in range(3):
             reserve._await_taken()
             assert wanted <= reserve.held <= wanted + len(settle.KINDS) * settle.BLOCK
@@ -40,7 +40,7 @@ def test_of_each_kind_as_much_is_freed_as_is_used(monkeypatch) -> None:
         reserve._await_taken()
         all_of_them = {kind: len(held) for kind, held in reserve._held.items()}
         total = reserve.held
-        monkeypatch.setattr(settle, "_free", lambda: total - reserve.held - used[0] * settle.BLOCK)
+        monkeypatch.setattr(settle, "_used", lambda: reserve.held + used[0] * settle.BLOCK)
         with reserve.lend():
             for used[0] in (0, 5, 100):
                 left = {k: max(n - ahead - used[0], 0) for k, n in all_of_them.items()}

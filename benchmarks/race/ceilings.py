@@ -26,6 +26,7 @@ PAGEABLE = "copies from pageable memory"
 
 MIB = 1 << 20
 DEPTHS = (4, 8, 16, 32)
+SMALL_DEPTHS = (8, 16)  # of 1 MiB
 READERS = (1, 2, 4, 8, 16)
 COPY_BYTES = 1 << 30
 
@@ -128,7 +129,11 @@ def board(device: str, caches: Sequence[str], files: Sequence[str]) -> Board:
     reads: dict[str, list[Ceiling]] = {}
     if "cold" in caches:
         reads["cold"] = [
-            Ceiling(DIRECT, "cold", [Variant(True, depth, 4 * MIB) for depth in DEPTHS]),
+            Ceiling(
+                DIRECT, "cold",
+                [Variant(True, depth, 4 * MIB) for depth in DEPTHS]
+                + [Variant(True, depth, MIB) for depth in SMALL_DEPTHS],
+            ),
             Ceiling(
                 COLD_BUFFERED, "cold",
                 [Variant(False, threads, 4 * MIB) for threads in (1, 4, 8, 16)]

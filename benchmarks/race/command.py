@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .workloads import Workload
 
 CACHES = ("cold", "warm")
-QUICK_MINUTES = {"cpu": 18.0, "cuda": 8.0}  # on the two cores of a small machine; on a GPU's time
+QUICK_MINUTES = {"cpu": 19.5, "cuda": 8.0}  # on the two cores of a small machine; on a GPU's time
 LIMIT_S = {"quick": 60.0, "full": 900.0}  # for one load
 MOST_AT_ONCE = 8  # processes that get ready
 DEVICE_BYTES_EACH = 8_000_000_000  # of a device's memory, for each: every one has a context there

@@ -108,7 +108,8 @@ def plan(caches: Sequence[str], device: str, direct_wanted: bool) -> dict[str, l
         variants = [Variant(False, 8, chunk) for chunk in (1 << 20, 4 << 20)]
         beside["cold"].append(Ceiling(COLD_BUFFERED, "cold", variants))
     if "cold" in beside or direct_wanted:
-        variants = [Variant(True, depth, 4 << 20) for depth in (8, 16)]
+        # Small buffers stay in the processor's cache, where a virtual disk has the host write them.
+        variants = [Variant(True, depth, mib << 20) for mib in (4, 1) for depth in (8, 16)]
         beside[caches[0]].append(Ceiling(DIRECT, "cold", variants))
     if "warm" in beside:
         variants = [Variant(False, min(machine.cpu_count(), _THREADS_MAX), 512 << 10)]

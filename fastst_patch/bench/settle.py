@@ -9,6 +9,7 @@ enough, or happens to get pages that another has just freed, seems the faster on
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,10 @@ from pathlib import Path
 from . import machine
 
 BLOCK = 32 << 20
-STEP = 4 << 20
 PAGE = 4096  # the smallest there is; where pages are larger each is touched more than once
 SLACK = 256 << 20  # the process's own growth, read buffers, page tables
 AHEAD = 256 << 20  # of each kind, at any time; at 10 GB/s of use, what goes in five periods
+AHEAD_BESIDE = 32 << 20  # beside its files' size, which bounds it too: a load takes no more at once
 PERIOD_S = 0.005
 KINDS = {mmap.MADV_NOHUGEPAGE: 3, mmap.MADV_HUGEPAGE: 2}
 """Pages, small and huge, and how many times the files' bytes of each.
@@ -33,7 +34,9 @@ POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE, which `mmap` does not name: touched at once instead of page by page, small
 pages 0.43 s a GiB instead of 0.48, huge ones 0.08 instead of 0.17 where memory is there."""
 
-_ONES = b"\1" * (STEP // PAGE)
+_USED = ("AnonPages:", "Cached:", "Buffers:", "Slab:", "PageTables:")
+_libc = ctypes.CDLL(None)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def forget_peak() -> None:
@@ -54,6 +57,7 @@ class Reserve:
     """
 
     def __init__(self, wanted: int) -> None:
+        self._ahead = min(AHEAD, wanted + AHEAD_BESIDE)
         self._wanted = {kind: times * wanted + SLACK for kind, times in KINDS.items()}
         self._held: dict[int, list[mmap.mmap]] = {kind: [] for kind in KINDS}
         self._taken = dict.fromkeys(KINDS, 0)  # blocks, when last all were there
@@ -80,9 +84,9 @@ class Reserve:
         once would do for quick loads only.
         """
         self._await_taken()
-        had = _free() + self.held
+        had = _used() - self.held
         over = threading.Event()
-        self._feed(AHEAD)
+        self._feed(self._ahead)
         feeding = threading.Thread(target=self._keep_feeding, args=(had, over), daemon=True)
         feeding.start()
         try:
@@ -94,7 +98,7 @@ class Reserve:
 
     def _keep_feeding(self, had: int, over: threading.Event) -> None:
         while self.held and not over.wait(PERIOD_S):
-            self._feed(had - _free() - self.held + AHEAD)
+            self._feed(_used() - self.held - had + self._ahead)
 
     def _feed(self, nbytes: int) -> None:
         """Free until so many bytes of each kind have been freed since it was taken."""
@@ -130,17 +134,23 @@ def _touched(kind: int) -> mmap.mmap:
     block = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # where pages have one size alone
         block.madvise(kind)
-    for begin in range(0, BLOCK, STEP):  # so that other threads get their turn
-        try:
-            block.madvise(POPULATE_WRITE, begin, STEP)
-        except OSError:  # before Linux 5.14
-            block[begin : begin + STEP : PAGE] = _ONES
+    if not _populated(block):  # before Linux 5.14
+        block[::PAGE] = b"\1" * (BLOCK // PAGE)
     return block
 
 
-def _free() -> int:
-    """Bytes that nobody uses, not even the page cache."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemFree:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def _populated(block: mmap.mmap) -> bool:
+    """Touch it all at once; not by `mmap.madvise`, for whose time no other thread would run."""
+    begin = ctypes.c_char.from_buffer(block)  # the block cannot be closed as long as this lives
+    return bool(_libc.madvise(ctypes.addressof(begin), BLOCK, POPULATE_WRITE) == 0)
+
+
+def _used() -> int:
+    """Bytes in use, be it by the page cache.
+
+    Not what is missing of the free ones: what the kernel is just giving back to the host counts
+    as neither, and all of a reserve had been lent for it within 50 ms in which nobody took any.
+    """
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    fields = (line.split() for line in lines if line.startswith(_USED))
+    return 1024 * sum(int(field[1]) for field in fields)
