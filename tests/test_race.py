@@ -347,6 +347,16 @@ def test_what_does_not_fit_is_dropped_from_the_end_and_named() -> None:
     assert "after 1 rounds" in planner.dropped["a, warm: y"]
 
 
+@pytest.mark.parametrize(
+    ("start_s", "seconds"), [(plan.START_S, 1.0), (plan.COPY_START_S, 0.3 + 0.7 / 4)]
+)
+def test_a_quarter_of_the_bytes_takes_less_of_what_is_no_start(start_s, seconds) -> None:
+    big, small = unit("a", ["x", "y"], nbytes=400), unit("b", ["x"], nbytes=100)
+    planner = plan.Planner([big, small], budget_s=None, rounds=5, start_s=start_s)
+    planner.took(big.cell, 2.0)
+    assert planner.predicted(small) == pytest.approx(seconds)
+
+
 def test_rounds_are_never_fewer(file, fake) -> None:
     race = race_of(file, "stock-mmap", "again", rounds=5)
     race.planner.budget_s = 0.0

@@ -23,7 +23,7 @@ from fastst_patch.bench.errors import EXIT_FAILED, BenchError, UsageError
 
 from . import charts, entrants, probes, process, report, results, runner, truth, whole
 from .entrants import Entrants, Source, scrub
-from .plan import LEAST_ROUNDS, SLOWEST_GB_PER_S, Planner, units
+from .plan import COPY_START_S, LEAST_ROUNDS, SLOWEST_GB_PER_S, Planner, units
 from .runner import Race, Shown, Written
 from .watch import DeviceWatch
 
@@ -154,6 +154,9 @@ def _plan(
     reserved_s = whole.RESERVED_S[args.suite, args.device] if args.end_to_end else 0.0
     planner = Planner(raced, budget_s, args.rounds, reserved_s)
     planner.slowest = SLOWEST_GB_PER_S[args.device]
+    template = process.template() if args.device == "cpu" and not args.afresh else None
+    if template is not None:
+        planner.start_s = COPY_START_S
     return Race(
         entrants=who,
         device=args.device,
@@ -164,7 +167,7 @@ def _plan(
         limit_s=LIMIT_S[args.suite],
         at_once=_at_once(facts),
         watch=DeviceWatch(facts.get("uuid")),
-        template=process.template() if args.device == "cpu" and not args.afresh else None,
+        template=template,
     )
 
 
