@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,18 @@ while True:
 EXIT_7 = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
 
 
+@contextlib.contextmanager
+def not_ignored(number: int) -> Iterator[None]:
+    """Programs started within do not ignore the signal, as they would under nohup."""
+    before = signal.getsignal(number)
+    if before is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("how", ["script", "profile", "profile command"])
 @pytest.mark.parametrize(
     ("number", "handler", "status"),
@@ -245,18 +258,19 @@ def test_signals(run: Runner, how: str, number: int, handler: str, status: int) 
         "profile": [*LAUNCH, "--profile", "script.py"],
         "profile command": [*LAUNCH, "--profile", "--", sys.executable, "script.py"],
     }[how]
-    program = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=run.folder,
-        env=run.environment,
-    )
+    with not_ignored(number):
+        program = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=run.folder,
+            env=run.environment,
+        )
     assert program.stdout is not None
     assert program.stdout.readline() == "ready\n"
     program.send_signal(number)
-    _, stderr = program.communicate(timeout=300)
+    _, stderr = program.communicate(timeout=60)
     assert program.returncode == status
     assert ("KeyboardInterrupt" in stderr) == (number == signal.SIGINT)
     ended_by_itself = status == 7 or number == signal.SIGINT
