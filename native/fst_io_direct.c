@@ -1,19 +1,20 @@
 /* fst_io_direct.c - read a chunk with O_DIRECT into the worker's slot, and copy it to its places.
  *
  * Tensors sit wherever their file put them, and devices want blocks at block boundaries. So every
- * byte is copied once. While slots are few and small, they and what is copied from them stay in the
- * processor's cache, which is where a virtual disk, too, has the host write them: 1.7 GB on one, 2
- * cores, medians of 8 in random order, loaded in
+ * byte is copied once. Few small slots are quickest on a virtual disk; presumably because they stay
+ * in the processor's cache, also while the host writes to them, which cannot be seen from inside.
+ * 1.7 GB, 2 cores, medians of 8 in random order, loaded in
  *
  *     0.86 s   read beside its place, less than a block away, and moved there; 16 workers of 2 MiB
- *     0.78 s   the same, 1 MiB (medians of 7)
  *     0.68 s   through 16 slots of 1 MiB; 0.66 by 24, 0.71 by 8, 0.71 through 8 of 2 MiB
  *     0.56 s   read into 16 buffers of 1 MiB, and nothing kept
  *
+ * In another run (medians of 7) reading in place took 0.90 s by 2 MiB, 0.78 by 1 MiB, slots of 1 MiB
+ * 0.68, and with copies that go around the cache (non-temporal stores) 0.81.
+ *
  * Not for lack of memory: with all pages touched before, reading in place took 0.75 s and slots
  * 0.61 (medians of 5). Slots of 4 MiB, 8 of them, had been slower than reading in place (1.35 s
- * against 1.18 on another machine). Copying around the cache (non-temporal stores) gained nothing:
- * 0.81 against 0.68 s. Tried in vain: a thread that faults pages in ahead of the reads.
+ * against 1.18 on another machine). Tried in vain: a thread that faults pages in ahead of the reads.
  */
 #define _GNU_SOURCE
 #include <errno.h>
