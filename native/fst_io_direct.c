@@ -9,12 +9,13 @@
  *     0.68 s   through 16 slots of 1 MiB; 0.66 by 24, 0.71 by 8, 0.71 through 8 of 2 MiB
  *     0.56 s   read into 16 buffers of 1 MiB, and nothing kept
  *
- * In another run (medians of 7) reading in place took 0.90 s by 2 MiB, 0.78 by 1 MiB, slots of 1 MiB
- * 0.68, and with copies that go around the cache (non-temporal stores) 0.81.
+ * In another run (medians of 7) reading in place took 0.90 s by 2 MiB, 0.78 by 1 MiB, slots of 1
+ * MiB 0.68, and with copies that go around the cache (non-temporal stores) 0.81.
  *
  * Not for lack of memory: with all pages touched before, reading in place took 0.75 s and slots
  * 0.61 (medians of 5). Slots of 4 MiB, 8 of them, had been slower than reading in place (1.35 s
- * against 1.18 on another machine). Tried in vain: a thread that faults pages in ahead of the reads.
+ * against 1.18 on another machine). Tried in vain: a thread that faults pages in ahead of the
+ * reads.
  */
 #define _GNU_SOURCE
 #include <errno.h>
