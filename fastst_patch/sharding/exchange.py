@@ -37,7 +37,7 @@ from .channel import Pending
 from .groups import Flag, Group
 from .rules import Part
 from .schedule import Key, Unit, part_bytes, segments
-from .sources import Source
+from .source import Source
 
 if TYPE_CHECKING:
     import torch

@@ -8,34 +8,29 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .. import device as devices
 from ..config import Config
 from ..decide import fell_back
-from ..errors import Doubt, NameClashError, RankError
+from ..errors import Doubt, RankError
 from ..machine import io_threads
 from ..onhost import HostFile
 from ..opened import progress_bar
 from . import mapped
 from .exchange import Memory, Mover, Step, move
 from .groups import Group
+from .opening import open_together
 from .rules import Owner, Part, Plan, Rule, Take, rules_of, take_of
 from .schedule import Key, split
-from .sources import Source, open_sources, paths_in_turn
+from .source import Source
 from .steps import circle_of, steps_of
 from .stocks import by_stock, verify
 from .taking import Request, cast, everything, flat, joined, part_bytes, parts_of
 from .tally import Tally
-from .target import named, target_of
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["ShardedFiles"]
 
-MIB = 1 << 20
-UNIT = 32 * MIB
-"""Bytes that are exchanged at a time. Four units and as many parts are in use at once; with
-half of `device_memory_budget` as their bound, small budgets make small units."""
 SETTLED = 1 << 30
 """Bytes of files after which ranks that exchange nothing tell each other how it goes."""
 
@@ -53,7 +48,7 @@ class ShardedFiles:
 
     def __init__(
         self,
-        files: Mapping[int, Sequence[str]] | Sequence[str],
+        files: Mapping[int, Sequence[str]] | Sequence[str] | FileNotFoundError,
         group: Group,
         device: object,
         config: Config,
@@ -66,7 +61,8 @@ class ShardedFiles:
 
         Args:
             files: paths, the same on all ranks; or by rank, as fastsafetensors has it, which
-                makes no difference to who reads them.
+                makes no difference to who reads them; or why this rank cannot see what lists
+                them: it takes the others' word then.
             group: the ranks.
             device: where tensors go: a torch.device, its text, or the number of a CUDA device;
                 None: the CPU. ``"cuda"`` is the current device.
@@ -79,56 +75,24 @@ class ShardedFiles:
         Raises:
             RankError: a rank failed, nobody sees a file, or ranks see different files.
             NameClashError: a name is in two files.
-            ValueError: an argument is wrong on all ranks.
+            ValueError: an argument is wrong on all ranks, or they load to devices of several
+                kinds.
         """
         self.group = group
         self._config = config
         self._call = call
         self._contiguous = contiguous
-        paths = paths_in_turn(files) if isinstance(files, Mapping) else list(files)
-        self._target: devices.Target | None = None
-        self._refused: str | None = None
-        problem: BaseException | None = None
-        try:
-            if read_once not in ("node", "job"):
-                raise ValueError(f"read_once={read_once!r}: allowed are 'node' and 'job'")
-            self._device = named(device)
-            self._target = target_of(self._device)
-        except Doubt as doubt:
-            self._refused = doubt.reason
-        except BaseException as error:
-            problem = error
-        try:
-            refusals = group.agree(problem, self._refused)
-        finally:
-            problem = None
-        self._refused = next((said for said in refusals if said is not None), None)
-        self._memory = Memory(self._target)
-        self._tally = Tally(call, "cpu" if self._target is None else self._target.name)
-        self.sources: list[Source] = open_sources(paths, group, config, self._target)
-        self._where: dict[str, tuple[int, int]] = {}
-        problem = None
-        for number, source in enumerate(self.sources):
-            for i, name in enumerate(source.names):
-                if name in self._where:
-                    other = self.sources[self._where[name][0]].path
-                    problem = NameClashError(
-                        f"tensor {name!r} is in two files, {other} and {source.path}; names"
-                        " must be unique"
-                    )
-                self._where[name] = number, i
-        mapped = all(source.mapped for source in self.sources if source.opened is not None)
-        kind = "the CPU" if self._target is None else "a device"
-        told = group.agree(problem, (mapped, self._own_unit_bytes(), read_once, kind))
-        # Options may differ: what all must do alike is settled here.
-        self._mapped_everywhere = all(one[0] for one in told)
-        self._unit_bytes = min(one[1] for one in told)
-        self._read_once = "job" if any(one[2] == "job" for one in told) else "node"
-        if len({one[3] for one in told}) > 1 and self._refused is None:
-            raise ValueError(
-                f"some ranks load to {told[0][3]} and others do not; what they exchange must be"
-                " on devices of one kind"
-            )
+        opening = open_together(files, group, device, config, read_once)
+        self.sources = opening.sources
+        self._where = opening.where
+        self._device = opening.device
+        self._refused = opening.refused
+        self._mapped_everywhere = opening.mapped
+        self._unit_bytes = opening.unit_bytes
+        self._read_once = opening.read_once
+        target = opening.target
+        self._memory = Memory(target)
+        self._tally = Tally(call, "cpu" if target is None else target.name)
 
     # ---- what is there ----
 
@@ -499,7 +463,3 @@ class ShardedFiles:
                     " same order",
                 )
         return [one[1] for one in told]
-
-    def _own_unit_bytes(self) -> int:
-        given = self._config.device_memory_budget
-        return UNIT if given is None else max(min(UNIT, given // 8), 1)

@@ -80,7 +80,6 @@ class Group:
     Attributes:
         rank: our place in the group, 0 to size - 1. Never a device's number.
         size: how many there are.
-        nodes: for each rank, the number of its node; nodes are numbered as they first appear.
     """
 
     def __init__(self, pg: Any) -> None:
@@ -88,15 +87,14 @@ class Group:
         self._control: Channel | None = None
         self._channels: dict[tuple[int, ...], Channel] = {}
         _alive.add(self)
+        self._nodes: list[int] | None = None
         if pg is None:
-            self.rank, self.size, self.nodes = 0, 1, [0]
+            self.rank, self.size, self._nodes = 0, 1, [0]
             return
         import torch.distributed as dist
 
         self.rank, self.size = dist.get_rank(pg), dist.get_world_size(pg)
         self._control = Channel(pg, list(range(self.size)), "control", "gloo")
-        names = self.gather(_node())
-        self.nodes = [list(dict.fromkeys(names)).index(name) for name in names]
 
     @classmethod
     def of(cls, pg: object = None) -> Group:
@@ -130,6 +128,15 @@ class Group:
         return found
 
     @property
+    def nodes(self) -> list[int]:
+        """For each rank, the number of its node, in the order of their first ranks.
+
+        Known once all have said something: names of nodes go with the first values.
+        """
+        assert self._nodes is not None
+        return self._nodes
+
+    @property
     def node_ranks(self) -> list[int]:
         """Ranks on our node, ascending."""
         return [rank for rank in range(self.size) if self.nodes[rank] == self.nodes[self.rank]]
@@ -145,6 +152,11 @@ class Group:
         if self._control is None:
             self._check_single()
             return [value]
+        if self._nodes is None:
+            told = self._control.objects((value, _node()))
+            names = [name for _, name in told]
+            self._nodes = [list(dict.fromkeys(names)).index(name) for name in names]
+            return [one for one, _ in told]
         return self._control.objects(value)
 
     def agree(self, error: BaseException | None, value: Any = None) -> list[Any]:

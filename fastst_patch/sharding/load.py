@@ -65,21 +65,23 @@ def load_sharded(
     """
     ranks = _group(group)
     token: object = None
+    found: list[str] | FileNotFoundError = []
     problem: BaseException | None = None
     wanted: torch.dtype | None = None
     try:
         token = push(options)  # refused on one rank, it must not leave the others waiting
         wanted = dtype_wanted(dtype)
+        names = [os.fspath(files)] if isinstance(files, (str, os.PathLike)) else files
+        found = _listed(names)
     except BaseException as error:
         problem = error
     try:
-        ranks.agree(problem)
-        names = [os.fspath(files)] if isinstance(files, (str, os.PathLike)) else files
-        paths = _agreed(names, ranks)
+        if problem is not None:
+            ranks.agree(problem)  # the others hear it where they open files
         if device is None:
             device = "cuda" if _is_nccl(group) else "cpu"
         with ShardedFiles(
-            paths, ranks, device, current(), read_once=read_once, contiguous=contiguous
+            found, ranks, device, current(), read_once=read_once, contiguous=contiguous
         ) as opened:
             return opened.load(plan, wanted)
     finally:
@@ -104,25 +106,12 @@ def _is_nccl(group: Any) -> bool:
     return "nccl" in str(dist.get_backend(group if isinstance(group, dist.ProcessGroup) else None))
 
 
-def _agreed(names: Sequence[str | os.PathLike[str]], group: Group) -> list[str]:
-    """The files that names mean, as the first rank sees them that sees any."""
-    found: list[str] | None = None
-    unseen: OSError | None = None
-    problem: BaseException | None = None
+def _listed(names: Sequence[str | os.PathLike[str]]) -> list[str] | FileNotFoundError:
+    """The files that names mean, or why this rank cannot see which. Raises as `paths_of`."""
     try:
-        found = [path for name in names for path in paths_of(os.fspath(name))]
+        return [path for name in names for path in paths_of(os.fspath(name))]
     except FileNotFoundError as error:
-        unseen = error
-    except BaseException as error:
-        problem = error
-    try:
-        told = group.agree(problem, found)
-    finally:
-        problem = None
-    seen = [paths for paths in told if paths is not None]
-    if not seen:
-        group.agree(unseen)
-    return found if found is not None else seen[0]
+        return error
 
 
 def paths_of(name: str) -> list[str]:

@@ -9,7 +9,7 @@ from .exchange import Circle, Step
 from .groups import Group
 from .rules import Part
 from .schedule import Key, Rows, pack, split
-from .sources import Source
+from .source import Source
 from .taking import Request, cast
 
 __all__ = ["circle_of", "steps_of"]

@@ -9,7 +9,7 @@ from ..config import Config
 from ..decide import complain, same
 from .rules import Part, Take
 from .schedule import Key
-from .sources import Source
+from .source import Source
 from .taking import cast, joined, parts_of
 
 if TYPE_CHECKING:

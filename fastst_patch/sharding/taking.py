@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .rules import Part, Take
 from .schedule import Key
-from .sources import Source
+from .source import Source
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..report import LoadReport, emit
-from .sources import Source
+from .source import Source
 
 if TYPE_CHECKING:
     import torch
