@@ -135,11 +135,28 @@ def start_line(job: dict[str, Any]) -> residency.CacheState | None:
     return state
 
 
+def store_of(job: dict[str, Any]) -> dist.Store:
+    """Where ranks meet: a server, as torchrun has one.
+
+    Torch looks into a file's store every 10 ms, which is what connecting would measure there.
+    """
+    port = Path(job["port"])
+    if job["rank"] == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        written = port.with_suffix(".new")
+        written.write_text(str(store.port), encoding="ascii")
+        written.rename(port)
+        return store
+    while not port.exists():
+        time.sleep(0.01)
+    return dist.TCPStore("127.0.0.1", int(port.read_text(encoding="ascii")), is_master=False)
+
+
 def main() -> int:
     job = json.loads(sys.stdin.readline())
     torch.set_num_threads(1)  # as many ranks as there are share the machine
     dist.init_process_group(
-        "gloo", init_method=f"file://{job['store']}", rank=job["rank"], world_size=job["ranks"],
+        "gloo", store=store_of(job), rank=job["rank"], world_size=job["ranks"],
         timeout=datetime.timedelta(seconds=300),
     )  # fmt: skip
     load = LOADERS[job["loader"]](job)

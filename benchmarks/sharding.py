@@ -117,7 +117,7 @@ def run(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> Measure
     with tempfile.TemporaryDirectory(prefix="fastst-ranks-") as folder:
         job = {
             "files": plan.files, "loader": loader, "cache": cache, "ranks": plan.ranks,
-            "store": f"{folder}/store", "folder": plan.folder,
+            "port": f"{folder}/port", "folder": plan.folder,
             "options": plan.options if loader == "fastst" else {},
         }  # fmt: skip
         running = [
