@@ -15,7 +15,8 @@ from ..machine import io_threads
 from ..onhost import HostFile
 from ..opened import progress_bar
 from . import mapped
-from .exchange import Memory, Mover, Step, move
+from .commons import Commons, Wish
+from .exchange import COMMON_UNIT, Memory, Mover, Step, move
 from .groups import Group
 from .opening import open_together
 from .rules import Owner, Part, Plan, Rule, Take, rules_of, take_of
@@ -92,6 +93,7 @@ class ShardedFiles:
         self._read_once = opening.read_once
         target = opening.target
         self._memory = Memory(target)
+        self._commons = Commons(group)
         self._tally = Tally(call, "cpu" if target is None else target.name)
 
     # ---- what is there ----
@@ -116,6 +118,7 @@ class ShardedFiles:
         for source in self.sources:
             self._tally.report(source, self._refused)
             source.close()
+        self._commons.close()
 
     def __enter__(self) -> ShardedFiles:
         """Return the object itself."""
@@ -420,32 +423,55 @@ class ShardedFiles:
         results: dict[Key, torch.Tensor] = {}
         steps: list[Step] = []
         mover: Mover | None = None
+        wish, common_bytes = Wish(), 0
         try:
             circle = circle_of(source, group, self._read_once)
-            steps, leaves_out = steps_of(source, circle, request, parts, self._unit_bytes)
+            in_common = self._memory.target is None and self._commons.possible(circle.ranks)
+            unit_bytes = min(self._unit_bytes, COMMON_UNIT) if in_common else self._unit_bytes
+            steps, leaves_out = steps_of(source, circle, request, parts, unit_bytes)
             if leaves_out and source.opened is not None:
                 source.opened.file.read_exactly()
             for key, part in parts.items():
                 wanted = cast(source.describe(key[0])[1], request.dtype)
                 results[key] = self._memory.empty(part.size, wanted)
             mover = Mover(source, circle, self._memory, steps, parts=parts, results=results)
-            mover.allocate()
+            if in_common:
+                common_bytes = mover.common_bytes
+                wish = self._commons.wish(common_bytes)
+            mover.allocate(shared=not common_bytes)
         except BaseException as error:
             problem = error
         try:
-            counts = self._agree(problem, request, len(steps))
-        finally:
-            if problem is not None:
-                results.clear()
-            problem = None
-        assert mover is not None
-        mover.connect()
-        try:
-            move(mover, max(counts), group)
+            told = self._agree(problem, request, (len(steps), wish))
+            assert mover is not None
+            wishes = [wish for _, wish in told]
+            everywhere = not any(wish.nbytes for wish in wishes) or self._commons.settle(wishes)
+            memory = self._commons.tensor(common_bytes)
+            if memory is not None:
+                mover.share(memory)
+            if not everywhere:
+                self._without(mover, wanted=bool(common_bytes) and memory is None)
+            mover.connect()
+            move(mover, max(count for count, _ in told), group)
         except BaseException:
             results.clear()
             raise
+        finally:
+            problem = None
         return results
+
+    def _without(self, mover: Mover, *, wanted: bool) -> None:
+        """Somebody has no memory in common: get buffers, if we are of those. Collective."""
+        problem: BaseException | None = None
+        try:
+            if wanted:
+                mover.allocate()
+        except BaseException as error:
+            problem = error
+        try:
+            self.group.agree(problem)
+        finally:
+            problem = None
 
     def _agree(self, problem: BaseException | None, request: Request, value: Any = None) -> Any:
         """As `Group.agree`; also that all ask for the same, or ranks would mix up tensors.

@@ -1,0 +1,173 @@
+"""Memory of the host that the ranks of one node have in common.
+
+Parts that are exchanged on the host are read straight into it, and every rank copies its own out:
+nothing goes through sockets. The first rank of a node makes it, by ``memfd_create``, and tells
+the others where; they map it by ``/proc``. It has no name, so that nothing is left behind
+however a rank ends, and its pages are there before anybody writes to them. Where it cannot be had,
+for instance by ranks in several containers, parts go by gloo.
+
+Ownership: each rank's map is that of its `Commons`, and of tensors over it; the memory is gone with
+the last of them. Descriptors are closed once all have mapped it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import mmap
+import os
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .. import engine
+from .groups import Group
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Commons", "Wish"]
+
+_log = logging.getLogger("fastst_patch")
+
+_NAME = "fastst_patch"
+_LEAST, _STEP = 1 << 20, 32 << 20  # bytes that are made at least, and multiples of what is more
+_TOKEN = 32  # bytes, by which memory is known to be what was meant
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What a rank wants to have in common with its node; goes to the others.
+
+    Attributes:
+        nbytes: how much; 0 if it has as much, or does without.
+        pid, fd, token: where the node's first rank has made it; pid 0 if it has not.
+    """
+
+    nbytes: int = 0
+    pid: int = 0
+    fd: int = -1
+    token: bytes = b""
+
+
+class Commons:
+    """Memory in common with the ranks of our node, made when it is first wanted.
+
+    Args:
+        group: the ranks.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._map: mmap.mmap | None = None
+        self._made: tuple[mmap.mmap, int] | None = None  # offered, and its descriptor
+        self._refused = len(group.node_ranks) < 2
+
+    def possible(self, ranks: Sequence[int]) -> bool:
+        """Whether these ranks may have memory in common: exactly those of our node do."""
+        return not self._refused and list(ranks) == self._group.node_ranks
+
+    def wish(self, nbytes: int) -> Wish:
+        """Say what is wanted; the node's first rank makes it first. For `settle`.
+
+        Args:
+            nbytes: the same on all ranks of the node.
+        """
+        if nbytes == 0 or (self._map is not None and len(self._map) >= nbytes):
+            return Wish()
+        nbytes = _rounded(nbytes)
+        if self._group.rank != self._group.node_ranks[0]:
+            return Wish(nbytes)
+        token = secrets.token_bytes(_TOKEN)
+        try:
+            _, fd = self._made = _make(nbytes, token)
+        except (OSError, ValueError, AttributeError) as error:
+            _log.debug("no memory in common: %s; parts are exchanged by gloo", error)
+            return Wish(nbytes)
+        return Wish(nbytes, os.getpid(), fd, token)
+
+    def settle(self, told: Sequence[Wish]) -> bool:
+        """Map what was made. Collective, if any rank wished for something.
+
+        Args:
+            told: every rank's wish.
+
+        Returns:
+            Whether all ranks, of all nodes, have what they wished for. Where one of a node has
+            not, nobody of that node does.
+
+        Raises:
+            RankError: a rank is gone.
+        """
+        ranks = self._group.node_ranks
+        wish = told[self._group.rank]
+        if wish.nbytes:
+            self._map = self._made[0] if self._made else _join(wish.nbytes, told[ranks[0]])
+        try:
+            answers = self._group.gather(not wish.nbytes or self._map is not None)
+        finally:
+            self._withdraw()
+        if not all(answers[rank] for rank in ranks):
+            self._map, self._refused = None, True
+        return all(answers)
+
+    def tensor(self, nbytes: int) -> torch.Tensor | None:
+        """The memory's first bytes, if there are as many."""
+        import torch
+
+        if self._map is None or len(self._map) < nbytes or not nbytes:
+            return None
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes)
+
+    def close(self) -> None:
+        """Let go of the memory. What stands on it keeps it; it may be wished for again."""
+        self._withdraw()
+        self._map = None
+
+    def _withdraw(self) -> None:
+        made, self._made = self._made, None
+        if made is not None:
+            os.close(made[1])
+
+
+def _rounded(nbytes: int) -> int:
+    """What is made of a wish, so that tensors taken one by one do not each wish for more."""
+    if nbytes > _STEP:
+        return -(-nbytes // _STEP) * _STEP
+    return max(1 << (nbytes - 1).bit_length(), _LEAST)
+
+
+def _make(nbytes: int, token: bytes) -> tuple[mmap.mmap, int]:
+    """Memory with a descriptor for the others. Raises OSError, ValueError, AttributeError."""
+    headroom = engine.memory_headroom()
+    if headroom is not None and nbytes > headroom // 2:
+        raise OSError(f"{nbytes} bytes do not fit the memory that is left ({headroom})")
+    fd = os.memfd_create(_NAME)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)  # or writing could kill us
+        found = mmap.mmap(fd, nbytes)
+    except BaseException:
+        os.close(fd)
+        raise
+    found[: len(token)] = token
+    return found, fd
+
+
+def _join(nbytes: int, made: Wish) -> mmap.mmap | None:
+    """Memory that another rank has made, if it can be had."""
+    if not made.pid:
+        return None
+    path = f"/proc/{made.pid}/fd/{made.fd}"
+    try:
+        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+            raise OSError(f"{path} is something else")
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            found = mmap.mmap(fd, nbytes)
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:
+        _log.debug("no memory in common: %s; parts are exchanged by gloo", error)
+        return None
+    # It may be that of a namesake, in another container.
+    return found if found[:_TOKEN] == made.token else None

@@ -1,0 +1,177 @@
+"""Cases of ranks: what is exchanged by memory in common, and what happens where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from cases_forms import FORMS, Me, full_of
+from rank_nursery import attempt
+from sharded import assert_tensors, load_sharded
+
+from fastst_patch import engine
+from fastst_patch.loader import SafeTensorsFileLoader
+from fastst_patch.sharding import commons, exchange
+
+
+def _none(*_: Any) -> Any:
+    raise OSError(38, "no such call")
+
+
+def _lie(real: Any) -> Any:
+    """The first rank of a node tells the others of memory that is not its own."""
+
+    def wish(self: Any, nbytes: int) -> Any:
+        found = real(self, nbytes)
+        return dataclasses.replace(found, token=b"?" * len(found.token))
+
+    return wish
+
+
+@contextlib.contextmanager
+def trouble(what: str | None) -> Iterator[None]:
+    """Why memory in common cannot be had, by this rank."""
+    patches = {
+        "no call": lambda: mock.patch.object(os, "memfd_create", _none),
+        "no pages": lambda: mock.patch.object(os, "posix_fallocate", _none),
+        "no room": lambda: mock.patch.object(engine, "memory_headroom", return_value=0),
+        "out of reach": lambda: mock.patch.object(os, "readlink", _none),
+        "no map": lambda: mock.patch.object(commons, "_join", return_value=None),
+        "a namesake": lambda: mock.patch.object(commons.Commons, "wish",
+                                                _lie(commons.Commons.wish)),
+    }  # fmt: skip
+    with patches[what]() if what is not None else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _slow(seconds: float) -> Iterator[None]:
+    """What was exchanged is copied out late, when others may already read what comes next."""
+    place = exchange._place
+
+    def late(*args: Any, **named: Any) -> None:
+        time.sleep(seconds)
+        place(*args, **named)
+
+    with mock.patch.object(exchange, "_place", late if seconds else place):
+        yield
+
+
+@contextlib.contextmanager
+def _seen(counts: dict[str, int]) -> Iterator[None]:
+    """Count the files of which units are in common memory, and exchanges by gloo."""
+    share, circle = exchange.Mover.share, exchange.Circle.exchange
+
+    def shared(self: Any, memory: Any) -> None:
+        counts["in common"] += 1
+        share(self, memory)
+
+    def exchanged(self: Any, *args: Any) -> Any:
+        counts["by gloo"] += 1
+        return circle(self, *args)
+
+    with (
+        mock.patch.object(exchange.Mover, "share", shared),
+        mock.patch.object(exchange.Circle, "exchange", exchanged),
+    ):
+        yield
+
+
+def _held() -> dict[str, Any]:
+    gc.collect()
+    engine.shutdown()
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        maps = [line for line in file if "memfd:" in line]
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return {"maps": len(maps), "descriptors": len([one for one in links if "memfd:" in one])}
+
+
+def load(
+    rank: Any,
+    files: list[str],
+    form: str,
+    where: list[int] | None = None,
+    what: str | None = None,
+    slow: list[int] | None = None,
+    **way: Any,
+) -> dict[str, Any]:
+    """A load that exchanges, with trouble on some ranks; right in any case.
+
+    Args:
+        where: ranks that have trouble.
+        what: trouble.
+        slow: ranks that copy late.
+
+    Returns:
+        How often each way to exchange was taken, and what is held afterwards.
+    """
+    full = full_of(files)
+    plan, expect = FORMS[form](full, Me(rank.rank, rank.world))
+    counts = {"in common": 0, "by gloo": 0}
+    late = 0.002 if slow and rank.rank in slow else 0.0
+    with trouble(what if where and rank.rank in where else None), _seen(counts), _slow(late):
+        result = load_sharded(files, None, plan, **way)
+    assert_tensors(result, full, expect)
+    del result
+    return {**counts, **_held()}
+
+
+def tensor_by_tensor(rank: Any, files: list[str], **way: Any) -> dict[str, Any]:
+    """Memory in common grows with what is asked for, and is used again."""
+    full = full_of(files)
+    counts = {"in common": 0, "by gloo": 0}
+    made: list[int] = []
+    make = commons._make
+
+    def counted(nbytes: int, token: bytes) -> Any:
+        made.append(nbytes)
+        return make(nbytes, token)
+
+    with _seen(counts), mock.patch.object(commons, "_make", counted):
+        loader = SafeTensorsFileLoader(dist.group.WORLD, "cpu", **way)
+        loader.add_filenames({0: files})
+        buffers = loader.copy_files_to_device()
+        for name, tensor in full.tensors.items():
+            if tensor.numel() > 1:
+                mine = tensor.view(torch.int16).chunk(rank.world, 1)[rank.rank]
+                assert buffers.get_sharded(name, 1).view(torch.int16).equal(mine)
+        buffers.close()
+        loader.close()
+    del loader, buffers
+    return {**counts, "made": made, **_held()}
+
+
+def no_memory(rank: Any, files: list[str], bad: int) -> dict[str, Any]:
+    """No memory in common, and none of its own on one rank: all are told."""
+
+    def refused(self: Any, **_: Any) -> None:
+        raise MemoryError("none left")
+
+    with trouble("no call"):
+        outcome = attempt(lambda: _refusing(rank, files, bad, refused))
+    full = full_of(files)
+    plan, expect = FORMS["columns"](full, Me(rank.rank, rank.world))
+    assert_tensors(load_sharded(files, None, plan, io="direct"), full, expect)
+    return outcome
+
+
+def _refusing(rank: Any, files: list[str], bad: int, refused: Any) -> None:
+    plan, _ = FORMS["columns"](full_of(files), Me(rank.rank, rank.world))
+    allocate = exchange.Mover.allocate
+
+    def allocated(self: Any, **named: Any) -> None:
+        (refused if rank.rank == bad and named != {"shared": False} else allocate)(self, **named)
+
+    with mock.patch.object(exchange.Mover, "allocate", allocated):
+        load_sharded(files, None, plan, io="direct")
