@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ShardedFiles"]
 
-SETTLED = 1 << 30
+SETTLED = 8 << 30
 """Bytes of files after which ranks that exchange nothing tell each other how it goes."""
 
 
@@ -214,9 +214,8 @@ class ShardedFiles:
         For callers that take tensor by tensor. Not collective; ends by itself when memory is
         short, or nobody uses the files any more.
         """
-        for source in self.sources:
-            if source.doubt is None and self._from_map(source):
-                self._read_ahead(source, Request(None, [()] * self.group.size, None, None))
+        everything = Request(None, [()] * self.group.size, None, None)
+        self._read_ahead_of(range(len(self.sources)), [everything] * len(self.sources))
 
     def load(self, plan: Plan = None, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """This rank's parts of all tensors, in file order. Collective.
@@ -253,8 +252,7 @@ class ShardedFiles:
         with self._bar(requests) as advance:
             for number, source in enumerate(self.sources):
                 # The next file, too, so that storage does not wait while parts are copied.
-                for ahead in range(number if number == 0 else number + 1, number + 2):
-                    self._read_ahead_of(ahead, requests)
+                self._read_ahead_of(range(number and number + 1, number + 2), requests)
                 found: dict[int, torch.Tensor] = {}
                 try:
                     if problem is None:
@@ -289,11 +287,13 @@ class ShardedFiles:
         here = self.sources[number : number + 2]
         return len(here) < 2 or unsettled >= SETTLED or not all(map(self._from_map, here))
 
-    def _read_ahead_of(self, number: int, requests: Sequence[Request]) -> None:
-        if number < len(self.sources):
+    def _read_ahead_of(self, numbers: range, requests: Sequence[Request]) -> None:
+        for number in numbers:
+            if number == len(self.sources):
+                return
             source = self.sources[number]
             if source.doubt is None and self._refused is None and self._from_map(source):
-                self._read_ahead(source, requests[number])
+                self._read_ahead(number, requests[number])
 
     @contextlib.contextmanager
     def _bar(self, requests: Sequence[Request]) -> Iterator[Callable[[int], None]]:
@@ -320,8 +320,15 @@ class ShardedFiles:
             return None
         rank, size = self.group.rank, self.group.size
         takes = {}
+        known: dict[tuple[int, tuple[int, ...]], Take | None] = {}  # most of a model's are alike
         for i, (rule, name) in enumerate(zip(wanted, source.names, strict=True)):
-            take = take_of(rule, name, source.describe(i)[0], rank, size)
+            shape = source.describe(i)[0]
+            if type(rule) is not int:
+                take = take_of(rule, name, shape, rank, size)
+            elif (rule, shape) in known:
+                take = known[rule, shape]
+            else:
+                take = known[rule, shape] = take_of(rule, name, shape, rank, size)
             if take is not None:
                 takes[i] = take
         return takes
@@ -399,7 +406,8 @@ class ShardedFiles:
         assert isinstance(opened, HostFile)
         return dict(enumerate(mapped.take_all(opened)))
 
-    def _read_ahead(self, source: Source, request: Request) -> None:
+    def _read_ahead(self, number: int, request: Request) -> None:
+        source = self.sources[number]
         opened = source.opened
         assert isinstance(opened, HostFile)
         ranks = self.group.node_ranks
@@ -407,12 +415,17 @@ class ShardedFiles:
             opened.read_ahead_all()
             return
         turn = ranks.index(self.group.rank)
+        cached = not opened.cold()
+        if cached and turn != number % len(ranks):
+            return  # one rank makes sure of all that anybody wants
         needs = [request.needs[rank] for rank in ranks]
         alone, shared = split(source.extents, needs, range(len(ranks)))
-        opened.keep_to(mapped.wanted(source.extents, alone, shared))
-        extents = mapped.share(source.extents, alone[turn], shared, turn, len(ranks))
+        wanted = mapped.wanted(source.extents, alone, shared)
+        opened.keep_to(wanted)
+        if not cached:
+            wanted = mapped.share(source.extents, alone[turn], shared, turn, len(ranks))
         threads = io_threads(self._config.threads)
-        opened.read_ahead(extents, max(threads // len(ranks), 2))
+        opened.read_ahead(wanted, max(threads // len(ranks), 2))
 
     def _moved(
         self, source: Source, request: Request, parts: dict[Key, Part]
