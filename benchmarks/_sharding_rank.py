@@ -12,8 +12,10 @@ import datetime
 import gc
 import hashlib
 import json
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,34 @@ def fastsafetensors(job: dict[str, Any]) -> Callable[[], Tensors]:
     return load
 
 
+def pretrained(job: dict[str, Any]) -> Callable[[], Tensors]:
+    """What a user of transformers runs under torchrun; with the patch on where it is ours."""
+    os.environ |= {"RANK": str(job["rank"]), "LOCAL_RANK": str(job["rank"]),
+                   "WORLD_SIZE": str(job["ranks"])}  # fmt: skip
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    from transformers.utils import logging
+
+    del LlamaForCausalLM  # imported ahead of the clock
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # of tp_plan itself
+    if job["loader"] == "fastst":
+        import fastst_patch
+
+        fastst_patch.patch(**job["options"])
+    else:
+        require_stock()
+    folder = str(Path(job["files"][0]).parent)
+
+    def load() -> Tensors:
+        model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.bfloat16)
+        return {
+            name: getattr(tensor, "_local_tensor", tensor).detach()
+            for name, tensor in model.named_parameters()
+        }
+
+    return load
+
+
 LOADERS = {"fastst": ours, "stock": stock, "fastsafetensors": fastsafetensors}
 
 
@@ -159,7 +189,7 @@ def main() -> int:
         "gloo", store=store_of(job), rank=job["rank"], world_size=job["ranks"],
         timeout=datetime.timedelta(seconds=300),
     )  # fmt: skip
-    load = LOADERS[job["loader"]](job)
+    load = (pretrained if job["model"] else LOADERS[job["loader"]])(job)
     state = start_line(job)
     before = read_bytes()
     with reports_of("patched" if job["loader"] == "fastst" else "stock") as reports:

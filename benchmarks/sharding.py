@@ -2,14 +2,16 @@
 
     python benchmarks/sharding.py [--rounds 5] [--ranks 4] [--gb 1.51] [--cache cold warm]
                                   [--read-ahead KIB] [--loaders NAME ...] [-o NAME=VALUE]
-                                  [--fastsafetensors FOLDER] [--json FILE]
+                                  [--model] [--fastsafetensors FOLDER] [--json FILE]
 
 Every rank takes its part of every tensor, of rows and of columns by turns, in even sizes, and
 reads every byte of it; over gloo, to the CPU. Each measurement is a group of fresh processes, the
 loaders take turns, and the page cache is proven cold or warm when all ranks wait at the start.
 The time is from the first rank's start to the last one's end; every rank's bytes are compared
-with those of the first measurement. --read-ahead sets the disk's, which needs root, and restores
-it. fastsafetensors is left out if it is not installed, nor in the folder that is named.
+with those of the first measurement. With --model it is ``from_pretrained(tp_plan="auto")`` of a
+Llama of that size, patched and not, and its own choice of dimensions. --read-ahead sets the
+disk's, which needs root, and restores it. fastsafetensors is left out if it is not installed, nor
+in the folder that is named.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ RANK = Path(__file__).resolve().with_name("_sharding_rank.py")
 RANK_SECONDS = 600  # after which a rank hangs
 TRIES = 3  # of a measurement that did not find the cache as it should be
 STEP = 64  # hidden sizes that all of a model's sizes divide by
+HEADS = 256  # of a Llama, with heads of 64 of which four share a key
 
 _HEADINGS = (
     "cache", "loader", "GB", "time s", "load s", "storage/needed", "peak RSS GB", "of stock",
@@ -77,15 +80,19 @@ class Plan:
     ranks: int
     options: dict[str, str]
     folder: str | None  # of fastsafetensors
+    model: bool = False  # whether from_pretrained is called
     done: dict[tuple[str, str], list[Measurement]] = field(default_factory=dict)
 
 
 # ---- the checkpoint -----------------------------------------------------
 
 
-def specs_of(files: int, nbytes: int) -> list[list[TensorSpec]]:
+def hidden_size(nbytes: int, step: int) -> int:
+    return max(step, isqrt(nbytes // 408) // step * step)
+
+
+def specs_of(files: int, hidden: int) -> list[list[TensorSpec]]:
     """Plan a model of even sizes in some files, whose bytes differ at every offset."""
-    hidden = max(STEP, isqrt(nbytes // 408) // STEP * STEP)
     model = transformer_specs(408 * hidden**2 + 66 * hidden)
     parts = [model[number::files] for number in range(files)]
     # The noise that is written depends on the offset alone.
@@ -96,14 +103,31 @@ def specs_of(files: int, nbytes: int) -> list[list[TensorSpec]]:
 
 
 @contextlib.contextmanager
-def checkpoint(directory: Path, files: int, nbytes: int) -> Iterator[list[str]]:
+def checkpoint(directory: Path, files: int, nbytes: int, model: bool) -> Iterator[list[str]]:
+    """Write files of about as many bytes together; ``model``: with what transformers needs."""
+    hidden = hidden_size(nbytes, HEADS if model else STEP)
     with tempfile.TemporaryDirectory(prefix="fastst-sharding-", dir=directory) as folder:
-        written = []
-        for number, specs in enumerate(specs_of(files, nbytes)):
+        written, places = [], {}
+        for number, specs in enumerate(specs_of(files, hidden)):
             path = Path(folder) / f"model-{number + 1:05}-of-{files:05}.safetensors"
-            write_checkpoint(path, specs, lambda _: None)
+            write_checkpoint(path, specs[1:] if model else specs, lambda _: None)
             written.append(str(path))
+            places |= {spec.name: path.name for spec in specs[1:]}
+        if model:
+            index = {"metadata": {}, "weight_map": places}
+            write_json(f"{folder}/model.safetensors.index.json", index)
+            write_json(f"{folder}/config.json", llama(hidden))
         yield written
+
+
+def llama(hidden: int) -> dict[str, Any]:
+    """The configuration of `transformer_specs`' model."""
+    return {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16",
+        "hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "vocab_size": hidden * 16,
+        "num_hidden_layers": 16, "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // HEADS, "tie_word_embeddings": False,
+    }  # fmt: skip
 
 
 # ---- one measurement ----------------------------------------------------
@@ -117,7 +141,7 @@ def run(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> Measure
     with tempfile.TemporaryDirectory(prefix="fastst-ranks-") as folder:
         job = {
             "files": plan.files, "loader": loader, "cache": cache, "ranks": plan.ranks,
-            "port": f"{folder}/port", "folder": plan.folder,
+            "port": f"{folder}/port", "folder": plan.folder, "model": plan.model,
             "options": plan.options if loader == "fastst" else {},
         }  # fmt: skip
         running = [
@@ -253,6 +277,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 def _loaders(args: argparse.Namespace) -> tuple[str, ...]:
     wanted = tuple(args.loaders)
+    if args.model:
+        return tuple(name for name in wanted if name != "fastsafetensors")  # has no such call
     if "fastsafetensors" not in wanted or args.fastsafetensors:
         return wanted
     if util.find_spec("fastsafetensors") is not None:
@@ -268,6 +294,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gb", type=float, default=1.51)
     parser.add_argument("--cache", nargs="+", choices=CACHES, default=list(CACHES))
     parser.add_argument("--loaders", nargs="+", choices=LOADERS, default=list(LOADERS))
+    parser.add_argument("--model", action="store_true", help="from_pretrained(tp_plan='auto')")
     parser.add_argument("--read-ahead", type=int, metavar="KIB", help="of the disk; needs root")
     parser.add_argument("--fastsafetensors", metavar="FOLDER", help="where the package lies")
     parser.add_argument("--dir", help="where to write the checkpoint")
@@ -283,14 +310,15 @@ def main() -> int:
     if args.ranks < 1 or STEP // 4 % args.ranks:
         raise UsageError(f"--ranks {args.ranks}: sizes must be even; use 1, 2, 4, 8 or 16")
     with contextlib.ExitStack() as stack:
-        files = stack.enter_context(checkpoint(directory, args.ranks, int(args.gb * 1e9)))
+        files = stack.enter_context(checkpoint(directory, args.ranks, int(args.gb * 1e9),
+                                               args.model))  # fmt: skip
         if args.read_ahead is not None:
             setting = machine.read_ahead_file(files[0])
             if setting is None:
                 raise UsageError(f"{directory}: its file system has no read-ahead setting")
             stack.enter_context(read_ahead(setting, args.read_ahead))
         environment = machine.environment(Path(files[0]))
-        plan = Plan(files, args.ranks, dict(args.options), args.fastsafetensors)
+        plan = Plan(files, args.ranks, dict(args.options), args.fastsafetensors, args.model)
         with settle.reserve_for(files) as reserve:
             race(plan, loaders, args.cache, args.rounds, reserve)
         found = rows(plan)
@@ -301,7 +329,7 @@ def main() -> int:
         runs = {f"{cache} {loader}": [asdict(one) for one in some]
                 for (cache, loader), some in plan.done.items()}  # fmt: skip
         write_json(args.json, {"environment": environment, "ranks": args.ranks,
-                               "options": dict(args.options), "rows": found,
+                               "model": args.model, "options": dict(args.options), "rows": found,
                                "runs": runs})  # fmt: skip
     return 0
 
