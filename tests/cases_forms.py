@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -258,6 +259,22 @@ def views_by_default(rank: Any, files: list[str]) -> int:
     result = fastst_patch.load_sharded(files, None, plan)
     assert_tensors(result, full, expect, views=True)
     return sum(t.untyped_storage().nbytes() > t.nbytes for t in result.values())
+
+
+def rounds(rank: Any, files: list[str]) -> int:
+    """How often the ranks tell each other something in a load from maps."""
+    gather, counted = sharding.Group.gather, 0
+
+    def counting(self: Any, value: Any) -> list[Any]:
+        nonlocal counted
+        counted += 1
+        return gather(self, value)
+
+    full = full_of(files)
+    plan, expect = FORMS["alternating"](full, Me(rank.rank, rank.world))
+    with mock.patch.object(sharding.Group, "gather", counting):
+        assert_tensors(loaded(files, None, plan), full, expect)
+    return counted
 
 
 def groups(rank: Any, files: list[str], forms: list[str], **way: Any) -> None:

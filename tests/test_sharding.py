@@ -100,6 +100,7 @@ def grouped(nursery, zoo) -> Ran:
         arguments = {"files": zoo, "times": 4, "met": True, **WAYS[way]}
         cases.append(Case("cases_files.two_threads", arguments, name=f"threads: {way}"))
     cases.append(Case("cases_forms.views_by_default", {"files": zoo}, name="views"))
+    cases.append(Case("cases_forms.rounds", {"files": zoo}, name="rounds"))
     return nursery.run(cases, 4)
 
 
@@ -111,6 +112,11 @@ def test_subgroups_side_by_side(grouped, way) -> None:
 
 def test_columns_are_views_unless_they_shall_be_contiguous(grouped) -> None:
     assert all(count > 0 for count in grouped.values("views"))
+
+
+def test_ranks_tell_each_other_little(grouped) -> None:
+    """What each found, what each wants, and how it went; each costs milliseconds."""
+    assert grouped.values("rounds") == [3] * 4
 
 
 @pytest.mark.parametrize("way", ["default", "buffered", "cuda"])
