@@ -17,8 +17,11 @@ from cases_forms import FORMS, Me, full_of
 from rank_nursery import attempt
 from sharded import assert_tensors, load_sharded
 
-from fastst_patch import engine
+import fastst_patch
+from fastst_patch import engine, sharding
+from fastst_patch.config import current
 from fastst_patch.loader import SafeTensorsFileLoader
+from fastst_patch.onhost import HostFile
 from fastst_patch.sharding import commons, exchange
 
 
@@ -175,3 +178,87 @@ def _refusing(rank: Any, files: list[str], bad: int, refused: Any) -> None:
 
     with mock.patch.object(exchange.Mover, "allocate", allocated):
         load_sharded(files, None, plan, io="direct")
+
+
+class _Interrupted:
+    """Ctrl-C, wherever it strikes."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt("struck")
+
+
+def struck(rank: Any, files: list[str], bad: int, where: str, by_name: bool) -> dict[str, Any]:
+    """One rank is interrupted before it exchanges: it goes at once, and the others are told."""
+    places = {
+        "preparing": (exchange.Memory, "empty"), "joining": (commons, "_join"),
+    }  # fmt: skip
+    plan, expect = FORMS["columns"](full_of(files), Me(rank.rank, rank.world))
+    name = next(iter(full_of(files).tensors))
+
+    def call() -> None:
+        if by_name:
+            loader = SafeTensorsFileLoader(dist.group.WORLD, "cpu", io="direct")
+            loader.add_filenames({0: files})
+            loader.copy_files_to_device().get_sharded(name, 1)
+        else:
+            load_sharded(files, None, plan, io="direct")
+
+    with contextlib.ExitStack() as stack:
+        if rank.rank == bad:
+            stack.enter_context(mock.patch.object(*places[where], _Interrupted()))
+        outcome = attempt(call)
+    assert_tensors(load_sharded(files, None, plan, io="direct"), full_of(files), expect)
+    return {**outcome, **_held()}
+
+
+def retried(rank: Any, files: list[str], bad: int) -> list[dict[str, Any]]:
+    """Loads of the same files fail and are tried again: nothing adds up."""
+
+    def refused(*_: Any) -> Any:
+        raise MemoryError("none left")
+
+    held = []
+    plan, expect = FORMS["columns"](full_of(files), Me(rank.rank, rank.world))
+    with (
+        fastst_patch.config_context(io="direct"),
+        sharding.ShardedFiles(
+            files, sharding.Group.of(dist.group.WORLD), None, current()
+        ) as opened,
+    ):
+        for _ in range(3):
+            with contextlib.ExitStack() as stack:
+                if rank.rank == bad:
+                    stack.enter_context(mock.patch.object(exchange.Memory, "empty", refused))
+                outcome = attempt(lambda: opened.load(plan))
+            assert outcome["error"]["type"] == "RankError", outcome
+            held.append(_held())
+        assert_tensors(opened.load(plan), full_of(files), expect)
+    held.append(_held())
+    return held
+
+
+def unmapped(rank: Any, files: list[str], bad: int) -> dict[str, Any]:
+    """One rank has no address space for a map, which reading ahead is the first to need."""
+
+    def refused(*_: Any) -> Any:
+        raise MemoryError("no map")
+
+    with contextlib.ExitStack() as stack:
+        if rank.rank == bad:
+            stack.enter_context(mock.patch.object(engine, "map_arena", refused))
+            stack.enter_context(mock.patch.object(HostFile, "cold", return_value=True))
+        plan, _ = FORMS["columns"](full_of(files), Me(rank.rank, rank.world))
+        return attempt(lambda: load_sharded(files, None, plan))
+
+
+def unread(rank: Any, files: list[str], bad: int) -> dict[str, Any]:
+    """With verify=True one rank's storage fails: what the others lack is no difference to stock."""
+
+    def refused(*_: Any) -> Any:
+        raise OSError(5, "no such sector")
+
+    with contextlib.ExitStack() as stack:
+        if rank.rank == bad:
+            stack.enter_context(mock.patch.object(HostFile, "read_into", refused))
+        plan, _ = FORMS["columns"](full_of(files), Me(rank.rank, rank.world))
+        return attempt(lambda: load_sharded(files, None, plan, io="direct", verify=True))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import os
 import pathlib
 import threading
+import time
 from typing import Any
 
 import torch
@@ -124,8 +126,9 @@ def two_threads(rank: Any, files: list[str], times: int, met: bool, **way: Any) 
             threading.Thread(target=work, args=pair)
             for pair in zip(both, ("alternating", "each its own"), strict=True)
         ]
-        for thread in threads:
+        for thread in threads if rank.rank % 2 else reversed(threads):
             thread.start()
+            time.sleep(0 if met else 0.5)  # each first waits for one that comes second there
         for thread in threads:
             thread.join()
     assert not errors, errors[0]["trace"]
@@ -202,6 +205,23 @@ def some_see(rank: Any, files: list[str], seen: list[list[int]], form: str, **wa
         return assert_tensors(loaded(names, None, plan, **options), full, expect)
 
 
+def some_see_the_list(rank: Any, files: list[str], named: str, seen: list[int]) -> None:
+    """A folder, or an index beside its files, that is there for some ranks alone."""
+    folder = pathlib.Path(f"{named} {seen}")
+    if rank.rank in seen:
+        folder.mkdir()
+        for file in files:
+            (folder / os.path.basename(file)).symlink_to(file)
+        weights = {str(k): os.path.basename(file) for k, file in enumerate(files)}
+        if named == "index":
+            (folder / "model.index.json").write_text(json.dumps({"weight_map": weights}))
+    rank.meet()
+    what = folder / "model.index.json" if named == "index" else folder
+    full = full_of(files)
+    plan, expect = FORMS["alternating"](full, Me(rank.rank, rank.world))
+    assert_tensors(loaded(str(what), None, plan), full, expect)
+
+
 # ---------------------------------------------------------------- DTensor
 
 PLACED = {
@@ -210,6 +230,7 @@ PLACED = {
     "shard 0 twice": ("S0", "S0"), "shard 1 twice": ("S1", "S1"),
     "replicate, shard 0": ("R", "S0"), "shard 1, replicate": ("S1", "R"),
     "replicate twice": ("R", "R"),
+    "shard 0, shard last": ("S0", "S-1"), "shard last, shard 0": ("S-1", "S0"),
 }  # fmt: skip
 
 

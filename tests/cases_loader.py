@@ -98,6 +98,13 @@ def beside(rank: Any, files: list[str]) -> int:
     return len(ours)
 
 
+def _named(files: list[str], device: str, io: str) -> None:
+    """A loader of its own: a mistake in making it is heard when the others name files."""
+    loader = fastst_patch.SafeTensorsFileLoader(dist.group.WORLD, device, io=io)
+    loader.add_filenames({0: files[:1]})
+    loader.close()
+
+
 def mistaken(rank: Any, files: list[str], way: dict[str, Any]) -> dict[str, str]:
     """What rank 1 does otherwise than the others, and what each rank is told; "" for nothing.
 
@@ -122,6 +129,8 @@ def mistaken(rank: Any, files: list[str], way: dict[str, Any]) -> dict[str, str]
             "no dtype": lambda: b.get_tensor("0.a", dtype="x" if odd else None),
             "no rank": lambda: b.push_tensor("0.a", "0" if odd else 0),
             "no columns": lambda: b.get_multi_cols(["0.a", "nope" if odd else "1.a"], 0),
+            "no columns at all": lambda: b.get_multi_cols([] if odd else ["0.a"], 0),
+            "no option": lambda: _named(files, device, "sideways" if odd else "auto"),
             "no rank to read": lambda: other.add_filenames({9 if odd else 0: files[:1]}),
             "no name anywhere": lambda: b.get_tensor("nope"),
         }

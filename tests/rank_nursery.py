@@ -113,13 +113,29 @@ def _find(name: str) -> Any:
     return getattr(importlib.import_module(module), function)
 
 
+def _store(rank: Rank, server: bool) -> dist.Store:
+    """Where ranks meet: a file, or a server of rank 0 whose port is in a file."""
+    if not server:
+        return dist.FileStore(str(rank.folder / "store"), rank.world)
+    port = rank.folder / "port"
+    if rank.rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        written = port.with_suffix(".new")
+        written.write_text(str(store.port), encoding="ascii")
+        written.rename(port)
+        return store
+    while not port.exists():
+        time.sleep(0.01)
+    return dist.TCPStore("127.0.0.1", int(port.read_text(encoding="ascii")), is_master=False)
+
+
 def _be_rank(job: dict[str, Any], number: int) -> None:
     rank = Rank(job, number)
     grouped = job["group"]
     if grouped:
         dist.init_process_group(
             "gloo",
-            init_method=f"file://{rank.folder}/store",
+            store=_store(rank, job["server"]),
             rank=number,
             world_size=rank.world,
             timeout=datetime.timedelta(seconds=rank.limit),

@@ -163,6 +163,7 @@ class Nursery:
         meet: bool = True,
         doomed: Sequence[int] = (),
         preload: Sequence[str] = (),
+        server: bool = False,
     ) -> Ran:
         """Run cases in a group of fresh ranks, in order.
 
@@ -177,6 +178,7 @@ class Nursery:
             meet: whether ranks wait for each other between cases, which the dead do not do.
             doomed: ranks that will not end by themselves: late as soon as all others have ended.
             preload: modules that all ranks need, imported once.
+            server: whether ranks meet at a TCP store, as torchrun's do, instead of a file.
         """
         keys = [case.key for case in cases]
         assert len(set(keys)) == len(keys), keys
@@ -189,7 +191,7 @@ class Nursery:
             ],
             "world": world, "folder": str(folder), "timeout": timeout, "limit": limit,
             "library": None if self._library is None else str(self._library),
-            "environment": dict(environment or {}), "group": group, "meet": meet,
+            "environment": dict(environment or {}), "group": group, "meet": meet, "server": server,
             "doomed": list(doomed),
             "environments": [dict(one) for one in environments] or [{}] * world,
             "preload": sorted({case.call.split(".")[0] for case in cases} | set(preload)),

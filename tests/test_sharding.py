@@ -127,10 +127,32 @@ def test_two_groups_of_the_same_ranks_in_threads(grouped, way) -> None:
 # What follows hung once, so that each has ranks of its own, and little time.
 
 
-def test_two_groups_meet_first_in_threads(nursery, zoo) -> None:
-    """Whatever a group needs of its own is made in each thread without regard to the other."""
+@pytest.mark.parametrize("server", [False, True], ids=["file", "server"])
+def test_two_groups_meet_first_in_threads(nursery, zoo, server) -> None:
+    """Whatever a group needs of its own is made in each thread without regard to the other.
+
+    By a server's store, too, of which a process has one connection that waits for one at a time.
+    """
     case = Case("cases_files.two_threads", {"files": zoo, "times": 2, "met": False}, name="first")
-    nursery.run([case], 2, timeout=10, limit=30).values(case)
+    nursery.run([case], 2, timeout=10, limit=30, server=server).values(case)
+
+
+@pytest.mark.parametrize("named", ["folder", "index"])
+def test_a_list_of_files_that_some_see(nursery, zoo, named) -> None:
+    """The others take their word for what is in it; rank 0 is not always among them."""
+    cases = [
+        Case("cases_files.some_see_the_list", {"files": zoo, "named": named, "seen": seen},
+             name=str(seen))
+        for seen in ([0], [1], [1, 2])
+    ]  # fmt: skip
+    nobody = Case("cases_files.some_see_the_list", {"files": zoo, "named": named, "seen": []},
+                  name="nobody")  # fmt: skip
+    ran = nursery.run([*cases, nobody], 3)
+    for case in cases:
+        ran.values(case)
+    for outcome in ran.of(nobody):
+        assert "No such file" in outcome.error.text
+        assert outcome.error.type == "RankError"
 
 
 def test_ranks_in_different_numbers_of_groups(nursery, zoo) -> None:

@@ -137,5 +137,52 @@ def test_nodes_have_their_own(nursery, files) -> None:
     ran.assert_ended()
 
 
-def test_all_ended(alone) -> None:
+# ---------------------------------------------------------------- errors on the way
+
+
+STRUCK = [(where, by_name) for where in ("preparing", "joining") for by_name in (False, True)]
+FAILS = {"unmapped": "MemoryError: no map", "unread": "no such sector"}
+
+
+@pytest.fixture(scope="module")
+def failing(nursery, files) -> Ran:
+    cases = [
+        Case("cases_commons.struck", {"files": files, "bad": 1, "where": where, "by_name": name},
+             name=f"{where} {name}")
+        for where, name in STRUCK
+    ]  # fmt: skip
+    cases += [
+        Case(f"cases_commons.{name}", {"files": files, "bad": 2}, name=name)
+        for name in (*FAILS, "retried")
+    ]
+    return nursery.run(cases, 4)
+
+
+@pytest.mark.parametrize(("where", "by_name"), STRUCK, ids=str)
+def test_an_interrupt_is_told_once(failing, where, by_name) -> None:
+    """And is an interrupt still, in the rank that it struck."""
+    values = failing.values(f"{where} {by_name}")
+    for rank, one in enumerate(values):
+        assert one["error"]["type"] == ("KeyboardInterrupt" if rank == 1 else "RankError"), one
+        assert one["seconds"] < 10
+    assert {one["error"]["rank"] for one in values} == {None, 1}
+    _assert_all(values, **NOTHING)
+
+
+@pytest.mark.parametrize("what", FAILS)
+def test_what_failed_is_told(failing, what) -> None:
+    for one in failing.values(what):
+        assert one["error"]["type"] == "RankError"
+        assert one["error"]["rank"] == 2
+        assert FAILS[what] in one["error"]["text"]
+        assert one["seconds"] < 10
+
+
+def test_nothing_adds_up(failing) -> None:
+    for held in failing.values("retried"):
+        assert held == [NOTHING] * 4
+
+
+def test_all_ended(alone, failing) -> None:
     alone.assert_ended()
+    failing.assert_ended()

@@ -142,9 +142,9 @@ class FilesBufferOnDevice:
         Raises as `get_sharded`, and ValueError when their other dimensions or dtypes differ.
         """
         names = list(tensor_names)
-        if not names:
-            raise ValueError("get_multi_cols: no names given")
-        with self._refusing(names[0]):
+        with self._refusing(names[0] if names else ""):
+            if not names:
+                raise ValueError("get_multi_cols: no names given")
             _check_dim(dim)
             shapes = {}
             for name in names:

@@ -66,7 +66,8 @@ class SafeTensorsFileLoader:
             the option ``io`` says something else, bytes go through pinned memory; the report
             says why. True never asks for it.
         set_numa: no longer matters: the threads of the caller are left alone.
-        disable_cache: False keeps what a buffer has handed out, on the device, and gives copies.
+        disable_cache: False keeps what a buffer has handed out, on the device, and gives copies;
+            the same on all ranks, since what is kept is not exchanged again.
         debug_log: the logger ``fastst_patch`` tells details on stderr until `close`.
         framework: ``pt``, ``pytorch`` or ``torch``.
         use_fgds: asks for GPU Direct Storage, too.
@@ -76,6 +77,8 @@ class SafeTensorsFileLoader:
         OptionError: a value is not allowed (a ValueError).
         TypeError: an argument is unknown or of a wrong type.
         RuntimeError, AssertionError: torch has no such device.
+        RankError: in a group, instead of these, where ranks are not all wrong in the same way: of
+            the ranks whose arguments are right, when they name files.
     """
 
     def __init__(  # noqa: PLR0917 - the order is fastsafetensors'
@@ -103,18 +106,23 @@ class SafeTensorsFileLoader:
         self._lent = False  # a buffer closes them
         self.pg = pg
         self._rank, self._size = group_size(pg)
-        boolean("set_numa", set_numa)
-        self._cached = not boolean("disable_cache", disable_cache)
-        debug = boolean("debug_log", debug_log)
-        self._settings = Settings(
-            device,
-            framework,
-            bbuf_size_kb=bbuf_size_kb,
-            max_threads=max_threads,
-            nogds=nogds,
-            use_fgds=use_fgds,
-            options=options,
-        )
+        try:
+            boolean("set_numa", set_numa)
+            self._cached = not boolean("disable_cache", disable_cache)
+            debug = boolean("debug_log", debug_log)
+            self._settings = Settings(
+                device,
+                framework,
+                bbuf_size_kb=bbuf_size_kb,
+                max_threads=max_threads,
+                nogds=nogds,
+                use_fgds=use_fgds,
+                options=options,
+            )
+        except Exception as error:
+            if self._size > 1:
+                refuse_opening(pg, error)  # the others hear it when they name files
+            raise
         if debug:
             self._log_token = push({"log_level": "debug"})
 

@@ -191,12 +191,21 @@ class Channel:
 
 
 def _store(pg: Any) -> Any:
-    """The store of a group, where its ranks meet and no others do."""
+    """The store of a group, where its ranks meet and no others do.
+
+    By a connection of its own where torch can: one that waits in it holds up all other threads
+    that use the same, and with two groups that meet in two threads, for good.
+    """
     import torch.distributed as dist
 
     if hasattr(pg, "get_group_store"):
-        return pg.get_group_store()
-    return dist.distributed_c10d._world.pg_map[pg][1]
+        store = pg.get_group_store()
+    else:
+        store = dist.distributed_c10d._world.pg_map[pg][1]
+    try:
+        return store.clone()
+    except (AttributeError, RuntimeError):  # an older torch, or a store that is but memory
+        return store
 
 
 def _timeout(pg: Any) -> timedelta:

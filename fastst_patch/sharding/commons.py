@@ -7,7 +7,8 @@ however a rank ends, and its pages are there before anybody writes to them. Wher
 for instance by ranks in several containers, parts go by gloo.
 
 Ownership: each rank's map is that of its `Commons`, and of tensors over it; the memory is gone with
-the last of them. Descriptors are closed once all have mapped it.
+the last of them. What it was offered by is closed once all have mapped it; before Python 3.13 a
+map has a descriptor of its own.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import logging
 import mmap
 import os
 import secrets
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import engine
 from .groups import Group
@@ -32,6 +34,7 @@ _log = logging.getLogger("fastst_patch")
 
 _NAME = "fastst_patch"
 _LEAST, _STEP = 1 << 20, 32 << 20  # bytes that are made at least, and multiples of what is more
+_MAPPED: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 _TOKEN = 32  # bytes, by which memory is known to be what was meant
 
 
@@ -75,6 +78,7 @@ class Commons:
         """
         if nbytes == 0 or (self._map is not None and len(self._map) >= nbytes):
             return Wish()
+        self.withdraw()
         nbytes = _rounded(nbytes)
         if self._group.rank != self._group.node_ranks[0]:
             return Wish(nbytes)
@@ -97,16 +101,21 @@ class Commons:
             not, nobody of that node does.
 
         Raises:
-            RankError: a rank is gone.
+            RankError: a rank failed, or is gone.
         """
         ranks = self._group.node_ranks
         wish = told[self._group.rank]
-        if wish.nbytes:
-            self._map = self._made[0] if self._made else _join(wish.nbytes, told[ranks[0]])
+        problem: BaseException | None = None
         try:
-            answers = self._group.gather(not wish.nbytes or self._map is not None)
+            if wish.nbytes:
+                self._map = self._made[0] if self._made else _join(wish.nbytes, told[ranks[0]])
+        except BaseException as error:
+            problem = error
+        try:
+            answers = self._group.agree(problem, not wish.nbytes or self._map is not None)
         finally:
-            self._withdraw()
+            problem = None
+            self.withdraw()
         if not all(answers[rank] for rank in ranks):
             self._map, self._refused = None, True
         return all(answers)
@@ -121,10 +130,11 @@ class Commons:
 
     def close(self) -> None:
         """Let go of the memory. What stands on it keeps it; it may be wished for again."""
-        self._withdraw()
+        self.withdraw()
         self._map = None
 
-    def _withdraw(self) -> None:
+    def withdraw(self) -> None:
+        """Take back what was offered and is not settled, if anything."""
         made, self._made = self._made, None
         if made is not None:
             os.close(made[1])
@@ -145,7 +155,7 @@ def _make(nbytes: int, token: bytes) -> tuple[mmap.mmap, int]:
     fd = os.memfd_create(_NAME)
     try:
         os.posix_fallocate(fd, 0, nbytes)  # or writing could kill us
-        found = mmap.mmap(fd, nbytes)
+        found = mmap.mmap(fd, nbytes, **_MAPPED)
     except BaseException:
         os.close(fd)
         raise
@@ -159,11 +169,11 @@ def _join(nbytes: int, made: Wish) -> mmap.mmap | None:
         return None
     path = f"/proc/{made.pid}/fd/{made.fd}"
     try:
-        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
-            raise OSError(f"{path} is something else")
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        _check(path)  # opening a device might do something
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         try:
-            found = mmap.mmap(fd, nbytes)
+            _check(f"/proc/self/fd/{fd}")  # it is what it was
+            found = mmap.mmap(fd, nbytes, **_MAPPED)
         finally:
             os.close(fd)
     except (OSError, ValueError) as error:
@@ -171,3 +181,8 @@ def _join(nbytes: int, made: Wish) -> mmap.mmap | None:
         return None
     # It may be that of a namesake, in another container.
     return found if found[:_TOKEN] == made.token else None
+
+
+def _check(path: str) -> None:
+    if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+        raise OSError(f"{path} is something else")

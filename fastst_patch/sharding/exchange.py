@@ -47,7 +47,7 @@ from .source import Source
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["COMMON_UNIT", "Circle", "Memory", "Step", "move"]
+__all__ = ["COMMON_UNIT", "Circle", "Elsewhere", "Memory", "Step", "move"]
 
 AHEAD = 2
 """Steps whose reads are under way while one is exchanged."""
@@ -56,6 +56,10 @@ COMMON_UNIT, COMMON_AHEAD = 8 << 20, 8
 """The same, and bytes of a unit, in common memory: little at a time, and much under way. 1.5 GB by
 4 ranks with O_DIRECT, load alone: 0.60 to 0.65 s; 16 MiB and 4 ahead 0.73 to 0.78, 8 MiB and 2
 ahead 0.69 to 0.77, 32 MiB and 2 ahead 0.78 to 0.82."""
+
+
+class Elsewhere(Exception):  # noqa: N818 - control flow; never leaves the package
+    """Another rank has failed, and tells how when all agree; what came is not complete."""
 
 
 class Memory:
@@ -387,10 +391,12 @@ def move(mover: Mover, count: int, group: Group) -> None:
     """Take ``count`` steps, the same number on all ranks. Collective.
 
     Raises:
-        RankError: a rank failed or is gone.
+        RankError: a rank is gone.
+        Elsewhere: another rank failed.
         BaseException: ours, if this rank failed; `Group.agree` tells the others which.
     """
     failure: list[BaseException] = []
+    flagged = False
 
     def attempt(work: Callable[[int], None], numbers: Iterable[int]) -> None:
         if failure:
@@ -415,6 +421,7 @@ def move(mover: Mover, count: int, group: Group) -> None:
                         previous[1].raised()  # waits for the others' parts
                     attempt(mover.place, (step - 1,))
                     if previous[1].raised():
+                        flagged = True
                         _arrive(works)
                         flag.raised()
                         break
@@ -422,12 +429,14 @@ def move(mover: Mover, count: int, group: Group) -> None:
             else:
                 if previous is not None:
                     _arrive(previous[0])
-                    previous[1].raised()
+                    flagged = previous[1].raised()
                     attempt(mover.place, (count - 1,))
     finally:
         mover.stop()
     if failure:
         raise failure[0]
+    if flagged:
+        raise Elsewhere
 
 
 def _arrive(pending: list[Pending]) -> None:

@@ -16,15 +16,15 @@ from ..onhost import HostFile
 from ..opened import progress_bar
 from . import mapped
 from .commons import Commons, Wish
-from .exchange import COMMON_UNIT, Memory, Mover, Step, move
-from .groups import Group
+from .exchange import COMMON_UNIT, Elsewhere, Memory, Mover, Step, move
+from .groups import Group, is_told
 from .opening import open_together
-from .rules import Owner, Part, Plan, Rule, Take, rules_of, take_of
+from .rules import Owner, Part, Plan, Take, rules_of, take_of
 from .schedule import Key, split
 from .source import Source
 from .steps import circle_of, steps_of
 from .stocks import by_stock, verify
-from .taking import Request, cast, everything, flat, joined, part_bytes, parts_of
+from .taking import Request, cast, everything, flat, joined, part_bytes, parts_of, takes_of
 from .tally import Tally
 
 if TYPE_CHECKING:
@@ -215,7 +215,8 @@ class ShardedFiles:
         short, or nobody uses the files any more.
         """
         everything = Request(None, [()] * self.group.size, None, None)
-        self._read_ahead_of(range(len(self.sources)), [everything] * len(self.sources))
+        for number in range(len(self.sources)):
+            self._read_ahead(number, everything, cold=True)
 
     def load(self, plan: Plan = None, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """This rank's parts of all tensors, in file order. Collective.
@@ -231,35 +232,41 @@ class ShardedFiles:
         problem: BaseException | None = None
         mine: list[dict[int, Take] | None] = []
         flats: list[Any] = []
+        cold: list[bool] = []  # looked at before anybody reads
         try:
             rules = rules_of(plan, self._described, self._where, group.size)
             for source in self.sources:
-                takes = self._takes(source, rules)
+                takes = takes_of(source, rules, group.rank, group.size)
                 mine.append(takes)
                 flats.append(flat(source, takes))
+                cold.append(self._reads_ahead(source) and _host(source).cold())
         except BaseException as error:
             problem = error
         try:
-            told = group.agree(problem, flats)
+            told = group.agree(problem, (flats, cold))
         finally:
             problem = None
         requests = [
-            Request(takes, [flats[number] for flats in told], dtype, None)
+            Request(takes, [flats[number] for flats, _ in told], dtype, None)
             for number, takes in enumerate(mine)
         ]
+        cold = [any(some) for some in zip(*(one for _, one in told), strict=True)]
         result: dict[str, torch.Tensor] = {}
         unsettled = 0
         with self._bar(requests) as advance:
             for number, source in enumerate(self.sources):
-                # The next file, too, so that storage does not wait while parts are copied.
-                self._read_ahead_of(range(number and number + 1, number + 2), requests)
                 found: dict[int, torch.Tensor] = {}
                 try:
                     if problem is None:
+                        # The next file, too, so that storage does not wait while parts are copied.
+                        for ahead in range(number and number + 1, min(number + 2, len(cold))):
+                            self._read_ahead(ahead, requests[ahead], cold[ahead])
                         found = self._load_file(source, requests[number], every=False)
-                except RankError:
-                    raise  # everywhere
+                except Elsewhere:
+                    result.clear()
                 except BaseException as error:
+                    if is_told(error):
+                        raise
                     problem = error
                     result.clear()
                 result.update((source.names[i], found[i]) for i in sorted(found))
@@ -287,14 +294,6 @@ class ShardedFiles:
         here = self.sources[number : number + 2]
         return len(here) < 2 or unsettled >= SETTLED or not all(map(self._from_map, here))
 
-    def _read_ahead_of(self, numbers: range, requests: Sequence[Request]) -> None:
-        for number in numbers:
-            if number == len(self.sources):
-                return
-            source = self.sources[number]
-            if source.doubt is None and self._refused is None and self._from_map(source):
-                self._read_ahead(number, requests[number])
-
     @contextlib.contextmanager
     def _bar(self, requests: Sequence[Request]) -> Iterator[Callable[[int], None]]:
         if not self._config.progress:
@@ -312,26 +311,6 @@ class ShardedFiles:
             for source in self.sources
             for name, one in zip(source.names, source.described, strict=True)
         }
-
-    def _takes(self, source: Source, rules: Mapping[str, Rule]) -> dict[int, Take] | None:
-        """What this rank takes of a file, by tensor; None for all of it."""
-        wanted = [rules.get(name) for name in source.names]
-        if all(rule is None or rule == "replicate" for rule in wanted):
-            return None
-        rank, size = self.group.rank, self.group.size
-        takes = {}
-        known: dict[tuple[int, tuple[int, ...]], Take | None] = {}  # most of a model's are alike
-        for i, (rule, name) in enumerate(zip(wanted, source.names, strict=True)):
-            shape = source.describe(i)[0]
-            if type(rule) is not int:
-                take = take_of(rule, name, shape, rank, size)
-            elif (rule, shape) in known:
-                take = known[rule, shape]
-            else:
-                take = known[rule, shape] = take_of(rule, name, shape, rank, size)
-            if take is not None:
-                takes[i] = take
-        return takes
 
     # ---- one file ----
 
@@ -360,10 +339,11 @@ class ShardedFiles:
             if self._config.verify and doubt is None and source.opened is not None:
                 takes = everything(source) if takes is None else takes
                 verify(source, takes, result, dtype, device=self._device, config=self._config)
-        except RankError:
-            raise  # everywhere
-        except BaseException as error:
+        except Elsewhere:
             if not every:
+                raise
+        except BaseException as error:
+            if is_told(error) or not every:
                 raise
             problem = error
         if every:
@@ -386,9 +366,7 @@ class ShardedFiles:
             return found
         if not self._from_map(source):
             return self._moved(source, request, parts)
-        opened = source.opened
-        assert isinstance(opened, HostFile)
-        found = mapped.take(opened, source.extents, parts, self._contiguous)
+        found = mapped.take(_host(source), source.extents, parts, self._contiguous)
         for key, tensor in found.items():
             wanted = cast(tensor.dtype, request.dtype)
             if wanted != tensor.dtype:
@@ -402,27 +380,32 @@ class ShardedFiles:
         return seen and self._mapped_everywhere and not by_network
 
     def _all_mapped(self, source: Source) -> dict[int, torch.Tensor]:
-        opened = source.opened
-        assert isinstance(opened, HostFile)
-        return dict(enumerate(mapped.take_all(opened)))
+        return dict(enumerate(mapped.take_all(_host(source))))
 
-    def _read_ahead(self, number: int, request: Request) -> None:
-        source = self.sources[number]
-        opened = source.opened
-        assert isinstance(opened, HostFile)
-        ranks = self.group.node_ranks
+    def _reads_ahead(self, source: Source) -> bool:
+        return source.doubt is None and self._refused is None and self._from_map(source)
+
+    def _read_ahead(self, number: int, request: Request, cold: bool) -> None:
+        """Start reading ahead this rank's share of what the node wants of a file.
+
+        Args:
+            number: of the file.
+            request: of all ranks.
+            cold: whether a rank found something missing; else one of them makes sure, of all.
+        """
+        source, ranks = self.sources[number], self.group.node_ranks
+        turn = ranks.index(self.group.rank)
+        if not self._reads_ahead(source) or not (cold or turn == number % len(ranks)):
+            return
+        opened = _host(source)
         if len(ranks) == 1 and request.takes is None:
             opened.read_ahead_all()
             return
-        turn = ranks.index(self.group.rank)
-        cached = not opened.cold()
-        if cached and turn != number % len(ranks):
-            return  # one rank makes sure of all that anybody wants
         needs = [request.needs[rank] for rank in ranks]
         alone, shared = split(source.extents, needs, range(len(ranks)))
         wanted = mapped.wanted(source.extents, alone, shared)
         opened.keep_to(wanted)
-        if not cached:
+        if cold:
             wanted = mapped.share(source.extents, alone[turn], shared, turn, len(ranks))
         threads = io_threads(self._config.threads)
         opened.read_ahead(wanted, max(threads // len(ranks), 2))
@@ -468,6 +451,7 @@ class ShardedFiles:
             move(mover, max(count for count, _ in told), group)
         except BaseException:
             results.clear()
+            self._commons.withdraw()
             raise
         finally:
             problem = None
@@ -502,3 +486,9 @@ class ShardedFiles:
                     " same order",
                 )
         return [one[1] for one in told]
+
+
+def _host(source: Source) -> HostFile:
+    """The file of a source that is mapped."""
+    assert isinstance(source.opened, HostFile)
+    return source.opened

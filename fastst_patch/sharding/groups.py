@@ -27,10 +27,15 @@ from .channel import Channel, Pending
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Flag", "Group", "SingleGroup"]
+__all__ = ["Flag", "Group", "SingleGroup", "is_told"]
 
 _lock = threading.Lock()
 fork_safe(_lock)
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether all ranks know of an error: it came out of `Group.agree`, and is not told again."""
+    return isinstance(error, RankError) or getattr(error, "_fastst_told", False)
 
 
 class SingleGroup:
@@ -179,6 +184,7 @@ class Group:
             traceback.clear_frames(error.__traceback__)
         answers = self.gather((said, value))
         if error is not None and not isinstance(error, Exception):
+            error._fastst_told = True  # type: ignore[attr-defined]
             raise error
         arguments = (TypeError, ValueError, LookupError)
         if isinstance(error, arguments) and all(one[0] == said for one in answers):

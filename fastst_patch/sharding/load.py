@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -55,9 +56,9 @@ def load_sharded(
         options: as of `config_context`, for this load.
 
     Returns:
-        Name -> tensor, in file order, without those of which this rank takes nothing. Tensors
-        are contiguous and own storage of exactly their size, but for views of maps: see
-        ``contiguous``.
+        Name -> tensor, in file order, without those that `SKIP` and `Owner` leave to nobody or to
+        others; a part without elements is an empty tensor. Tensors are contiguous and own
+        storage of exactly their size, but for views of maps: see ``contiguous``.
 
     Raises:
         RankError: it failed on some rank; on that rank caused by the exception itself.
@@ -118,17 +119,20 @@ def paths_of(name: str) -> list[str]:
     """Files that a name means: itself, those of a folder, or those of an index.
 
     Raises:
-        FileNotFoundError: a folder holds none, or an index cannot be seen.
+        FileNotFoundError: a folder holds none, or a folder or an index cannot be seen.
         ValueError: an index is none.
     """
     path = Path(name)
+    if path.suffix != ".safetensors" and not path.exists():
+        # A folder, perhaps, that others see; they know what is in it, or that it is a file.
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
     if path.is_dir():
         indices = sorted(path.glob("*.safetensors.index.json"))
         if len(indices) == 1:
             return paths_of(str(indices[0]))
         found = sorted(str(one) for one in path.glob("*.safetensors"))
         if not found:
-            raise FileNotFoundError(2, "the folder holds no safetensors files", name)
+            raise FileNotFoundError(errno.ENOENT, "the folder holds no safetensors files", name)
         return found
     if not name.endswith(".json"):
         return [name]

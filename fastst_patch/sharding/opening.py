@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["Opening", "open_together"]
 
 UNIT = 32 << 20
-"""Bytes that are exchanged at a time. Four units and as many parts are in use at once; with
-half of `device_memory_budget` as their bound, small budgets make small units."""
+"""Most bytes that are exchanged at a time, by gloo or NCCL. Four units and as many parts are in use
+at once; with half of `device_memory_budget` as their bound, small budgets make small units."""
+UNIT_MIN = 128 << 10
+"""However small the budget: each unit takes a round, of milliseconds where cores are few."""
 
 _UNSEEN = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ESTALE)
 """What opening a file says that this rank cannot see, and another may."""
@@ -178,7 +180,7 @@ def _in_turn(files: Mapping[int, Sequence[str]] | Sequence[str]) -> list[str]:
 
 def _unit_bytes(config: Config) -> int:
     given = config.device_memory_budget
-    return UNIT if given is None else max(min(UNIT, given // 8), 1)
+    return UNIT if given is None else max(min(UNIT, given // 8), UNIT_MIN)
 
 
 def _open_all(

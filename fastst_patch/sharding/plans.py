@@ -199,6 +199,7 @@ class _Placements:
 
 def _placed(mesh: Any, placements: tuple[Any, ...], name: str, shape: Sequence[int]) -> Rule:
     import torch
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     for placement in placements:
@@ -216,5 +217,7 @@ def _placed(mesh: Any, placements: tuple[Any, ...], name: str, shape: Sequence[i
         return Packed(strided[0].dim, strided[0].split_factor)
     if not shape:
         return None
-    local, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
+    # As DTensor does first: what follows takes dimensions 0 and -1 of a vector for two.
+    counted = [p if p.is_replicate() else Shard(p.dim % len(shape)) for p in placements]
+    local, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, counted)
     return tuple(slice(at, at + n) for at, n in zip(offset, local, strict=True))

@@ -8,14 +8,14 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .rules import Part, Take
+from .rules import Part, Rule, Take, take_of
 from .schedule import Key
 from .source import Source
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Request", "cast", "everything", "flat", "joined", "part_bytes", "parts_of"]
+__all__ = ["Request", "cast", "everything", "flat", "joined", "part_bytes", "parts_of", "takes_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,28 @@ def flat(source: Source, takes: Mapping[int, Take] | None) -> Any:
     for i, take in takes.items():
         pairs[2 * i], pairs[2 * i + 1] = take.rows
     return pairs
+
+
+def takes_of(
+    source: Source, rules: Mapping[str, Rule], rank: int, size: int
+) -> dict[int, Take] | None:
+    """What a rank takes of a file, by tensor; None for all of it. Raises as `take_of`."""
+    wanted = [rules.get(name) for name in source.names]
+    if all(rule is None or rule == "replicate" for rule in wanted):
+        return None
+    takes = {}
+    known: dict[tuple[int, tuple[int, ...]], Take | None] = {}  # most of a model's are alike
+    for i, (rule, name) in enumerate(zip(wanted, source.names, strict=True)):
+        shape = source.describe(i)[0]
+        if type(rule) is not int:
+            take = take_of(rule, name, shape, rank, size)
+        elif (rule, shape) in known:
+            take = known[rule, shape]
+        else:
+            take = known[rule, shape] = take_of(rule, name, shape, rank, size)
+        if take is not None:
+            takes[i] = take
+    return takes
 
 
 def parts_of(takes: Mapping[int, Take]) -> dict[Key, Part]:
