@@ -34,7 +34,7 @@ LAYERS = [
     {"opened"},
     {"tensors", "device"},
     {"engine"},
-    {"layout", "machine", "stock"},
+    {"layout", "machine", "stock", "stripes"},
     {"summary"},
     {"report"},
     {"config"},

@@ -18,11 +18,10 @@ from fake_device import on_device
 from safetensors.torch import save_file
 
 import fastst_patch
-from fastst_patch import engine
+from fastst_patch import engine, stripes
 from fastst_patch.integrations import shards
 from fastst_patch.layout import FileLayout
 from fastst_patch.onhost import WORKERS_FROM
-from fastst_patch.sharding import mapped
 
 loading = pytest.importorskip("transformers.core_model_loading", reason="needs transformers 5")
 sharding_utils = pytest.importorskip(
@@ -367,13 +366,13 @@ def extents(file: Path, *names: str) -> list[tuple[int, int]]:
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each call of `in_turn` was given; every file counts as not cached."""
     plans: list[dict[str, Any]] = []
-    plan = mapped.in_turn
+    plan = stripes.in_turn
 
     def watched(alone: Any, shared: Any, turn: int, turns: int) -> Any:
         plans.append({"turn": (turn, turns), "alone": list(alone), "shared": list(shared)})
         return plan(alone, shared, turn, turns)
 
-    monkeypatch.setattr(mapped, "in_turn", watched)
+    monkeypatch.setattr(stripes, "in_turn", watched)
     monkeypatch.setattr(shards.HostFile, "cold", lambda self: True)
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

@@ -26,11 +26,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as their_logging
 
 import fastst_patch
-from fastst_patch import engine
+from fastst_patch import engine, stripes
 from fastst_patch.bench import residency
 from fastst_patch.integrations import shards
-from fastst_patch.sharding import mapped
-from fastst_patch.sharding.mapped import STRIPE
+from fastst_patch.stripes import STRIPE
 
 MEETING_S = 20.0  # what a rank waits for another, in a program's own collectives
 
@@ -135,7 +134,7 @@ def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, 
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, was)
     plans = []
-    plan, looked = mapped.in_turn, shards.HostFile.cold
+    plan, looked = stripes.in_turn, shards.HostFile.cold
 
     def watched(alone: Any, shared: Any, turn: int, turns: int) -> Any:
         result = plan(alone, shared, turn, turns)
@@ -144,7 +143,7 @@ def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, 
                       "extents": extents})  # fmt: skip
         return result
 
-    mapped.in_turn = watched
+    stripes.in_turn = watched
     if force:  # whatever the file system keeps
         shards.HostFile.cold = lambda self: True
     before, counted = io(), engine.counters()
@@ -153,7 +152,7 @@ def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, 
             model = load(folder, **load_options)
             total = sum(local(tensor).double().sum() for tensor in model.state_dict().values())
     finally:
-        mapped.in_turn, shards.HostFile.cold = plan, looked
+        stripes.in_turn, shards.HostFile.cold = plan, looked
     after, count = io(), engine.counters()
     return {
         "evicted": all(told), "plans": plans, "stripe": STRIPE, "sum": float(total),

@@ -6,7 +6,7 @@ makes a view of the file's map it is made at once instead, as for tensors that a
 Ranks of one node share the page cache, so of what is not cached yet each reads a share ahead.
 Nothing is agreed upon: stock's load needs no other rank, and one that failed, or that does
 something else in the meantime, must not be waited for. Each rank knows which rows it takes itself
-and whose turn it is by the mesh; see `mapped.in_turn` for what that leaves to chance.
+and whose turn it is by the mesh; see `stripes.in_turn` for what that leaves to chance.
 
 To a device a shard that is one piece of its tensor needs no other rank either (`cut_of`).
 Complete rows are read from the file (`rows_of`); of others the runs of their rows are picked out
@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
-from .. import tensors
+from .. import stripes, tensors
 from ..config import local_ranks
 from ..layout import DTYPE_NAMES, plan_rows
 from ..machine import io_threads
@@ -156,9 +156,7 @@ class Shards:
             assert self._turn is not None
             found = self._readings[id(opened)] = _Reading(opened, *self._turn)
         if self._latest is not None and self._latest is not found:
-            from ..sharding.mapped import STRIPE  # patch() does not need it
-
-            self._latest.start(STRIPE)  # as a rule nothing more will be wanted of it
+            self._latest.start(stripes.STRIPE)  # as a rule nothing more will be wanted of it
         self._latest = found
         return found
 
@@ -208,9 +206,7 @@ class _Reading:
         if self._nbytes < fewest:
             return
         alone, shared = _joined(self._alone), _joined(self._shared)
-        from ..sharding.mapped import in_turn
-
-        extents = in_turn(alone, shared, self._turn, self._turns)
+        extents = stripes.in_turn(alone, shared, self._turn, self._turns)
         _log.debug(
             "%s: rank %d of %d reads %d bytes ahead, of which others may read %d",
             self._opened.file.path, self._turn, self._turns, self._nbytes,

@@ -15,20 +15,14 @@ from typing import TYPE_CHECKING
 from .. import engine, tensors
 from ..layout import DTYPE_NAMES, FileLayout
 from ..onhost import HostFile
+from ..stripes import STRIPE
 from .rules import Part
 from .schedule import Extent, Key, Rows, merged
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LAG", "STRIPE", "in_turn", "share", "take", "take_all", "wanted"]
-
-STRIPE = 8 << 20
-"""Bytes that one rank reads ahead of what several need, before it is the next one's turn: large
-enough for huge pages, small enough that ranks that walk the file together wait for nobody."""
-
-LAG = 8
-"""Turns by which a rank that does not know what the others do reads ahead of making sure."""
+__all__ = ["share", "take", "take_all", "wanted"]
 
 
 def share(
@@ -71,38 +65,6 @@ def wanted(
     ranges = [one for rows in (*alone, shared) for one in merged(extents, rows)]
     for begin, end in sorted(ranges):
         flat.extend((begin, end - begin, 0))
-    return flat
-
-
-def in_turn(
-    alone: Iterable[tuple[int, int]], shared: Iterable[tuple[int, int]], turn: int, turns: int
-) -> array[int]:
-    """What one of ``turns`` ranks reads ahead that cannot ask the others: flat triples, in order.
-
-    First its own stripes; and `LAG` turns behind, those of the others, which are cached by then
-    and cost a look, unless nobody came for them. So nothing is left unread whoever is missing,
-    fails, or reads on another node.
-
-    Args:
-        alone: file ranges (begin, end) that hardly anybody else needs.
-        shared: those that the others are likely to need, too.
-        turn: this rank's number among those that share the reading.
-        turns: how many they are.
-    """
-    found: list[tuple[int, int, int]] = []  # when, and the range
-    for ranges, certain in ((alone, True), (shared, False)):
-        for begin, end in ranges:
-            for stripe in range(begin // STRIPE, -(-end // STRIPE)):
-                mine = certain or stripe % turns == turn
-                when = stripe // turns + (0 if mine else LAG)
-                bounds = max(begin, stripe * STRIPE), min(end, (stripe + 1) * STRIPE)
-                found.append((when, *bounds))
-    flat = array("Q")
-    for _, begin, end in sorted(found):
-        if len(flat) and flat[-3] + flat[-2] == begin:
-            flat[-2] += end - begin
-        else:
-            flat.extend((begin, end - begin, 0))
     return flat
 
 
