@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import sharded
+import torch.distributed as dist
 from cases_files import PLACED
 from cases_forms import FORMS
 from ranks import Case, Nursery, Ran
@@ -133,6 +134,8 @@ def test_two_groups_meet_first_in_threads(nursery, zoo, server) -> None:
 
     By a server's store, too, of which a process has one connection that waits for one at a time.
     """
+    if server and not hasattr(dist.Store, "clone"):
+        pytest.skip("this torch has no second connection to a store: see README, Status")
     case = Case("cases_files.two_threads", {"files": zoo, "times": 2, "met": False}, name="first")
     nursery.run([case], 2, timeout=10, limit=30, server=server).values(case)
 
