@@ -53,6 +53,29 @@ const char *fake_violation_text(uint64_t i) { return i < TEXTS ? texts[i] : ""; 
 
 /* ---- calls and faults ---- */
 
+enum { /* CUstreamCaptureMode, hipStreamCaptureMode; 0 is "global" */
+    RELAXED = 2
+};
+
+static int *capture_mode(void) {
+    static _Thread_local int mode;
+    return &mode;
+}
+
+int capture_mode_exchange(int *mode) {
+    if (mode == NULL || *mode < 0 || *mode > RELAXED) return INVALID_VALUE;
+    int before = *capture_mode();
+    *capture_mode() = *mode;
+    *mode = before;
+    return OK;
+}
+
+void fake_capture(int on) {
+    (void)pthread_mutex_lock(&fake.lock);
+    fake.capturing = on != 0;
+    (void)pthread_mutex_unlock(&fake.lock);
+}
+
 static const char *const names[FUNCTIONS] = {
 #define FAKE_FUNCTION(result, name, arguments) #name,
 #include "fake_driver.def"
@@ -77,6 +100,43 @@ static void lose_device(int code) {
     if (code != 0) cancel_all();
 }
 
+/* What CUDA may call "potentially unsafe": see fake_capture. */
+static bool is_unordered(enum function function) {
+    switch (function) {
+    case AT_cuStreamCreate:
+    case AT_cuStreamDestroy_v2:
+    case AT_cuStreamSynchronize:
+    case AT_cuEventCreate:
+    case AT_cuEventDestroy_v2:
+    case AT_cuEventQuery:
+    case AT_cuEventSynchronize:
+    case AT_cuMemHostRegister_v2:
+    case AT_cuMemHostUnregister:
+    case AT_cuMemAlloc_v2:
+    case AT_cuMemFree_v2:
+    case AT_hipStreamCreateWithFlags:
+    case AT_hipStreamDestroy:
+    case AT_hipStreamSynchronize:
+    case AT_hipEventCreateWithFlags:
+    case AT_hipEventDestroy:
+    case AT_hipEventQuery:
+    case AT_hipEventSynchronize:
+    case AT_hipHostRegister:
+    case AT_hipHostUnregister:
+    case AT_hipMalloc:
+    case AT_hipFree:
+    case AT_cuFileDriverOpen:
+    case AT_cuFileHandleRegister:
+    case AT_cuFileHandleDeregister:
+    case AT_cuFileBufRegister:
+    case AT_cuFileBufDeregister:
+    case AT_cuFileRead:
+        return true;
+    default:
+        return false;
+    }
+}
+
 int call_begin(enum function function, enum needs needs, struct context **context) {
     (void)pthread_mutex_lock(&fake.lock);
     uint64_t call = ++functions[function].calls;
@@ -90,6 +150,10 @@ int call_begin(enum function function, enum needs needs, struct context **contex
         lose_device(functions[function].code);
     if (fake.lost != 0) return fake.lost;
     if (first != 0 && call >= first && call - first < count) return functions[function].code;
+    if (fake.capturing && is_unordered(function) && *capture_mode() != RELAXED) {
+        violation("%s: called while another thread captures a graph", names[function]);
+        return CAPTURE_UNSUPPORTED;
+    }
     if (needs == NEEDS_DRIVER) return OK;
     if (needs == NEEDS_HIP) { /* HIP initialises itself */
         if (fake.devices == 0) return NO_DEVICE;
@@ -160,6 +224,8 @@ static const struct {
     {ALREADY_REGISTERED, "HOST_MEMORY_ALREADY_REGISTERED", "memory is already registered"},
     {NOT_REGISTERED, "HOST_MEMORY_NOT_REGISTERED", "memory is not registered"},
     {719, "LAUNCH_FAILED", "unspecified launch failure"},
+    {CAPTURE_UNSUPPORTED, "STREAM_CAPTURE_UNSUPPORTED",
+     "operation not permitted when stream is capturing"},
     {999, "UNKNOWN", "unknown error"},
 };
 
@@ -344,7 +410,7 @@ static void forget(void) {
     memset(functions, 0, sizeof functions);
     fake.mode = FAKE_LATE_MODE;
     fake.query_delay = 2;
-    fake.free_copies = false;
+    fake.free_copies = fake.capturing = false;
     fake.lost = 0;
     fake.random = 1;
     fake.copied_bytes = fake.pageable_copies = 0;

@@ -24,7 +24,8 @@ enum { /* CUDA's codes; HIP's are the same */
     INVALID_HANDLE = 400,
     NOT_READY = 600,
     ALREADY_REGISTERED = 712,
-    NOT_REGISTERED = 713
+    NOT_REGISTERED = 713,
+    CAPTURE_UNSUPPORTED = 900
 };
 
 enum {
@@ -51,6 +52,7 @@ enum kind {
     COPY_IN,
     COPY_OUT,
     COPY_ON,
+    COPY_STRIDED, /* torch's own */
     FILL,
     RECORD,
     WAIT
@@ -66,7 +68,9 @@ struct op {
     uintptr_t to;
     uintptr_t from;
     size_t bytes;
-    struct op *record; /* WAIT: what for */
+    size_t from_bytes;       /* COPY_STRIDED: from the first element read to the last */
+    struct strided *strided; /* COPY_STRIDED: which elements; freed with the operation */
+    struct op *record;       /* WAIT: what for */
 };
 
 struct event {
@@ -89,8 +93,9 @@ extern struct fake {
     int query_delay;
     bool free_copies;
     bool initialised;
-    bool forked; /* since then: nothing works any more */
-    int lost;    /* code, or 0 */
+    bool forked;    /* since then: nothing works any more */
+    bool capturing; /* a thread that is none of the callers captures a graph, in "global" mode */
+    int lost;       /* code, or 0 */
     uint64_t device_bytes;
     uint64_t random;
     uint64_t pending;
@@ -140,6 +145,7 @@ int context_push(uintptr_t handle);
 int context_pop(uintptr_t *out);
 uintptr_t context_current(void);
 int *hip_device(void);
+int capture_mode_exchange(int *mode);
 
 /* Handles are numbers that were never given out before and point nowhere. */
 enum handle_kind {
@@ -182,6 +188,46 @@ void streams_count(fake_counts *out);
 
 /* ---- memory (fake_memory.c) ---- */
 
+enum block_state {
+    LIVE,
+    AWAITED,     /* freed, but streams that were recorded on it are not done with it */
+    QUARANTINED, /* freed: nobody may write there any more */
+    ORPHAN       /* dropped by a reset, its DLPack struct not yet deleted */
+};
+
+struct block {
+    struct block *next; /* older */
+    uintptr_t base;
+    size_t bytes;
+    size_t capacity;
+    void *memory; /* what to free, or NULL: the caller's */
+    struct context *context;
+    struct stream *stream; /* it was allocated on, or NULL: cuMemAlloc */
+    enum block_state state;
+    bool managed;         /* a DLPack struct exists */
+    bool unfilled;        /* copies were free when it was freed, or are still to read it */
+    struct usage *usages; /* of other streams that were recorded on it */
+};
+
+struct usage {
+    struct usage *next;
+    struct stream *stream;
+    struct op *record; /* what was pending when the block was freed, or NULL: it is not */
+};
+
+struct block *block_holding(uintptr_t base, size_t bytes); /* a live one, or NULL */
+struct block *block_starting(uintptr_t base);
+struct block *block_alloc(struct context *context, size_t bytes, bool pages);
+struct block *block_reuse(size_t bytes, const struct stream *stream);
+void block_push(struct block *block);
+void block_live(struct block *block);
+void block_free(struct block *block);
+void block_forget(struct block *block); /* of the caller's memory */
+void block_end(struct block *block);
+void blocks_awaited(void); /* those whose streams are done are free */
+int blocks_dlpack_type(void);
+bool quarantine_is_full(void); /* then blocks are handed out again */
+
 int memory_alloc(struct context *context, uintptr_t *out, size_t bytes);
 int memory_free(struct context *context, uintptr_t address);
 int memory_info(struct context *context, size_t *free_bytes, size_t *total_bytes);
@@ -191,7 +237,8 @@ int copy(struct context *context, enum kind kind, uintptr_t to, uintptr_t from, 
          uintptr_t stream);
 /* Whether a range lies in one live block, of this device unless that is -1. */
 bool memory_live(uintptr_t base, size_t bytes, int device);
-void op_run(struct op *op); /* copies and fills */
+void op_run(struct op *op);               /* copies and fills */
+void op_run_strided(const struct op *op); /* fake_torch.c */
 void quarantine_check(void);
 void quarantine_clear(void);
 void memory_defaults(void);

@@ -139,6 +139,10 @@ int cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes) {
     CALL(cuMemGetInfo_v2, NEEDS_CONTEXT, memory_info(context, free_bytes, total_bytes));
 }
 
+int cuThreadExchangeStreamCaptureMode(int *mode) {
+    CALL(cuThreadExchangeStreamCaptureMode, NEEDS_INIT, capture_mode_exchange(mode));
+}
+
 /* ---- errors ---- */
 
 static int put(const char *text, const char **out) {

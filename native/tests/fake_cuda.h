@@ -68,18 +68,37 @@ uint64_t fake_calls(const char *name); /* failed ones too; of an unknown name 0 
  * allocator's last. */
 void fake_drain(void);
 uint64_t fake_pending(void); /* operations: copies, fills, event records and waits */
+/* While on, a thread that makes no calls here captures a graph, in CUDA's default "global" mode.
+ * Calls that a stream does not order (events made, asked or waited for, streams made or waited
+ * for, memory allocated, freed, pinned or unpinned, all of cuFile) then fail with 900 and void
+ * the capture, which is a violation, but for threads in "relaxed" mode. CUDA gives no complete
+ * list of its "potentially unsafe" calls, and lets "thread local" mode pass, too; some HIP does
+ * not (pytorch #177309). */
+void fake_capture(int on);
 
 /* ---- somebody else's memory and streams ---- */
 
 /* A stream to allocate on, as torch's caching allocator has one. It is not counted as live,
  * and needs no context to be retained. 0 when there is no such device. */
 uintptr_t fake_stream(int device);
+/* The host waits for all that is pending on a stream, and needs no context for it. */
+int fake_synchronize(int device, uintptr_t stream);
 /* A block as that allocator would hand it out: *managed is a DLManagedTensor, 1-D uint8,
  * over memory on which work is still pending on the stream (0: the default one), which fills
  * the block with FAKE_LATE. It starts at a multiple of 512 but not of 4096 bytes. Its
  * deleter may be called on any thread; work of other streams must not be pending on the
- * block then. Returns 0 or a CUDA error. */
+ * block then, but of those that were recorded on it. Once more was freed than fake_quarantine
+ * keeps, a freed block is handed out again, on its own stream only, and at once: what is still
+ * to run there is ordered before the next owner's work, and nobody waits for other streams.
+ * Returns 0 or a CUDA error. */
 int fake_block(uint64_t bytes, int device, uintptr_t stream, void **managed);
+/* As torch's Tensor.record_stream, for the block at an address: when it is freed, it is kept
+ * until what is pending on this stream by then is over. */
+int fake_record_stream(uintptr_t memory, uintptr_t stream);
+/* A copy of torch's own, such as a view's clone, pending on a stream: it reads elements when it
+ * runs, and writes them one behind another. Strides are the source's, in elements. */
+int fake_copy_strided(uintptr_t to, uintptr_t from, int dims, const int64_t *shape,
+                      const int64_t *strides, uint64_t itemsize, int device, uintptr_t stream);
 /* Makes memory of the caller's a block of a device, with the same pending work. It must stay
  * until it is forgotten, before which copies into it must have run. */
 int fake_note(void *memory, uint64_t bytes, int device, uintptr_t stream);

@@ -96,6 +96,10 @@ int hipMemGetInfo(size_t *free_bytes, size_t *total_bytes) {
     CALL(hipMemGetInfo, NEEDS_HIP, memory_info(context, free_bytes, total_bytes));
 }
 
+int hipThreadExchangeStreamCaptureMode(int *mode) {
+    CALL(hipThreadExchangeStreamCaptureMode, NEEDS_HIP, capture_mode_exchange(mode));
+}
+
 /* ---- errors ---- */
 
 static const char *counted(enum function function, const char *text) {

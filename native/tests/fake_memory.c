@@ -9,28 +9,13 @@ enum {
     LARGE = 1 << 20 /* from here on cuMemAlloc gives whole pages */
 };
 
-enum block_state {
-    LIVE,
-    QUARANTINED, /* freed: nobody may write there any more */
-    ORPHAN       /* dropped by a reset, its DLPack struct not yet deleted */
-};
-
-struct block {
-    struct block *next; /* older */
-    uintptr_t base;
-    size_t bytes;
-    size_t capacity;
-    void *memory; /* what to free, or NULL: the caller's */
-    struct context *context;
-    struct stream *stream; /* it was allocated on, or NULL: cuMemAlloc */
-    enum block_state state;
-    bool managed;  /* a DLPack struct exists */
-    bool unfilled; /* copies were free when it was freed */
-};
-
 static struct block *blocks; /* newest first; freeing makes new */
 static uint64_t quarantine_limit, quarantined_bytes;
 static int dlpack_type;
+
+int blocks_dlpack_type(void) { return dlpack_type; }
+
+bool quarantine_is_full(void) { return quarantined_bytes > quarantine_limit; }
 
 static struct block **place_of(const struct block *block) {
     struct block **place = &blocks;
@@ -40,18 +25,38 @@ static struct block **place_of(const struct block *block) {
 
 static void block_unlink(struct block *block) { *place_of(block) = block->next; }
 
-static void block_push(struct block *block) {
+void block_push(struct block *block) {
     block->next = blocks;
     blocks = block;
 }
 
-static void block_end(struct block *block) {
+/* Reads that are still to come have their bytes before. */
+static void reads_run(const struct block *block) {
+    struct op *op = NULL;
+    while ((op = op_touching(op, block->base, block->bytes)) != NULL) {
+        if (!op_reads(op, block->base, block->bytes)) continue;
+        op_force(op);
+        op = NULL; /* the queues have changed */
+    }
+}
+
+static void usages_end(struct block *block) {
+    while (block->usages != NULL) {
+        struct usage *usage = block->usages;
+        block->usages = usage->next;
+        op_release(usage->record);
+        free(usage);
+    }
+}
+
+void block_end(struct block *block) {
     block_unlink(block);
+    usages_end(block);
     free(block->memory);
     free(block);
 }
 
-static struct block *block_holding(uintptr_t base, size_t bytes) {
+struct block *block_holding(uintptr_t base, size_t bytes) {
     for (struct block *block = blocks; block != NULL; block = block->next)
         if (block->state == LIVE && base >= block->base && base - block->base < block->bytes &&
             bytes <= block->bytes - (base - block->base))
@@ -59,7 +64,7 @@ static struct block *block_holding(uintptr_t base, size_t bytes) {
     return NULL;
 }
 
-static struct block *block_starting(uintptr_t base) {
+struct block *block_starting(uintptr_t base) {
     struct block *block = block_holding(base, 1);
     return block != NULL && block->base == base ? block : NULL;
 }
@@ -96,6 +101,7 @@ static void block_check(struct block *block) {
 }
 
 void quarantine_check(void) {
+    blocks_awaited();
     for (struct block *block = blocks; block != NULL; block = block->next) block_check(block);
 }
 
@@ -114,25 +120,28 @@ static void quarantine_shrink(void) {
             oldest = block;
         }
         if (oldest == newest) return;
+        reads_run(oldest);
         quarantine_leave(oldest);
         block_end(oldest);
     }
 }
 
 void quarantine_clear(void) {
+    blocks_awaited();
     for (struct block *block = blocks, *next; block != NULL; block = next) {
         next = block->next;
         if (block->state != QUARANTINED) continue;
+        reads_run(block);
         quarantine_leave(block);
         block_end(block);
     }
 }
 
-/* What torch does: the block freed last is the first to be handed out again. */
-static struct block *block_reuse(size_t bytes, const struct context *context) {
+/* What torch does: the block freed last is the first to be handed out again, on the stream that
+ * it was allocated on, at once: whatever other streams have pending. */
+struct block *block_reuse(size_t bytes, const struct stream *stream) {
     for (struct block *block = blocks; block != NULL; block = block->next) {
-        if (block->state != QUARANTINED || block->context != context || block->stream == NULL ||
-            block->capacity < bytes)
+        if (block->state != QUARANTINED || block->stream != stream || block->capacity < bytes)
             continue;
         quarantine_leave(block);
         block_unlink(block);
@@ -144,7 +153,7 @@ static struct block *block_reuse(size_t bytes, const struct context *context) {
 /* ---- allocating and freeing ---- */
 
 /* Whole pages, or an address that is a multiple of 512 only. */
-static struct block *block_alloc(struct context *context, size_t bytes, bool pages) {
+struct block *block_alloc(struct context *context, size_t bytes, bool pages) {
     size_t shift = pages ? 0 : TORCH_ALIGNMENT;
     void *memory = NULL;
     if (bytes > fake.device_bytes - shift ||
@@ -160,10 +169,12 @@ static struct block *block_alloc(struct context *context, size_t bytes, bool pag
     return block;
 }
 
-static void block_live(struct block *block) {
+void block_live(struct block *block) {
+    /* What its last owner has still to read is overwritten in the stream's order, not now. */
+    bool read_later = op_touching(NULL, block->base, block->bytes) != NULL;
     block->state = LIVE;
     block_push(block);
-    block_fill(block, FAKE_FRESH);
+    if (!read_later) block_fill(block, FAKE_FRESH);
 }
 
 int memory_alloc(struct context *context, uintptr_t *out, size_t bytes) {
@@ -175,33 +186,81 @@ int memory_alloc(struct context *context, uintptr_t *out, size_t bytes) {
     return OK;
 }
 
+static struct usage *usage_of(const struct block *block, const struct stream *stream) {
+    struct usage *usage = block->usages;
+    while (usage != NULL && usage->stream != stream) usage = usage->next;
+    return usage;
+}
+
 /* Nothing may be pending on a block that goes, but what its own stream orders before its next
- * use: that is of no consequence where it writes there, and done now where it reads. */
-static void block_settle(struct block *block) {
+ * use, and what streams that were recorded on it do. Of these, writes are of no consequence; says
+ * whether there are reads. */
+static bool block_settle(const struct block *block) {
+    bool reads = false;
     struct op *op = NULL;
     while ((op = op_touching(op, block->base, block->bytes)) != NULL) {
         bool own = block->stream != NULL && op->stream == block->stream;
-        if (!own)
+        bool known = own || usage_of(block, op->stream) != NULL;
+        if (!known)
             violation("block of %zu bytes freed before a copy that uses it has run", block->bytes);
-        if (own && op_reads(op, block->base, block->bytes)) {
-            op_force(op);
-            op = NULL; /* the queues have changed */
-        } else {
+        if (known && op_reads(op, block->base, block->bytes))
+            reads = true;
+        else
             op->kind = NOTHING_TO_DO;
-        }
     }
     if (file_buffer_within(block->base, block->bytes))
         violation("block of %zu bytes freed while registered with cuFile", block->bytes);
+    return reads;
 }
 
-static void block_free(struct block *block) {
-    block_settle(block);
+/* Whether other streams still use a block that is freed. */
+static bool is_awaited(const struct block *block) {
+    for (const struct usage *usage = block->usages; usage != NULL; usage = usage->next)
+        if (usage->record != NULL && !usage->record->done) return true;
+    return false;
+}
+
+static void block_quarantine(struct block *block, bool reads) {
     block_unlink(block);
     block_push(block);
+    usages_end(block);
     block->state = QUARANTINED;
-    block_fill(block, FAKE_FREED);
+    if (reads)
+        block->unfilled = true;
+    else
+        block_fill(block, FAKE_FREED);
     quarantined_bytes += block->capacity;
     quarantine_shrink();
+}
+
+/* torch records an event on each stream that the block was used on, and gives the block to its
+ * next owner when all of them are over. */
+void block_free(struct block *block) {
+    bool reads = block_settle(block);
+    for (struct usage *usage = block->usages; usage != NULL; usage = usage->next) {
+        if (usage->stream->head == NULL) continue;
+        usage->record = op_submit(usage->stream, RECORD);
+        usage->record->references++;
+    }
+    block->state = AWAITED;
+    if (!is_awaited(block)) block_quarantine(block, reads);
+}
+
+void blocks_awaited(void) {
+    struct block *block = blocks;
+    while (block != NULL) {
+        if (block->state != AWAITED || is_awaited(block)) {
+            block = block->next;
+            continue;
+        }
+        block_quarantine(block, block_settle(block));
+        block = blocks; /* others may have gone meanwhile */
+    }
+}
+
+void block_forget(struct block *block) {
+    if (block_settle(block)) reads_run(block);
+    block_end(block);
 }
 
 int memory_free(struct context *context, uintptr_t address) {
@@ -226,121 +285,6 @@ int memory_info(struct context *context, size_t *free_bytes, size_t *total_bytes
     *total_bytes = fake.device_bytes;
     *free_bytes = used < fake.device_bytes ? fake.device_bytes - used : 0;
     return OK;
-}
-
-/* ---- blocks as torch's allocator hands them out ---- */
-
-struct managed { /* DLManagedTensor, and what it points to */
-    void *data;
-    struct {
-        int32_t type;
-        int32_t id;
-    } device;
-    int32_t dimensions;
-    struct {
-        uint8_t code;
-        uint8_t bits;
-        uint16_t lanes;
-    } dtype;
-    int64_t *shape;
-    int64_t *strides;
-    uint64_t byte_offset;
-    void *manager;
-    void (*deleter)(struct managed *self);
-    int64_t extent;
-};
-
-static void managed_delete(struct managed *managed) {
-    struct block *block = managed->manager;
-    (void)pthread_mutex_lock(&fake.lock);
-    block->managed = false;
-    if (block->state == ORPHAN)
-        block_end(block);
-    else
-        block_free(block);
-    (void)pthread_mutex_unlock(&fake.lock);
-    free(managed);
-}
-
-static void leave_work(struct block *block) {
-    if (fake.free_copies) return;
-    struct op *op = op_submit(block->stream, FILL);
-    op->to = block->base;
-    op->bytes = block->bytes;
-}
-
-static int block_hand_out(uint64_t bytes, int device, uintptr_t stream_handle, void **managed) {
-    struct context *context = device_context(device);
-    if (context == NULL) return INVALID_DEVICE;
-    struct stream *stream = stream_find(context, stream_handle);
-    if (stream == NULL) return INVALID_HANDLE;
-    if (bytes == 0 || managed == NULL) return INVALID_VALUE;
-    struct block *block = NULL;
-    if (quarantined_bytes > quarantine_limit) block = block_reuse(bytes, context);
-    if (block == NULL) block = block_alloc(context, bytes, false);
-    if (block == NULL) return OUT_OF_MEMORY;
-    block->bytes = bytes;
-    block->stream = stream;
-    block->managed = true;
-    block_live(block);
-    leave_work(block);
-    struct managed *made = zeroed(sizeof *made);
-    made->data = (void *)block->base;
-    made->device.type = dlpack_type;
-    made->device.id = dlpack_type == 1 ? 0 : device;
-    made->dimensions = 1;
-    made->dtype.code = 1; /* unsigned */
-    made->dtype.bits = 8;
-    made->dtype.lanes = 1;
-    made->extent = (int64_t)bytes;
-    made->shape = &made->extent;
-    made->manager = block;
-    made->deleter = managed_delete;
-    *managed = made;
-    return OK;
-}
-
-int fake_block(uint64_t bytes, int device, uintptr_t stream, void **managed) {
-    (void)pthread_mutex_lock(&fake.lock);
-    int code = block_hand_out(bytes, device, stream, managed);
-    (void)pthread_mutex_unlock(&fake.lock);
-    return code;
-}
-
-static int block_note(void *memory, uint64_t bytes, int device, uintptr_t stream_handle) {
-    struct context *context = device_context(device);
-    if (context == NULL) return INVALID_DEVICE;
-    struct stream *stream = stream_find(context, stream_handle);
-    if (stream == NULL) return INVALID_HANDLE;
-    if (memory == NULL || bytes == 0) return INVALID_VALUE;
-    if (block_holding((uintptr_t)memory, 1) != NULL) return ALREADY_REGISTERED;
-    struct block *block = zeroed(sizeof *block);
-    block->base = (uintptr_t)memory;
-    block->bytes = bytes;
-    block->context = context;
-    block->stream = stream;
-    block_push(block);
-    leave_work(block);
-    return OK;
-}
-
-int fake_note(void *memory, uint64_t bytes, int device, uintptr_t stream) {
-    (void)pthread_mutex_lock(&fake.lock);
-    int code = block_note(memory, bytes, device, stream);
-    (void)pthread_mutex_unlock(&fake.lock);
-    return code;
-}
-
-int fake_forget(void *memory) {
-    (void)pthread_mutex_lock(&fake.lock);
-    struct block *block = block_starting((uintptr_t)memory);
-    bool noted = block != NULL && block->memory == NULL;
-    if (noted) {
-        block_settle(block);
-        block_end(block);
-    }
-    (void)pthread_mutex_unlock(&fake.lock);
-    return noted ? OK : INVALID_VALUE;
 }
 
 /* ---- registered host memory ---- */
@@ -432,6 +376,10 @@ int copy(struct context *context, enum kind kind, uintptr_t to, uintptr_t from, 
 }
 
 void op_run(struct op *op) {
+    if (op->kind == COPY_STRIDED) {
+        op_run_strided(op);
+        return;
+    }
     const struct context *context = op->stream->context;
     if (op->kind == FILL) memset((void *)op->to, FAKE_LATE, op->bytes);
     if (op->kind != COPY_IN && op->kind != COPY_OUT && op->kind != COPY_ON) return;
@@ -490,6 +438,7 @@ void memory_reset(void) {
 }
 
 void memory_count(fake_counts *out) {
+    blocks_awaited();
     for (struct range *range = ranges; range != NULL; range = range->next) {
         out->ranges++;
         out->range_bytes += range->bytes;

@@ -7,7 +7,9 @@
 /* ---- operations ---- */
 
 void op_release(struct op *op) {
-    if (op != NULL && --op->references == 0) free(op);
+    if (op == NULL || --op->references > 0) return;
+    free(op->strided);
+    free(op);
 }
 
 struct op *op_submit(struct stream *stream, enum kind kind) {
@@ -71,7 +73,7 @@ struct op *op_touching(struct op *after, uintptr_t base, size_t bytes) {
     if (after == NULL && stream != NULL) op = stream->head;
     while (stream != NULL) {
         for (; op != NULL; op = op->next) {
-            bool copies = op->kind == COPY_IN || op->kind == COPY_OUT || op->kind == COPY_ON;
+            bool copies = op->kind >= COPY_IN && op->kind <= COPY_STRIDED;
             bool writes = copies || op->kind == FILL;
             if (writes && op->to < base + bytes && base < op->to + op->bytes) return op;
             if (copies && op_reads(op, base, bytes)) return op;
@@ -83,7 +85,8 @@ struct op *op_touching(struct op *after, uintptr_t base, size_t bytes) {
 }
 
 bool op_reads(const struct op *op, uintptr_t base, size_t bytes) {
-    return op->from != 0 && op->from < base + bytes && base < op->from + op->bytes;
+    size_t from_bytes = op->kind == COPY_STRIDED ? op->from_bytes : op->bytes;
+    return op->from != 0 && op->from < base + bytes && base < op->from + from_bytes;
 }
 
 void cancel_all(void) {

@@ -377,6 +377,29 @@ static void test_hip(void) {
     end(1);
 }
 
+/* What may void another thread's capture is told, and leaves no trace. */
+static void test_captures(void) {
+    begin();
+    int mode = 2;
+    uintptr_t stream = stream_new(), event = event_new(), memory = alloc(BYTES);
+    FAKE(fake_capture)(1);
+    copy_in(memory, slot, stream);
+    CHECK_EQ(FAKE(cuEventRecord)(event, stream), 0);
+    BITES(CHECK_EQ(FAKE(cuEventQuery)(event), 900));
+    BITES(CHECK_EQ(FAKE(cuMemHostUnregister)(slot), 900));
+    CHECK_EQ(FAKE(cuThreadExchangeStreamCaptureMode)(&mode), 0);
+    CHECK_EQ(mode, 0);
+    CHECK_EQ(FAKE(cuEventQuery)(event), 600);
+    CHECK_EQ(FAKE(cuThreadExchangeStreamCaptureMode)(&mode), 0);
+    CHECK_EQ(mode, 2);
+    BITES(CHECK_EQ(FAKE(cuEventSynchronize)(event), 900));
+    FAKE(fake_capture)(0);
+    CHECK_EQ(FAKE(cuEventSynchronize)(event), 0);
+    mode = 3;
+    CHECK_EQ(FAKE(cuThreadExchangeStreamCaptureMode)(&mode), 1);
+    end(3);
+}
+
 int main(void) {
     FAKE(fake_reset)(); /* opened before descriptors are counted */
     RUN(test_copies_are_late);
@@ -397,5 +420,6 @@ int main(void) {
     RUN(test_forked_child);
     RUN(test_free_copies);
     RUN(test_hip);
+    RUN(test_captures);
     return test_result();
 }

@@ -78,6 +78,111 @@ static void test_blocks_are_reused(void) {
     block->deleter(block);
 }
 
+static void *data_of(const dl_managed *block) { return block->tensor.data; }
+
+/* What torch's allocator does with a block that was used on another stream. */
+static void test_blocks_are_reused_on_their_stream(void) {
+    begin();
+    uintptr_t theirs = FAKE(fake_stream)(0), other = FAKE(fake_stream)(0);
+    FAKE(fake_quarantine)(0);
+    dl_managed *block = block_new(BYTES, theirs), *next;
+    void *memory = data_of(block);
+    block->deleter(block);
+    next = block_new(BYTES, other);
+    CHECK(data_of(next) != memory);
+    block = block_new(BYTES, theirs);
+    CHECK(data_of(block) == memory);
+    block->deleter(block);
+    next->deleter(next);
+    end(0);
+}
+
+static int64_t one_dimension[] = {BYTES}, one_step[] = {1};
+
+static int copy_late(void *to, const void *from, uintptr_t stream) {
+    return FAKE(fake_copy_strided)((uintptr_t)to, (uintptr_t)from, 1, one_dimension, one_step, 1, 0,
+                                   stream);
+}
+
+/* Of a block that other streams still read when it is freed, without record_stream and with. */
+static void check_used_elsewhere(bool recorded) {
+    begin();
+    uintptr_t theirs = FAKE(fake_stream)(0), other = FAKE(fake_stream)(0);
+    dl_managed *block = block_new(BYTES, theirs), *seen = block_new(BYTES, other), *next;
+    void *memory = data_of(block);
+    FAKE(fake_quarantine)(0);
+    CHECK_EQ(FAKE(fake_synchronize)(0, theirs), 0);
+    memset(memory, 5, BYTES);
+    CHECK_EQ(copy_late(data_of(seen), memory, other), 0);
+    if (recorded) CHECK_EQ(FAKE(fake_record_stream)((uintptr_t)memory, other), 0);
+    if (recorded)
+        block->deleter(block);
+    else
+        BITES(block->deleter(block));
+    next = block_new(BYTES, theirs);
+    CHECK_EQ(data_of(next) == memory, !recorded);
+    CHECK_EQ(FAKE(fake_synchronize)(0, theirs), 0);
+    CHECK_EQ(FAKE(fake_synchronize)(0, other), 0);
+    CHECK_EQ(all(data_of(seen), BYTES, 5), recorded);
+    next->deleter(next);
+    block = block_new(BYTES, theirs);
+    CHECK(data_of(block) == memory); /* by now, in either case */
+    block->deleter(block);
+    seen->deleter(seen);
+    end(recorded ? 0 : 1);
+}
+
+static void test_blocks_used_on_other_streams(void) { check_used_elsewhere(false); }
+
+static void test_blocks_recorded_on_other_streams(void) { check_used_elsewhere(true); }
+
+/* Its own stream's reads are still to come when a block is freed, and come before its next use. */
+static void test_blocks_read_later_on_their_stream(void) {
+    begin();
+    uintptr_t theirs = FAKE(fake_stream)(0), other = FAKE(fake_stream)(0);
+    dl_managed *block = block_new(BYTES, theirs), *seen = block_new(BYTES, other), *next;
+    void *memory = data_of(block);
+    FAKE(fake_quarantine)(0);
+    CHECK_EQ(FAKE(fake_synchronize)(0, theirs), 0);
+    CHECK_EQ(FAKE(fake_synchronize)(0, other), 0);
+    memset(memory, 5, BYTES);
+    CHECK_EQ(copy_late(data_of(seen), memory, theirs), 0);
+    block->deleter(block);
+    CHECK(!all(data_of(seen), BYTES, 5));
+    next = block_new(BYTES, theirs);
+    CHECK(data_of(next) == memory);
+    CHECK_EQ(FAKE(fake_synchronize)(0, theirs), 0);
+    CHECK(all(data_of(seen), BYTES, 5));
+    CHECK(all(memory, BYTES, FAKE_LATE));
+    next->deleter(next);
+    seen->deleter(seen);
+    end(0);
+}
+
+/* Bytes of a 6 x 5 matrix: every second column, transposed. */
+static void test_strided_copies(void) {
+    begin();
+    uintptr_t theirs = FAKE(fake_stream)(0);
+    dl_managed *block = block_new(30, theirs), *copied = block_new(18, theirs);
+    unsigned char *from = data_of(block), *to = data_of(copied);
+    int64_t shape[] = {3, 6}, strides[] = {2, 5};
+    CHECK_EQ(
+        FAKE(fake_copy_strided)((uintptr_t)to, (uintptr_t)from, 2, shape, strides, 1, 0, theirs),
+        0);
+    FAKE(fake_drain)();
+    for (unsigned char i = 0; i < 30; i++) from[i] = i;
+    CHECK_EQ(
+        FAKE(fake_copy_strided)((uintptr_t)to, (uintptr_t)from, 2, shape, strides, 1, 0, theirs),
+        0);
+    CHECK(to[1] == FAKE_LATE);
+    CHECK_EQ(FAKE(fake_synchronize)(0, theirs), 0);
+    for (int column = 0; column < 3; column++)
+        for (int row = 0; row < 6; row++) CHECK_EQ(to[column * 6 + row], row * 5 + column * 2);
+    block->deleter(block);
+    copied->deleter(copied);
+    end(0);
+}
+
 static void test_noted_memory(void) {
     begin();
     uintptr_t stream = stream_new(), theirs = FAKE(fake_stream)(0);
@@ -118,6 +223,11 @@ int main(void) {
     RUN(test_blocks_have_work_pending);
     RUN(test_blocks_freed_too_early);
     RUN(test_blocks_are_reused);
+    RUN(test_blocks_are_reused_on_their_stream);
+    RUN(test_blocks_used_on_other_streams);
+    RUN(test_blocks_recorded_on_other_streams);
+    RUN(test_blocks_read_later_on_their_stream);
+    RUN(test_strided_copies);
     RUN(test_noted_memory);
     RUN(test_live_counts);
     return test_result();
