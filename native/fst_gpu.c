@@ -13,6 +13,7 @@
 
 #define NON_BLOCKING 1u  /* CU_STREAM_NON_BLOCKING, hipStreamNonBlocking */
 #define EVENT_FLAGS 0x3u /* blocking wait, no timing; the same numbers in HIP */
+#define RELAXED 2        /* CU_STREAM_CAPTURE_MODE_RELAXED, hipStreamCaptureModeRelaxed */
 
 /* Everything here is kept until the process ends: others may hold the same contexts. */
 static pthread_mutex_t registry = PTHREAD_MUTEX_INITIALIZER;
@@ -64,6 +65,10 @@ static bool find_all(fst_gpu *gpu, void *library, fst_error *err) {
     }
 #include "fst_gpu.def"
 #undef FST_GPU_SYMBOL
+    (void)find(library,
+               gpu->kind == FST_GPU_CUDA ? "cuThreadExchangeStreamCaptureMode"
+                                         : "hipThreadExchangeStreamCaptureMode",
+               &gpu->exchange_capture_mode);
     /* For messages only. */
     if (gpu->kind == FST_GPU_CUDA)
         (void)find(library, "cuGetErrorName", &gpu->cuda_error_name);
@@ -137,9 +142,8 @@ static int numa_node(const fst_gpu *gpu, int device) {
     return node;
 }
 
-int fst_gpu_enter(const fst_device *device, fst_gpu_scope *scope, fst_error *err) {
+static int make_current(const fst_device *device, fst_gpu_scope *scope, fst_error *err) {
     const fst_gpu *gpu = device->gpu;
-    *scope = (fst_gpu_scope){.device = device};
     if (atomic_load(&forked))
         return fst_fail(err, FST_E_DEVICE, 0, "%s:%d: the process forked after the driver started",
                         gpu->kind == FST_GPU_CUDA ? "cuda" : "hip", device->ordinal);
@@ -153,6 +157,15 @@ int fst_gpu_enter(const fst_device *device, fst_gpu_scope *scope, fst_error *err
     return status == 0 ? FST_OK : fst_gpu_fail(err, device, "hipSetDevice", status);
 }
 
+int fst_gpu_enter(const fst_device *device, fst_gpu_scope *scope, fst_error *err) {
+    const fst_gpu *gpu = device->gpu;
+    *scope = (fst_gpu_scope){.device = device, .capture_mode = RELAXED};
+    int code = make_current(device, scope, err);
+    if (code == FST_OK && FST_KEEPS(FST_RULE_CAPTURE) && gpu->exchange_capture_mode != NULL)
+        scope->relaxed = gpu->exchange_capture_mode(&scope->capture_mode) == 0;
+    return code;
+}
+
 int fst_gpu_enter_surely(const fst_device *device, fst_gpu_scope *scope, fst_error *err) {
     int code = fst_gpu_enter(device, scope, err);
     return code == FST_OK ? code : fst_gpu_enter(device, scope, err);
@@ -161,6 +174,8 @@ int fst_gpu_enter_surely(const fst_device *device, fst_gpu_scope *scope, fst_err
 void fst_gpu_leave(const fst_gpu_scope *scope) {
     const fst_gpu *gpu = scope->device->gpu;
     void *popped;
+    int capture_mode = scope->capture_mode;
+    if (scope->relaxed) (void)gpu->exchange_capture_mode(&capture_mode);
     if (gpu->kind == FST_GPU_CUDA)
         (void)gpu->context_pop(&popped);
     else

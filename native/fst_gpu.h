@@ -14,6 +14,12 @@
  *   RELEASE     A job lets go of its arena only after the last copy into it, also when it
  *               failed or was cancelled; else the copy overwrites the next owner's bytes.
  *   STAGING     As SLOT, for the device memory that cuFile reads land in.
+ *   CAPTURE     While any thread captures a graph in CUDA's default "global" mode, other threads
+ *               may not ask for an event, pin memory or the like; else the call fails and the
+ *               capture is void. A thread in "relaxed" mode may, and what it does is no part of
+ *               the graph. Threads are in that mode from fst_gpu_enter to fst_gpu_leave, and
+ *               make no such call outside. A driver without the function is older than the rule
+ *               (CUDA 10.1).
  */
 #ifndef FST_GPU_H
 #define FST_GPU_H
@@ -27,6 +33,7 @@
 #define FST_RULE_LANDED 3
 #define FST_RULE_RELEASE 4
 #define FST_RULE_STAGING 5
+#define FST_RULE_CAPTURE 6
 #ifndef FST_OMIT
 #define FST_OMIT 0
 #endif
@@ -40,6 +47,7 @@ typedef struct fst_gpu { /* one driver library; lives as long as the process */
 #define FST_GPU_SYMBOL(field, cuda, hip, arguments) int(*field) arguments;
 #include "fst_gpu.def"
 #undef FST_GPU_SYMBOL
+    int (*exchange_capture_mode)(int *mode); /* NULL in old drivers */
     int (*cuda_error_name)(int status, const char **name);
     const char *(*hip_error_name)(int status);
     char *library; /* as asked for; NULL for the usual one */
@@ -59,11 +67,13 @@ struct fst_device {
     fst_device *next;
 };
 
-/* Makes the device current for this thread until fst_gpu_leave, which is called exactly when
- * this succeeded. */
+/* Makes the device current for this thread, and keeps its calls out of captures (CAPTURE), until
+ * fst_gpu_leave, which is called exactly when this succeeded. */
 typedef struct fst_gpu_scope {
     const fst_device *device;
-    int before; /* HIP's current device */
+    int before;       /* HIP's current device */
+    int capture_mode; /* the thread's, before */
+    bool relaxed;     /* whether it was changed */
 } fst_gpu_scope;
 int fst_gpu_enter(const fst_device *device, fst_gpu_scope *scope, fst_error *err);
 /* For what must not be left undone: tries again when the driver refuses once. */

@@ -228,6 +228,62 @@ static void test_release_waits(void) { check_release_waits(false); }
 
 static void test_release_waits_upload(void) { check_release_waits(true); }
 
+/* ---- CAPTURE ---- */
+
+/* A graph is captured by another thread, from before the job begins or from its middle on. Slots
+ * are pinned, events are made, asked and waited for, and slots are unpinned meanwhile. */
+static void check_capture(bool upload, bool from_the_start) {
+    int mode = 0;
+    if (from_the_start) FAKE(fake_capture)(1);
+    device_load l = start_gated(2, upload);
+    FAKE(fake_capture)(1);
+    gate_remove();
+    CHECK_EQ(job_result(l.job, &l.err), FST_OK);
+    CHECK(device_right(&l));
+    end_gated(&l);
+    fst_pool_shutdown();
+    CHECK_EQ(FAKE(cuThreadExchangeStreamCaptureMode)(&mode), 0);
+    CHECK_EQ(mode, 0); /* this thread's own is as before */
+    (void)check_violations();
+}
+
+static void test_capture(void) { check_capture(false, true); }
+
+static void test_capture_from_the_middle(void) { check_capture(false, false); }
+
+static void test_capture_upload(void) { check_capture(true, true); }
+
+static void test_capture_hip(void) {
+    fst_job_stats stats;
+    test_file made = test_create(BYTES, 9);
+    device_kind = FST_GPU_HIP;
+    device_open_all();
+    FAKE(fake_live)(&device_before); /* streams of a device stay */
+    fst_job_options options = options_to(0, FST_READ_BUFFERED);
+    FAKE(fake_capture)(1);
+    CHECK_EQ(device_load_once(&made, &options, &stats), FST_OK);
+    fst_pool_shutdown();
+    (void)check_violations();
+    device_kind = FST_GPU_CUDA;
+    test_remove(&made);
+}
+
+static void test_capture_gds(void) {
+    fst_job_stats stats;
+    if (!test_direct_works()) {
+        if (alone) exit(77);
+        return;
+    }
+    test_file made = test_create(BYTES, 9);
+    fst_job_options options = options_to(0, FST_READ_GDS);
+    FAKE(fake_capture)(1);
+    CHECK_EQ(device_load_once(&made, &options, &stats), FST_OK);
+    CHECK_EQ(stats.bytes_gds, stats.bytes_total);
+    fst_pool_shutdown();
+    (void)check_violations();
+    test_remove(&made);
+}
+
 /* ---- which case is whose ---- */
 
 static const struct {
@@ -250,6 +306,11 @@ static const struct {
     CASE("RELEASE", test_release_failed_upload),
     CASE("RELEASE", test_release_waits),
     CASE("RELEASE", test_release_waits_upload),
+    CASE("CAPTURE", test_capture),
+    CASE("CAPTURE", test_capture_from_the_middle),
+    CASE("CAPTURE", test_capture_upload),
+    CASE("CAPTURE", test_capture_hip),
+    CASE("CAPTURE", test_capture_gds),
 #undef CASE
 };
 
