@@ -12,7 +12,7 @@ import re
 import threading
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import engine
 from .errors import Doubt
@@ -106,7 +106,7 @@ class Runtime:
             side.synchronize()
 
     def arena(self, nbytes: int, ordinal: int) -> engine.Arena:
-        """A block from torch's caching allocator.
+        """A block from torch's caching allocator. The arena keeps what `record` takes for it.
 
         Raises:
             torch.OutOfMemoryError: there is none.
@@ -114,7 +114,9 @@ class Runtime:
         import torch
 
         block = torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{ordinal}")
-        return engine.adopt_arena(torch._C._to_dlpack(block))
+        arena = engine.adopt_arena(torch._C._to_dlpack(block))
+        arena.keep = block
+        return arena
 
     def empty(self, shape: list[int], dtype: torch.dtype, ordinal: int) -> torch.Tensor:
         """A tensor with an allocation of its own. Raises as `arena`."""
@@ -122,6 +124,22 @@ class Runtime:
 
         # A number rather than a name, which would be parsed for every tensor.
         return torch.empty(shape, dtype=dtype, device=ordinal)
+
+    def record(self, memory: Any, ordinal: int) -> None:
+        """Let memory be used again only behind what the current stream does until it is freed.
+
+        Args:
+            memory: a tensor from `empty`, or what an arena from `arena` keeps. Tensors over an
+                arena are not torch's own memory, and torch would ignore them.
+            ordinal: of its device.
+        """
+        import torch
+
+        memory.record_stream(torch.cuda.current_stream(ordinal))
+
+    def copy(self, view: torch.Tensor, ordinal: int) -> torch.Tensor:
+        """A copy of a tensor, which is pending on the current stream. Raises as `arena`."""
+        return view.clone()
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether an exception says that the device's memory is used up."""
@@ -179,6 +197,40 @@ class Target:
     def settle(self) -> None:
         """Wait for what this thread has pending there: then any stream may use it."""
         self.runtime.settle(self.ordinal)
+
+    def stream(self) -> int:
+        """Address of the stream on which this thread allocates there now."""
+        return self.runtime.stream(self.ordinal)
+
+    def hand_over(self, memory: Any, allocated_on: int) -> None:
+        """Give memory to the calling thread, which may use it on its current stream.
+
+        torch gives freed memory to the next owner on the stream that it was allocated on, and
+        waits for no other. Whoever got the memory is to find the order of its own allocations.
+
+        Args:
+            memory: as `Runtime.record` takes it.
+            allocated_on: address of the stream that was current then.
+        """
+        if self.runtime.stream(self.ordinal) != allocated_on:
+            self.runtime.record(memory, self.ordinal)
+
+    def copy(self, view: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor there, which has run: any stream may use it.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for it.
+            Doubt: the device's driver failed.
+        """
+        try:
+            result = self.runtime.copy(view, self.ordinal)
+            if result.numel():
+                self.settle()
+        except RuntimeError as error:
+            if self.runtime.is_out_of_memory(error):
+                raise
+            raise Doubt.alone(error) from None
+        return result
 
     def destination(self, pinned_bytes: int) -> engine.Destination:
         """For a job on memory that was allocated just now, by this thread."""

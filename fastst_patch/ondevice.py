@@ -9,9 +9,10 @@ gds                 cuFile into staging blocks on the device, copied from there;
                     where that is not loaded, in cuFile's compatibility mode
 ==================  =========================================================================
 
-Tensors lie in arenas of torch's memory, at 256-byte boundaries; with ``tensors="owned"`` each
-has an allocation of its own. A tensor is handed out when its own bytes have landed, and is
-usable from any stream then.
+Each tensor has an allocation of its own, exactly as stock's; with ``tensors="dlpack"`` they lie
+in arenas of torch's memory, at 256-byte boundaries. A tensor is handed out when its own bytes have
+landed, and is usable from any stream then; one that is a copy, such as a slice, when its copy has
+run. Its memory is used again behind the work of the stream that was current when it was asked for.
 
 Memory: `OpenedFile.all_tensors` takes the tensors and nothing else. A handle that is walked in
 file order also holds windows, arenas of tensors read ahead of their use, up to the budget.
@@ -19,12 +20,11 @@ file order also holds windows, arenas of tensors read ahead of their use, up to 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 import traceback
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +35,12 @@ from .layout import ARENA_ALIGNMENT, FileLayout, LoadPlan, plan_arena, plan_rows
 from .machine import NETWORKED, io_threads
 from .opened import OpenedFile, progress_bar
 from .stock import SafetensorError
+from .windows import Ahead, Failing, RowsAhead, Window, runs_of
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Ahead", "DeviceFile", "RowsAhead"]
+__all__ = ["DeviceFile"]
 
 MIB = 1 << 20
 ARENA = 256 * MIB
@@ -60,17 +61,6 @@ _PATHS = {
 }
 
 
-@dataclasses.dataclass(eq=False)
-class _Window:
-    """Tensors under way, in one arena. The job goes with the last who waits for it."""
-
-    plan: LoadPlan
-    arena: engine.Arena
-    job: engine.Job
-    waiting: dict[int, torch.Tensor]  # not handed out yet
-    sample: device.Sample | None  # to be read back, in the first load of the process
-
-
 class DeviceFile(OpenedFile):
     """An open file whose tensors go to a device. Usable from any thread.
 
@@ -85,7 +75,7 @@ class DeviceFile(OpenedFile):
         self.device_argument = target.argument
         self._target = target
         self._guard = threading.Lock()
-        self._windows: deque[_Window] = deque()
+        self._windows: deque[Window] = deque()
         self._mode = self._read_mode()
         self.account.path = _PATHS[self._mode]
 
@@ -120,7 +110,7 @@ class DeviceFile(OpenedFile):
             OSError, MemoryError, SafetensorError: its bytes could not be read.
         """
         self.check(i)
-        with _Failing(self):
+        with Failing(self):
             result = self._take(i)
         self.count(1, self.layout.nbytes(i))
         return result
@@ -132,10 +122,11 @@ class DeviceFile(OpenedFile):
             self._drop_used()
         return self._arrived(window, i, result)
 
-    def _arrived(self, window: _Window, i: int, result: torch.Tensor) -> torch.Tensor:
+    def _arrived(self, window: Window, i: int, result: torch.Tensor) -> torch.Tensor:
         end = self.layout.extent(i)[1]
         try:
             self._landed(window, end)
+            window.hand_over(self._target, result)
             return result
         except BaseException as error:
             self._drop(window)  # other tensors that wait there are read anew
@@ -150,14 +141,14 @@ class DeviceFile(OpenedFile):
     def all_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, in offset order. Raises as `tensor`."""
         self.check()
-        with _Failing(self):
+        with Failing(self):
             result = self._take_all()
         self.count(len(result), self.layout.data_bytes)
         return result
 
     def _take_all(self) -> dict[str, torch.Tensor]:
         names = self.layout.names
-        windows: list[_Window] = []
+        windows: list[Window] = []
         made: list[torch.Tensor] = []
         for numbers in self._groups(range(len(names)), max(min(ARENA, self._budget), 1)):
             windows.append(self._start(numbers))
@@ -165,46 +156,48 @@ class DeviceFile(OpenedFile):
         self._finish(windows)
         return dict(zip(names, made, strict=True))
 
-    def ahead(self, numbers: Sequence[int], *, owned: bool = False) -> Ahead:
-        """Start moving tensors that will be asked for.
+    def ahead(self, numbers: Sequence[int], *, owned: bool | None = None) -> Ahead:
+        """Start moving tensors that will be asked for, each as often as it is named.
 
         Args:
             numbers: of the tensors.
-            owned: give each an allocation of its own, else as the option ``tensors`` says.
+            owned: whether each has an allocation of its own; None: see the attribute.
 
         Raises as `tensor`.
         """
         self.check()
-        with _Failing(self):
-            return Ahead(self, self._start(sorted(numbers), owned))
+        asked = Counter(numbers)
+        with Failing(self):
+            return Ahead(self, self._start(sorted(asked), owned), asked)
 
     def rows_ahead(self, wanted: Sequence[tuple[int, int, int]]) -> RowsAhead:
-        """Start moving rows that will be asked for, each run into an allocation of its own.
+        """Start moving rows that will be asked for, each into an allocation of its own.
 
         Args:
-            wanted: number of the tensor, the first row, and the row behind the last.
+            wanted: number of the tensor, the first row, and the row behind the last; repeatedly,
+                and overlapping, too.
 
         Raises as `tensor`.
         """
         self.check()
-        with _Failing(self):
+        with Failing(self):
             return self._start_rows(wanted)
 
     def _start_rows(self, wanted: Sequence[tuple[int, int, int]]) -> RowsAhead:
-        made, places = {}, []
-        for i, start, stop in wanted:
-            first, last = plan_rows(self.layout, i, start, stop)
-            made[i, start, stop] = result = self._empty(i, stop - start)
-            places.append((self.layout.extent(i)[0] + first, last - first, result))
+        runs, places = runs_of(wanted), []
+        for run in runs:
+            first, last = plan_rows(self.layout, run.i, run.start, run.stop)
+            run.tensor = self._empty(run.i, run.stop - run.start)
+            places.append((self.layout.extent(run.i)[0] + first, last - first, run.tensor))
         places.sort(key=lambda place: place[0])
-        return RowsAhead(self, self._start_places(places), made)
+        return RowsAhead(self, self._start_places(places), runs)
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone. Raises as `tensor`."""
         self.check(i)
         first, last = plan_rows(self.layout, i, start, stop)
         begin = self.layout.extent(i)[0] + first
-        with _Failing(self):
+        with Failing(self):
             result = self._filled(i, stop - start, begin, last - first)
         self.count(1, last - first)
         return result
@@ -221,7 +214,10 @@ class DeviceFile(OpenedFile):
             raise Doubt("an index of tensors or lists")
         result = whole[index]
         # A view of nothing may still begin somewhere, as no copy does.
-        return result if result.numel() == whole.numel() > 0 else result.clone()
+        if result.numel() == whole.numel() > 0:
+            return result
+        with Failing(self):
+            return self._target.copy(result)
 
     def check(self, i: int | None = None) -> None:
         """Doubt unless tensor i, or any, may be moved now."""
@@ -246,7 +242,7 @@ class DeviceFile(OpenedFile):
 
     # ---- windows ----
 
-    def _window_with(self, i: int) -> _Window:
+    def _window_with(self, i: int) -> Window:
         """The window that tensor i waits in; a new one, and those behind it, if there is none."""
         sequential = self.follows_another(i)
         for window in self._windows:
@@ -269,7 +265,7 @@ class DeviceFile(OpenedFile):
         # share the walk have not quite finished with.
         return max(min(ARENA, self._budget) // 3, 1)
 
-    def _stream_on(self, last: _Window) -> None:
+    def _stream_on(self, last: Window) -> None:
         """Read the tensors behind the last window ahead, if the budget has room for them."""
         following = range(int(last.plan.tensors[-1]) + 1, len(self.layout.names))
         numbers = next(self._groups(following, self._window_bytes), None)
@@ -283,7 +279,7 @@ class DeviceFile(OpenedFile):
             if not self._target.runtime.is_out_of_memory(error):
                 raise
 
-    def _make_room(self, numbers: list[int], last: _Window | None = None) -> bool:
+    def _make_room(self, numbers: list[int], last: Window | None = None) -> bool:
         """Drop windows before the last until some tensors fit the budget; whether they do."""
         wanted = sum(self._padded(i) for i in numbers)
         while self._held + wanted > self._budget:
@@ -300,7 +296,7 @@ class DeviceFile(OpenedFile):
         for used in [window for window in self._windows if not window.waiting]:
             self._windows.remove(used)
 
-    def _drop(self, window: _Window) -> None:
+    def _drop(self, window: Window) -> None:
         with self._guard:
             if window in self._windows:
                 self._windows.remove(window)
@@ -324,18 +320,20 @@ class DeviceFile(OpenedFile):
 
     # ---- moving ----
 
-    def _start(self, numbers: list[int], owned: bool = False) -> _Window:
-        """Start reading tensors into an arena of their own, or into one allocation each."""
-        if owned or self.config.tensors == "owned":
+    def _start(self, numbers: list[int], owned: bool | None = None) -> Window:
+        """Start reading tensors into one allocation each, or into an arena of their own."""
+        if self.owned if owned is None else owned:
             return self._start_owned(numbers)
         plan = plan_arena(self.layout, numbers)
+        stream = self._target.stream()
         arena = self._target.runtime.arena(plan.arena_bytes, self._target.ordinal)
         job = self.read_into(arena, plan.segments)
         made = tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
         waiting = dict(zip(plan.tensors, made, strict=True))
-        return _Window(plan, arena, job, waiting, device.sample_of(self._target, plan.segments))
+        sample = device.sample_of(self._target, plan.segments)
+        return Window(plan, arena, job, sample, stream, arena.keep, waiting)
 
-    def _start_owned(self, numbers: list[int]) -> _Window:
+    def _start_owned(self, numbers: list[int]) -> Window:
         layout = self.layout
         made = {i: self._empty(i) for i in numbers}
         places = []
@@ -347,13 +345,14 @@ class DeviceFile(OpenedFile):
         window.waiting.update(made)
         return window
 
-    def _start_places(self, places: list[tuple[int, int, torch.Tensor]]) -> _Window:
-        """Start reading (file offset, bytes), in that order, into tensors that exist."""
+    def _start_places(self, places: list[tuple[int, int, torch.Tensor]]) -> Window:
+        """Start reading (file offset, bytes), in that order, into tensors made just now."""
         arena, segments = self._borrow(places)
         nbytes = sum(segments[1::3])
         plan = LoadPlan(array("Q"), array("Q"), segments, max(nbytes, 1), nbytes)
         job = self.read_into(arena, segments)
-        return _Window(plan, arena, job, {}, device.sample_of(self._target, segments))
+        sample = device.sample_of(self._target, segments)
+        return Window(plan, arena, job, sample, self._target.stream())
 
     def _fill(self, places: list[tuple[int, int, torch.Tensor]]) -> None:
         arena, segments = self._borrow(places)
@@ -400,7 +399,7 @@ class DeviceFile(OpenedFile):
         shape, dtype = tensors.shape_and_dtype(self.layout, i, rows)
         return self._target.runtime.empty(shape, dtype, self._target.ordinal)
 
-    def _landed(self, window: _Window, end: int) -> None:
+    def _landed(self, window: Window, end: int) -> None:
         sample = window.sample
         if sample is not None and self._target.wants(sample.nbytes):
             end = max(end, sample.end)  # nothing is handed out unproved
@@ -408,7 +407,7 @@ class DeviceFile(OpenedFile):
         self.note(window.job)
         device.prove(self._target, window.arena, self.file, sample)
 
-    def _finish(self, windows: list[_Window]) -> None:
+    def _finish(self, windows: list[Window]) -> None:
         """Wait for everything, in order, with a progress bar if one is wanted."""
         if not self.config.progress:
             for window in windows:
@@ -441,77 +440,6 @@ class DeviceFile(OpenedFile):
         if stats.direct_errno:
             self.account.path = "ring"
             self.account.note = f"O_DIRECT was refused ({os.strerror(stats.direct_errno)})"
-
-
-class Ahead:
-    """Tensors under way to a device, each to be taken once. Dropping it cancels the rest."""
-
-    def __init__(self, opened: DeviceFile, window: _Window) -> None:
-        self._opened = opened
-        self._window = window
-
-    def landed(self) -> bool:
-        """Whether nothing moves any more. Never blocks."""
-        return self._window.job.stats().done
-
-    def take(self, i: int) -> torch.Tensor:
-        """Tensor i, usable on any stream. Raises as `DeviceFile.tensor`."""
-        opened, window = self._opened, self._window
-        with _Failing(opened):
-            result = opened._arrived(window, i, window.waiting.pop(i))
-        opened.count(1, opened.layout.nbytes(i))
-        return result
-
-
-class RowsAhead:
-    """Rows under way to a device, each run to be taken once. Dropping it cancels the rest."""
-
-    def __init__(
-        self,
-        opened: DeviceFile,
-        window: _Window,
-        made: dict[tuple[int, int, int], torch.Tensor],
-    ) -> None:
-        self._opened = opened
-        self._window = window
-        self._made = made
-
-    def landed(self) -> bool:
-        """Whether nothing moves any more. Never blocks."""
-        return self._window.job.stats().done
-
-    def take(self, rows: tuple[int, int, int]) -> torch.Tensor:
-        """What was asked for, usable on any stream. Raises as `DeviceFile.tensor`."""
-        opened = self._opened
-        begin = opened.layout.extent(rows[0])[0]
-        first, last = plan_rows(opened.layout, *rows)
-        try:
-            with _Failing(opened):
-                result = self._made.pop(rows)
-                opened._landed(self._window, begin + last)
-        except (OSError, SafetensorError, FaststError):  # of rows that nobody has asked for yet?
-            if len(self._window.plan.segments) <= 3:
-                raise
-            return opened.rows(*rows)
-        opened.count(1, last - first)
-        return result
-
-
-class _Failing:
-    """Tells a file of errors in a ``with`` block whose work is in functions of their own.
-
-    Their frames are over by then, and can be cleared.
-    """
-
-    def __init__(self, opened: DeviceFile) -> None:
-        self._opened = opened
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            self._opened.failed(error, trace)
 
 
 def _plain(index: Any) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ class HostFile(OpenedFile):
 
     def _path_name(self) -> str:
         config = self.config
-        if config.tensors == "owned":
+        if self.owned:
             return "owned"
         if config.io in ("buffered", "direct"):
             return config.io
@@ -148,7 +149,7 @@ class HostFile(OpenedFile):
         return dict(zip(layout.names, made, strict=True))
 
     def ahead(self, numbers: Sequence[int]) -> HostAhead:
-        """Start bringing in tensors that will be asked for, given by their numbers.
+        """Start bringing in tensors that will be asked for, each as often as its number is given.
 
         Mapped ones are made at once, and workers read ahead what is not cached of them.
 
@@ -159,7 +160,8 @@ class HostFile(OpenedFile):
         tensors.check(self.layout)
         if not tensors.ordinary_mode():
             raise Doubt("a torch mode or default device is in force")
-        wanted = array("Q", sorted(numbers))
+        asked = Counter(numbers)
+        wanted = array("Q", sorted(asked))
         job = None
         if self.mapped:
             arena = self.map()
@@ -169,7 +171,7 @@ class HostFile(OpenedFile):
             self._require_room(sum(map(self.layout.nbytes, wanted)))
             made, arena, segments, _ = self._places(wanted)
             job = self.read_into(arena, segments)
-        return HostAhead(self, dict(zip(wanted, made, strict=True)), job)
+        return HostAhead(self, dict(zip(wanted, made, strict=True)), job, asked)
 
     def _read_ahead(self, arena: engine.Arena, wanted: array[int]) -> None:
         """Start reading ahead some mapped tensors; workers look what is not cached of them."""
@@ -386,7 +388,7 @@ class HostFile(OpenedFile):
         self, wanted: array[int]
     ) -> tuple[list[torch.Tensor], engine.Arena, array[int], int]:
         """Tensors over memory that is yet to be filled, and what goes where in it."""
-        if self.config.tensors == "owned":
+        if self.owned:
             made = [tensors.empty(self.layout, i) for i in wanted]
             places = [
                 (self.layout.extent(i)[0], self.layout.nbytes(i), tensor)
@@ -462,23 +464,39 @@ class HostFile(OpenedFile):
 
 
 class HostAhead:
-    """Tensors under way, each to be taken once. Dropping it cancels what is still to be read."""
+    """Tensors under way, each to be taken as often as it was asked for.
+
+    Dropping it cancels what is still to be read.
+    """
 
     def __init__(
-        self, opened: HostFile, waiting: dict[int, torch.Tensor], job: engine.Job | None
+        self,
+        opened: HostFile,
+        waiting: dict[int, torch.Tensor],
+        job: engine.Job | None,
+        asked: Counter[int],
     ) -> None:
         self._opened = opened
         self._waiting = waiting
         self._alone = len(waiting) == 1
         self._job = job
+        self._asked = asked
 
     def take(self, i: int) -> torch.Tensor:
         """Tensor i, usable at once. Raises as `HostFile.tensor`."""
-        opened, result = self._opened, self._waiting.pop(i)
+        opened, more = self._opened, self._asked[i] > 1
+        result = self._waiting[i] if more else self._waiting.pop(i)
+        self._asked[i] -= 1
         if self._job is not None and not self._landed(opened.layout.extent(i)[1]):
             return opened.tensor(i)  # the error may be that of a tensor nobody has asked for
         opened.count(1, opened.layout.nbytes(i))
-        return result
+        if not more:
+            return result
+        # As asking twice gives: the same bytes of the map, or memory of its own. The last gets
+        # the tensor itself, which nobody can change before.
+        if self._job is None:
+            return tensors.import_batch(opened.map(), opened.layout, array("Q", (i,)))[0]
+        return result.clone()
 
     def _landed(self, end: int) -> bool:
         assert self._job is not None

@@ -76,7 +76,10 @@ def open_checked(path: str) -> tuple[engine.File, FileLayout]:
 
 
 class UnderWay(Protocol):
-    """Tensors on their way, each to be taken once. Dropping it cancels the rest."""
+    """Tensors on their way, each to be taken as often as it was asked for.
+
+    Dropping it cancels the rest.
+    """
 
     def take(self, item: int, /) -> torch.Tensor:
         """A tensor by its number, usable at once. Raises as `OpenedFile.tensor`."""
@@ -110,6 +113,11 @@ class OpenedFile(abc.ABC):
         # Where the last requests ended: threads that share a walk come slightly out of order.
         self._recent: deque[int] = deque(maxlen=8)
 
+    @property
+    def owned(self) -> bool:
+        """Whether each tensor has an allocation of its own from torch, else shared memory."""
+        return self.config.tensors == "owned"
+
     @abc.abstractmethod
     def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
         """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
@@ -125,7 +133,7 @@ class OpenedFile(abc.ABC):
 
     @abc.abstractmethod
     def ahead(self, numbers: Sequence[int]) -> UnderWay:
-        """Start moving tensors that will be asked for, given by their numbers.
+        """Start moving tensors that will be asked for, each as often as its number is given.
 
         Raises as `tensor`.
         """

@@ -279,6 +279,7 @@ class Upload:
         self, sources: Sequence[torch.Tensor], target: device.Target, config: Config
     ) -> None:
         self._target = target
+        self._stream = target.stream()
         order = sorted(sources, key=lambda tensor: tensor.data_ptr())
         try:
             made = [
@@ -321,4 +322,5 @@ class Upload:
         _, result = self._made.pop(id(source))
         self._job.wait_until(_end(source))
         device.prove_tensor(self._target, result, source)
+        self._target.hand_over(result, self._stream)
         return result

@@ -2,7 +2,8 @@
 
 What the driver leaves late or reordered is in native/tests/fake_cuda.h. Blocks come with work
 still pending on the stream they were allocated on, as those of torch's allocator may, and are
-poisoned when they are freed.
+poisoned when they are freed. Copies that the engine's users make of tensors (`FakeRuntime.copy`)
+are pending, too, until their stream is waited for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +63,11 @@ class Driver:
             ("fake_refuse_pin", None, "uu"),
             ("fake_stream", ctypes.c_size_t, "i"),
             ("fake_block", ctypes.c_int, "uizp"),
+            ("fake_record_stream", ctypes.c_int, "zz"),
+            ("fake_synchronize", ctypes.c_int, "iz"),
+            ("fake_copy_strided", ctypes.c_int, "zzippuiz"),
+            ("fake_capture", None, "i"),
+            ("fake_quarantine", None, "u"),
             ("fake_mode", None, "iu"),
             ("fake_device_bytes", None, "u"),
             ("fake_violations", ctypes.c_uint64, ""),
@@ -116,6 +123,8 @@ class FakeRuntime(device.Runtime):
         self.bytes = 0
         self.largest = 0
         self.settled: list[int] = []  # devices that were waited for
+        self.recorded = 0  # calls of `record`
+        self._here = threading.local()  # .streams: those current in a thread, by ordinal
 
     def doubt(self, ordinal: int) -> str | None:
         return None if ordinal < self.devices else f"torch sees no device cuda:{ordinal}"
@@ -128,13 +137,52 @@ class FakeRuntime(device.Runtime):
 
     def stream(self, ordinal: int) -> int:
         # Work pending on a block is ordered before nothing but what waits for its very stream.
+        current: dict[int, int] = getattr(self._here, "streams", {})
+        if ordinal in current:
+            return current[ordinal]
         streams = self.driver.streams
-        return streams.get(ordinal) or streams.setdefault(
-            ordinal, int(self.driver.lib.fake_stream(ordinal))
-        )
+        return streams.get(ordinal) or streams.setdefault(ordinal, self.new_stream(ordinal))
+
+    def new_stream(self, ordinal: int = 0) -> int:
+        """Another stream than the default one, as ``torch.cuda.Stream()``."""
+        return int(self.driver.lib.fake_stream(ordinal))
+
+    @contextmanager
+    def on(self, stream: int, ordinal: int = 0) -> Iterator[None]:
+        """Make a stream the calling thread's current one, as ``torch.cuda.stream()``."""
+        before: dict[int, int] = getattr(self._here, "streams", {})
+        self._here.streams = before | {ordinal: stream}
+        try:
+            yield
+        finally:
+            self._here.streams = before
 
     def settle(self, ordinal: int) -> None:
         self.settled.append(ordinal)
+        code = self.driver.lib.fake_synchronize(ordinal, self.stream(ordinal))
+        if code:
+            raise RuntimeError(f"CUDA error: {code} (fake)")
+
+    def record(self, memory: Any, ordinal: int) -> None:
+        address = memory if isinstance(memory, int) else memory.data_ptr()
+        self.recorded += 1
+        if address:  # as torch, which has no block for a tensor without bytes
+            code = self.driver.lib.fake_record_stream(address, self.stream(ordinal))
+            assert code == 0, "no memory of the allocator's"
+
+    def copy(self, view: torch.Tensor, ordinal: int) -> torch.Tensor:
+        strides = view.to("meta").clone().stride()  # the copy's, which has no gaps
+        result = self.empty([view.numel()], view.dtype, ordinal).as_strided(view.shape, strides)
+        dims = sorted(range(view.dim()), key=lambda dim: (-strides[dim], -view.shape[dim]))
+        shape = (ctypes.c_int64 * view.dim())(*[view.shape[dim] for dim in dims])
+        steps = (ctypes.c_int64 * view.dim())(*[view.stride(dim) for dim in dims])
+        if view.numel():
+            code = self.driver.lib.fake_copy_strided(
+                result.data_ptr(), view.data_ptr(), view.dim(), shape, steps, view.itemsize,
+                ordinal, self.stream(ordinal),
+            )  # fmt: skip
+            assert code == 0
+        return result
 
     @contextmanager
     def beside(self, ordinal: int) -> Iterator[None]:
@@ -158,7 +206,10 @@ class FakeRuntime(device.Runtime):
         return managed.value
 
     def arena(self, nbytes: int, ordinal: int) -> engine.Arena:
-        return engine.adopt_arena(self._block(nbytes, ordinal))
+        managed = self._block(nbytes, ordinal)
+        arena = engine.adopt_arena(managed)
+        arena.keep = ctypes.c_size_t.from_address(managed).value  # of the block's memory
+        return arena
 
     def empty(self, shape: list[int], dtype: torch.dtype, ordinal: int) -> torch.Tensor:
         nbytes = dtype.itemsize

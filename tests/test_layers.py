@@ -30,7 +30,7 @@ LAYERS = [
     {"slices"},
     {"uploads"},
     {"decide"},
-    {"onhost", "ondevice", "streams"},
+    {"onhost", "ondevice", "streams", "windows"},
     {"opened"},
     {"tensors", "device"},
     {"engine"},

@@ -263,8 +263,9 @@ def test_iteration_stays_within_the_budget(cuda, paths, queue, budget) -> None:
     assert _all_gone(cuda)
 
 
+@pytest.mark.parametrize("tensors", ["dlpack", "owned"])
 @pytest.mark.parametrize("how", ["not_kept", "none_resident", "all_resident"])
-def test_tensors_that_are_not_kept_do_not_count(cuda, paths, how) -> None:
+def test_tensors_that_are_not_kept_do_not_count(cuda, paths, how, tensors) -> None:
     options: dict[str, Any] = {
         "not_kept": {"accumulate_resident": False},
         "none_resident": {"resident_tensor": lambda name: False},
@@ -272,7 +273,7 @@ def test_tensors_that_are_not_kept_do_not_count(cuda, paths, how) -> None:
     }[how]
     loader = ParallelLoader(
         None, paths, queue_size=5, device="cuda", use_tqdm_on_load=False,
-        device_memory_budget=600_000, **options,
+        device_memory_budget=600_000, tensors=tensors, **options,
     )  # fmt: skip
     most = []
     for name, tensor in loader.iterate_weights():
@@ -299,8 +300,9 @@ def test_queue_size_is_files_under_way(cuda, paths, queue, files) -> None:
 
 def test_max_batch_bytes_bounds_blocks(cuda, paths) -> None:
     loader = ParallelLoader(
-        None, paths, device="cuda", use_tqdm_on_load=False, max_batch_bytes=100_000
-    )
+        None, paths, device="cuda", use_tqdm_on_load=False, max_batch_bytes=100_000,
+        tensors="dlpack",
+    )  # fmt: skip
     assert all(_right(name, tensor) for name, tensor in loader.iterate_weights())
     assert cuda.largest <= 100_000
 
@@ -367,24 +369,26 @@ def test_threads_share_a_buffer(cuda, paths, mode) -> None:
     buffer.close()
 
 
-def test_memory_goes_back_only_when_it_is_done_with(cuda, paths, monkeypatch) -> None:
-    """A cast reads memory that was allocated on another stream: it is waited for."""
-    with _loader(paths).copy_files_to_device() as buffer:
+def test_a_cast_is_handed_out_when_it_has_run(cuda, paths) -> None:
+    """So that any stream may use it; and what it reads stays until then, whosever it is."""
+    first, second = cuda.new_stream(), cuda.new_stream()
+    with cuda.on(first), _loader(paths).copy_files_to_device() as buffer:
         buffer.get_tensor("0.00", dtype="F32")
-        assert cuda.settled == []
-        monkeypatch.setattr(cuda, "stream", lambda ordinal: 0)
-        buffer.get_tensor("0.01", dtype="F32")
-        assert cuda.settled == [0]
+        assert (cuda.settled, cuda.recorded) == ([0], 0)
+        with cuda.on(second):
+            buffer.get_tensor("0.01", dtype="F32")
+        assert (cuda.settled, cuda.recorded) == ([0, 0], 1)
 
 
 # ---------------------------------------------------------------- what goes wrong
 
 
-def test_memory_that_runs_out(cuda, paths, monkeypatch) -> None:
+@pytest.mark.parametrize("tensors", ["dlpack", "owned"])
+def test_memory_that_runs_out(cuda, paths, monkeypatch, tensors) -> None:
     """Reading ahead gives way; then stock is asked, which allocates tensor by tensor."""
     asked = StockOnCpu(monkeypatch, cuda.driver)
     with fastst_patch.config_context(fallback="auto"), fastst_patch.profile() as seen:
-        loader = _loader(paths, device_memory_budget=300_000)
+        loader = _loader(paths, device_memory_budget=300_000, tensors=tensors)
         buffer = loader.copy_files_to_device()
         assert _right("0.00", buffer.get_tensor("0.00"))
         cuda.refuse_from = cuda.allocated + 1

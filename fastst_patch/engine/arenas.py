@@ -22,7 +22,7 @@ class Arena:
 
     Attributes:
         nbytes: its size.
-        keep: whoever owns borrowed memory.
+        keep: whoever owns borrowed memory, or what its owner knows adopted memory by.
     """
 
     __slots__ = ("_at", "handle", "keep", "nbytes")

@@ -36,13 +36,14 @@ from ..decide import check_move, fell_back
 from ..device import Target, torch_target
 from ..errors import Doubt, FaststError
 from ..layout import plan_rows
-from ..ondevice import Ahead, DeviceFile, RowsAhead
+from ..ondevice import DeviceFile
 from ..opened import OpenedFile
 from ..report import LoadReport, emit
 from ..slices import behind
 from ..stock import SafetensorError
 from ..streams import Lane, Stream, Ticket
 from ..uploads import Upload
+from ..windows import Ahead, RowsAhead
 from .hook import Hook, Integration
 from .promise import AtOnce, Promise, by_stock
 from .shards import Shards, cut_of, rows_of
@@ -254,6 +255,16 @@ class _File:
         return _Views(self.moving, Upload(views, self.target, self.moving.config))
 
 
+def _owned(file: _File, passing: bool) -> bool:
+    """Whether tensors get allocations of their own.
+
+    Those that are merged or cast never reach the user: ``torch.stack``, ``torch.cat`` and ``.to``
+    another dtype copy, and ours is freed behind it. They share blocks unless told otherwise,
+    which then go together.
+    """
+    return file.moving.owned or (not passing and file.moving.config.tensors == "auto")
+
+
 class _Views:
     """Views of a file's map under way to a device, counted with the file when they are taken."""
 
@@ -331,8 +342,9 @@ class _Load:
 
     def ask(self, file: _File, i: int, passing: bool) -> Ticket:
         """Tensor i will be taken, after those asked for before."""
-        owned = not passing and file.moving.config.tensors != "dlpack"
-        lane = Lane((id(file), passing), functools.partial(file.start, owned), passing)
+        lane = Lane(
+            (id(file), passing), functools.partial(file.start, _owned(file, passing)), passing
+        )
         return self._stream(file).ask(lane, i, file.moving.layout.nbytes(i))
 
     def ask_rows(self, file: _File, rows: tuple[int, int, int], passing: bool) -> Ticket:
@@ -364,7 +376,7 @@ class _Load:
 
     def now(self, file: _File, i: int, dtype: torch.dtype | None, passing: bool, stock: Any) -> Any:
         """Tensor i read now, alone."""
-        owned = not passing and file.moving.config.tensors != "dlpack"
+        owned = _owned(file, passing)
         return self._cast(lambda: file.start(owned, [i]).take(i), file, dtype, stock)
 
     def _cast(

@@ -70,7 +70,6 @@ class LocalFiles:
         self._resident = resident
         self._resident_bytes = 0
         self._bar: Any = None
-        self._streams: set[int] = set()
         self._stock_handles: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._paths = [entry.path for entry in entries]
@@ -173,8 +172,6 @@ class LocalFiles:
         """Tensor i of file k. Raises as `take`."""
         files, walk = self._still_open()
         opened = files[k]
-        if self._target is not None:
-            self._streams.add(self._target.runtime.stream(self._target.ordinal))
         try:
             with opened.account:
                 result = self._taken(walk, opened, k, i)
@@ -224,12 +221,9 @@ class LocalFiles:
         complain(self._config, self._paths[k], f"tensor {name!r}")
         return theirs
 
-    def release_order(self) -> None:
-        """Wait for what was done with tensors that we let go of, where streams make that needed.
-
-        Memory goes back to the stream it was allocated on; work on another may still read it.
-        """
-        if self._target is not None and len(self._streams) > 1:
+    def settle(self) -> None:
+        """Wait for what this thread has pending on the device: then any stream may use it."""
+        if self._target is not None:
             self._target.settle()
 
     # ---- the end ----
@@ -306,7 +300,7 @@ def cast(
             f"tensor {name!r} of {files.where(name)[0]} is {tensor.dtype}, which torch cannot"
             f" convert to {dtype}: {error}"
         ) from error
-    files.release_order()
+    files.settle()
     return result
 
 
