@@ -76,8 +76,8 @@ class Config:
             handle reads nothing ahead. A tensor larger than it gets a block of its own. What
             integrations move ahead is bounded by it, too; None: see `fastst_patch.streams`.
         tensors: ``dlpack`` places tensors in shared arenas, each with storage of its own;
-            ``owned`` gives each an allocation of its own from torch; ``auto`` is ``dlpack``,
-            but parameters that transformers loads to a device are owned.
+            ``owned`` gives each an allocation of its own from torch; ``auto`` is ``dlpack`` on
+            the CPU, as stock maps files, and ``owned`` on a device, as stock allocates there.
         fallback: when a call goes to stock: ``auto`` reports it, ``warn`` also warns,
             ``error`` raises FaststError.
         verify: load with stock too and compare every byte; on a difference stock's result

@@ -115,8 +115,13 @@ class OpenedFile(abc.ABC):
 
     @property
     def owned(self) -> bool:
-        """Whether each tensor has an allocation of its own from torch, else shared memory."""
-        return self.config.tensors == "owned"
+        """Whether each tensor has an allocation of its own from torch, else shared memory.
+
+        ``auto``: as stock has it. It maps files for the CPU; on a device only memory of its own
+        can be shared with other processes and resized, and heeds ``record_stream``.
+        """
+        kind = self.config.tensors
+        return kind == "owned" or (kind == "auto" and self.device != "cpu")
 
     @abc.abstractmethod
     def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:

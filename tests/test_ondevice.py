@@ -93,9 +93,11 @@ def test_handle_in_file_order(cuda, stock, model, options) -> None:
                 assert torch.equal(handle.get_tensor(name), expected[name])
 
 
-def test_first_load_is_proved(cuda, model) -> None:
-    fastst_patch.load_file(model, device="cuda")
-    fastst_patch.load_file(model, device="cuda")
+@pytest.mark.parametrize("tensors", ["dlpack", "owned"])
+def test_first_load_is_proved(cuda, model, tensors) -> None:
+    with fastst_patch.config_context(tensors=tensors):
+        fastst_patch.load_file(model, device="cuda")
+        fastst_patch.load_file(model, device="cuda")
     assert cuda.driver.calls("cuMemcpyDtoHAsync_v2") == 1
 
 
@@ -153,9 +155,16 @@ def test_gds(cuda, stock, model, tensors) -> None:
 
 @pytest.mark.parametrize("name", ["cuFileHandleRegister", "cuFileBufRegister", "cuFileRead"])
 @pytest.mark.parametrize("first", [1, 2])
-def test_the_ring_takes_over_from_gds(cuda, stock, model, name, first) -> None:
+@pytest.mark.parametrize("tensors", ["dlpack", "owned"])
+def test_the_ring_takes_over_from_gds(cuda, stock, model, tensors, name, first) -> None:
     cuda.driver.fail(name, first=first, count=1 << 30, code=5001)
-    options = {"io": "gds", "fallback": "error", "chunk_bytes": 65536, "threads": 2}
+    options = {
+        "io": "gds",
+        "tensors": tensors,
+        "fallback": "error",
+        "chunk_bytes": 65536,
+        "threads": 2,
+    }
     with fastst_patch.config_context(**options), report.profile() as seen:
         for _ in range(2):  # the second registration of a file is the second load's
             ours = fastst_patch.load_file(model, device="cuda")
@@ -166,9 +175,10 @@ def test_the_ring_takes_over_from_gds(cuda, stock, model, name, first) -> None:
     assert bool(reasons) == (cuda.driver.calls(name) >= first)
 
 
-def test_rocm_by_the_same_code(fake_driver, stock, model) -> None:
+@pytest.mark.parametrize("tensors", ["dlpack", "owned"])
+def test_rocm_by_the_same_code(fake_driver, stock, model, tensors) -> None:
     with fake_device.fake_cuda(fake_driver, kind="hip"):
-        with fastst_patch.config_context(fallback="error", chunk_bytes=65536):
+        with fastst_patch.config_context(tensors=tensors, fallback="error", chunk_bytes=65536):
             ours = fastst_patch.load_file(model, device="cuda")
         _equal(ours, stock.load_file(model))
         assert fake_driver.calls("hipMemcpyHtoDAsync") > 0

@@ -262,7 +262,7 @@ def _owned(file: _File, passing: bool) -> bool:
     another dtype copy, and ours is freed behind it. They share blocks unless told otherwise,
     which then go together.
     """
-    return file.moving.owned or (not passing and file.moving.config.tensors == "auto")
+    return file.moving.config.tensors == "owned" if passing else file.moving.owned
 
 
 class _Views:
