@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from . import engine, tensors
 from .config import Config
-from .errors import Doubt, FaststError
+from .errors import Doubt
 from .layout import FileLayout, plan_arena, plan_rows
 from .machine import io_threads
 from .opened import OpenedFile, progress_bar, shared_lock
-from .stock import SafetensorError
+from .windows import HostAhead
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HostAhead", "HostFile"]
+__all__ = ["HostFile"]
 
 MIB = 1 << 20
 WORKERS_FROM = 1 * MIB
@@ -461,50 +461,3 @@ class HostFile(OpenedFile):
             if self.account.path == "direct":
                 self.account.path = "buffered"
             self.account.note = f"O_DIRECT was refused ({os.strerror(refused)})"
-
-
-class HostAhead:
-    """Tensors under way, each to be taken as often as it was asked for.
-
-    Dropping it cancels what is still to be read.
-    """
-
-    def __init__(
-        self,
-        opened: HostFile,
-        waiting: dict[int, torch.Tensor],
-        job: engine.Job | None,
-        asked: Counter[int],
-    ) -> None:
-        self._opened = opened
-        self._waiting = waiting
-        self._alone = len(waiting) == 1
-        self._job = job
-        self._asked = asked
-
-    def take(self, i: int) -> torch.Tensor:
-        """Tensor i, usable at once. Raises as `HostFile.tensor`."""
-        opened, more = self._opened, self._asked[i] > 1
-        result = self._waiting[i] if more else self._waiting.pop(i)
-        self._asked[i] -= 1
-        if self._job is not None and not self._landed(opened.layout.extent(i)[1]):
-            return opened.tensor(i)  # the error may be that of a tensor nobody has asked for
-        opened.count(1, opened.layout.nbytes(i))
-        if not more:
-            return result
-        # As asking twice gives: the same bytes of the map, or memory of its own. The last gets
-        # the tensor itself, which nobody can change before.
-        if self._job is None:
-            return tensors.import_batch(opened.map(), opened.layout, array("Q", (i,)))[0]
-        return result.clone()
-
-    def _landed(self, end: int) -> bool:
-        assert self._job is not None
-        try:
-            self._job.wait_until(end)
-        except (OSError, SafetensorError, FaststError):
-            if self._alone:
-                raise
-            return False
-        self._opened.note(self._job)
-        return True

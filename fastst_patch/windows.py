@@ -1,18 +1,20 @@
-"""Groups of tensors under way to a device, and what hands them out one by one.
+"""Groups of tensors under way, and what hands them out one by one, as often as they are wanted.
 
-A window is one job: tensors in an arena of their own, or in an allocation each. Its memory is that
-of the stream that was current when it started. Whoever takes a tensor may do so under another
-stream, and torch is then told, so that the memory is used again only behind that stream's work.
+To a device a window is one job: tensors in an arena of their own, or in an allocation each. Its
+memory is that of the stream that was current when it started. Whoever takes a tensor may do so
+under another stream, and torch is then told, so that the memory is used again only behind that
+stream's work.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import device, engine
+from . import device, engine, tensors
 from .errors import FaststError
 from .layout import LoadPlan, plan_rows
 from .stock import SafetensorError
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
     import torch
 
     from .ondevice import DeviceFile
+    from .onhost import HostFile
 
-__all__ = ["Ahead", "Failing", "RowsAhead", "Window", "runs_of"]
+__all__ = ["Ahead", "Failing", "HostAhead", "RowsAhead", "Window", "runs_of"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -196,3 +199,50 @@ class Failing:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None:
             self._opened.failed(error, trace)
+
+
+class HostAhead:
+    """Tensors under way, each to be taken as often as it was asked for.
+
+    Dropping it cancels what is still to be read.
+    """
+
+    def __init__(
+        self,
+        opened: HostFile,
+        waiting: dict[int, torch.Tensor],
+        job: engine.Job | None,
+        asked: Counter[int],
+    ) -> None:
+        self._opened = opened
+        self._waiting = waiting
+        self._alone = len(waiting) == 1
+        self._job = job
+        self._asked = asked
+
+    def take(self, i: int) -> torch.Tensor:
+        """Tensor i, usable at once. Raises as `HostFile.tensor`."""
+        opened, more = self._opened, self._asked[i] > 1
+        result = self._waiting[i] if more else self._waiting.pop(i)
+        self._asked[i] -= 1
+        if self._job is not None and not self._landed(opened.layout.extent(i)[1]):
+            return opened.tensor(i)  # the error may be that of a tensor nobody has asked for
+        opened.count(1, opened.layout.nbytes(i))
+        if not more:
+            return result
+        # As asking twice gives: the same bytes of the map, or memory of its own. The last gets
+        # the tensor itself, which nobody can change before.
+        if self._job is None:
+            return tensors.import_batch(opened.map(), opened.layout, array("Q", (i,)))[0]
+        return result.clone()
+
+    def _landed(self, end: int) -> bool:
+        assert self._job is not None
+        try:
+            self._job.wait_until(end)
+        except (OSError, SafetensorError, FaststError):
+            if self._alone:
+                raise
+            return False
+        self._opened.note(self._job)
+        return True

@@ -18,8 +18,7 @@
  *               may not ask for an event, pin memory or the like; else the call fails and the
  *               capture is void. A thread in "relaxed" mode may, and what it does is no part of
  *               the graph. Threads are in that mode from fst_gpu_enter to fst_gpu_leave, and
- *               make no such call outside. A driver without the function is older than the rule
- *               (CUDA 10.1).
+ *               make no such call outside. A driver from before CUDA 10.1 has no modes.
  */
 #ifndef FST_GPU_H
 #define FST_GPU_H
