@@ -12,12 +12,11 @@ import contextlib
 import dataclasses
 import logging
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .errors import OptionError
-from .locks import fork_safe
+from .locks import shared
 
 __all__ = [
     "Config",
@@ -301,8 +300,8 @@ def undecided_environment() -> dict[str, str]:
 
 # ---- layers ----
 
-_lock = threading.RLock()
-fork_safe(_lock)
+# Under the lock `shared`. A signal's handler may push and pop in the middle of an update: layers
+# come and go in one operation each, and `_resolve` looks whether they are still the same.
 _layers: list[tuple[object, dict[str, Any]]] = []
 _current: Config | None = None
 _last_environment: dict[str, Any] = {}
@@ -329,13 +328,16 @@ def _resolve(environment: Mapping[str, Any] | None = None) -> Config:
     global _current, _last_environment  # noqa: PLW0603 - the one value in force
     if environment is None:
         environment = _last_environment = _environment()
-    merged = dict(environment)
-    for _, options in _layers:
-        merged.update(options)
-    result = _check_together(Config(**merged))
-    if _current is None or _current.log_level != result.log_level:
-        _apply_log_level(result.log_level)
-    _current = result
+    layers = None
+    while layers != tuple(_layers):
+        layers = tuple(_layers)
+        merged = dict(environment)
+        for _, options in layers:
+            merged.update(options)
+        result = _check_together(Config(**merged))
+        if _current is None or _current.log_level != result.log_level:
+            _apply_log_level(result.log_level)
+        _current = result
     return result
 
 
@@ -349,7 +351,7 @@ def push(options: Mapping[str, Any]) -> object:
         OptionError: a name or value is not allowed; nothing has changed then.
     """
     token = object()
-    with _lock:
+    with shared:
         layer = (token, _validated(options))
         _layers.append(layer)
         try:
@@ -366,8 +368,10 @@ def pop(token: object) -> None:
     Never raises, since it is called to put things back, maybe after an exception: where the
     environment has a bad value by now, what it said before counts until `config` is called.
     """
-    with _lock:
-        _layers[:] = [layer for layer in _layers if layer[0] is not token]
+    with shared:
+        for layer in tuple(_layers):
+            if layer[0] is token:
+                _layers.remove(layer)
         try:
             _resolve()
         except OptionError:
@@ -386,7 +390,7 @@ def config() -> Config:
     Raises:
         OptionError: the environment holds a bad value.
     """
-    with _lock:
+    with shared:
         return _resolve()
 
 

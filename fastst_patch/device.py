@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import threading
 from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import engine
 from .errors import Doubt
-from .locks import fork_safe
 
 if TYPE_CHECKING:
     import torch
@@ -151,8 +149,7 @@ class Runtime:
 _sides: dict[int, torch.cuda.Stream] = {}  # by ordinal
 
 _runtime = Runtime()
-_lock = threading.Lock()
-fork_safe(_lock)
+# No lock: each update is one operation on one dict, and all that make it say the same.
 _opened: dict[tuple[int, int], engine.Device] = {}  # by runtime and ordinal
 _proved: dict[tuple[int, int], int] = {}  # bytes of the largest sample that was right
 _refused: dict[int, str] = {}  # ordinal -> why, once bytes came out wrong
@@ -184,9 +181,7 @@ class Target:
         key = (id(self.runtime), self.ordinal)
         found = _opened.get(key)
         if found is None:
-            opened = self.runtime.native(self.ordinal)
-            with _lock:
-                found = _opened.setdefault(key, opened)
+            found = _opened.setdefault(key, self.runtime.native(self.ordinal))
         return found
 
     def wants(self, nbytes: int) -> bool:
@@ -357,12 +352,10 @@ def _first(t: torch.Tensor, count: int) -> torch.Tensor:
 
 def _judge(found: Target, nbytes: int, equal: bool, what: str) -> None:
     if equal:
-        with _lock:
-            _proved[id(found.runtime), found.ordinal] = nbytes
+        _proved[id(found.runtime), found.ordinal] = nbytes
         return
     why = f"bytes read back from {found.name} differed from the file's or the source's"
-    with _lock:
-        _refused[found.ordinal] = why
+    _refused[found.ordinal] = why
     logging.getLogger("fastst_patch").error(
         "%s: %s; from now on stock loads to this device. Please report this.", what, why
     )
@@ -383,7 +376,6 @@ def replaced(runtime: Runtime) -> Iterator[None]:
 
 
 def _forget() -> None:
-    with _lock:
-        _opened.clear()
-        _proved.clear()
-        _refused.clear()
+    _opened.clear()
+    _proved.clear()
+    _refused.clear()

@@ -30,7 +30,8 @@ from .decide import (
 )
 from .errors import Doubt
 from .layout import DTYPE_NAMES
-from .opened import OpenedFile, shared_lock
+from .locks import shared
+from .opened import OpenedFile
 from .report import LoadReport, emit, tell_unfinished
 from .slices import FastSlice, repr_as, stock_handle, stock_over
 
@@ -307,7 +308,7 @@ class FastHandle:
     def _report(self, opened: OpenedFile) -> None:
         """Report what was handed out since the last report."""
         account = opened.account
-        with shared_lock:
+        with shared:
             tensors, nbytes, seconds = account.tensors, account.bytes, account.seconds
             account.tensors = account.bytes = 0
             account.seconds = 0.0

@@ -7,14 +7,12 @@ may be shared between threads.
 from __future__ import annotations
 
 import dataclasses
-import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .locks import fork_safe
+from .locks import once, shared
 
 __all__ = [
     "ARENA_ALIGNMENT",
@@ -48,7 +46,7 @@ class FileLayout:
         index: name -> number.
         data_begin: file offset of the first tensor's bytes.
         data_bytes: of all tensors together.
-        metadata: the header's ``__metadata__``, or None.
+        find_metadata: decodes the header's ``__metadata__``; None where there is none.
         dtypes: bit ``1 << k`` is set when ``DTYPE_NAMES[k]`` occurs.
         odd_f4: some F4 tensor has no even last dimension, which stock refuses.
         owner: what keeps the memory behind the views below alive.
@@ -58,14 +56,19 @@ class FileLayout:
     index: Mapping[str, int]
     data_begin: int
     data_bytes: int
-    metadata: Mapping[str, str] | None
+    find_metadata: Callable[[], Mapping[str, str]] | None
     dtypes: int
     odd_f4: bool
     owner: Any
     _records: memoryview
     _dims: memoryview
 
-    @cached_property
+    @once
+    def metadata(self) -> Mapping[str, str] | None:
+        """The header's ``__metadata__``, or None. Decoded when first asked for: 14 ns a byte."""
+        return None if self.find_metadata is None else self.find_metadata()
+
+    @once
     def sorted_names(self) -> tuple[str, ...]:
         """Names as stock's ``keys()`` orders them: by UTF-8 bytes, which is by code point."""
         return tuple(sorted(self.names))
@@ -93,37 +96,52 @@ class FileLayout:
 class LayoutCache:
     """Parsed headers of files that are opened again and again, as accelerate's disk offload does.
 
-    A hit still reads the header and compares every byte of it: no timestamp is trusted.
+    A hit still reads the header and compares every byte of it: no timestamp is trusted. Whoever
+    interrupts an update, as a signal's handler does, finds the cache empty and leaves it alone.
     """
 
     BYTES = 64 << 20
     """Most header bytes kept; parsed they take about three times that."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        fork_safe(self._lock)
+        self._updating = False
         self._entries: OrderedDict[tuple[int, int, int], FileLayout] = OrderedDict()
         self._bytes = 0
 
     def get(self, key: tuple[int, int, int]) -> FileLayout | None:
         """The layout last seen for (device, inode, size); its header is still to be compared."""
-        with self._lock:
-            found = self._entries.get(key)
-            if found is not None:
-                self._entries.move_to_end(key)
-            return found
+        with shared:
+            if self._updating:
+                return None
+            self._updating = True
+            try:
+                found = self._entries.get(key)
+                if found is not None:
+                    self._entries.move_to_end(key)
+                return found
+            finally:
+                self._updating = False
 
     def put(self, key: tuple[int, int, int], layout: FileLayout) -> None:
         """Remember a layout; large headers push older ones out, very large ones are not kept."""
         if layout.data_begin > self.BYTES // 4:
             return
-        with self._lock:
-            old = self._entries.pop(key, None)
-            self._bytes += layout.data_begin - (old.data_begin if old else 0)
-            self._entries[key] = layout
-            while self._bytes > self.BYTES:
-                _, evicted = self._entries.popitem(last=False)
-                self._bytes -= evicted.data_begin
+        with shared:
+            if self._updating:
+                return
+            self._updating = True
+            try:
+                self._put(key, layout)
+            finally:
+                self._updating = False
+
+    def _put(self, key: tuple[int, int, int], layout: FileLayout) -> None:
+        old = self._entries.pop(key, None)
+        self._bytes += layout.data_begin - (old.data_begin if old else 0)
+        self._entries[key] = layout
+        while self._bytes > self.BYTES:
+            _, evicted = self._entries.popitem(last=False)
+            self._bytes -= evicted.data_begin
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

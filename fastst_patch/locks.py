@@ -1,18 +1,147 @@
-"""Locks that a forked child never inherits held by a thread it does not have."""
+"""All locks of the package. None waits for its own thread, and a forked child inherits none held.
+
+A signal handler or a finalizer may run between any two instructions of a thread and load a file,
+also while that thread holds a lock of ours. So every lock can be taken again by its thread, and
+code under a lock allows for nested code of either kind: see the three below. Locks are held by
+``with`` on an RLock itself: its ``__enter__`` is C, and no handler can raise between taking the
+lock and being inside the block.
+
+===============  ===========================================================================
+lock             what it is for
+===============  ===========================================================================
+`shared`         short sections on state of the process or of several threads. One for all of
+                 them, so that no two can be taken in different orders by nested code. A leaf:
+                 code under it takes no other lock. Updates are single operations on which
+                 nested code is harmless, or a flag sends nested code another way.
+                 At a fork: taken by the forking thread before, so the child finds the state whole
+`carried()`      long sections of a module. Made at import; taken before `shared`.
+                 At a fork: like `shared`, in the order `carried`, `shared`
+`Guard`          sections of one object, which start reads. `here.inside` is set in them, and
+                 nested code, which finds `interrupted()`, uses no guarded state at all.
+                 At a fork: the child gets a new lock, and the object lets go of the state that
+                 a thread which the child lacks may have left half updated
+===============  ===========================================================================
+
+The native mutexes (``native/fst_{pool,ring,gds,gpu}.c``) need none of this. No Python code runs
+while one is held: deleters of torch's, which may run any, are called outside (`fst_arena_release`,
+`fst_batch_drop`), and workers have all signals blocked and never take the GIL. They are made anew
+in a forked child (``pthread_atfork`` in ``fst_pool.c``).
+"""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
-__all__ = ["fork_safe"]
+__all__ = ["Guard", "carried", "here", "interrupted", "once", "shared"]
+
+_T = TypeVar("_T")
 
 
-def fork_safe(lock: threading.Lock | threading.RLock) -> None:
-    """Carry a lock through every fork, for as long as the process lives."""
-    if hasattr(os, "register_at_fork"):  # there is no fork elsewhere
+class _Here(threading.local):
+    """What this thread is in the middle of. A fork's child goes on with its thread's."""
+
+    inside = False
+
+
+here = _Here()
+"""``inside`` is set by code under a `Guard`'s lock, by assignment: a call could be interrupted."""
+
+shared: Any = threading.RLock()
+
+_forks = 0  # how many forks lie between the first process and this one
+
+
+def _in_child() -> None:
+    global _forks  # noqa: PLW0603 - of this process
+    _forks += 1
+    shared.release()
+
+
+if hasattr(os, "register_at_fork"):  # there is no fork elsewhere
+    os.register_at_fork(
+        before=shared.acquire, after_in_parent=shared.release, after_in_child=_in_child
+    )
+
+
+def carried() -> Any:
+    """A lock for a module, held through every fork by the thread that forks.
+
+    What is registered for forks stays registered: not for objects that come and go.
+    """
+    lock = threading.RLock()
+    if hasattr(os, "register_at_fork"):  # what is registered last is taken first
         os.register_at_fork(
-            before=lock.acquire,
-            after_in_parent=lock.release,
-            after_in_child=lock.release,
+            before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
         )
+    return lock
+
+
+def interrupted() -> bool:
+    """Whether this thread is under a lock: whoever asks runs nested in code that was interrupted.
+
+    Asked where a `Guard`'s lock would be taken next. Nested code must not wait for a lock there:
+    whoever holds it may be waiting for what this thread holds.
+    """
+    return here.inside or shared._is_owned()
+
+
+class Guard:
+    """The lock of one object, for sections of this form.
+
+    if interrupted(): do without what the lock guards; else::
+
+        with guard.lock(self._abandon):
+            here.inside = True
+            try:
+                ...
+            finally:
+                here.inside = False
+    """
+
+    __slots__ = ("_forks", "_lock")
+
+    def __init__(self) -> None:
+        self._lock: Any = threading.RLock()
+        self._forks = _forks
+
+    def lock(self, abandon: Callable[[], object]) -> Any:
+        """This process's lock.
+
+        Args:
+            abandon: called once in a forked child before its lock is first taken: it puts new
+                state in the place of what is guarded, and returns the old.
+        """
+        if self._forks != _forks:
+            self._renew(abandon)
+        return self._lock
+
+    def _renew(self, abandon: Callable[[], object]) -> None:
+        old = None
+        with shared:
+            if self._forks != _forks:
+                old = abandon()
+                self._lock = threading.RLock()
+                self._forks = _forks  # last: others look at it without a lock
+        del old  # may wait for reads to end: not under the lock
+
+
+class once(Generic[_T]):  # noqa: N801 - a decorator
+    """A property that is computed when first asked for, and kept.
+
+    `functools.cached_property` computes under a lock before Python 3.12, one for all instances,
+    which a forked child may inherit held. Here threads that meet compute the same and keep one.
+    """
+
+    def __init__(self, compute: Callable[[Any], _T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> _T:
+        result: _T = instance.__dict__.setdefault(self._name, self._compute(instance))
+        return result

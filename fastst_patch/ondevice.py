@@ -21,7 +21,6 @@ file order also holds windows, arenas of tensors read ahead of their use, up to 
 from __future__ import annotations
 
 import os
-import threading
 import traceback
 from array import array
 from collections import Counter, deque
@@ -32,6 +31,7 @@ from . import device, engine, tensors
 from .config import Config
 from .errors import Doubt, FaststError
 from .layout import ARENA_ALIGNMENT, FileLayout, LoadPlan, plan_arena, plan_rows
+from .locks import Guard, here, interrupted
 from .machine import NETWORKED, io_threads
 from .opened import OpenedFile, progress_bar
 from .stock import SafetensorError
@@ -74,7 +74,7 @@ class DeviceFile(OpenedFile):
         self.device = target.name
         self.device_argument = target.argument
         self._target = target
-        self._guard = threading.Lock()
+        self._guard = Guard()  # of the windows
         self._windows: deque[Window] = deque()
         self._mode = self._read_mode()
         self.account.path = _PATHS[self._mode]
@@ -116,10 +116,17 @@ class DeviceFile(OpenedFile):
         return result
 
     def _take(self, i: int) -> torch.Tensor:
-        with self._guard:
-            window = self._window_with(i)
-            result = window.waiting.pop(i)
-            self._drop_used()
+        if interrupted():
+            window = self._start([i])
+            return self._arrived(window, i, window.waiting.pop(i))
+        with self._guard.lock(self._let_go):
+            here.inside = True
+            try:
+                window = self._window_with(i)
+                result = window.waiting.pop(i)
+                self._drop_used()
+            finally:
+                here.inside = False
         return self._arrived(window, i, result)
 
     def _arrived(self, window: Window, i: int, result: torch.Tensor) -> torch.Tensor:
@@ -235,8 +242,7 @@ class DeviceFile(OpenedFile):
         traceback.clear_frames(trace)
         out_of_memory = self._target.runtime.is_out_of_memory(error)
         if out_of_memory or not isinstance(error, Exception):  # an interrupt ends it all
-            with self._guard:
-                self._windows.clear()
+            self._drop()
         if out_of_memory:
             raise Doubt(f"not enough memory on {self.device} for arenas") from None
 
@@ -296,10 +302,23 @@ class DeviceFile(OpenedFile):
         for used in [window for window in self._windows if not window.waiting]:
             self._windows.remove(used)
 
-    def _drop(self, window: Window) -> None:
-        with self._guard:
-            if window in self._windows:
-                self._windows.remove(window)
+    def _drop(self, window: Window | None = None) -> None:
+        """Forget a window, or all. Nested code has used none: see `_take`."""
+        if interrupted():
+            return
+        with self._guard.lock(self._let_go):
+            here.inside = True
+            try:
+                if window is None:
+                    self._windows.clear()
+                elif window in self._windows:
+                    self._windows.remove(window)
+            finally:
+                here.inside = False
+
+    def _let_go(self) -> object:
+        old, self._windows = self._windows, deque()
+        return old
 
     def _padded(self, i: int) -> int:
         return -(-self.layout.nbytes(i) // ARENA_ALIGNMENT) * ARENA_ALIGNMENT

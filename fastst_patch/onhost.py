@@ -22,8 +22,9 @@ from . import engine, tensors
 from .config import Config
 from .errors import Doubt
 from .layout import FileLayout, plan_arena, plan_rows
+from .locks import shared
 from .machine import io_threads
-from .opened import OpenedFile, progress_bar, shared_lock
+from .opened import OpenedFile, progress_bar
 from .windows import HostAhead
 
 if TYPE_CHECKING:
@@ -229,10 +230,12 @@ class HostFile(OpenedFile):
         """
         found = self._map
         if found is None:
-            with shared_lock:
+            with shared:
+                if self._map is None:
+                    made = engine.map_arena(self.file)
+                    if self._map is None:  # a signal handler may have made one meanwhile
+                        self._map = made
                 found = self._map
-                if found is None:
-                    found = self._map = engine.map_arena(self.file)
         return found
 
     def read_ahead_all(self) -> None:

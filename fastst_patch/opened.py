@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import os
-import threading
 import time
 from array import array
 from collections import deque
@@ -18,17 +17,12 @@ from .config import Config
 from .errors import Doubt
 from .interrupts import uninterrupted
 from .layout import FileLayout
-from .locks import fork_safe
+from .locks import shared
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Account", "OpenedFile", "UnderWay", "open_checked", "progress_bar", "shared_lock"]
-
-# One for all files: held for nanoseconds, and one is enough to carry through a fork. Taken
-# again where a handle is collected, and so reports, while it is held.
-shared_lock = threading.RLock()
-fork_safe(shared_lock)
+__all__ = ["Account", "OpenedFile", "UnderWay", "open_checked", "progress_bar"]
 
 
 @dataclasses.dataclass
@@ -36,6 +30,7 @@ class Account:
     """What one call or handle has moved so far; becomes its LoadReport.
 
     A call is made ``with`` it: time counts once, however many threads' calls it is spent in.
+    Calls nested in the middle of an update leave the counts right; some time may be lost.
     """
 
     path: str = "mmap"
@@ -49,16 +44,17 @@ class Account:
     _since: float = 0.0
 
     def __enter__(self) -> None:
-        with shared_lock:
+        with shared:
             if not self._calls:
                 self._since = time.perf_counter()
             self._calls += 1
 
     def __exit__(self, *exc_info: object) -> None:
-        with shared_lock:
+        with shared:
+            now = time.perf_counter()
             self._calls -= 1
             if not self._calls:
-                self.seconds += time.perf_counter() - self._since
+                self.seconds += now - self._since
 
 
 def open_checked(path: str) -> tuple[engine.File, FileLayout]:
@@ -184,7 +180,7 @@ class OpenedFile(abc.ABC):
 
     def count(self, made: int, nbytes: int) -> None:
         """Add tensors handed out to the account."""
-        with shared_lock:  # threads share a handle
+        with shared:  # threads share a handle
             self.account.tensors += made
             self.account.bytes += nbytes
 

@@ -15,7 +15,6 @@ import functools
 import inspect
 import logging
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -26,7 +25,7 @@ from . import engine, handle
 from .config import environment_enabled, environment_targets, pop, push
 from .errors import FallbackWarning, OptionError, warn_caller
 from .integrations import INTEGRATIONS, Hook
-from .locks import fork_safe
+from .locks import carried, interrupted
 from .targets import LATER, TESTED, Place, Target, sweep, warn_of_untested
 
 __all__ = [
@@ -94,7 +93,7 @@ class PatchReport:
 
 def _safetensors(module: str, name: str, summary: str, fast: Any) -> Target:
     def settled(original: Any, args: Any, kwargs: Any) -> Any:
-        if _unsettled:
+        if _unsettled and not interrupted():
             _settle()
         return fast(original, args, kwargs)
 
@@ -138,8 +137,7 @@ _TARGETS = {
     )
 }
 
-_lock = threading.RLock()
-fork_safe(_lock)
+_lock = carried()
 _permanent: set[str] = set()
 _permanent_options: list[object] = []
 _hooked: set[str] = set()

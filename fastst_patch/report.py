@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .locks import fork_safe
+from .locks import shared
 
 __all__ = [
     "LoadReport",
@@ -98,8 +97,8 @@ class _Totals:
     seconds: float = 0.0
 
 
-_lock = threading.RLock()  # collecting a handle reports it, and may happen in here
-fork_safe(_lock)
+# Under the lock `shared`. Collecting a handle reports it, and may happen in the middle of an
+# update: so each is one operation, or adds up whatever happens between.
 _paths: dict[str, _Totals] = {}
 _fallbacks: dict[str, int] = {}
 _profiles: list[Profile] = []
@@ -109,17 +108,16 @@ _listeners: list[Callable[[LoadReport], None]] = []
 def emit(report: LoadReport) -> None:
     """Count a report, hand it to open profiles, log it."""
     reason = report.fallback_reason
-    with _lock:
-        of_path = _paths.get(report.path)
-        if of_path is None:
-            of_path = _paths[report.path] = _Totals()
+    with shared:
+        of_path = _paths.setdefault(report.path, _Totals())
         of_path.loads += 1
         of_path.bytes += report.bytes
         of_path.tensors += report.tensors
         of_path.seconds += report.seconds
         if reason is not None:
-            _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
-        for open_profile in _profiles:
+            _fallbacks.setdefault(reason, 0)
+            _fallbacks[reason] += 1
+        for open_profile in tuple(_profiles):
             open_profile.reports.append(report)
     for listener in _listeners:  # may write to a file: not under the lock
         listener(report)
@@ -153,8 +151,8 @@ def totals() -> dict[str, Any]:
         ``{"paths": {path: {"loads", "bytes", "tensors", "seconds"}},
         "fallbacks": {reason: count}}``.
     """
-    with _lock:
-        paths = {path: dataclasses.asdict(of_path) for path, of_path in _paths.items()}
+    with shared:
+        paths = {path: dataclasses.asdict(of_path) for path, of_path in tuple(_paths.items())}
         return {"paths": paths, "fallbacks": dict(_fallbacks)}
 
 
@@ -162,10 +160,10 @@ def totals() -> dict[str, Any]:
 def profile() -> Iterator[Profile]:
     """Collect the reports of every load that finishes inside the ``with`` block, any thread."""
     collected = Profile()
-    with _lock:
+    with shared:
         _profiles.append(collected)
     try:
         yield collected
     finally:
-        with _lock:
+        with shared:
             _profiles.remove(collected)

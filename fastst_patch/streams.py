@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
+
+from .locks import Guard
 
 if TYPE_CHECKING:
     import torch
@@ -91,13 +92,16 @@ class Ticket:
 class Stream:
     """See the module. Usable from any thread; waiting holds no lock.
 
+    It belongs to one load. Code that interrupts the load, as a signal's handler does, loads by a
+    stream of its own and never meets this one half changed.
+
     Args:
         budget: the ``device_memory_budget`` given by the user, which then bounds everything
             that waits to be taken; None for the defaults.
     """
 
     def __init__(self, budget: int | None) -> None:
-        self._lock = threading.RLock()
+        self._guard = Guard()
         self._window = WINDOW if budget is None else max(1, min(WINDOW, budget // 3))
         self._flight = FLIGHT if budget is None else min(FLIGHT, budget)
         self._budget = BUDGET if budget is None else budget
@@ -111,7 +115,7 @@ class Stream:
 
     def ask(self, lane: Lane, item: Any, nbytes: int) -> Ticket:
         """Say that a tensor will be taken, after those asked for before. Never raises."""
-        with self._lock:
+        with self._guard.lock(self._let_go):
             group = self._open.get(lane.key)
             if group is None:
                 group = self._open[lane.key] = _Group(lane, self._asked)
@@ -127,7 +131,7 @@ class Stream:
 
     def flush(self) -> None:
         """Nothing more will be asked for, for now: queue what is not full, too."""
-        with self._lock:
+        with self._guard.lock(self._let_go):
             self._queued.extend(sorted(self._open.values(), key=lambda group: group.order))
             self._open.clear()
             self._advance()
@@ -140,7 +144,7 @@ class Stream:
                 tensor's memory then.
         """
         group = ticket.group
-        with self._lock:
+        with self._guard.lock(self._let_go):
             if self._open:
                 self.flush()
             if not group.started:
@@ -159,24 +163,29 @@ class Stream:
             if error is not None:
                 error.__traceback__ = None
             del moving, error
-            with self._lock:
+            with self._guard.lock(self._let_go):
                 self._taken(ticket)
                 self._advance()
 
     def drop(self) -> None:
         """Forget everything not taken; bytes in flight are waited for. For the end and errors."""
-        with self._lock:
-            groups = [*self._open.values(), *self._queued, *self._live]
-            self._open.clear()
-            self._queued.clear()
-            self._flying.clear()
-            self._live.clear()
-            for group in groups:
-                group.moving = None
-                group.started = True
-                group.error = group.error or RuntimeError("the load is over")
+        with self._guard.lock(self._let_go):
+            self._let_go()
 
     # ---- with the lock held ----
+
+    def _let_go(self) -> object:
+        groups = [*self._open.values(), *self._queued, *self._live]
+        old = [group.moving for group in groups]
+        self._open.clear()
+        self._queued.clear()
+        self._flying.clear()
+        self._live.clear()
+        for group in groups:
+            group.moving = None
+            group.started = True
+            group.error = group.error or RuntimeError("the load is over")
+        return old
 
     def _counts(self, group: _Group) -> bool:
         return self._all_count or group.lane.passing

@@ -185,8 +185,9 @@ class Place:
             if why is not None:
                 return f"{self.hook.name} {why}"
             make = _function if isinstance(owner, type) or self.hook.parameters else _proxy
-            self.original = original
-            self.replacement = make(original, self.hook.fast, active)
+            made = make(original, self.hook.fast, active)
+            if self.replacement is None:  # a signal handler may have patched meanwhile
+                self.original, self.replacement = original, made
         if current is self.original:
             setattr(owner, name, self.replacement)
         elif not self.stands():  # what others put around ours is fine

@@ -8,13 +8,13 @@ does for every tensor.
 from __future__ import annotations
 
 import functools
-import threading
 from array import array
 from typing import TYPE_CHECKING, Any
 
 from . import engine, stock
 from .errors import Doubt, OptionError
 from .layout import DTYPE_NAMES, FileLayout
+from .locks import shared
 
 if TYPE_CHECKING:
     import torch
@@ -90,16 +90,18 @@ def _bytes_of(k: int) -> int:
 
 
 class _Dtypes:
-    """What one torch takes, found by trying each dtype when it is first met."""
+    """What one torch takes, found by trying each dtype when it is first met.
+
+    A trial takes milliseconds and files, so no lock is held in it: threads that meet, or a
+    signal's handler in its midst, try the same and find the same.
+    """
 
     def __init__(self) -> None:
         import torch
 
-        self._lock = threading.Lock()
         self._tried = self._loadable = 0
-        self._entries = [engine.DlDtype()] * len(DTYPE_NAMES)
         self.by_bytes = 0
-        self.table = engine.dl_table(self._entries)
+        self.table = engine.dl_table([engine.DlDtype()] * len(DTYPE_NAMES))
         self.torch: list[torch.dtype | None] = [
             getattr(torch, _TORCH[name][0], None) if name in _TORCH else None
             for name in DTYPE_NAMES
@@ -112,8 +114,7 @@ class _Dtypes:
     def all_loadable(self, used: int) -> bool:
         """Whether both this torch and stock take every dtype of a bit set."""
         if used & ~self._tried:
-            with self._lock:
-                self._try_all(used & ~self._tried)
+            self._try_all(used & ~self._tried)
         return not used & ~self._loadable
 
     def _try_all(self, kinds: int) -> None:
@@ -121,12 +122,13 @@ class _Dtypes:
             if not kinds >> k & 1:
                 continue
             entry = self._try(k)
-            if entry.known and (name in _ALWAYS or stock.loads(_header_of_one(k), _bytes_of(k))):
-                self._entries[k] = entry
-                self._loadable |= 1 << k
-                self.by_bytes |= entry.as_bytes << k
-        self.table = engine.dl_table(self._entries)
-        self._tried |= kinds  # last: other threads look at it without the lock
+            good = entry.known and (name in _ALWAYS or stock.loads(_header_of_one(k), _bytes_of(k)))
+            if good:  # whoever finds it again writes the same
+                engine.set_dl_dtype(self.table, k, entry)
+            with shared:  # in this order: other threads look without the lock
+                self.by_bytes |= (good and entry.as_bytes) << k
+                self._loadable |= good << k
+                self._tried |= 1 << k
 
     def _try(self, k: int) -> engine.DlDtype:
         dtype = self.torch[k]
@@ -158,9 +160,16 @@ class _Dtypes:
         return result
 
 
-@functools.cache
+_found: list[_Dtypes] = []  # one: what a thread has tried the next one finds there
+
+
 def _dtypes() -> _Dtypes:
-    return _Dtypes()
+    if not _found:
+        made = _Dtypes()
+        with shared:
+            if not _found:
+                _found.append(made)
+    return _found[0]
 
 
 @functools.cache

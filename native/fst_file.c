@@ -31,10 +31,15 @@ int fst_fail(fst_error *err, int code, int sys_errno, const char *format, ...) {
 }
 
 int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err) {
-    struct stat status;
+    struct stat status, named;
     struct statfs filesystem;
     *out = NULL;
-    /* O_NONBLOCK: opening a pipe must not wait for its writer; regular files ignore it. */
+    /* Opening a pipe and closing it again frees a writer that waits for its reader, and breaks the
+     * pipe under it. What is no regular file stock opens, once. */
+    if (FST_SYS->stat(path, &named) != 0)
+        return fst_fail(err, FST_E_SYS, errno, "%s: stat failed: %s", path, strerror(errno));
+    if (!S_ISREG(named.st_mode)) return fst_fail(err, FST_DOUBT, 0, "%s: not a regular file", path);
+    /* O_NONBLOCK: if it is a pipe by now, opening it does not wait; regular files ignore it. */
     int fd = FST_SYS->open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
         return fst_fail(err, FST_E_SYS, errno, "%s: open failed: %s", path, strerror(errno));
@@ -46,6 +51,10 @@ int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_err
     if (!S_ISREG(status.st_mode) || status.st_size < 0) {
         close(fd);
         return fst_fail(err, FST_DOUBT, 0, "%s: not a regular file", path);
+    }
+    if (status.st_dev != named.st_dev || status.st_ino != named.st_ino) {
+        close(fd);
+        return fst_fail(err, FST_DOUBT, 0, "%s: replaced while it was opened", path);
     }
     size_t length = strlen(path) + 1;
     fst_file *file = malloc(sizeof *file + length);

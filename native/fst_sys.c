@@ -29,6 +29,8 @@ struct cachestat_abi {
 
 static int real_open(const char *path, int flags) { return open(path, flags); }
 
+static int real_stat(const char *path, struct stat *out) { return stat(path, out); }
+
 static int real_fstat(int fd, struct stat *out) { return fstat(fd, out); }
 
 static long long real_cachestat(int fd, unsigned long long offset, unsigned long long bytes) {
@@ -48,6 +50,7 @@ static int real_fadvise(int fd, off_t offset, off_t bytes, int advice) {
 
 static const fst_sys_table real_table = {
     .open = real_open,
+    .stat = real_stat,
     .fstat = real_fstat,
     .pread = pread,
     .preadv = preadv,
@@ -67,6 +70,7 @@ _Atomic(const fst_sys_table *) fst_sys_in_force = &real_table;
 
 enum fault_call {
     CALL_OPEN,
+    CALL_STAT,
     CALL_FSTAT,
     CALL_PREAD,
     CALL_PREADV,
@@ -82,7 +86,7 @@ enum fault_call {
 };
 
 static const char *const call_names[CALLS] = {
-    "open",    "fstat",     "pread",     "preadv",  "preadv2", "mmap",
+    "open",    "stat",      "fstat",     "pread",   "preadv",  "preadv2",        "mmap",
     "madvise", "readahead", "cachestat", "mincore", "fadvise", "pthread_create",
 };
 
@@ -121,6 +125,10 @@ static ssize_t cut_short(enum fault_call call, const struct iovec *to, int count
 
 static int faulty_open(const char *path, int flags) {
     return fault_for(CALL_OPEN) < 0 ? -1 : real_open(path, flags);
+}
+
+static int faulty_stat(const char *path, struct stat *out) {
+    return fault_for(CALL_STAT) < 0 ? -1 : real_stat(path, out);
 }
 
 static int faulty_fstat(int fd, struct stat *out) {
@@ -179,6 +187,7 @@ static int faulty_pthread_create(pthread_t *thread, const pthread_attr_t *attrib
 
 static const fst_sys_table faulty_table = {
     .open = faulty_open,
+    .stat = faulty_stat,
     .fstat = faulty_fstat,
     .pread = faulty_pread,
     .preadv = faulty_preadv,

@@ -15,6 +15,7 @@
 
 typedef struct fst_sys_table {
     int (*open)(const char *path, int flags);
+    int (*stat)(const char *path, struct stat *out);
     int (*fstat)(int fd, struct stat *out);
     ssize_t (*pread)(int fd, void *to, size_t bytes, off_t offset);
     ssize_t (*preadv)(int fd, const struct iovec *to, int count, off_t offset);

@@ -11,7 +11,7 @@ from .arenas import Arena, adopt_arena, alloc_arena, borrow_arena, map_arena
 from .devices import Device, DeviceInfo, compare, device_info, open_device
 from .faults import clear_faults, fault_calls, set_fault
 from .files import File, Residency, open_file, open_files, parse_header, read_layout, residency
-from .importing import DlDtype, dl_table, import_tensors
+from .importing import DlDtype, dl_table, import_tensors, set_dl_dtype
 from .jobs import Destination, Job, JobStats, prefetch, read, upload
 from .machine import counters, memory_headroom, read_ceiling, shutdown, touch
 
@@ -48,6 +48,7 @@ __all__ = [
     "read_ceiling",
     "read_layout",
     "residency",
+    "set_dl_dtype",
     "set_fault",
     "shutdown",
     "touch",

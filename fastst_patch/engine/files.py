@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from typing import Any
@@ -107,21 +108,35 @@ def _file_layout(owner: Any, view: Any, file_bytes: int) -> FileLayout:
     index = dict(zip(names, range(count), strict=True))
     if len(index) != count:
         raise Doubt("a tensor name occurs twice in the header")
-    metadata = None
+    find_metadata = None
     if view.metadata != ffi.NULL:
-        metadata = json.loads(bytes(ffi.buffer(view.metadata, view.metadata_bytes)))
+        find_metadata = functools.partial(_decoded, owner, view.metadata, view.metadata_bytes)
     return FileLayout(
         names=names,
         index=index,
         data_begin=view.data_begin,
         data_bytes=file_bytes - view.data_begin,
-        metadata=metadata,
+        find_metadata=find_metadata,
         dtypes=view.dtypes,
         odd_f4=bool(view.odd_f4),
         owner=owner,
         _records=records,
         _dims=dims,
     )
+
+
+def _decoded(owner: Any, text: Any, nbytes: int) -> dict[str, str]:
+    """The metadata, which the header's parser knows to be an object of strings to strings.
+
+    It accepts no escape, character or surrogate that stock refuses, so this cannot fail.
+
+    Args:
+        owner: keeps the text.
+        text: where it is.
+        nbytes: its length.
+    """
+    found: dict[str, str] = json.loads(bytes(ffi.buffer(text, nbytes)))
+    return found
 
 
 def parse_header(header: bytes, file_bytes: int) -> FileLayout:

@@ -29,6 +29,13 @@ def dl_table(entries: Sequence[DlDtype]) -> Any:
     return ffi.new("fst_dl_dtype[]", rows)
 
 
+def set_dl_dtype(table: Any, k: int, entry: DlDtype) -> None:
+    """Change one entry of a table; it is known last, which threads may wait for."""
+    row = table[k]
+    row.code, row.bits, row.as_bytes = entry.code, entry.bits, int(entry.as_bytes)
+    row.known = int(entry.known)
+
+
 def import_tensors(
     arena: Arena,
     layout: FileLayout,

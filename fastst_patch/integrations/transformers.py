@@ -294,7 +294,6 @@ class _Load:
         self._started = time.perf_counter()
         self._files: dict[tuple[int, object], _File | None] = {}
         self._streams: dict[str, Stream] = {}
-        self._lock = threading.Lock()
         self._failed = False
         self.converters: dict[int, tuple[Any, Any]] = {}  # the last copy of each
         self.merging = False  # a converter was copied that merges its tensors
@@ -315,10 +314,10 @@ class _Load:
     def file(self, opened: OpenedFile, device: Any) -> _File | None:
         """The file on its way to a device; None where stock does it."""
         key = (id(opened), str(device) if type(device) is not int else device)
-        with self._lock:
-            if key not in self._files:
-                self._files[key] = self._new_file(opened, device)
+        try:
             return self._files[key]
+        except KeyError:  # threads that meet make the same, and keep one
+            return self._files.setdefault(key, self._new_file(opened, device))
 
     def _new_file(self, opened: OpenedFile, device: Any) -> _File | None:
         import torch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,7 +13,8 @@ from ..config import Config
 from ..decide import complain, fell_back, same
 from ..errors import Doubt, NameClashError
 from ..layout import FileLayout
-from ..opened import OpenedFile, shared_lock
+from ..locks import shared
+from ..opened import OpenedFile
 from .arguments import Settings
 from .entries import Entry
 from .explain import explained
@@ -71,7 +71,6 @@ class LocalFiles:
         self._resident_bytes = 0
         self._bar: Any = None
         self._stock_handles: dict[int, Any] = {}
-        self._lock = threading.Lock()
         self._paths = [entry.path for entry in entries]
         self._layouts = [entry.layout for entry in entries]
         self.numbers = [_kept(layout, keep) for layout in self._layouts]
@@ -234,7 +233,7 @@ class LocalFiles:
 
     def close(self) -> None:
         """Let go of the files and of what was not handed out, and report. May be repeated."""
-        with self._lock:
+        with shared:
             found, self._open = self._open, None
         if found is None:
             return
@@ -306,7 +305,7 @@ def cast(
 
 def _report(call: str, path: str, opened: OpenedFile, *, last: bool) -> None:
     account = opened.account
-    with shared_lock:
+    with shared:
         tensors, nbytes, seconds = account.tensors, account.bytes, account.seconds
         account.tensors = account.bytes = 0
         account.seconds = 0.0

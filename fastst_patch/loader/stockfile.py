@@ -95,7 +95,7 @@ def layout_of(path: str) -> FileLayout:
         index=dict(zip(names, range(len(names)), strict=True)),
         data_begin=8 + length,
         data_bytes=size - 8 - length,
-        metadata=metadata,
+        find_metadata=None if metadata is None else lambda: metadata,
         dtypes=used,
         odd_f4=False,
         owner=None,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from .. import tensors
 from ..errors import Doubt
 from ..layout import ARENA_ALIGNMENT
+from ..locks import Guard, here, interrupted
 from ..ondevice import ARENA, BUDGET
 from ..onhost import AHEAD, HostFile
 from ..opened import OpenedFile, UnderWay
@@ -102,7 +102,7 @@ class Walk:
         self._bounds = bounds
         self._elsewhere = held
         self._starts = list(accumulate((len(some) for some in numbers), initial=0))
-        self._lock = threading.Lock()
+        self._guard = Guard()
         self._windows: deque[_Window] = deque()
         self._at: dict[int, _Window] = {}
         self._recent: deque[int] = deque(maxlen=8)
@@ -114,9 +114,15 @@ class Walk:
 
     def begin(self) -> None:
         """Start reading what will be asked for first. Returns at once."""
-        with self._lock:
-            self._recent.append(-1)
-            self._advance()
+        if interrupted():
+            return  # it begins with the first request
+        with self._guard.lock(self._let_go):
+            here.inside = True
+            try:
+                self._recent.append(-1)
+                self._advance()
+            finally:
+                here.inside = False
 
     def take(self, k: int, i: int) -> torch.Tensor:
         """Tensor i of file k, usable at once.
@@ -127,31 +133,51 @@ class Walk:
         """
         if not tensors.ordinary_mode():
             return self._files[k].tensor(i)
-        position = self._position(k, i)
-        with self._lock:
-            self._current = k
-            window = self._at.pop(position, None)
-            if window is None and self._follows(position):
-                window = self._enter(position)
-            if window is not None:
-                window.waiting.discard(position)
-                if not window.waiting:
-                    self._forget(window)
-            self._recent.append(position)
-            self._advance()
+        if interrupted():
+            return self._alone(k, i)
+        with self._guard.lock(self._let_go):
+            here.inside = True
+            try:
+                window = self._requested(k, self._position(k, i))
+            finally:
+                here.inside = False
         if window is not None:
             return window.under_way.take(i)
         return self._alone(k, i)
 
+    def _requested(self, k: int, position: int) -> _Window | None:
+        """Where a tensor is that is asked for, if it is read ahead; the walk goes on from it."""
+        self._current = k
+        window = self._at.pop(position, None)
+        if window is None and self._follows(position):
+            window = self._enter(position)
+        if window is not None:
+            window.waiting.discard(position)
+            if not window.waiting:
+                self._forget(window)
+        self._recent.append(position)
+        self._advance()
+        return window
+
     def drop(self) -> None:
         """Forget what was read ahead; what is in flight is cancelled. It is read anew if asked."""
-        with self._lock:
-            windows = list(self._windows)  # ended without the lock: that may wait
-            self._windows.clear()
-            self._at.clear()
-            self._held = 0
-            self._next = self._starts[-1]
-        del windows
+        if interrupted():
+            return  # it goes with the walk, or with what is asked for next
+        with self._guard.lock(self._let_go):
+            here.inside = True
+            try:
+                windows = self._let_go()
+            finally:
+                here.inside = False
+        del windows  # ended without the lock: that may wait
+
+    def _let_go(self) -> object:
+        old = self._windows, self._at
+        self._windows, self._at = deque(), {}
+        self._held = 0
+        self._next = self._starts[-1]
+        self._following = None
+        return old
 
     # ---- places ----
 

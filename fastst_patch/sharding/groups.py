@@ -14,23 +14,19 @@ from __future__ import annotations
 import atexit
 import os
 import socket
-import threading
 import traceback
 import weakref
 from typing import TYPE_CHECKING, Any
 
 from ..config import current
-from ..errors import RankError
-from ..locks import fork_safe
+from ..errors import FaststError, RankError
+from ..locks import Guard, shared
 from .channel import Channel, Pending
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Flag", "Group", "SingleGroup", "is_told"]
-
-_lock = threading.Lock()
-fork_safe(_lock)
 
 
 def is_told(error: BaseException) -> bool:
@@ -112,6 +108,8 @@ class Group:
         Raises:
             TypeError: it is something else.
             RankError: the ranks could not be reached.
+            FaststError: this thread is in the middle of the same call, which a signal's handler
+                or a finalizer has interrupted. The other ranks wait for that call's messages.
         """
         if isinstance(pg, Group):
             return pg
@@ -123,13 +121,19 @@ class Group:
             raise ValueError("this process is no member of the process group")
         if not isinstance(pg, dist.ProcessGroup):
             raise TypeError(f"no process group: {pg!r}")
-        with _lock:
+        with shared:
             # One for each: threads that first use different groups must not wait for each other.
-            making = _making.setdefault(pg, threading.Lock())
-        with making:
+            making = _making.setdefault(pg, _Making())
+        with making.guard.lock(lambda: None):
             found = _groups.get(pg)
             if found is None:
-                found = _groups[pg] = cls(pg)
+                if making.under_way:
+                    raise FaststError("this thread is just connecting the process group's ranks")
+                making.under_way = True
+                try:
+                    found = _groups[pg] = cls(pg)
+                finally:
+                    making.under_way = False
         return found
 
     @property
@@ -230,9 +234,17 @@ class Group:
         return found
 
 
+class _Making:
+    """One group's ranks connect. A forked child connects none: see `_forget`."""
+
+    def __init__(self) -> None:
+        self.guard = Guard()
+        self.under_way = False
+
+
 _alive: weakref.WeakSet[Group] = weakref.WeakSet()
 _groups: weakref.WeakKeyDictionary[Any, Group] = weakref.WeakKeyDictionary()
-_making: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
+_making: weakref.WeakKeyDictionary[Any, _Making] = weakref.WeakKeyDictionary()
 
 
 def _is_single(pg: object) -> bool:
@@ -258,5 +270,15 @@ def _forget() -> None:
     _making.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+def _forget_in_child() -> None:
+    """The same, but torch's objects are never taken apart: that waits for threads of the parent."""
+    import ctypes
+
+    kept = [(group._pg, group._control, dict(group._channels)) for group in list(_alive)]
+    if kept:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+    _forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 atexit.register(_forget)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 from .. import stock, tensors
 from ..layout import FileLayout
+from ..locks import once
 from ..opened import OpenedFile
 from .schedule import Extent
 
@@ -48,7 +48,7 @@ class Source:
         self._layout = layout
         self.names = layout.names
 
-    @functools.cached_property
+    @once
     def described(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor, as torch holds it."""
         if self._layout is None:
@@ -63,7 +63,7 @@ class Source:
         """Shape and dtype of tensor i, as torch holds it."""
         return self.described[i]
 
-    @functools.cached_property
+    @once
     def extents(self) -> list[Extent]:
         """Where each tensor lies."""
         layout, found = self.layout, []
