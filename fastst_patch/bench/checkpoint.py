@@ -91,14 +91,23 @@ def moe_specs(n_tensors: int, rows: int = 128, columns: int = 128) -> list[Tenso
 
 
 def write_checkpoint(
-    path: Path, specs: Sequence[TensorSpec], progress: Progress, shard: int = 0
+    path: Path,
+    specs: Sequence[TensorSpec],
+    progress: Progress,
+    shard: int = 0,
+    *,
+    as_given: bool = False,
 ) -> None:
     """Write and fsync a valid file in 4 MiB blocks; `progress` gets the bytes of each.
 
     Files with other numbers of `shard` have other bytes, so that one read for another shows.
+    Tensors lie in the order of safetensors' own writer (dtype, then name), or, ``as_given``, in
+    that of ``specs``, as other writers leave them.
     """
     widest_first = list(_DTYPE_BYTES)
     ordered = sorted(specs, key=lambda spec: (widest_first.index(spec.dtype), spec.name))
+    if as_given:
+        ordered = list(specs)
     remaining = sum(spec.nbytes for spec in ordered)
     unsynced = 0
     with path.open("xb", buffering=0) as file:

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from . import machine
@@ -23,7 +23,8 @@ SLACK = 256 << 20  # the process's own growth, read buffers, page tables
 AHEAD = 256 << 20  # of each kind, at any time; at 10 GB/s of use, what goes in five periods
 AHEAD_BESIDE = 32 << 20  # beside its files' size, which bounds it too: a load takes no more at once
 PERIOD_S = 0.005
-KINDS = {mmap.MADV_NOHUGEPAGE: 3, mmap.MADV_HUGEPAGE: 2}
+SMALL, HUGE = mmap.MADV_NOHUGEPAGE, mmap.MADV_HUGEPAGE
+KINDS = {SMALL: 3, HUGE: 2}
 """Pages, small and huge, and how many times the files' bytes of each.
 
 The kernel gives small pages from what is left between larger free blocks, and huge ones from
@@ -52,15 +53,17 @@ class Reserve:
     it is still there: 0.4 s a GiB, where getting it back from the host was seen to take 6 s.
 
     Args:
-        wanted: bytes that a load may read; `KINDS` times that is taken, and some more, but at most
-            half of what is available.
+        wanted: bytes that a load may read; ``kinds`` times that is taken, and some more, but at
+            most half of what is available.
+        kinds: of pages, and how many times ``wanted`` of each. With one kind alone, who wants the
+            other waits for the host.
     """
 
-    def __init__(self, wanted: int) -> None:
+    def __init__(self, wanted: int, kinds: Mapping[int, int] = KINDS) -> None:
         self._ahead = min(AHEAD, wanted + AHEAD_BESIDE)
-        self._wanted = {kind: times * wanted + SLACK for kind, times in KINDS.items()}
-        self._held: dict[int, list[mmap.mmap]] = {kind: [] for kind in KINDS}
-        self._taken = dict.fromkeys(KINDS, 0)  # blocks, when last all were there
+        self._wanted = {kind: times * wanted + SLACK for kind, times in kinds.items()}
+        self._held: dict[int, list[mmap.mmap]] = {kind: [] for kind in kinds}
+        self._taken = dict.fromkeys(kinds, 0)  # blocks, when last all were there
         self._taking: threading.Thread | None = None
 
     def __enter__(self) -> Reserve:

@@ -1,0 +1,147 @@
+"""States of free memory in which a load is timed: what the kernel has to give, and how fast.
+
+=============  ================================================================================
+state          what is free while the clock runs
+=============  ================================================================================
+``lent``       small and huge pages, as `fastst-patch bench` lends them: the kindest state
+``huge``       huge pages only; who wants small ones splits them
+``small``      small pages only; a huge page has to come from the host, as on a machine whose
+               host has taken its free memory back
+``fragmented`` no free block of 2 MiB: a host after weeks of use. A huge page takes compaction
+``fresh``      nothing is lent: every page comes from the host
+=============  ================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastst_patch.bench.errors import BenchError
+from fastst_patch.bench.settle import HUGE, SMALL, Reserve
+
+STATES = ("lent", "huge", "small", "fragmented", "fresh")
+
+HUGE_PAGE = 2 << 20
+BLOCK = 64 << 20
+LEFT = 512 << 20  # for everybody else while the rest is held
+FEW_BLOCKS = 16  # free ones of 2 MiB: no load gets far with them
+TAKEN_BACK_S = 4.0  # free page reporting runs every two seconds
+HOLE_EVERY = 3  # pages; what lies between keeps free pages from joining
+
+_libc = ctypes.CDLL(None)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_POPULATE_WRITE = 23
+
+
+class Fragmented:
+    """Holds all memory but for holes of one page each. A context manager.
+
+    Args:
+        wanted: bytes of holes that a load needs.
+    """
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        self._held: list[mmap.mmap] = []
+        self._whole = 0  # free blocks that could not be taken
+
+    def __enter__(self) -> Fragmented:
+        self._fill()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._held.clear()
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[None]:
+        """Let what runs in the block find holes only.
+
+        Raises:
+            BenchError: compaction joins them faster than a load takes them.
+        """
+        allowed = self._whole + self._wanted // 10 // HUGE_PAGE
+        if free_blocks() > allowed:
+            self._held.clear()
+            self._fill()
+        if free_blocks() > allowed:
+            raise BenchError(f"{free_blocks()} blocks of 2 MiB are free still, not {allowed}")
+        yield
+
+    def _fill(self) -> None:
+        """Take all there is, punch the holes, and then take what is still whole."""
+        made = 0
+        while free_bytes() > LEFT + BLOCK and self._take(BLOCK, SMALL):
+            pass
+        if len(self._held) * BLOCK < HOLE_EVERY * self._wanted:
+            raise BenchError("there is too little memory to make holes for this load")
+        for held in self._held:
+            for at in range(0, BLOCK, HOLE_EVERY * mmap.PAGESIZE):
+                _madvise(held, at, mmap.PAGESIZE, mmap.MADV_DONTNEED)
+                made += mmap.PAGESIZE
+            if made >= self._wanted:
+                break
+        for _ in range(free_blocks() - FEW_BLOCKS):  # those below the watermarks stay
+            before = free_blocks()
+            if not self._take(HUGE_PAGE, HUGE) or free_blocks() >= before:
+                break
+        self._whole = free_blocks()
+
+    def _take(self, nbytes: int, kind: int) -> bool:
+        held = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        held.madvise(kind)
+        taken = _madvise(held, 0, nbytes, _POPULATE_WRITE) == 0
+        if taken:
+            self._held.append(held)
+        return taken
+
+
+def _madvise(held: mmap.mmap, at: int, nbytes: int, advice: int) -> int:
+    begin = ctypes.c_char.from_buffer(held)
+    return int(_libc.madvise(ctypes.addressof(begin) + at, nbytes, advice))
+
+
+def free_blocks() -> int:
+    """How many free blocks of 2 MiB the kernel has, in pairs and more counted each."""
+    found = 0
+    for line in Path("/proc/buddyinfo").read_text(encoding="ascii").splitlines():
+        counts = [int(field) for field in line.split("zone", 1)[1].split()[1:]]
+        found += sum(count << (order - 9) for order, count in enumerate(counts) if order >= 9)
+    return found
+
+
+def free_bytes() -> int:
+    """MemFree."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemFree:"):
+            return int(line.split()[1]) * 1024
+    raise BenchError("/proc/meminfo names no free memory")
+
+
+class Fresh:
+    """Lends nothing, and waits until the host has taken back what is free. A context manager."""
+
+    def __enter__(self) -> Fresh:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[None]:
+        """What runs in the block finds memory that the host has to give first."""
+        time.sleep(TAKEN_BACK_S)
+        yield
+
+
+def reserve(state: str, wanted: int) -> Reserve | Fragmented | Fresh:
+    """Memory for a load of so many bytes, in one of the `STATES`."""
+    if state == "lent":
+        return Reserve(wanted)
+    if state in ("small", "huge"):
+        return Reserve(wanted, {SMALL: 5} if state == "small" else {HUGE: 4})
+    return Fragmented(wanted + LEFT) if state == "fragmented" else Fresh()
