@@ -92,11 +92,12 @@ int fst_file_read(fst_file *file, uint64_t offset, void *to, uint64_t length, fs
 enum fst_probe {
     FST_PROBE_NONE = 0,
     FST_PROBE_CACHESTAT = 1,
-    FST_PROBE_NOWAIT = 2,
-    FST_PROBE_MINCORE = 3
+    FST_PROBE_MINCORE = 2
 };
 /* How many bytes of the extent are in the page cache, and which probe told:
- * FST_PROBE_NONE means unknown (*resident is 0 then). Never blocks on I/O. */
+ * FST_PROBE_NONE means unknown (*resident is 0 then). Reads nothing of the file and never blocks
+ * on I/O. Unknown are files that the caller neither owns nor may write: cachestat refuses those,
+ * and mincore claims that all of them is cached. */
 int fst_file_residency(fst_file *file, uint64_t offset, uint64_t length, uint64_t *resident,
                        int *probe);
 

@@ -66,6 +66,8 @@ int fst_arena_map(fst_file *file, fst_arena **out, fst_error *err) {
  * memory is short, pages of random maps are let go of first. */
 #define WINDOW_MAX (64u << 20)
 #define UNWANTED_MIN (64u << 10) /* less is read over anyway */
+/* Each splits the map into up to two more areas of the process, which may have some 65,000. */
+#define AREAS_MAX 30
 
 typedef struct extent {
     uint64_t begin, end;
@@ -99,26 +101,41 @@ static void advise(const fst_arena *map, area *a, int advice) {
     *a = (area){0};
 }
 
-/* What lies near the area before joins it: each costs an entry in the process's memory map. */
-static void add(const fst_arena *map, area *a, uint64_t begin, uint64_t end) {
-    if (a->begin < a->end && begin > a->end && begin - a->end > WINDOW_MAX)
-        advise(map, a, MADV_RANDOM);
-    if (a->begin == a->end) a->begin = begin;
-    a->end = end;
+/* Advises, or counts, the areas of a map beside which something is unwanted. Those at most `near`
+ * bytes apart are one. Returns how many there are. */
+static uint64_t random_areas(const fst_arena *map, const fst_segment *wanted, uint64_t count,
+                             uint64_t near, bool apply) {
+    const fst_segment *next = wanted;
+    extent e = {0};
+    area last = {0};
+    uint64_t areas = 0;
+    while (next_extent(map, &next, wanted + count, &e)) {
+        uint64_t window = fst_min(e.end - e.begin, WINDOW_MAX);
+        const area sides[2] = {
+            {e.begin, e.begin - e.before >= UNWANTED_MIN ? e.begin + window : e.begin},
+            {map->bytes - e.end >= UNWANTED_MIN ? e.end - window : e.end, e.end},
+        };
+        for (int i = 0; i < 2; i++) {
+            if (sides[i].begin == sides[i].end) continue;
+            bool joins = areas > 0 && sides[i].begin <= last.end + near;
+            if (!joins) {
+                if (apply) advise(map, &last, MADV_RANDOM);
+                last = (area){sides[i].begin, sides[i].begin};
+                areas++;
+            }
+            last.end = sides[i].end;
+        }
+    }
+    if (apply) advise(map, &last, MADV_RANDOM);
+    return areas;
 }
 
 void fst_arena_keep_to(fst_arena *map, const fst_segment *wanted, uint64_t count) {
-    const fst_segment *next = wanted;
-    extent e = {0};
-    area random = {0};
+    uint64_t near = WINDOW_MAX;
     if (map->kind != FST_ARENA_MAP) return;
-    while (next_extent(map, &next, wanted + count, &e)) {
-        uint64_t window = fst_min(e.end - e.begin, WINDOW_MAX);
-        if (e.begin - e.before >= UNWANTED_MIN) add(map, &random, e.begin, e.begin + window);
-        if (map->bytes - e.end >= UNWANTED_MIN) add(map, &random, e.end - window, e.end);
-    }
+    while (random_areas(map, wanted, count, near, false) > AREAS_MAX) near *= 2;
     atomic_store(&map->kept, true);
-    advise(map, &random, MADV_RANDOM);
+    (void)random_areas(map, wanted, count, near, true);
 }
 
 void fst_arena_keep_no_more(fst_arena *map) {

@@ -15,7 +15,8 @@
 #include "fst_internal.h"
 #include "fst_sys.h"
 
-#define DROP_TRIES 15 /* 30 ms; reads of some MiB take a few */
+#define DROP_TRIES 15  /* 30 ms; reads of some MiB take a few */
+#define DROP_BLINDLY 5 /* where no probe tells whether anything is left */
 
 fst_counters fst_counts;
 
@@ -64,6 +65,7 @@ int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_err
     }
     memset(file, 0, sizeof *file);
     atomic_init(&file->refs, 1);
+    atomic_init(&file->hint_fd, -1);
     file->fd = fd;
     memcpy(file->path, path, length);
     file->info.size = (uint64_t)status.st_size;
@@ -91,6 +93,7 @@ void fst_file_release(fst_file *file) {
     if (file == NULL) return;
     if (atomic_fetch_sub_explicit(&file->refs, 1, memory_order_acq_rel) != 1) return;
     close(file->fd);
+    if (atomic_load(&file->hint_fd) >= 0) close(atomic_load(&file->hint_fd));
     atomic_fetch_sub(&fst_counts.files, 1);
     free(file);
 }
@@ -106,15 +109,17 @@ void fst_file_release_at(fst_file **file) {
     fst_file_release(held);
 }
 
-int fst_file_open_direct(const fst_file *file) {
+/* Another descriptor of the same inode. -1 with errno set. */
+static int open_again(const fst_file *file, int flags) {
     char link[64];
+    flags |= O_RDONLY | O_CLOEXEC | O_NONBLOCK;
     /* Through /proc: the same inode whatever the path names by now. */
     (void)snprintf(link, sizeof link, "/proc/self/fd/%d", file->fd);
-    int fd = FST_SYS->open(link, O_RDONLY | O_CLOEXEC | O_DIRECT);
+    int fd = FST_SYS->open(link, flags);
     if (fd >= 0) return fd;
     int code = errno;
     if (code != ENOENT && code != EACCES) return -1;
-    fd = FST_SYS->open(file->path, O_RDONLY | O_CLOEXEC | O_DIRECT); /* no /proc here */
+    fd = FST_SYS->open(file->path, flags); /* no /proc here */
     if (fd < 0) return -1;
     struct stat status;
     if (FST_SYS->fstat(fd, &status) == 0 && (uint64_t)status.st_dev == file->info.dev &&
@@ -124,6 +129,8 @@ int fst_file_open_direct(const fst_file *file) {
     errno = ESTALE;
     return -1;
 }
+
+int fst_file_open_direct(const fst_file *file) { return open_again(file, O_DIRECT); }
 
 int fst_file_read(fst_file *file, uint64_t offset, void *to, uint64_t length, fst_error *err) {
     unsigned char *at = to;
@@ -150,22 +157,6 @@ int fst_file_read(fst_file *file, uint64_t offset, void *to, uint64_t length, fs
 }
 
 /* ---- residency ---- */
-
-/* One-byte reads that refuse to wait, spread over the extent. The estimate is coarse,
- * but a wrong one costs a little read-ahead, never a wrong byte. */
-static bool probe_nowait(int fd, uint64_t offset, uint64_t length, uint64_t *resident) {
-    uint64_t stride = fst_align_up(length / 64 + 1, 64u << 10), probes = 0, hits = 0;
-    for (uint64_t at = offset; at < offset + length; at += stride) {
-        unsigned char byte;
-        struct iovec to = {&byte, 1};
-        ssize_t got = FST_SYS->preadv2(fd, &to, 1, (off_t)at, RWF_NOWAIT);
-        if (got < 0 && errno != EAGAIN) return false;
-        probes++;
-        if (got == 1) hits++;
-    }
-    *resident = probes == 0 ? 0 : (uint64_t)((double)length * (double)hits / (double)probes);
-    return true;
-}
 
 /* mincore tells the truth only on files the caller owns or may write; elsewhere it
  * claims that everything is resident. */
@@ -214,26 +205,47 @@ int fst_file_residency(fst_file *file, uint64_t offset, uint64_t length, uint64_
         *resident = fst_min(bytes, length);
         return FST_OK;
     }
-    if (probe_nowait(file->fd, offset, length, resident)) {
-        *probe = FST_PROBE_NOWAIT;
-    } else if (probe_mincore(file->fd, offset, length, resident)) {
+    if (probe_mincore(file->fd, offset, length, resident))
         *probe = FST_PROBE_MINCORE;
-    } else {
+    else
         *resident = 0;
-    }
     return FST_OK;
+}
+
+/* Its descriptor is one of its own, since read-ahead is a descriptor's: without any, a miss reads
+ * one page. */
+bool fst_file_has_page(fst_file *file, uint64_t offset) {
+    unsigned char byte;
+    struct iovec to = {&byte, 1};
+    int none = -1, fd = atomic_load(&file->hint_fd);
+    if (fd < 0) {
+        int made = open_again(file, 0);
+        if (made < 0) return false;
+        (void)FST_SYS->fadvise(made, 0, 0, POSIX_FADV_RANDOM);
+        if (atomic_compare_exchange_strong(&file->hint_fd, &none, made)) {
+            fd = made;
+        } else {
+            close(made);
+            fd = none; /* another thread's */
+        }
+    }
+    return FST_SYS->preadv2(fd, &to, 1, (off_t)offset, RWF_NOWAIT) == 1;
 }
 
 /* Reads of the kernel's own may be under way, ahead of ours: their pages can be dropped when they
  * have arrived. What is still there after DROP_TRIES is in somebody else's use. */
 void fst_file_drop_cache(fst_file *file) {
-    for (int i = 0; i < DROP_TRIES; i++) {
+    int tries = DROP_TRIES;
+    for (int i = 0; i < tries; i++) {
         uint64_t resident;
         int probe;
         struct timespec pause = {0, 2000000};
         if (FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_DONTNEED) != 0) return; /* not here */
         (void)fst_file_residency(file, 0, file->info.size, &resident, &probe);
-        if (resident == 0) return;
+        if (probe == FST_PROBE_NONE)
+            tries = DROP_BLINDLY;
+        else if (resident == 0)
+            return;
         (void)nanosleep(&pause, NULL);
     }
 }

@@ -50,6 +50,7 @@ void fst_pages_unmap(fst_pages *pages); /* and empties it; nothing to do for an 
 struct fst_file {
     atomic_uint refs;
     atomic_bool exactly; /* see fst_file_read_exactly */
+    atomic_int hint_fd;  /* of the same inode, for fst_file_has_page; -1 until it is needed */
     int fd;
     fst_file_info info;
     char path[]; /* for messages only: what was opened is fd */
@@ -60,6 +61,9 @@ void fst_file_retain(fst_file *file);
 const char *fst_source_name(const fst_file *file);
 /* A second descriptor of the same inode, for O_DIRECT. -1 with errno set. */
 int fst_file_open_direct(const fst_file *file);
+/* Whether the page at an offset is cached and up to date: a hint, where no probe tells. Where it
+ * is not, that page alone is read. */
+bool fst_file_has_page(fst_file *file, uint64_t offset);
 /* Leaves nothing of it in the page cache, if nobody else uses it. Takes milliseconds. */
 void fst_file_drop_cache(fst_file *file);
 

@@ -20,6 +20,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #include "fst_internal.h"
 #include "fst_sys.h"
@@ -54,24 +55,36 @@ int fst_io_read_through(const fst_io_context *io) {
     return 0;
 }
 
-/* Faults file bytes [begin, end) in; mapped is where the page of io->begin is mapped. */
-static int populate(const fst_io_context *io, unsigned char *mapped, uint64_t begin, uint64_t end) {
-    uint64_t page = fst_page(), first = fst_align_down(begin, page);
-    unsigned char *from = mapped + (first - fst_align_down(io->begin, page));
-    size_t bytes = (size_t)(fst_align_up(end, page) - first);
+/* Where file bytes are mapped: a byte at file offset X lies at base + (X - origin). */
+typedef struct mapped {
+    unsigned char *base; /* NULL: there is no such map */
+    uint64_t origin;
+} mapped;
+
+/* Calls madvise for the pages of file bytes [begin, end). */
+static int advise(mapped map, uint64_t begin, uint64_t end, int advice) {
+    uint64_t first = fst_align_down(begin, fst_page());
+    size_t bytes = (size_t)(fst_align_up(end, fst_page()) - first);
+    return FST_SYS->madvise(map.base + (first - map.origin), bytes, advice);
+}
+
+/* Faults file bytes [begin, end) in. Returns 0 or an errno. */
+static int populate(const fst_io_context *io, mapped map, uint64_t begin, uint64_t end) {
+    if (begin >= end) return 0;
     for (int tries = 0; tries < POPULATE_TRIES; tries++) {
-        if (FST_SYS->madvise(from, bytes, MADV_POPULATE_READ) == 0) return 0;
+        if (advise(map, begin, end, MADV_POPULATE_READ) == 0) return 0;
         if (errno != EINTR && errno != EAGAIN) return errno;
         if (atomic_load_explicit(io->stop, memory_order_relaxed)) return ECANCELED;
     }
     return EAGAIN;
 }
 
-/* What of a chunk is read by huge pages: whole ones, since a neighbour may be nobody's wish, such
+/* What of a chunk is read by huge pages: whole ones, since other bytes may be unwanted, such
  * as experts of other ranks. The header before the first and the end of the file are no loss. */
 typedef struct huge_range {
     uint64_t begin, end;
-    bool tail_alone; /* behind it nothing is wanted, or by small pages */
+    uint64_t alone; /* from here on a fault may not ask for the next huge page: that is unwanted,
+                       or read by small pages */
 } huge_range;
 
 static huge_range huge_part(const fst_io_context *io) {
@@ -80,67 +93,122 @@ static huge_range huge_part(const fst_io_context *io) {
         .begin = first ? io->begin : fst_align_up(io->begin, FST_HUGE_PAGE),
         .end = last ? io->end : fst_align_down(io->end, FST_HUGE_PAGE),
     };
-    part.tail_alone = part.end < io->end;
+    /* Of less, a fault would read more than is wanted. */
+    if (part.end < part.begin || part.end - part.begin < FST_HUGE_PAGE) part.end = part.begin;
+    part.alone = part.end;
+    if (part.begin < part.end && part.end < io->end) part.alone = part.end - FST_HUGE_PAGE;
     return part;
 }
 
-/* Asks for huge pages, and tries on the first page whether a fault brings one. */
-static bool faults_are_huge(const fst_io_context *io, unsigned char *mapped, huge_range part) {
-    uint64_t page = fst_page(), base = fst_align_down(io->begin, page), resident = 0;
-    int probe = FST_PROBE_NONE;
-    /* Of less, a fault would read more than is wanted. */
-    if (part.end < part.begin || part.end - part.begin < FST_HUGE_PAGE) return false;
-    uint64_t first = fst_align_down(part.begin, page);
-    uint64_t huge_end = fst_align_down(part.begin, FST_HUGE_PAGE) + FST_HUGE_PAGE;
-    unsigned char *from = mapped + (first - base);
-    if (FST_SYS->madvise(from, (size_t)(part.end - first), MADV_HUGEPAGE) != 0) return false;
-    /* A fault asks for the next huge page, too, unless it is told that accesses are random. */
-    if (part.tail_alone)
-        (void)FST_SYS->madvise(mapped + (part.end - FST_HUGE_PAGE - base), FST_HUGE_PAGE,
-                               MADV_RANDOM);
-    if (populate(io, mapped, part.begin, part.begin + 1) != 0) return false;
-    (void)fst_file_residency((fst_file *)(uintptr_t)io->file, first, huge_end - first, &resident,
-                             &probe);
-    return resident == huge_end - first;
+static uint64_t major_faults(void) {
+    struct rusage usage;
+    return getrusage(RUSAGE_THREAD, &usage) == 0 ? (uint64_t)usage.ru_majflt : 0;
 }
 
-static uint64_t cold_bytes_of(const fst_io_context *io) {
+/* Whether a fault at the first byte brought the whole huge page. */
+static bool came_whole(const fst_io_context *io, huge_range part) {
+    uint64_t first = fst_align_down(part.begin, fst_page()), resident = 0;
+    uint64_t end = fst_min(fst_align_down(part.begin, FST_HUGE_PAGE) + FST_HUGE_PAGE, part.end);
+    int probe = FST_PROBE_NONE;
+    fst_file *file = (fst_file *)(uintptr_t)io->file;
+    (void)fst_file_residency(file, first, end - first, &resident, &probe);
+    if (probe != FST_PROBE_NONE) return resident == end - first;
+    return fst_file_has_page(file, fst_align_down(end - 1, fst_page())); /* else it is on its way */
+}
+
+/* Reads a part by huge pages; false: faults bring less, or there is no map for them. */
+static bool read_huge(const fst_io_context *io, mapped huge, huge_range part) {
+    if (huge.base == NULL) return false;
+    return populate(io, huge, part.begin, part.begin + 1) == 0 && came_whole(io, part) &&
+           populate(io, huge, part.begin, part.end) == 0;
+}
+
+/* Whether a probe tells how many bytes of the chunk are not cached. */
+static bool probed(const fst_io_context *io, uint64_t *cold) {
     uint64_t resident = 0, length = io->end - io->begin;
     int probe = FST_PROBE_NONE;
     (void)fst_file_residency((fst_file *)(uintptr_t)io->file, io->begin, length, &resident, &probe);
-    return length - fst_min(resident, length);
+    *cold = length - fst_min(resident, length);
+    return probe != FST_PROBE_NONE;
 }
 
-static int fill(const fst_io_context *io, unsigned char *mapped) {
-    huge_range part = huge_part(io);
-    /* Who reads a page in which a huge fault left its mark reads on behind what is wanted. */
-    if (atomic_load(&io->file->exactly) || !faults_are_huge(io, mapped, part)) {
-        queue_reads(io, io->begin, io->end);
-    } else {
+/* How many bytes of the chunk are not cached; all of them where no probe tells and a fault has
+ * had to read. That reads what is wanted only, and is no loss. */
+static uint64_t cold_bytes_of(const fst_io_context *io, mapped huge, huge_range part) {
+    uint64_t cold, length = io->end - io->begin, before = major_faults();
+    if (probed(io, &cold)) return cold;
+    if (huge.base == NULL) return length;
+    for (uint64_t at = part.begin; at < part.end; at += FST_HUGE_PAGE)
+        if (populate(io, huge, at, at + 1) != 0) return length;
+    return major_faults() == before ? 0 : length;
+}
+
+/* Brings the chunk into the page cache, or on its way there. */
+static void fill(const fst_io_context *io, mapped huge, huge_range part) {
+    if (read_huge(io, huge, part)) {
         queue_reads(io, io->begin, part.begin);
         queue_reads(io, part.end, io->end);
+    } else {
+        queue_reads(io, io->begin, io->end);
     }
-    return populate(io, mapped, io->begin, io->end);
+}
+
+/* A map of the chunk alone, for as long as a call takes. Not the tensors' own: advice splits a map
+ * into areas, of which a process may have some 65,000, and 257 stripes took 527 of them. */
+typedef struct chunk_map {
+    mapped whole; /* base is NULL where it was refused */
+    mapped huge;  /* the same; base is NULL where huge pages are not for this chunk */
+    size_t bytes;
+} chunk_map;
+
+static chunk_map map_chunk(const fst_io_context *io, huge_range part) {
+    uint64_t first = fst_align_down(io->begin, fst_page());
+    chunk_map map = {.bytes = (size_t)(fst_align_up(io->end, fst_page()) - first)};
+    bool exactly = atomic_load(&io->file->exactly);
+    void *base = FST_SYS->mmap(NULL, map.bytes, PROT_READ, MAP_SHARED, io->file->fd, (off_t)first);
+    if (base == MAP_FAILED) return map;
+    map.whole = (mapped){base, first};
+    /* Who reads a page in which a huge fault left its mark reads on behind what is wanted. */
+    if (exactly) (void)advise(map.whole, io->begin, io->end, MADV_RANDOM);
+    if (exactly || part.begin == part.end ||
+        advise(map.whole, part.begin, part.end, MADV_HUGEPAGE) != 0)
+        return map;
+    if (part.alone < part.end) (void)advise(map.whole, part.alone, part.end, MADV_RANDOM);
+    map.huge = map.whole;
+    return map;
+}
+
+static void unmap_chunk(const chunk_map *map) {
+    if (map->whole.base != NULL) (void)munmap(map->whole.base, map->bytes);
 }
 
 void fst_io_fill_cache(const fst_io_context *io) {
-    if (cold_bytes_of(io) == 0) return;
-    uint64_t first = fst_align_down(io->begin, fst_page());
-    size_t bytes = (size_t)(fst_align_up(io->end, fst_page()) - first);
-    void *map = FST_SYS->mmap(NULL, bytes, PROT_READ, MAP_SHARED, io->file->fd, (off_t)first);
-    if (map == MAP_FAILED) {
+    huge_range part = huge_part(io);
+    uint64_t cold;
+    if (probed(io, &cold) && cold == 0) return;
+    chunk_map map = map_chunk(io, part);
+    if (map.whole.base == NULL) {
         queue_reads(io, io->begin, io->end);
-        return;
+    } else if (cold_bytes_of(io, map.huge, part) > 0) {
+        fill(io, map.huge, part);
+        (void)populate(io, map.whole, io->begin, io->end); /* the read that follows says it */
     }
-    if (atomic_load(&io->file->exactly)) (void)FST_SYS->madvise(map, bytes, MADV_RANDOM);
-    (void)fill(io, map); /* whatever is wrong, the read that follows says it */
-    (void)munmap(map, bytes);
+    unmap_chunk(&map);
 }
 
 int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes) {
-    *cold_bytes = cold_bytes_of(io);
-    if (*cold_bytes == 0) return 0; /* faulting it in is cheap, and only if it is used */
-    int code = fill(io, io->arena->data + fst_align_down(io->begin, fst_page()));
+    mapped tensors = {io->arena->data, 0};
+    huge_range part = huge_part(io);
+    /* Faulting in what is cached is cheap, and only if it is used. */
+    if (probed(io, cold_bytes) && *cold_bytes == 0) return 0;
+    chunk_map map = map_chunk(io, part);
+    int code = 0;
+    *cold_bytes = cold_bytes_of(io, map.huge, part);
+    if (*cold_bytes > 0) {
+        fill(io, map.huge, part);
+        code = populate(io, tensors, io->begin, io->end);
+    }
+    unmap_chunk(&map);
     if (code != EINVAL) return code;
     return io->slot == NULL ? ENOBUFS : fst_io_read_through(io);
 }

@@ -12,7 +12,7 @@ from ..errors import Doubt
 from ..layout import FileLayout, LayoutCache
 from ._lib import ffi, lib, place_for, raise_
 
-_PROBES = ("none", "cachestat", "preadv2", "mincore")
+_PROBES = ("none", "cachestat", "mincore")
 
 
 class File:
@@ -158,7 +158,7 @@ class Residency:
     Attributes:
         resident_bytes: cached.
         total_bytes: the file's size.
-        probe: ``cachestat``, ``preadv2``, ``mincore``, or ``none``: nothing could tell.
+        probe: ``cachestat``, ``mincore``, or ``none``: nothing could tell.
     """
 
     resident_bytes: int

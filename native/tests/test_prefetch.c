@@ -206,6 +206,79 @@ static void test_keep_to(void) {
     test_remove(&file);
 }
 
+/* Into how many areas of the process a file's map is split. */
+static uint64_t areas_of(fst_arena *map) {
+    uintptr_t from = (uintptr_t)fst_arena_data(map), to = from + fst_arena_bytes(map);
+    unsigned long long begin, end;
+    uint64_t found = 0;
+    char line[512];
+    FILE *file = fopen("/proc/self/maps", "re");
+    MUST(file != NULL);
+    while (fgets(line, sizeof line, file) != NULL)
+        if (sscanf(line, "%llx-%llx ", &begin, &end) == 2) found += begin >= from && begin < to;
+    (void)fclose(file);
+    return found;
+}
+
+enum {
+    AREAS_MORE = 64 /* of a process's 65,530: a checkpoint has some hundred files */
+};
+
+/* However many extents are wanted, and however far apart: a map stays in few pieces. */
+static void test_areas(void) {
+    static fst_segment wanted[4000];
+    static const struct {
+        uint64_t every, bytes, count;
+    } scattered[] = {{12, 4, 200}, {200, 8, 100}, {80, 1, 250}, {5, 1, 4000}};
+    test_file file = test_create(0, 5);
+    MUST(truncate(file.path, (off_t)20 << 30) == 0); /* sparse */
+    fst_file *opened = test_open(&file);
+    fst_error err = {0};
+    for (size_t i = 0; i < sizeof scattered / sizeof *scattered; i++) {
+        fst_arena *map = NULL;
+        for (uint64_t k = 0; k < scattered[i].count; k++)
+            wanted[k] =
+                (fst_segment){(k * scattered[i].every + 1) << 20, scattered[i].bytes << 20, 0};
+        MUST(fst_arena_map(opened, &map, &err) == FST_OK);
+        fst_arena_keep_to(map, wanted, scattered[i].count);
+        CHECK(random_bytes(map) > 0);
+        uint64_t areas = areas_of(map);
+        CHECK(areas > 1 && areas <= 1 + AREAS_MORE);
+        fst_arena_release(map);
+    }
+    /* Reading them ahead takes none at all. */
+    fst_arena *map = NULL;
+    fst_job *job = NULL;
+    fst_job_options options = options_for(0);
+    options.chunk_bytes = 4 << 20;
+    for (uint64_t k = 0; k < 64; k++) wanted[k] = (fst_segment){(k * 12) << 20, 4 << 20, 0};
+    MUST(fst_arena_map(opened, &map, &err) == FST_OK);
+    CHECK_EQ(fst_job_prefetch(opened, map, wanted, 64, &options, &job, &err), FST_OK);
+    CHECK_EQ(wait_for(job, &err), FST_OK);
+    fst_job_release(job);
+    CHECK_EQ(areas_of(map), 1);
+    fst_arena_release(map);
+    fst_file_release(opened);
+    test_remove(&file);
+}
+
+/* Where no probe tells, faults do: what is cached is found to be, without a look at it. */
+static void test_unprobed(void) {
+    test_file file = test_create((8 << 20) + 99, 5);
+    plan p = whole_plan(file.size);
+    fst_file *opened = test_open(&file);
+    CHECK_EQ(prefetch(&file, opened, &p, 0, true).bytes_skipped, 0);
+    CHECK_EQ(fst_fault_set("cachestat", 1, ALL, EPERM, 0), 0);
+    CHECK_EQ(fst_fault_set("mincore", 1, ALL, ENOSYS, 0), 0);
+    fst_job_stats stats = prefetch(&file, opened, &p, 0, true);
+    CHECK_EQ(stats.bytes_skipped, 0);
+    CHECK_EQ(fst_fault_calls("pread") + fst_fault_calls("preadv"), 0);
+    fst_fault_clear();
+    fst_file_release(opened);
+    free_plan(&p);
+    test_remove(&file);
+}
+
 /* Read-ahead over a file that has shrunk gives up; only a reader would get SIGBUS. */
 static void test_prefetch_truncated(void) {
     for (int old_kernel = 0; old_kernel <= 1; old_kernel++) {
@@ -228,6 +301,8 @@ int main(void) {
     RUN(test_prefetch_faults);
     RUN(test_prefetch_limits);
     RUN(test_keep_to);
+    RUN(test_areas);
+    RUN(test_unprobed);
     RUN(test_prefetch_truncated);
     return test_result();
 }
