@@ -76,6 +76,8 @@ class DeviceFile(OpenedFile):
         self._target = target
         self._guard = Guard()  # of the windows
         self._windows: deque[Window] = deque()
+        # Where the last requests ended: threads that share a walk come slightly out of order.
+        self._recent: deque[int] = deque(maxlen=8)
         self._mode = self._read_mode()
         self.account.path = _PATHS[self._mode]
 
@@ -250,7 +252,7 @@ class DeviceFile(OpenedFile):
 
     def _window_with(self, i: int) -> Window:
         """The window that tensor i waits in; a new one, and those behind it, if there is none."""
-        sequential = self.follows_another(i)
+        sequential = self._follows_another(i)
         for window in self._windows:
             if i in window.waiting:
                 if window is self._windows[-1]:
@@ -264,6 +266,13 @@ class DeviceFile(OpenedFile):
         self._windows.append(found)
         self._stream_on(found)
         return found
+
+    def _follows_another(self, i: int) -> bool:
+        """Note a request for tensor i: whether it begins where a recent one ended."""
+        begin, end = self.layout.extent(i)
+        sequential = begin in self._recent
+        self._recent.append(end)
+        return sequential
 
     @property
     def _window_bytes(self) -> int:

@@ -25,6 +25,7 @@ from .layout import FileLayout, plan_arena, plan_rows
 from .locks import shared
 from .machine import io_threads
 from .opened import OpenedFile, progress_bar
+from .readahead import HUGE_PAGE, ReadAhead
 from .windows import HostAhead
 
 if TYPE_CHECKING:
@@ -33,21 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["HostFile"]
 
 MIB = 1 << 20
-WORKERS_FROM = 1 * MIB
-"""Bytes from which a load is worth waking workers for; a thread costs about 30 us."""
-
-HUGE_PAGE = 2 * MIB
-
-AHEAD = 64 * MIB
-"""How far read-ahead runs in front of a handle that is walked in file order."""
-
-PROBED_WHOLE = 64 * MIB
-"""Extents up to this size are looked at page by page: 12 us for 19 MB in large folios, where
-waking a worker and finding out how much memory is free take some 300 us a file."""
-
-RESERVE = 512 * MIB
-"""Read-ahead stops when less memory than this (or a tenth of what was free) is left."""
-
 CHUNK_MIN = 64 << 10
 """The least that ``chunk_bytes`` may be."""
 
@@ -69,11 +55,7 @@ class HostFile(OpenedFile):
         self.account.path = self._path_name()
         self._map: engine.Arena | None = None
         self._storage: torch.UntypedStorage | None = None  # of the whole map
-        self._covered = (0, 0)  # file range last looked after
-        self._all_cached = False  # certainly
-        self._resident: float | None = None  # what a look at the whole file found last
-        self._looked = False  # whether the report knows what was cached at first
-        self._reserve: int | None = None  # bytes of memory that read-ahead leaves
+        self.ahead_of = ReadAhead(file, layout, config, self.account)
 
     # ---- which path ----
 
@@ -109,27 +91,32 @@ class HostFile(OpenedFile):
         self.count(1, self.layout.nbytes(i))
         return result
 
-    def part(self, i: int, index: Any, *, ahead: bool = True) -> torch.Tensor:
+    def part(
+        self, i: int, index: Any, rows: tuple[int, int] | None = None, *, ahead: bool = True
+    ) -> torch.Tensor:
         """What stock's slice gives for an index into tensor i. Raises as `tensor`.
 
         Args:
             i: number of the tensor.
             index: as torch takes it.
+            rows: the first row that it takes and the one behind the last; None: all.
             ahead: whether to read ahead where the file is mapped.
         """
-        whole = self._made(i, for_slice=True, ahead=ahead)
+        whole = self._made(i, for_slice=True, ahead=ahead, rows=rows)
         result = self.index(whole, index)
         self.count(1, result.nbytes if self.mapped else whole.nbytes)
         return result
 
-    def _made(self, i: int, for_slice: bool, ahead: bool = True) -> torch.Tensor:
+    def _made(
+        self, i: int, for_slice: bool, ahead: bool = True, rows: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         tensors.check(self.layout, i)
         if not tensors.ordinary_mode():
             return self._in_mode(i, for_slice)
         if not self.mapped:
             return self._read([i])[0]
         if ahead:
-            self._look_ahead(i)
+            self.ahead_of.request(self.map(), i, rows)
         return tensors.import_batch(self.map(), self.layout, array("Q", (i,)))[0]
 
     def all_tensors(self) -> dict[str, torch.Tensor]:
@@ -142,7 +129,7 @@ class HostFile(OpenedFile):
             return {name: self.tensor(i) for i, name in enumerate(layout.names)}
         if self.mapped:
             arena = self.map()
-            self.read_ahead_all()
+            self.ahead_of.everything(arena)
             made = tensors.import_batch(arena, layout)
         else:
             made = self._read(range(len(layout.names)))
@@ -167,36 +154,12 @@ class HostFile(OpenedFile):
         if self.mapped:
             arena = self.map()
             made = tensors.import_batch(arena, self.layout, wanted)
-            self._read_ahead(arena, wanted)
+            self.ahead_of.tensors(arena, wanted)
         else:
             self._require_room(sum(map(self.layout.nbytes, wanted)))
             made, arena, segments, _ = self._places(wanted)
             job = self.read_into(arena, segments)
         return HostAhead(self, dict(zip(wanted, made, strict=True)), job, asked)
-
-    def _read_ahead(self, arena: engine.Arena, wanted: array[int]) -> None:
-        """Start reading ahead some mapped tensors; workers look what is not cached of them."""
-        if self.config.io == "mmap":
-            return
-        segments = array("Q")
-        total = 0
-        for i in wanted:
-            begin, end = self.layout.extent(i)
-            if segments and segments[-3] + segments[-2] == begin:
-                segments[-2] += end - begin
-            else:
-                segments.extend((begin, end - begin, 0))
-            total += end - begin
-        if total < WORKERS_FROM:
-            return
-        if self.account.resident is None:
-            whole = self.layout.data_begin, self.layout.data_bytes
-            self._all_cached = self._note_residency(*whole)
-        if self._all_cached:
-            return
-        # Where samples find everything cached, one worker makes sure of the rest.
-        threads = 1 if self.account.resident == 1.0 else io_threads(self.config.threads)
-        self._start(arena, segments, threads)
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone; not for mapped files."""
@@ -238,54 +201,6 @@ class HostFile(OpenedFile):
                 found = self._map
         return found
 
-    def read_ahead_all(self) -> None:
-        """Start reading ahead what is not cached of a mapped file, in its order."""
-        layout, arena = self.layout, self.map()
-        if self.config.io == "mmap" or layout.data_bytes < WORKERS_FROM:
-            return
-        job = None
-        cached = self._note_residency(layout.data_begin, layout.data_bytes)
-        if not cached:
-            # Where samples find everything cached, one worker makes sure of the rest.
-            threads = 1 if self._resident == 1.0 else io_threads(self.config.threads)
-            job = self._start(arena, array("Q", (layout.data_begin, layout.data_bytes, 0)), threads)
-        self._covered = (0, self.file.size)
-        if self.config.progress and (cached or job is not None):
-            with progress_bar(self.file.path, layout.data_bytes) as advance:
-                if job is not None:
-                    job.wait(lambda stats: advance(stats.bytes_done))
-                advance(layout.data_bytes)
-
-    def _look_ahead(self, i: int) -> None:
-        """Bring in tensor i's extent, and what follows when the file is walked in order."""
-        begin, end = self.layout.extent(i)
-        if self.config.io == "mmap" or begin == end:
-            return
-        low, high = self._covered
-        sequential = self.follows_another(i)
-        if low <= begin and end <= high:
-            if sequential and high - end < AHEAD // 2 and high < self.file.size:
-                self._cover(low, high, self._ahead_of(high))
-        elif sequential:
-            self._cover(begin, begin, max(end, self._ahead_of(begin)))
-        elif end - begin >= WORKERS_FROM:  # less is a few faults, which the kernel serves
-            self._cover(begin, begin, end)
-
-    def _cover(self, low: int, begin: int, end: int) -> None:
-        """Start read-ahead of an extent unless it is cached; (low, end) is covered then."""
-        self._covered = (low, end)
-        resident, probe = self.file.residency(begin, end - begin)
-        if self.account.resident is None and probe != "none":
-            self.account.resident = resident / (end - begin)
-        if resident < end - begin:
-            self.account.path = "mmap+readahead"
-            extent = array("Q", (begin, end - begin, 0))
-            self._start(self.map(), extent, io_threads(self.config.threads))
-
-    def _ahead_of(self, offset: int) -> int:
-        """Where a window of read-ahead ends: at a huge page, which the next one begins with."""
-        return min(-(-(offset + AHEAD) // HUGE_PAGE) * HUGE_PAGE, self.file.size)
-
     def keep_to(self, wanted: array[int]) -> None:
         """Keep the kernel from reading what nobody wants of a mapped file, before it is used.
 
@@ -294,75 +209,6 @@ class HostFile(OpenedFile):
         """
         if self.config.io != "mmap":  # that is how the kernel reads by itself
             self.map().keep_to(wanted)
-
-    def read_ahead(self, extents: array[int], threads: int) -> None:
-        """Start reading ahead extents of a mapped file that others do not; it runs on by itself.
-
-        Args:
-            extents: flat 64-bit triples (file offset, bytes, ignored), in the order of use.
-            threads: most workers.
-        """
-        nbytes = sum(extents[1::3])
-        self._covered = (0, self.file.size)
-        if self.config.io == "mmap" or nbytes < WORKERS_FROM:
-            return
-        if self._note_residency(self.layout.data_begin, self.layout.data_bytes):
-            return
-        # Where samples find everything cached, one worker makes sure of the rest.
-        self._start(self.map(), extents, 1 if self._resident == 1.0 else threads)
-
-    def cold(self) -> bool:
-        """Whether a look at a mapped file tells that reading it ahead is worth while."""
-        layout = self.layout
-        if self.config.io == "mmap" or layout.data_bytes < WORKERS_FROM:
-            return False
-        self._note_residency(layout.data_begin, layout.data_bytes)
-        return self._resident != 1.0
-
-    def _note_residency(self, begin: int, nbytes: int) -> bool:
-        """Look how much is cached, for the report; whether it is certain that everything is.
-
-        Large extents are sampled; workers look at every chunk themselves. The report is told
-        what was found first: later there is what was read ahead.
-        """
-        samples, size = 16, min(nbytes, 256 << 10)
-        if nbytes <= PROBED_WHOLE:
-            samples, size = 1, nbytes
-        step = max((nbytes - size) // max(samples - 1, 1), 1)
-        resident = looked = 0
-        for k in range(samples):
-            found, probe = self.file.residency(min(begin + k * step, begin + nbytes - size), size)
-            if probe == "none":
-                self._resident = None
-                return False
-            resident, looked = resident + found, looked + size
-        self._resident = resident / looked
-        if not self._looked:
-            self._looked = True
-            self.account.resident = self._resident
-        if resident < looked:
-            self.account.path = "mmap+readahead"
-        return resident == nbytes
-
-    def _start(self, arena: engine.Arena, extents: array[int], threads: int) -> engine.Job | None:
-        """Start read-ahead; it runs on by itself, whatever becomes of the job.
-
-        None when there is no memory for it: the kernel then reads on demand, as for stock.
-        """
-        if self._reserve is None:  # once: asking costs more than starting
-            headroom = engine.memory_headroom()
-            self._reserve = min(RESERVE, headroom // 10) if headroom is not None else 0
-        try:
-            return engine.prefetch(
-                self.file,
-                arena,
-                extents,
-                threads=threads,
-                chunk_bytes=self.config.chunk_bytes,
-                reserve_bytes=self._reserve,
-            )
-        except MemoryError:
-            return None
 
     # ---- read into memory of our own ----
 

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -106,8 +105,6 @@ class OpenedFile(abc.ABC):
         self.layout = layout
         self.config = config
         self.account = Account()
-        # Where the last requests ended: threads that share a walk come slightly out of order.
-        self._recent: deque[int] = deque(maxlen=8)
 
     @property
     def owned(self) -> bool:
@@ -162,21 +159,17 @@ class OpenedFile(abc.ABC):
     def note(self, job: engine.Job) -> None:
         """Put how a finished job came by its bytes into the account."""
 
-    def part(self, i: int, index: Any) -> torch.Tensor:
-        """What stock's slice gives for an index into tensor i. Raises as `tensor`."""
+    def part(self, i: int, index: Any, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """What stock's slice gives for an index into tensor i, of which it takes some rows.
+
+        Raises as `tensor`.
+        """
         return self.index(self.tensor(i, for_slice=True), index)
 
     def index(self, whole: torch.Tensor, index: Any) -> torch.Tensor:
         """What stock's slice gives for an index into a tensor, or into some rows of it."""
         result: torch.Tensor = whole[index]
         return result
-
-    def follows_another(self, i: int) -> bool:
-        """Note a request for tensor i: whether it begins where a recent one ended."""
-        begin, end = self.layout.extent(i)
-        sequential = begin in self._recent
-        self._recent.append(end)
-        return sequential
 
     def count(self, made: int, nbytes: int) -> None:
         """Add tensors handed out to the account."""

@@ -99,12 +99,15 @@ class FastSlice:
         return self._left_to_stock(doubt, index)
 
     def _indexed(self, opened: OpenedFile, index: Any) -> torch.Tensor:
+        shape = opened.layout.shape(self._i)
+        rows = leading_rows(index, shape)
+        if rows is None:
+            return opened.part(self._i, index)
+        start, stop, rest = rows
         if not opened.mapped:
-            rows = leading_rows(index, opened.layout.shape(self._i))
-            if rows is not None:
-                start, stop, rest = rows
-                return opened.index(opened.rows(self._i, start, stop), rest)
-        return opened.part(self._i, index)
+            return opened.index(opened.rows(self._i, start, stop), rest)
+        some = (start, stop) if stop - start < shape[0] else None
+        return opened.part(self._i, index, some)
 
     def _verified(self, ours: torch.Tensor, index: Any) -> Any:
         theirs = self._stock()[index]

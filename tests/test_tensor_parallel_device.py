@@ -21,7 +21,7 @@ import fastst_patch
 from fastst_patch import engine, stripes
 from fastst_patch.integrations import shards
 from fastst_patch.layout import FileLayout
-from fastst_patch.onhost import WORKERS_FROM
+from fastst_patch.readahead import WORKERS_FROM
 
 loading = pytest.importorskip("transformers.core_model_loading", reason="needs transformers 5")
 sharding_utils = pytest.importorskip(

@@ -29,6 +29,7 @@ import fastst_patch
 from fastst_patch import engine, stripes
 from fastst_patch.bench import residency
 from fastst_patch.integrations import shards
+from fastst_patch.readahead import ReadAhead
 from fastst_patch.stripes import STRIPE
 
 MEETING_S = 20.0  # what a rank waits for another, in a program's own collectives
@@ -134,7 +135,7 @@ def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, 
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, was)
     plans = []
-    plan, looked = stripes.in_turn, shards.HostFile.cold
+    plan, looked = stripes.in_turn, ReadAhead.cold
 
     def watched(alone: Any, shared: Any, turn: int, turns: int) -> Any:
         result = plan(alone, shared, turn, turns)
@@ -145,14 +146,14 @@ def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, 
 
     stripes.in_turn = watched
     if force:  # whatever the file system keeps
-        shards.HostFile.cold = lambda self: True
+        ReadAhead.cold = lambda self: True
     before, counted = io(), engine.counters()
     try:
         with fastst_patch.patched(), fastst_patch.profile() as seen:
             model = load(folder, **load_options)
             total = sum(local(tensor).double().sum() for tensor in model.state_dict().values())
     finally:
-        stripes.in_turn, shards.HostFile.cold = plan, looked
+        stripes.in_turn, ReadAhead.cold = plan, looked
     after, count = io(), engine.counters()
     return {
         "evicted": all(told), "plans": plans, "stripe": STRIPE, "sum": float(total),

@@ -174,7 +174,7 @@ class _Reading:
         self._nbytes = 0
         self._alone: set[tuple[int, int]] = set()
         self._shared: set[tuple[int, int]] = set()
-        self.worth_it = opened.cold()
+        self.worth_it = opened.ahead_of.cold()
 
     @property
     def waiting(self) -> bool:
@@ -215,7 +215,7 @@ class _Reading:
         self._nbytes = 0
         self._alone, self._shared = set(), set()
         threads = io_threads(self._opened.config.threads)
-        self._opened.read_ahead(extents, max(threads // self._turns, 2))
+        self._opened.ahead_of.extents(self._opened.map(), extents, max(threads // self._turns, 2))
 
 
 class _Outline:

@@ -22,8 +22,9 @@ from ..errors import Doubt
 from ..layout import ARENA_ALIGNMENT
 from ..locks import Guard, here, interrupted
 from ..ondevice import ARENA, BUDGET
-from ..onhost import AHEAD, HostFile
+from ..onhost import HostFile
 from ..opened import OpenedFile, UnderWay
+from ..readahead import AHEAD
 
 if TYPE_CHECKING:
     import torch

@@ -239,7 +239,7 @@ class ShardedFiles:
                 takes = takes_of(source, rules, group.rank, group.size)
                 mine.append(takes)
                 flats.append(flat(source, takes))
-                cold.append(self._reads_ahead(source) and _host(source).cold())
+                cold.append(self._reads_ahead(source) and _host(source).ahead_of.cold())
         except BaseException as error:
             problem = error
         try:
@@ -399,7 +399,7 @@ class ShardedFiles:
             return
         opened = _host(source)
         if len(ranks) == 1 and request.takes is None:
-            opened.read_ahead_all()
+            opened.ahead_of.everything(opened.map())
             return
         needs = [request.needs[rank] for rank in ranks]
         alone, shared = split(source.extents, needs, range(len(ranks)))
@@ -408,7 +408,7 @@ class ShardedFiles:
         if cold:
             wanted = mapped.share(source.extents, alone[turn], shared, turn, len(ranks))
         threads = io_threads(self._config.threads)
-        opened.read_ahead(wanted, max(threads // len(ranks), 2))
+        opened.ahead_of.extents(opened.map(), wanted, max(threads // len(ranks), 2))
 
     def _moved(
         self, source: Source, request: Request, parts: dict[Key, Part]
