@@ -1,0 +1,178 @@
+"""Mapped files read name by name: what is read ahead, in any order, whoever owns the file."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fastst_patch
+from fastst_patch import engine
+
+MIB = 1 << 20
+COUNT, SIZE = 96, 2 * MIB
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """96 tensors of 2 MiB, numbered in the file's order; names sort in another."""
+    path = tmp_path_factory.mktemp("walks") / "model.safetensors"
+    # The writer sorts by name: the numbers of the names are padded, those in the text are not.
+    save_file({_name(i): torch.full((SIZE // 4,), i, dtype=torch.int32) for i in range(COUNT)},
+              path)  # fmt: skip
+    yield path
+    path.unlink()
+
+
+def _name(i: int) -> str:
+    return f"p{i:03d}.layers.{i}"
+
+
+@pytest.fixture
+def cold(model: Path, evict: Callable[[Path], None]) -> Path:
+    evict(model)
+    return model
+
+
+def _until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Wait for what workers do in the background; a limit only against hanging."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def _cached(path: Path, i: int) -> float:
+    """How much of tensor i is cached, but for its edges, which share huge pages."""
+    file = engine.open_file(str(path))
+    begin = engine.read_layout(file).extent(i)[0] + SIZE // 4
+    return file.residency(begin, SIZE // 2)[0] / (SIZE // 2)
+
+
+def _idle() -> bool:
+    return engine.counters()["jobs"] == 0
+
+
+@pytest.mark.parametrize(("first", "step"), [(0, 1), (90, -1), (0, 10), (80, -7)])
+def test_what_is_foreseen_is_read(cold: Path, first: int, step: int) -> None:
+    with fastst_patch.safe_open(cold, "pt") as f:
+        for k in range(3):
+            assert f.get_tensor(_name(first + k * step))[9] == first + k * step
+        for k in range(3, 6):
+            following = first + k * step
+            assert _until(lambda following=following: _cached(cold, following) == 1.0), following
+        assert _until(_idle)
+    if abs(step) > 2:  # nor more than that: what lies between may be wanted by nobody
+        between = [i for i in range(COUNT) if (i - first) % step]
+        assert sum(_cached(cold, i) for i in between) < len(between) / 10
+
+
+def test_by_rows(cold: Path) -> None:
+    """Of rows, those of the same place in the tensors behind are read ahead, and no others."""
+    with fastst_patch.safe_open(cold, "pt") as f:
+        for i in range(3):
+            piece = f.get_slice(_name(i))[SIZE // 8 :]
+            assert piece.shape == (SIZE // 8,)
+            assert bool((piece == i).all())
+        assert _until(_idle)
+        file = engine.open_file(str(cold))
+        layout = engine.read_layout(file)
+        # Whole tensors as far as 64 MiB would be 32; halves are 64 of them.
+        begin = layout.extent(60)[0]
+        assert _until(lambda: file.residency(begin + SIZE * 3 // 4, SIZE // 8)[0] == SIZE // 8)
+
+
+def test_two_handles_and_every_name(cold: Path) -> None:
+    with fastst_patch.safe_open(cold, "pt") as even, fastst_patch.safe_open(cold, "pt") as odd:
+        for i in range(COUNT):
+            assert bool(((odd if i % 2 else even).get_tensor(_name(i)) == i).all())
+
+
+def test_what_is_cached_starts_no_worker(model: Path) -> None:
+    model.read_bytes()
+    assert _until(_idle)
+    before = engine.counters()["bytes_prefetched"]
+    with fastst_patch.profile() as seen, fastst_patch.safe_open(model, "pt") as f:
+        names = f.keys()
+        for name in names:
+            f.get_tensor(name)
+        assert engine.counters()["jobs"] == 0
+    assert engine.counters()["bytes_prefetched"] == before
+    assert seen.reports[0].path == "mmap"
+
+
+def _as_nobody(path: Path, act: Callable[[str], None]) -> None:
+    """Let a process that neither owns a file nor may write it do something."""
+    os.chmod(path, 0o444)
+    for folder in path.parents:
+        if folder.stat().st_mode & 0o055 != 0o055 and folder.stat().st_uid == os.geteuid():
+            os.chmod(folder, 0o755)
+    child = os.fork()
+    if child == 0:  # pragma: no cover - another process
+        status = 1
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            act(str(path))
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+other_owner = pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to become another user")
+
+
+@other_owner
+@pytest.mark.parametrize("io", ["auto", "buffered", "direct"])
+def test_a_file_of_another_owner(cold: Path, io: str) -> None:
+    """Nothing tells what of it is cached. Looks at it read nothing, and it is read ahead whole."""
+    size = cold.stat().st_size
+
+    def load(path: str) -> None:
+        file = engine.open_file(path)
+        for _ in range(3):
+            assert file.residency(0, size) == (0, "none")
+        with fastst_patch.config_context(io=io, fallback="error"):
+            with fastst_patch.profile() as seen:
+                loaded = fastst_patch.load_file(path)
+            assert all(bool((loaded[_name(i)] == i).all()) for i in range(COUNT))
+        assert seen.reports[0].resident is None
+        assert _until(_idle)
+        if io == "auto":
+            assert engine.counters()["bytes_prefetched"] >= size - MIB
+        # Cached by now: faults tell, and nothing is counted as read ahead again.
+        before = engine.counters()["bytes_prefetched"]
+        with fastst_patch.config_context(io="auto"):
+            fastst_patch.load_file(path)
+        assert _until(_idle)
+        if io != "direct":
+            assert engine.counters()["bytes_prefetched"] - before < 4 * MIB
+
+    def look(path: str) -> None:
+        file = engine.open_file(path)
+        for _ in range(3):
+            assert file.residency(0, size) == (0, "none")
+        time.sleep(0.2)  # reads that a look had started would be over
+
+    _as_nobody(cold, look)
+    assert engine.residency(str(cold)).resident_bytes < MIB
+    _as_nobody(cold, load)
+
+
+@other_owner
+def test_nothing_is_left_of_another_owners_file(cold: Path) -> None:
+    def drop(path: str) -> None:
+        with fastst_patch.config_context(page_cache="drop", fallback="error"):
+            loaded = fastst_patch.load_file(path)
+        assert all(bool((loaded[_name(i)] == i).all()) for i in range(COUNT))
+
+    _as_nobody(cold, drop)
+    assert engine.residency(str(cold)).resident_bytes == 0
