@@ -87,3 +87,12 @@ def test_what_is_held_is_there(monkeypatch: pytest.MonkeyPatch, advice: int) -> 
     before = _status("VmRSS")
     held = [settle._touched(kind) for kind in settle.KINDS]
     assert _status("VmRSS") - before >= len(held) * settle.BLOCK * 0.9
+
+
+def test_one_kind_alone_is_lent() -> None:
+    with settle.Reserve(64 * MIB) as reserve:
+        reserve._await_taken()
+        before = {kind: len(held) for kind, held in reserve._held.items()}
+        with reserve.lend((settle.SMALL,)):
+            assert len(reserve._held[settle.HUGE]) == before[settle.HUGE]
+            assert len(reserve._held[settle.SMALL]) < before[settle.SMALL]

@@ -58,7 +58,7 @@ def draw(outcome: Outcome, environment: Mapping[str, object], file_name: str) ->
 
 def _shown(outcome: Outcome, rows: Sequence[Row]) -> list[Ceiling]:
     """Pick the ceilings of this cache state, or that bind a bar; the bus bounds all."""
-    caches = {"", *(row.cache for row in rows)}
+    caches = {"", *(row.cache.partition(",")[0] for row in rows)}
     binding = {row.ceiling for row in rows}
     measured = [one for one in outcome.ceilings if one.seconds]
     return [one for one in measured if one.cache in caches or one.name in binding]

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 from fastst_patch import engine
 
+SMALL_PAGES = "cold, small pages"
+"""Cold, and of free memory only what was small pages before is lent: huge pages have to come from
+the host, as on a machine whose host has taken back what was free."""
+
 COLD_AT_MOST = 0.005  # of the bytes
 WARM_AT_LEAST = 0.995
 
@@ -27,7 +31,7 @@ _NO_PROBES = frozenset({"none", "unknown", ""})
 class CacheState:
     """What the kernel said of the files just before a process started."""
 
-    cache: str  # what was asked for: "cold" or "warm"
+    cache: str  # what was asked for: "cold", `SMALL_PAGES` or "warm"
     fraction: float | None  # of the bytes, in the page cache; None: cannot be told
     probe: str
 
@@ -49,12 +53,17 @@ def weakest(verdicts: Iterable[bool | None]) -> bool | None:
 
 def satisfies(cache: str, fraction: float) -> bool:
     """Tell whether a resident fraction counts as cold, or as warm."""
-    return fraction < COLD_AT_MOST if cache == "cold" else fraction >= WARM_AT_LEAST
+    return fraction < COLD_AT_MOST if is_cold(cache) else fraction >= WARM_AT_LEAST
+
+
+def is_cold(cache: str) -> bool:
+    """Whether a state of the cache is a cold one, whatever the state of memory."""
+    return cache in ("cold", SMALL_PAGES)
 
 
 def prepare(cache: str, paths: Sequence[str]) -> CacheState:
     """Evict or read all files, and ask the kernel whether that worked."""
-    make = evict if cache == "cold" else warm
+    make = evict if is_cold(cache) else warm
     for attempt in range(_ATTEMPTS):
         for path in paths:
             make(path)
@@ -64,7 +73,7 @@ def prepare(cache: str, paths: Sequence[str]) -> CacheState:
             break
         # Pages in flight, or on another CPU's list, cannot be evicted just now.
         time.sleep(_PAUSE_S * attempt)
-    if cache == "cold" and not state.probe_is_harmless:
+    if is_cold(cache) and not state.probe_is_harmless:
         for path in paths:
             evict(path)
     return state

@@ -71,7 +71,7 @@ def binding_ceiling(cache: str, path: str, device: str, speeds: Mapping[str, flo
     if "direct" in path or "gds" in path:  # past the page cache
         source = ceilings.DIRECT
     else:
-        source = ceilings.COLD_BUFFERED if cache == "cold" else ceilings.PAGE_CACHE
+        source = ceilings.COLD_BUFFERED if residency.is_cold(cache) else ceilings.PAGE_CACHE
     on_the_way = [source] if device == "cpu" else [source, ceilings.HOST_TO_DEVICE]
     if not all(name in speeds for name in on_the_way):
         return None

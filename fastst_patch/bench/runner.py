@@ -55,7 +55,8 @@ class Gate:
 
     def __init__(self, cache: str, paths: Sequence[str], reserve: settle.Reserve) -> None:
         self._cache, self._paths = cache, paths
-        self._lending = reserve.lend()
+        small = cache == residency.SMALL_PAGES
+        self._lending = reserve.lend((settle.SMALL,)) if small else reserve.lend()
 
     def __enter__(self) -> None:
         self.state = residency.prepare(self._cache, self._paths)

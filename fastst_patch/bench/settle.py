@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import mmap
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from . import machine
@@ -72,7 +72,7 @@ class Reserve:
 
     def __exit__(self, *exc: object) -> None:
         self._await_taken()
-        self._feed(sum(self._wanted.values()))
+        self._feed(sum(self._wanted.values()), self._held.keys())
 
     @property
     def held(self) -> int:
@@ -80,8 +80,11 @@ class Reserve:
         return BLOCK * sum(map(len, self._held.values()))
 
     @contextlib.contextmanager
-    def lend(self) -> Iterator[None]:
+    def lend(self, kinds: Collection[int] | None = None) -> Iterator[None]:
         """Free memory as fast as it is used within the block, always some ahead.
+
+        Args:
+            kinds: of pages; all that are held when None.
 
         What has been free for a second is not the machine's any more, so that freeing it all at
         once would do for quick loads only.
@@ -89,8 +92,9 @@ class Reserve:
         self._await_taken()
         had = _used() - self.held
         over = threading.Event()
-        self._feed(self._ahead)
-        feeding = threading.Thread(target=self._keep_feeding, args=(had, over), daemon=True)
+        lent = self._held.keys() if kinds is None else kinds
+        self._feed(self._ahead, lent)
+        feeding = threading.Thread(target=self._keep_feeding, args=(had, over, lent), daemon=True)
         feeding.start()
         try:
             yield
@@ -99,13 +103,14 @@ class Reserve:
             feeding.join()
             self._take_soon()
 
-    def _keep_feeding(self, had: int, over: threading.Event) -> None:
+    def _keep_feeding(self, had: int, over: threading.Event, kinds: Collection[int]) -> None:
         while self.held and not over.wait(PERIOD_S):
-            self._feed(_used() - self.held - had + self._ahead)
+            self._feed(_used() - self.held - had + self._ahead, kinds)
 
-    def _feed(self, nbytes: int) -> None:
-        """Free until so many bytes of each kind have been freed since it was taken."""
-        for kind, held in self._held.items():
+    def _feed(self, nbytes: int, kinds: Collection[int]) -> None:
+        """Free until so many bytes of each of some kinds have been freed since it was taken."""
+        for kind in kinds:
+            held = self._held[kind]
             while held and (self._taken[kind] - len(held)) * BLOCK < nbytes:
                 held.pop().close()
 

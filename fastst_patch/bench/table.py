@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..summary import grid
-from . import ceilings, results
+from . import ceilings, residency, results
 from .results import Row
 from .runner import Outcome
 from .stats import SPREAD, Summary
@@ -116,6 +116,11 @@ def _notes(outcome: Outcome, rows: Sequence[Row]) -> list[str]:
         "GB/s = bytes / (load + touch); touch reads every byte once; "
         "time/stock is the median of the rounds' own ratios.",
     ]
+    if any(row.cache == residency.SMALL_PAGES for row in rows):
+        notes.append(
+            "Free memory was there while the clock ran: in small and huge pages, or (small pages) "
+            "in small ones only."
+        )
     if outcome.verified:
         notes.insert(0, "Every byte was compared, and equal; the page cache was checked before "
                      "each run.")  # fmt: skip
