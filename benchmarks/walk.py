@@ -2,7 +2,8 @@
 
     python benchmarks/walk.py [--order NAME,…] [--how tensor,slice] [--use copy,touch]
                               [--cache cold,warm] [--memory STATE,…] [--kb KIB …]
-                              [--layout natural|sorted] [--gb 1.2] [--rounds 9] [--json FILE]
+                              [--layout natural|sorted] [--gb 1.2] [--rounds 9] [--access]
+                              [--json FILE]
 
 A process opens the file, takes one tensor after another in some order, and copies each into memory
 that it has allocated (`copy`), or reads every byte (`touch`). Fresh processes, stock and patched
@@ -16,10 +17,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import gc
 import json
+import os
 import random
 import re
+import resource
 import sys
 import threading
 import time
@@ -33,19 +37,37 @@ from readahead import read_ahead
 from tqdm import tqdm
 
 from fastst_patch.bench import guarded, machine, residency, stats, write_json
-from fastst_patch.bench.checkpoint import pick_directory, transformer_specs, write_checkpoint
+from fastst_patch.bench.checkpoint import (
+    TensorSpec,
+    pick_directory,
+    transformer_specs,
+    write_checkpoint,
+)
 from fastst_patch.bench.errors import BenchError, UsageError
 from fastst_patch.bench.job import READY, run_json
-from fastst_patch.bench.runner import LOADERS, TRIES, Gate
+from fastst_patch.bench.runner import TRIES, Gate
 from fastst_patch.bench.table import with_spread
 from fastst_patch.cli import option
 from fastst_patch.summary import grid
 
 THREADS = 4
+NOBODY = 65534
+VARIANTS: dict[str, dict[str, Any]] = {
+    "stock": {"loader": "stock"},
+    "patched": {"loader": "patched"},
+}
+ACCESS: dict[str, dict[str, Any]] = {
+    "own file": {"loader": "patched"},
+    "another's": {"loader": "patched", "nobody": True},
+    "no cachestat": {"loader": "patched", "blind": True},
+    "another's, no cachestat": {"loader": "patched", "nobody": True, "blind": True},
+}
+"""With --access: who reads whose file, and what the kernel tells of the cache; the first is what
+the others are compared with."""
 ORDERS = ("sorted", "file", "reversed", "random", "layer", "tenth", "handles", "threads")
 
-_HEADINGS = ("order", "how", "use", "cache", "memory", "KiB", "stock s", "patched s",
-             "patched/stock", "from storage", "path")  # fmt: skip
+_HEADINGS = ("what", "order", "how", "use", "cache", "memory", "KiB", "base s", "its s",
+             "its/base", "storage", "path")  # fmt: skip
 
 
 # ---- the process that is timed ------------------------------------------
@@ -100,6 +122,14 @@ def child() -> None:
 
     print(READY, flush=True)
     sys.stdin.readline()
+    with safe_open(job["tiny"], "pt") as handle:  # the other user may not be able to import
+        handle.get_tensor("x")
+        b"".decode("ascii")
+    if job.get("nobody"):
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    if job.get("blind"):
+        engine.set_fault("cachestat", errno=errno.ENOSYS)
     gc.collect()
     gc.freeze()  # patching imports more: neither shall pay for traversing that
     resident = residency.resident_fraction([path])[0]
@@ -154,9 +184,8 @@ def _walk(
 
 
 def read_bytes() -> int:
-    """What this process has had read from storage."""
-    text = Path("/proc/self/io").read_text(encoding="ascii")
-    return int(text.split("\nread_bytes: ")[1].split()[0])
+    """What this process has had read from storage; also after it became another user."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_inblock * 512
 
 
 # ---- rounds -------------------------------------------------------------
@@ -177,14 +206,19 @@ def run_proven(job: dict[str, Any], cache: str, lender: Any) -> dict[str, Any]:
 def measure(
     args: argparse.Namespace, job: dict[str, Any], cache: str, lender: Any, bar: tqdm
 ) -> dict[str, list[dict[str, Any]]]:
-    runs: dict[str, list[dict[str, Any]]] = {loader: [] for loader in LOADERS}
+    variants = ACCESS if args.access else VARIANTS
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+    first: dict[str, int] | None = None
     for number in range(args.rounds):
-        for loader in LOADERS if number % 2 == 0 else LOADERS[::-1]:
-            options = dict(args.options) if loader == "patched" else {}
-            answer = run_proven(job | {"loader": loader, "options": options}, cache, lender)
-            runs[loader].append(answer)
-            if answer["sums"] != next(iter(runs["stock"] + runs["patched"]))["sums"]:
-                raise BenchError(f"the {loader} walk gave other bytes than the first: a bug")
+        turn = number % len(runs)
+        for name in [*runs][turn:] + [*runs][:turn]:
+            options = {} if name == "stock" else dict(args.options)
+            answer = run_proven(job | variants[name] | {"options": options}, cache, lender)
+            sums = answer.pop("sums")
+            first = first or sums
+            if sums != first:
+                raise BenchError(f"the {name} walk gave other bytes than the first: a bug")
+            runs[name].append(answer)
             bar.update()
     return runs
 
@@ -201,37 +235,46 @@ def file_of(directory: Path, gb: float, layout: str) -> Iterator[tuple[Path, dic
         keys = sorted(spec.name for spec in specs)
         known = {
             "path": str(path),
+            "tiny": str(path.with_name("tiny.safetensors")),
             "keys": keys,
             "in_file": [spec.name for spec in specs] if layout == "natural" else keys,
             "shapes": {spec.name: spec.shape for spec in specs},
         }
+        write_checkpoint(Path(known["tiny"]), [TensorSpec("x", (2,))], lambda _: None)
         yield path, known
 
 
-def row(case: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    seconds = {loader: [run["seconds"] for run in runs[loader]] for loader in LOADERS}
-    ratio = stats.paired_ratio(seconds["patched"], seconds["stock"])
+def rows(case: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """One for each variant but the first, which it is compared with."""
+    seconds = {name: [run["seconds"] for run in some] for name, some in runs.items()}
     read = {
-        loader: stats.summarize([run["read_bytes"] for run in runs[loader]]).median
-        for loader in LOADERS
+        name: stats.summarize([run["read_bytes"] for run in some]).median
+        for name, some in runs.items()
     }
-    return case | {
-        "seconds": seconds,
-        "read_bytes": read,
-        "ratio": ratio.median,
-        "ratio_spread": ratio.spread,
-        "path": runs["patched"][0]["path"],
-    }
+    base, *others = runs
+    for name in others:
+        ratio = stats.paired_ratio(seconds[name], seconds[base])
+        yield case | {
+            "variant": name,
+            "seconds": seconds[name],
+            "base": base,
+            "base_seconds": seconds[base],
+            "read_bytes": read[name],
+            "base_read_bytes": read[base],
+            "ratio": ratio.median,
+            "ratio_spread": ratio.spread,
+            "path": runs[name][0]["path"],
+        }
 
 
 def cells(found: dict[str, Any]) -> tuple[str, ...]:
-    seconds, read = found["seconds"], found["read_bytes"]
+    read = (found["read_bytes"], found["base_read_bytes"])
     return (
-        found["order"], found["how"], found["use"], found["cache"], found["memory"],
-        str(found["kb"] or "as is"),
-        *(with_spread(stats.summarize(seconds[loader])) for loader in LOADERS),
+        found["variant"], found["order"], found["how"], found["use"], found["cache"],
+        found["memory"], str(found["kb"] or "as is"),
+        *(with_spread(stats.summarize(found[key])) for key in ("base_seconds", "seconds")),
         with_spread(stats.Summary(found["ratio"], found["ratio_spread"]), 2),
-        f"{read['patched'] / 1e6:.0f} / {read['stock'] / 1e6:.0f} MB",
+        " / ".join(f"{nbytes / 1e6:.0f}" for nbytes in read) + " MB",
         found["path"],
     )  # fmt: skip
 
@@ -261,6 +304,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kb", type=int, nargs="+", default=[0], help="read-ahead; 0: as it is")
     made.add_argument("--layout", choices=("natural", "sorted"), default="natural",
                       help="of the file: by layers, or sorted by name (%(default)s)")  # fmt: skip
+    made.add_argument("--access", action="store_true", help="compare reading one's own file with "
+                      "another owner's, and without cachestat (needs root)")  # fmt: skip
     made.add_argument("--gb", type=float, default=1.2, help="size of the file (%(default)g)")
     made.add_argument("--rounds", type=int, default=9)
     made.add_argument("--dir", help="where to write the file")
@@ -279,10 +324,15 @@ def main() -> int:
         setting = machine.read_ahead_file(path)
         if any(args.kb) and setting is None:
             raise UsageError(f"{path}: its file system has no read-ahead setting")
+        if args.access and os.geteuid() != 0:
+            raise UsageError("--access: takes root, to become another user")
+        for place in (path, path.parent):  # for another user
+            place.chmod(0o755 if place.is_dir() else 0o644)
         environment = machine.environment(path)
         nbytes = path.stat().st_size
         cases = list(product(args.cache, args.kb, args.order, args.how, args.use))
-        bar = stack.enter_context(tqdm(total=len(cases) * len(args.memory) * args.rounds * 2,
+        bar = stack.enter_context(tqdm(total=len(cases) * len(args.memory) * args.rounds
+                                       * len(ACCESS if args.access else VARIANTS),
                                        unit="run", disable=None, leave=False))  # fmt: skip
         for memory in args.memory:
             # Pages of the cache, and the copies.
@@ -293,11 +343,14 @@ def main() -> int:
                     bar.set_description(" ".join(map(str, case.values())))
                     with read_ahead(setting, kb) if kb and setting else contextlib.nullcontext():
                         runs = measure(args, known | case, cache, lender, bar)
-                    results.append(row(case, runs))
-                    bar.write("  ".join(cells(results[-1])))
+                    for found in rows(case, runs):
+                        results.append(found)
+                        bar.write("  ".join(cells(found)))
     print(f"{nbytes / 1e9:.2f} GB, {len(known['keys'])} tensors; medians of {args.rounds} "
           f"alternating rounds in fresh processes, ± {stats.SPREAD}")  # fmt: skip
-    print("\n".join(grid([_HEADINGS, *map(cells, results)], {"order", "how", "use", "path"})))
+    print(f"base: {results[0]['base']}; storage: bytes read by it / by the base")
+    left = {"what", "order", "how", "use", "path"}
+    print("\n".join(grid([_HEADINGS, *map(cells, results)], left)))
     if args.json:
         write_json(args.json, {"environment": environment, "bytes": nbytes,
                                "layout": args.layout, "options": dict(args.options),

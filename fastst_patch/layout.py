@@ -7,6 +7,7 @@ may be shared between threads.
 from __future__ import annotations
 
 import dataclasses
+import re
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +34,13 @@ DTYPE_NAMES = (
     "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64",
     "F64", "I64", "U64",
 )  # fmt: skip
+
+_NUMBER = re.compile(r"[0-9]+")
+
+
+def _padded(number: re.Match[str]) -> str:
+    return number[0].zfill(20)
+
 
 _FIELDS = 4  # 64-bit words in struct fst_tensor: begin, end, dims index, ndim | dtype << 32
 
@@ -72,6 +80,11 @@ class FileLayout:
     def sorted_names(self) -> tuple[str, ...]:
         """Names as stock's ``keys()`` orders them: by UTF-8 bytes, which is by code point."""
         return tuple(sorted(self.names))
+
+    @once
+    def natural_names(self) -> tuple[str, ...]:
+        """Names with the numbers in them in their order: layer 2 before layer 10."""
+        return tuple(sorted(self.names, key=lambda name: _NUMBER.sub(_padded, name)))
 
     def extent(self, i: int) -> tuple[int, int]:
         """File offsets of tensor i's first byte and of the byte behind its last."""

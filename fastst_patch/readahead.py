@@ -34,6 +34,9 @@ RESERVE = 512 * MIB
 """Read-ahead stops when less memory than this (or a tenth of what was free) is left."""
 
 
+LOOKS_AT = 3
+"""The request with which a handle looks whether the file is cached. Few take one tensor or two."""
+
 Part = tuple[int, int, int] | None
 """Rows of a tensor's first dimension, and how many it has; None: all of it."""
 
@@ -60,6 +63,7 @@ class ReadAhead:
         self._account = account
         self._pattern = AccessPattern(layout)
         self._started = bytearray(len(layout.names))  # whether a tensor was looked after
+        self._asked = 0  # requests
         self._all_ahead = False  # everything was
         self._calm: bool | None = None  # everything seems to be cached; None: not looked yet
         self._all_cached = False  # certainly
@@ -200,6 +204,9 @@ class ReadAhead:
             return
         part = _rows_part(self._layout, i, rows)
         begin, end = self._wanted(i, part)
+        self._asked += 1
+        if self._asked == LOOKS_AT and self._calm is None:
+            self._look()
         if self._calm and (end - begin < WORKERS_FROM or self._is_cached(begin, end)):
             return
         walk = self._pattern.request(i)
@@ -273,4 +280,11 @@ class ReadAhead:
             self._account.path = "mmap+readahead"
             self._start(arena, segments, io_threads(self._config.threads), chunk_bytes)
         elif self._calm is None:
-            self._calm = self._sampled(self._layout.data_begin, self._layout.data_bytes) == 1.0
+            self._look()
+
+    def _look(self) -> None:
+        """Whether all seems to be cached: then nothing is foreseen, until something is not."""
+        found = self._sampled(self._layout.data_begin, self._layout.data_bytes)
+        self._calm = found == 1.0
+        if self._account.resident is None:
+            self._account.resident = found

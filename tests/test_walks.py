@@ -110,6 +110,11 @@ def test_what_is_cached_starts_no_worker(model: Path) -> None:
 
 def _as_nobody(path: Path, act: Callable[[str], None]) -> None:
     """Let a process that neither owns a file nor may write it do something."""
+    known = path.with_name("known.safetensors")  # the other user may not be able to import
+    save_file({"x": torch.ones(MIB)}, known)
+    for io in ("auto", "buffered", "direct"):
+        with fastst_patch.config_context(io=io):
+            fastst_patch.load_file(known)
     os.chmod(path, 0o444)
     for folder in path.parents:
         if folder.stat().st_mode & 0o055 != 0o055 and folder.stat().st_uid == os.geteuid():
