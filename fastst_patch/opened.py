@@ -50,10 +50,9 @@ class Account:
 
     def __exit__(self, *exc_info: object) -> None:
         with shared:
-            now = time.perf_counter()
+            if self._calls == 1:  # counted before it is over: nested code begins no other
+                self.seconds += time.perf_counter() - self._since
             self._calls -= 1
-            if not self._calls:
-                self.seconds += now - self._since
 
 
 def open_checked(path: str) -> tuple[engine.File, FileLayout]:

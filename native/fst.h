@@ -183,7 +183,8 @@ void fst_arena_release_at(fst_arena **arena);
 
 /* Memory that a DLManagedTensor (unversioned, contiguous, on any device) describes, as torch
  * exports it. The arena takes the struct over: its deleter is called once, after the last
- * user and the last copy into the memory, from any thread, without the GIL or a lock of ours.
+ * user and the last copy into the memory, from any thread, without the GIL or a lock of ours;
+ * torch's own takes the GIL then, since it keeps a Python object.
  * On an error the struct stays the caller's. */
 int fst_arena_adopt(uintptr_t managed, fst_arena **out, fst_error *err);
 /* The same from a PyObject* of a "dltensor" capsule, which becomes "used_dltensor". Takes the

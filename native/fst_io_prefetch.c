@@ -83,8 +83,8 @@ static int populate(const fst_io_context *io, mapped map, uint64_t begin, uint64
  * as experts of other ranks. The header before the first and the end of the file are no loss. */
 typedef struct huge_range {
     uint64_t begin, end;
-    uint64_t alone; /* from here on a fault may not ask for the next huge page: that is unwanted,
-                       or read by small pages */
+    uint64_t alone; /* from here on a fault may not ask for the next huge page: that is another
+                       chunk's, or nobody's */
 } huge_range;
 
 static huge_range huge_part(const fst_io_context *io) {
@@ -95,8 +95,7 @@ static huge_range huge_part(const fst_io_context *io) {
     };
     /* Of less, a fault would read more than is wanted. */
     if (part.end < part.begin || part.end - part.begin < FST_HUGE_PAGE) part.end = part.begin;
-    part.alone = part.end;
-    if (part.begin < part.end && part.end < io->end) part.alone = part.end - FST_HUGE_PAGE;
+    part.alone = part.begin < part.end ? part.end - FST_HUGE_PAGE : part.end;
     return part;
 }
 

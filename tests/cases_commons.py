@@ -22,6 +22,7 @@ from fastst_patch import engine, sharding
 from fastst_patch.config import current
 from fastst_patch.loader import SafeTensorsFileLoader
 from fastst_patch.onhost import HostFile
+from fastst_patch.readahead import ReadAhead
 from fastst_patch.sharding import commons, exchange
 
 
@@ -246,7 +247,7 @@ def unmapped(rank: Any, files: list[str], bad: int) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if rank.rank == bad:
             stack.enter_context(mock.patch.object(engine, "map_arena", refused))
-            stack.enter_context(mock.patch.object(HostFile, "cold", return_value=True))
+            stack.enter_context(mock.patch.object(ReadAhead, "cold", return_value=True))
         plan, _ = FORMS["columns"](full_of(files), Me(rank.rank, rank.world))
         return attempt(lambda: load_sharded(files, None, plan))
 

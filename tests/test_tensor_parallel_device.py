@@ -21,7 +21,7 @@ import fastst_patch
 from fastst_patch import engine, stripes
 from fastst_patch.integrations import shards
 from fastst_patch.layout import FileLayout
-from fastst_patch.readahead import WORKERS_FROM
+from fastst_patch.readahead import WORKERS_FROM, ReadAhead
 
 loading = pytest.importorskip("transformers.core_model_loading", reason="needs transformers 5")
 sharding_utils = pytest.importorskip(
@@ -373,7 +373,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return plan(alone, shared, turn, turns)
 
     monkeypatch.setattr(stripes, "in_turn", watched)
-    monkeypatch.setattr(shards.HostFile, "cold", lambda self: True)
+    monkeypatch.setattr(ReadAhead, "cold", lambda self: True)
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return plans
