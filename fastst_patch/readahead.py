@@ -64,6 +64,7 @@ class ReadAhead:
         self._pattern = AccessPattern(layout)
         self._started = bytearray(len(layout.names))  # whether a tensor was looked after
         self._asked = 0  # requests
+        self._alone = 0  # bytes of those that nothing had foreseen
         self._all_ahead = False  # everything was
         self._calm: bool | None = None  # everything seems to be cached; None: not looked yet
         self._all_cached = False  # certainly
@@ -215,7 +216,26 @@ class ReadAhead:
         elif not self._started[i] and end - begin >= WORKERS_FROM:
             # Less is a few faults, which the kernel serves.
             self._started[i] = True
-            self._bring(arena, [(begin, end)], min(self._config.chunk_bytes, HUGE_PAGE))
+            self._alone += end - begin
+            if self._alone > self._layout.data_bytes // 4:
+                self._bring(arena, [self._with_neighbours(i)])
+            else:
+                self._bring(arena, [(begin, end)], min(self._config.chunk_bytes, HUGE_PAGE))
+
+    def _with_neighbours(self, i: int) -> tuple[int, int]:
+        """Tensor i and those behind it that were not read: who jumps about reads all in the end."""
+        begin, end = self._layout.extent(i)
+        last = begin + AHEAD // 2
+        for j in range(i + 1, len(self._started)):
+            if self._started[j] or end >= last:
+                break
+            self._started[j] = True
+            end = self._layout.extent(j)[1]
+        return self._by_huge_pages(begin, end)
+
+    def _by_huge_pages(self, begin: int, end: int) -> tuple[int, int]:
+        """An extent and what else is in its huge pages."""
+        return begin - begin % HUGE_PAGE, min(-(-end // HUGE_PAGE) * HUGE_PAGE, self._file.size)
 
     def _follow(self, arena: engine.Arena, walk: Walk, i: int, part: Part) -> None:
         """Read ahead what a walk foresees behind tensor i, which is asked for now."""
@@ -226,9 +246,8 @@ class ReadAhead:
             nbytes = 0 if started[j] else end - begin
             if nbytes:
                 started[j] = True
-                if walk.dense:  # by whole huge pages: what else is in them is asked for soon
-                    begin -= begin % HUGE_PAGE
-                    end = min(-(-end // HUGE_PAGE) * HUGE_PAGE, self._file.size)
+                if walk.dense:  # what else is in them is asked for soon
+                    begin, end = self._by_huge_pages(begin, end)
                 if extents and extents[-1][0] <= begin <= extents[-1][1]:
                     last = extents.pop()
                     begin, end = last[0], max(end, last[1])
