@@ -22,7 +22,7 @@ from . import engine, tensors
 from .config import Config
 from .errors import Doubt
 from .layout import FileLayout, plan_arena, plan_rows
-from .locks import shared
+from .locks import once, shared
 from .machine import io_threads
 from .opened import OpenedFile, progress_bar
 from .readahead import HUGE_PAGE, ReadAhead
@@ -55,7 +55,11 @@ class HostFile(OpenedFile):
         self.account.path = self._path_name()
         self._map: engine.Arena | None = None
         self._storage: torch.UntypedStorage | None = None  # of the whole map
-        self.ahead_of = ReadAhead(file, layout, config, self.account)
+
+    @once
+    def ahead_of(self) -> ReadAhead:
+        """What is read ahead of it. Made late: of many files only the header is looked at."""
+        return ReadAhead(self.file, self.layout, self.config, self.account)
 
     # ---- which path ----
 
