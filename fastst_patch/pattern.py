@@ -102,6 +102,8 @@ class AccessPattern:
                 self._recent.append(i)
                 return walk
         recent = list(self._recent)
+        if i in recent:  # in pieces, or once more: that tells of no order
+            return None
         self._recent.append(i)
         found = self._found(i, recent)
         if found is not None:

@@ -34,6 +34,8 @@ RESERVE = 512 * MIB
 """Read-ahead stops when less memory than this (or a tenth of what was free) is left."""
 
 
+SOME_ROWS, WHOLE = 1, 2  # of a tensor that was looked after
+
 LOOKS_AT = 3
 """The request with which a handle looks whether the file is cached. Few take one tensor or two."""
 
@@ -62,7 +64,7 @@ class ReadAhead:
         self._config = config
         self._account = account
         self._pattern = AccessPattern(layout)
-        self._started = bytearray(len(layout.names))  # whether a tensor was looked after
+        self._started = bytearray(len(layout.names))  # how far each tensor was: see below
         self._asked = 0  # requests
         self._alone = 0  # bytes of those that nothing had foreseen
         self._all_ahead = False  # everything was
@@ -213,23 +215,29 @@ class ReadAhead:
         walk = self._pattern.request(i)
         if walk is not None and walk.nbytes <= AHEAD // 2:
             self._follow(arena, walk, i, part)
-        elif not self._started[i] and end - begin >= WORKERS_FROM:
+        elif walk is None and self._started[i] != WHOLE and end - begin >= WORKERS_FROM:
             # Less is a few faults, which the kernel serves.
-            self._started[i] = True
-            self._alone += end - begin
-            if self._alone > self._layout.data_bytes // 4:
-                self._bring(arena, [self._with_neighbours(i)])
-            else:
-                self._bring(arena, [(begin, end)], min(self._config.chunk_bytes, HUGE_PAGE))
+            self._read_alone(arena, i, part, begin, end)
 
-    def _with_neighbours(self, i: int) -> tuple[int, int]:
+    def _read_alone(self, arena: engine.Arena, i: int, part: Part, begin: int, end: int) -> None:
+        """Read ahead what was asked for of tensor i, which nothing had foreseen."""
+        if self._started[i]:  # other rows before: whoever takes it in pieces takes the rest
+            part, end = None, self._layout.extent(i)[1]
+        self._started[i] = SOME_ROWS if part else WHOLE
+        self._alone += end - begin
+        if part is None and self._alone > self._layout.data_bytes // 4:
+            begin, end = self._with_neighbours(i, begin)
+            self._bring(arena, [(begin, end)])
+        else:
+            self._bring(arena, [(begin, end)], min(self._config.chunk_bytes, HUGE_PAGE))
+
+    def _with_neighbours(self, i: int, begin: int) -> tuple[int, int]:
         """Tensor i and those behind it that were not read: who jumps about reads all in the end."""
-        begin, end = self._layout.extent(i)
-        last = begin + AHEAD // 2
+        end, last = self._layout.extent(i)[1], begin + AHEAD // 2
         for j in range(i + 1, len(self._started)):
             if self._started[j] or end >= last:
                 break
-            self._started[j] = True
+            self._started[j] = WHOLE
             end = self._layout.extent(j)[1]
         return self._by_huge_pages(begin, end)
 
@@ -245,8 +253,8 @@ class ReadAhead:
             begin, end = self._wanted(j, part)
             nbytes = 0 if started[j] else end - begin
             if nbytes:
-                started[j] = True
-                if walk.dense:  # what else is in them is asked for soon
+                started[j] = SOME_ROWS if part else WHOLE
+                if walk.dense and part is None:  # what else is in them is asked for soon
                     begin, end = self._by_huge_pages(begin, end)
                 if extents and extents[-1][0] <= begin <= extents[-1][1]:
                     last = extents.pop()

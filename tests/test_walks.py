@@ -89,6 +89,21 @@ def test_by_rows(cold: Path) -> None:
         assert _until(lambda: file.residency(begin + SIZE * 3 // 4, SIZE // 8)[0] == SIZE // 8)
 
 
+def test_in_pieces(cold: Path) -> None:
+    """Of a tensor that is taken in pieces the second brings the rest, and nothing behind it."""
+    with fastst_patch.safe_open(cold, "pt") as f:
+        first, second = (f.get_slice(_name(50)) for _ in range(2))
+        assert bool((first[: SIZE // 8] == 50).all())
+        assert bool((second[SIZE // 8 :] == 50).all())
+        assert _until(lambda: _cached(cold, 50) == 1.0)
+        for k in range(20):  # pieces of others, by turns: no walk runs away
+            for i in (60, 61):
+                f.get_slice(_name(i))[k : SIZE // 8 + k]
+        assert _until(_idle)
+        assert sum(_cached(cold, i) for i in range(COUNT)) < 48
+        assert sum(_cached(cold, i) for i in range(40)) == 0
+
+
 def test_two_handles_and_every_name(cold: Path) -> None:
     with fastst_patch.safe_open(cold, "pt") as even, fastst_patch.safe_open(cold, "pt") as odd:
         for i in range(COUNT):
