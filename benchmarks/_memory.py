@@ -5,8 +5,8 @@ state          what is free while the clock runs
 =============  ================================================================================
 ``lent``       small and huge pages, as `fastst-patch bench` lends them: the kindest state
 ``huge``       huge pages only; who wants small ones splits them
-``small``      small pages only; a huge page has to come from the host, as on a machine whose
-               host has taken its free memory back
+``small``      small pages only, lent alone. Neighbours among them join into huge ones when they
+               are freed; `fastst-patch bench` holds huge blocks beside, and is stricter
 ``fragmented`` no free block of 2 MiB: a host after weeks of use. A huge page takes compaction
 ``fresh``      nothing is lent: every page comes from the host
 =============  ================================================================================

@@ -33,8 +33,7 @@ waking a worker and finding out how much memory is free take some 300 us a file.
 RESERVE = 512 * MIB
 """Read-ahead stops when less memory than this (or a tenth of what was free) is left."""
 
-
-SOME_ROWS, WHOLE = 1, 2  # of a tensor that was looked after
+SOME_ROWS, WHOLE = 1, 2  # what of a tensor was read ahead, or found cached
 
 LOOKS_AT = 3
 """The request with which a handle looks whether the file is cached. Few take one tensor or two."""
@@ -64,7 +63,7 @@ class ReadAhead:
         self._config = config
         self._account = account
         self._pattern = AccessPattern(layout)
-        self._started = bytearray(len(layout.names))  # how far each tensor was: see below
+        self._started = bytearray(len(layout.names))  # by tensor: 0, SOME_ROWS or WHOLE
         self._asked = 0  # requests
         self._alone = 0  # bytes of those that nothing had foreseen
         self._all_ahead = False  # everything was

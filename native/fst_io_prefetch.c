@@ -216,6 +216,13 @@ static uint64_t cold_bytes_of(const fst_io_context *io, mapped huge, huge_range 
     return major_faults() == before ? 0 : length;
 }
 
+/* The same by small pages, where no probe tells: whether neither end has to be read. */
+static bool ends_cached(const fst_io_context *io, mapped map) {
+    uint64_t cold, before = major_faults();
+    return !probed(io, &cold) && populate(io, map, io->begin, io->begin + 1) == 0 &&
+           populate(io, map, io->end - 1, io->end) == 0 && major_faults() == before;
+}
+
 /* Brings the chunk into the page cache, or on its way there. */
 static void fill(const fst_io_context *io, mapped huge, huge_range part) {
     if (read_huge(io, huge, part)) {
@@ -280,6 +287,7 @@ int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes) {
     if (!small) map = map_chunk(io, part);
     uint64_t begun = now();
     *cold_bytes = cold_bytes_of(io, map.huge, part);
+    if (small && ends_cached(io, tensors)) *cold_bytes = 0;
     if (*cold_bytes > 0) {
         fill(io, map.huge, part);
         code = small ? await_reads(io, tensors) : populate(io, tensors, io->begin, io->end);
