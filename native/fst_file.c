@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
@@ -66,6 +67,7 @@ int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_err
     memset(file, 0, sizeof *file);
     atomic_init(&file->refs, 1);
     atomic_init(&file->hint_fd, -1);
+    atomic_init(&file->window, -1);
     file->fd = fd;
     memcpy(file->path, path, length);
     file->info.size = (uint64_t)status.st_size;
@@ -131,6 +133,40 @@ static int open_again(const fst_file *file, int flags) {
 }
 
 int fst_file_open_direct(const fst_file *file) { return open_again(file, O_DIRECT); }
+int fst_file_open_again(const fst_file *file) { return open_again(file, 0); }
+
+/* Reads a setting in KiB of a block device or file system; -1: it has none there. */
+static long long setting(const char *folder, dev_t device, const char *name) {
+    char path[96];
+    long long kib = -1;
+    int length =
+        snprintf(path, sizeof path, "%s/%u:%u/%s", folder, major(device), minor(device), name);
+    if (length < 0 || (size_t)length >= sizeof path) return -1;
+    FILE *file = fopen(path, "re");
+    if (file == NULL) return -1;
+    if (fscanf(file, "%lld", &kib) != 1) kib = -1;
+    (void)fclose(file);
+    return kib;
+}
+
+uint64_t fst_file_window(fst_file *file) {
+    /* A disk, a partition of one, and a file system with a setting of its own. */
+    static const struct {
+        const char *folder, *name;
+    } places[] = {{"/sys/dev/block", "queue/read_ahead_kb"},
+                  {"/sys/dev/block", "../queue/read_ahead_kb"},
+                  {"/sys/class/bdi", "read_ahead_kb"}};
+    long long window = atomic_load(&file->window);
+    struct stat status;
+    if (window >= 0) return (uint64_t)window;
+    window = 0;
+    if (FST_SYS->fstat(file->fd, &status) == 0)
+        for (size_t i = 0; window <= 0 && i < sizeof places / sizeof *places; i++)
+            window = setting(places[i].folder, status.st_dev, places[i].name);
+    if (window < 0 || window > (1 << 20)) window = 0;
+    atomic_store(&file->window, window << 10);
+    return (uint64_t)window << 10;
+}
 
 int fst_file_read(fst_file *file, uint64_t offset, void *to, uint64_t length, fst_error *err) {
     unsigned char *at = to;

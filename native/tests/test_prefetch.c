@@ -3,6 +3,9 @@
  */
 #include "plan.h"
 
+#include "../fst_fill_mode.h"
+#include "../fst_internal.h"
+
 static fst_job_stats prefetch(const test_file *file, fst_file *opened, const plan *p,
                               uint64_t reserve, bool check) {
     fst_job_options options = options_for(0);
@@ -279,6 +282,71 @@ static void test_unprobed(void) {
     test_remove(&file);
 }
 
+/* Faults of a chunk's own open file description bring it in; where that cannot be opened, huge
+ * pages do. The kernel's window may be larger than the test says: more is cached then, not less. */
+static void test_read_by_faults(void) {
+    const uint64_t size = (8 << 20) + 99;
+    test_file file = test_create(size, 5);
+    plan p = whole_plan(size);
+    for (int refused = 0; refused <= 1; refused++) {
+        fst_file *opened = test_open(&file);
+        atomic_store(&opened->window, 8 << 10); /* an eighth of the chunks */
+        MUST(fsync(opened->fd) == 0);
+        MUST(posix_fadvise(opened->fd, 0, 0, POSIX_FADV_DONTNEED) == 0);
+        uint64_t cached = size;
+        int probe = FST_PROBE_NONE;
+        MUST(fst_file_residency(opened, 0, size, &cached, &probe) == FST_OK);
+        fst_fill_mode_set(FST_FILL_SMALL);
+        CHECK_EQ(fst_fault_set("open", 1, refused ? ALL : 0, EACCES, 0), 0);
+        CHECK_EQ(prefetch(&file, opened, &p, 0, true).bytes_skipped, 0);
+        if (cached == 0 && probe != FST_PROBE_NONE && fst_page() <= 8 << 10) {
+            CHECK(fst_fault_calls("open") > 0);
+            CHECK_EQ(fst_fill_mode_get(), refused ? FST_FILL_HUGE : FST_FILL_SMALL);
+        }
+        fst_fault_clear();
+        MUST(fst_file_residency(opened, 0, size, &cached, &probe) == FST_OK);
+        if (probe != FST_PROBE_NONE) CHECK_EQ(cached, size);
+        fst_file_release(opened);
+    }
+    fst_fill_mode_set(FST_FILL_HUGE);
+    free_plan(&p);
+    test_remove(&file);
+}
+
+/* Of one chunk in the middle of a file, no byte of its neighbours is read. */
+static void test_no_more_than_wanted(void) {
+    const uint64_t mib = 1 << 20, size = 32 * mib, begin = 8 * mib, bytes = 8 * mib;
+    test_file file = test_create(size, 5);
+    fst_file *opened = test_open(&file);
+    fst_job_options options = options_for(0);
+    fst_arena *map = NULL;
+    fst_job *job = NULL;
+    fst_error err = {0};
+    fst_segment wanted = {begin, bytes, 0};
+    uint64_t before = 0, after = 0, inside = 0;
+    int probe = FST_PROBE_NONE;
+    MUST(fsync(opened->fd) == 0);
+    MUST(posix_fadvise(opened->fd, 0, 0, POSIX_FADV_DONTNEED) == 0);
+    MUST(fst_arena_map(opened, &map, &err) == FST_OK);
+    options.chunk_bytes = bytes;
+    fst_fill_mode_set(FST_FILL_SMALL);
+    CHECK_EQ(fst_job_prefetch(opened, map, &wanted, 1, &options, &job, &err), FST_OK);
+    CHECK_EQ(wait_for(job, &err), FST_OK);
+    fst_job_release(job);
+    MUST(fst_file_residency(opened, 0, begin, &before, &probe) == FST_OK);
+    MUST(fst_file_residency(opened, begin + bytes, size - begin - bytes, &after, &probe) == FST_OK);
+    MUST(fst_file_residency(opened, begin, bytes, &inside, &probe) == FST_OK);
+    if (probe != FST_PROBE_NONE) {
+        CHECK_EQ(inside, bytes);
+        CHECK_EQ(before, 0);
+        CHECK_EQ(after, 0);
+    }
+    fst_fill_mode_set(FST_FILL_HUGE);
+    fst_arena_release(map);
+    fst_file_release(opened);
+    test_remove(&file);
+}
+
 /* Read-ahead over a file that has shrunk gives up; only a reader would get SIGBUS. */
 static void test_prefetch_truncated(void) {
     for (int old_kernel = 0; old_kernel <= 1; old_kernel++) {
@@ -303,6 +371,8 @@ int main(void) {
     RUN(test_keep_to);
     RUN(test_areas);
     RUN(test_unprobed);
+    RUN(test_read_by_faults);
+    RUN(test_no_more_than_wanted);
     RUN(test_prefetch_truncated);
     return test_result();
 }

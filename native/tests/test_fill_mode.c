@@ -1,0 +1,60 @@
+/* test_fill_mode.c - huge pages are left for small ones where those are quicker, and only there. */
+#include "test.h"
+
+#include "../fst_fill_mode.h"
+
+#define MIB (1u << 20)
+#define CHUNK (8u << 20)
+
+/* Records chunks that take so many milliseconds a MiB, until the mode changes or `most` are. */
+static int chunks_until_change(int mode, int most, double milliseconds) {
+    for (int i = 1; i <= most; i++) {
+        fst_fill_mode_note(mode, CHUNK, (uint64_t)(milliseconds * 1e6 * (CHUNK / MIB)));
+        if (fst_fill_mode_get() != mode) return i;
+    }
+    return 0;
+}
+
+static void test_quick_huge_pages(void) {
+    fst_fill_mode_set(FST_FILL_HUGE);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 5), 0);
+}
+
+static void test_slow_huge_pages(void) {
+    fst_fill_mode_set(FST_FILL_HUGE);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 12), 2); /* 16 MiB */
+    CHECK_EQ(fst_fill_mode_get(), FST_FILL_TRIAL);
+    CHECK_EQ(chunks_until_change(FST_FILL_TRIAL, 1000, 5), 6); /* 32 MiB go by unjudged */
+    CHECK_EQ(fst_fill_mode_get(), FST_FILL_SMALL);
+    /* After 1 GiB the host may have given memory back. */
+    CHECK_EQ(chunks_until_change(FST_FILL_SMALL, 1000, 5), 128);
+    CHECK_EQ(fst_fill_mode_get(), FST_FILL_HUGE);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 12), 2);
+    CHECK_EQ(fst_fill_mode_get(), FST_FILL_SMALL); /* without another trial */
+}
+
+static void test_slow_storage(void) {
+    fst_fill_mode_set(FST_FILL_HUGE);
+    (void)chunks_until_change(FST_FILL_HUGE, 1000, 12);
+    CHECK_EQ(fst_fill_mode_get(), FST_FILL_TRIAL);
+    (void)chunks_until_change(FST_FILL_TRIAL, 1000, 11);
+    CHECK_EQ(fst_fill_mode_get(), FST_FILL_HUGE);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 12), 0); /* and none again */
+}
+
+static void test_ignored(void) {
+    fst_fill_mode_set(FST_FILL_HUGE);
+    for (int i = 0; i < 1000; i++) {
+        fst_fill_mode_note(FST_FILL_HUGE, MIB, UINT64_MAX / 4096);    /* too small a chunk */
+        fst_fill_mode_note(FST_FILL_SMALL, CHUNK, UINT64_MAX / 4096); /* of another mode */
+    }
+    CHECK_EQ(fst_fill_mode_get(), FST_FILL_HUGE);
+}
+
+int main(void) {
+    RUN(test_quick_huge_pages);
+    RUN(test_slow_huge_pages);
+    RUN(test_slow_storage);
+    RUN(test_ignored);
+    return test_result();
+}
