@@ -1,4 +1,4 @@
-"""The README's part about the race, from the results that are committed; never by hand.
+"""The part of docs/benchmarks.md about the race, from the committed results; never by hand.
 
 `python -m benchmarks readme [--check]` writes it between two markers, for every
 benchmarks/results/*/race/results.json, and the older table (benchmarks/readme_table.py) with it.
@@ -15,7 +15,7 @@ from . import report, results
 from .process import ROOT
 from .results import Found, Row
 
-README = ROOT / "README.md"
+README = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- race: written by python -m benchmarks readme -->"
 END = "<!-- end of race -->"
@@ -36,7 +36,7 @@ def main(check: bool) -> int:
     if after == before:
         return status
     if check:
-        print("README.md: the race is not that of the results; run", file=sys.stderr)
+        print(f"{README.name}: the race is not that of the results; run", file=sys.stderr)
         print("    python -m benchmarks readme", file=sys.stderr)
         return 1
     README.write_text(after, encoding="utf-8")
@@ -56,7 +56,7 @@ def with_race(readme: str, text: str) -> str:
         UsageError: a marker is missing, or is there twice.
     """
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise UsageError(f"README.md: expected one line {BEGIN!r} and one {END!r}")
+        raise UsageError(f"{README.name}: expected one line {BEGIN!r} and one {END!r}")
     head, rest = readme.split(BEGIN)
     return f"{head}{BEGIN}\n{text}\n{rest[rest.index(END) :]}"
 
@@ -71,6 +71,7 @@ def written(found: list[Path]) -> str:
 def _section(folder: Path) -> str:
     found = results.read(folder)
     place = folder.relative_to(ROOT).as_posix()
+    place = "../" * len(README.parent.relative_to(ROOT).parts) + place
     lines = [
         f"**{report.title(found)}.** Seconds until every byte is there"
         + (" and read once" if found["device"] == "cpu" else "")
