@@ -444,7 +444,7 @@ def test_fast_versions_without_patching(sample, is_fast, stock, assert_same) -> 
 
 
 def test_small_files_go_to_stock(sample, watch, is_fast) -> None:
-    """Where the threshold is set. Its default, 0, is a measurement's: see the README."""
+    """Where the threshold is set. Its default, 0, is a measurement's: see docs/design-notes.md."""
     with watch() as seen, fastst_patch.patched(small_file_bytes=2**20):
         safetensors.torch.load_file(sample)
         with safetensors.safe_open(sample, "pt") as handle:

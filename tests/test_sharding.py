@@ -135,7 +135,7 @@ def test_two_groups_meet_first_in_threads(nursery, zoo, server) -> None:
     By a server's store, too, of which a process has one connection that waits for one at a time.
     """
     if server and not hasattr(dist.Store, "clone"):
-        pytest.skip("this torch has no second connection to a store: see README, Status")
+        pytest.skip("this torch has no second connection to a store: see docs/programs.md")
     case = Case("cases_files.two_threads", {"files": zoo, "times": 2, "met": False}, name="first")
     nursery.run([case], 2, timeout=10, limit=30, server=server).values(case)
 
