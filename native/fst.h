@@ -128,6 +128,8 @@ enum fst_dtype {
     FST_U64,
     FST_DTYPES
 };
+/* Bits of one number; 0 for no dtype. A dtype's name is its constant's without FST_. */
+uint32_t fst_dtype_bits(uint32_t dtype);
 
 typedef struct fst_tensor {
     uint64_t begin; /* bytes, from the first byte after the header */
