@@ -28,8 +28,8 @@ from .decide import (
     same,
     verified,
 )
+from .dtypes import PACKED
 from .errors import Doubt
-from .layout import DTYPE_NAMES
 from .locks import shared
 from .opened import OpenedFile
 from .report import LoadReport, emit, tell_unfinished
@@ -46,9 +46,6 @@ __all__ = [
     "report_open_handles",
     "safe_open",
 ]
-
-_F4 = DTYPE_NAMES.index("F4")
-
 
 # ---- load_file ----
 
@@ -276,7 +273,7 @@ class FastHandle:
         """A view that reads when indexed."""
         opened = self._opened
         i = None if opened is None else _number(opened, args, kwargs)
-        if opened is None or i is None or opened.layout.dtype(i) == _F4:
+        if opened is None or i is None or opened.layout.dtype(i) in PACKED:
             return self._stock().get_slice(*args, **kwargs)
         return FastSlice(opened, i)
 

@@ -17,7 +17,6 @@ from .locks import once, shared
 
 __all__ = [
     "ARENA_ALIGNMENT",
-    "DTYPE_NAMES",
     "FileLayout",
     "LayoutCache",
     "LoadPlan",
@@ -27,13 +26,6 @@ __all__ = [
 
 ARENA_ALIGNMENT = 256
 """Bytes. Files promise 8; transformers' grouped matmul wants 16 and kernels up to 128."""
-
-# In the order of enum fst_dtype.
-DTYPE_NAMES = (
-    "BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0",
-    "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64",
-    "F64", "I64", "U64",
-)  # fmt: skip
 
 _NUMBER = re.compile(r"[0-9]+")
 
@@ -55,7 +47,7 @@ class FileLayout:
         data_begin: file offset of the first tensor's bytes.
         data_bytes: of all tensors together.
         find_metadata: decodes the header's ``__metadata__``; None where there is none.
-        dtypes: bit ``1 << k`` is set when ``DTYPE_NAMES[k]`` occurs.
+        dtypes: bit ``1 << k`` is set when number k of ``enum fst_dtype`` occurs.
         odd_f4: some F4 tensor has no even last dimension, which stock refuses.
         owner: what keeps the memory behind the views below alive.
     """
@@ -102,7 +94,7 @@ class FileLayout:
         return self._dims[first : first + (tail & 0xFFFFFFFF)].tolist()
 
     def dtype(self, i: int) -> int:
-        """Index into ``DTYPE_NAMES`` of tensor i's dtype."""
+        """Number of tensor i's dtype in ``enum fst_dtype``."""
         return int(self._records[i * _FIELDS + 3] >> 32)
 
 

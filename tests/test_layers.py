@@ -32,7 +32,7 @@ LAYERS = [
     {"decide"},
     {"onhost", "ondevice", "readahead", "streams", "windows"},
     {"opened"},
-    {"tensors", "device", "pattern"},
+    {"dtypes", "tensors", "device", "pattern"},
     {"engine"},
     {"layout", "machine", "stock", "stripes"},
     {"summary"},

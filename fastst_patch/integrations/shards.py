@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from .. import stripes, tensors
 from ..config import local_ranks
-from ..layout import DTYPE_NAMES, plan_rows
+from ..dtypes import DTYPE_NAMES
+from ..layout import plan_rows
 from ..machine import io_threads
 from ..onhost import HostFile
 from ..slices import leading_rows

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import sharding, stock
 from ..config import Config
+from ..dtypes import header_shape
 
 if TYPE_CHECKING:
     import torch
@@ -23,10 +24,6 @@ def refuse_opening(pg: Any, error: Exception) -> NoReturn:
     core: Any = sharding
     core.Group.of(pg).agree(error)
     raise error
-
-
-_PACKED = "torch.float4_e2m1fn_x2"
-"""Holds two numbers in each element; headers count the numbers."""
 
 
 class SharedFiles:
@@ -64,10 +61,7 @@ class SharedFiles:
         """Path of the file that has a tensor, and the tensor's shape. KeyError for none."""
         path, _ = self._core.where(name)
         shape, dtype = self._core.describe(name)
-        found = list(shape)
-        if str(dtype) == _PACKED:
-            found[-1] *= 2
-        return path, found
+        return path, header_shape(shape, dtype)
 
     def metadata(self) -> dict[str, Mapping[str, str] | None]:
         """The free-form metadata of each file."""

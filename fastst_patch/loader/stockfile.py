@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import engine, slices, stock
 from ..config import Config
+from ..dtypes import DTYPE_NAMES
 from ..errors import Doubt
-from ..layout import DTYPE_NAMES, FileLayout
+from ..layout import FileLayout
 from ..opened import OpenedFile, UnderWay
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .. import engine, tensors
-from ..layout import DTYPE_NAMES, FileLayout
+from ..dtypes import DTYPE_NAMES, header_shape
 from ..onhost import HostFile
 from ..stripes import STRIPE
 from .rules import Part
@@ -134,7 +134,7 @@ def _straight(
         nbytes = (last - first) * extent.row_bytes
         header[str(number)] = {
             "dtype": DTYPE_NAMES[layout.dtype(key[0])],
-            "shape": _in_header(layout, key[0], part.size),
+            "shape": header_shape(part.size, tensors.shape_and_dtype(layout, key[0])[1]),
             "data_offsets": [end, end + nbytes],
         }
         end += nbytes
@@ -145,10 +145,3 @@ def _straight(
     order = array("Q", [described.index[str(number)] for number in range(len(keys))])
     made = tensors.import_batch(opened.map(), described, order, begins)
     return dict(zip(keys, made, strict=True))
-
-
-def _in_header(layout: FileLayout, i: int, shape: list[int]) -> list[int]:
-    """A shape as torch holds it, as the header has it: F4 counts halves of bytes."""
-    if DTYPE_NAMES[layout.dtype(i)] != "F4" or not shape:
-        return shape
-    return [*shape[:-1], shape[-1] * 2]
