@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import os
-import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,42 +15,12 @@ from .errors import Doubt
 from .interrupts import uninterrupted
 from .layout import FileLayout
 from .locks import shared
+from .report import Account
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Account", "OpenedFile", "UnderWay", "open_checked", "progress_bar"]
-
-
-@dataclasses.dataclass
-class Account:
-    """What one call or handle has moved so far; becomes its LoadReport.
-
-    A call is made ``with`` it: time counts once, however many threads' calls it is spent in.
-    Calls nested in the middle of an update leave the counts right; some time may be lost.
-    """
-
-    path: str = "mmap"
-    bytes: int = 0
-    tensors: int = 0
-    resident: float | None = None
-    note: str | None = None
-    seconds: float = 0.0
-    reported: bool = False
-    _calls: int = 0
-    _since: float = 0.0
-
-    def __enter__(self) -> None:
-        with shared:
-            if not self._calls:
-                self._since = time.perf_counter()
-            self._calls += 1
-
-    def __exit__(self, *exc_info: object) -> None:
-        with shared:
-            if self._calls == 1:  # counted before it is over: nested code begins no other
-                self.seconds += time.perf_counter() - self._since
-            self._calls -= 1
+__all__ = ["OpenedFile", "UnderWay", "open_checked", "progress_bar"]
 
 
 def open_checked(path: str) -> tuple[engine.File, FileLayout]:

@@ -12,8 +12,9 @@ from . import engine
 from .config import Config
 from .layout import FileLayout, plan_rows
 from .machine import io_threads
-from .opened import Account, progress_bar
+from .opened import progress_bar
 from .pattern import AccessPattern, Walk
+from .report import Account
 
 __all__ = ["AHEAD", "HUGE_PAGE", "WORKERS_FROM", "ReadAhead"]
 

@@ -38,7 +38,6 @@ from ..errors import Doubt, FaststError
 from ..layout import plan_rows
 from ..ondevice import DeviceFile
 from ..opened import OpenedFile
-from ..report import LoadReport, emit
 from ..slices import behind
 from ..stock import SafetensorError
 from ..streams import Lane, Stream, Ticket
@@ -435,19 +434,10 @@ class _Load:
         for file in files:
             moving, account = file.moving, file.moving.account
             share = account.bytes / nbytes if nbytes else 1 / len(files)  # read beside each other
-            emit(
-                LoadReport(
-                    "from_pretrained",
-                    moving.file.path,
-                    moving.device,
-                    account.path if account.tensors else "stock",
-                    account.bytes,
-                    account.tensors,
-                    seconds * share,
-                    account.resident,
-                    account.note,
-                )
-            )
+            account.seconds = seconds * share
+            if not account.tensors:
+                account.path = "stock"
+            account.emit("from_pretrained", moving.file.path, moving.device)
 
 
 _MODULE = "transformers.core_model_loading"

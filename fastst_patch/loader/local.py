@@ -241,20 +241,21 @@ class LocalFiles:
         walk.drop()
         self._stock_handles.clear()
         for path, opened in zip(self._paths, files, strict=True):
-            _report(self._call, path, opened, last=True)
+            opened.account.emit(self._call, path, opened.device)
         if self._bar is not None:
             self._bar.close()
 
     def done_with(self, k: int) -> None:
         """Report file k, of which nothing more will be asked."""
         if self._open is not None:
-            _report(self._call, self._paths[k], self._open[0][k], last=True)
+            opened = self._open[0][k]
+            opened.account.emit(self._call, self._paths[k], opened.device)
 
     def tell(self) -> None:
         """Report what was handed out since the last report."""
         found = self._open
         for path, opened in zip(self._paths, found[0] if found else (), strict=False):
-            _report(self._call, path, opened, last=False)
+            opened.account.emit(self._call, path, opened.device, last=False)
 
     @property
     def closed(self) -> bool:
@@ -301,30 +302,6 @@ def cast(
         ) from error
     files.settle()
     return result
-
-
-def _report(call: str, path: str, opened: OpenedFile, *, last: bool) -> None:
-    account = opened.account
-    with shared:
-        tensors, nbytes, seconds = account.tensors, account.bytes, account.seconds
-        account.tensors = account.bytes = 0
-        account.seconds = 0.0
-        if not tensors and (account.reported or not last):
-            return
-        account.reported = True
-    report.emit(
-        report.LoadReport(
-            call,
-            path,
-            opened.device,
-            account.path,
-            nbytes,
-            tensors,
-            seconds,
-            account.resident,
-            account.note,
-        )
-    )
 
 
 def _tell_all() -> None:

@@ -25,7 +25,6 @@ from .source import Source
 from .steps import circle_of, steps_of
 from .stocks import by_stock, verify
 from .taking import Request, cast, everything, flat, joined, part_bytes, parts_of, takes_of
-from .tally import Tally
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +93,6 @@ class ShardedFiles:
         target = opening.target
         self._memory = Memory(target)
         self._commons = Commons(group)
-        self._tally = Tally(call, "cpu" if target is None else target.name)
 
     # ---- what is there ----
 
@@ -115,8 +113,13 @@ class ShardedFiles:
 
     def close(self) -> None:
         """Report what was taken, and let go of the files. Tensors stay."""
+        target = self._memory.target
         for source in self.sources:
-            self._tally.report(source, self._refused)
+            account = source.account
+            if self._refused is not None and source.doubt is None:
+                account.path, account.note, account.resident = "stock", self._refused, None
+            if account.seconds:
+                account.emit(self._call, source.path, "cpu" if target is None else target.name)
             source.close()
         self._commons.close()
 
@@ -353,7 +356,10 @@ class ShardedFiles:
                 if problem is not None:
                     result.clear()
                 problem = None  # and with it the frame that its traceback keeps
-        self._tally.count(source, result, time.perf_counter() - started)
+        account = source.account
+        account.bytes += sum(tensor.nbytes for tensor in result.values())
+        account.tensors += len(result)
+        account.seconds += time.perf_counter() - started
         return result
 
     def _parts(

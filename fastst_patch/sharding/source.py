@@ -9,6 +9,7 @@ from .. import stock, tensors
 from ..layout import FileLayout
 from ..locks import once
 from ..opened import OpenedFile
+from ..report import Account
 from .schedule import Extent
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ class Source:
     doubt: str | None
     _layout: FileLayout | None
     _stock: Any = None  # a handle
+
+    @once
+    def account(self) -> Account:
+        """What was taken of it so far."""
+        if self.doubt is not None:
+            return Account("stock", note=self.doubt)
+        return Account("exchange") if self.opened is None else self.opened.account
 
     def ask_stock(self) -> None:
         """Let stock read the file, which it opens now. Raises what stock raises."""
