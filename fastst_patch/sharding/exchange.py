@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 from .. import device, engine
 from ..device import Target
 from .channel import Pending
-from .groups import Flag, Group
+from .groups import Elsewhere, Flag, Group
 from .rules import Part
 from .schedule import Key, Unit, part_bytes, segments
 from .source import Source
@@ -47,7 +47,7 @@ from .source import Source
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["COMMON_UNIT", "Circle", "Elsewhere", "Memory", "Step", "move"]
+__all__ = ["COMMON_UNIT", "Circle", "Memory", "Step", "move"]
 
 AHEAD = 2
 """Steps whose reads are under way while one is exchanged."""
@@ -56,10 +56,6 @@ COMMON_UNIT, COMMON_AHEAD = 8 << 20, 8
 """The same, and bytes of a unit, in common memory: little at a time, and much under way. 1.5 GB by
 4 ranks with O_DIRECT, load alone: 0.60 to 0.65 s; 16 MiB and 4 ahead 0.73 to 0.78, 8 MiB and 2
 ahead 0.69 to 0.77, 32 MiB and 2 ahead 0.78 to 0.82."""
-
-
-class Elsewhere(Exception):  # noqa: N818 - control flow; never leaves the package
-    """Another rank has failed, and tells how when all agree; what came is not complete."""
 
 
 class Memory:
