@@ -38,7 +38,7 @@ LAYERS = [
     {"summary"},
     {"report"},
     {"config"},
-    {"errors", "interrupts", "locks"},
+    {"errors", "interrupts", "locks", "runs"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

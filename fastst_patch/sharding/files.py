@@ -395,7 +395,7 @@ class ShardedFiles:
         needs = [request.needs[rank] for rank in ranks]
         alone, shared = split(source.extents, needs, range(len(ranks)))
         wanted = mapped.wanted(source.extents, alone, shared)
-        opened.keep_to(wanted)
+        opened.keep_to(wanted.flat)
         if cold:
             wanted = mapped.share(source.extents, alone[turn], shared, turn, len(ranks))
         threads = io_threads(self._config.threads)

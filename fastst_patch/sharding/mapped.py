@@ -7,6 +7,7 @@ alone needs, and of those that several need every n-th stripe.
 
 from __future__ import annotations
 
+import itertools
 import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING
 from .. import engine, tensors
 from ..dtypes import DTYPE_NAMES, header_shape
 from ..onhost import HostFile
+from ..runs import Runs
 from ..stripes import STRIPE
 from .rules import Part
-from .schedule import Extent, Key, Rows, merged
+from .schedule import Extent, Key, Rows, ranges_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +29,8 @@ __all__ = ["share", "take", "take_all", "wanted"]
 
 def share(
     extents: Sequence[Extent], alone: Sequence[Rows], shared: Sequence[Rows], turn: int, turns: int
-) -> array[int]:
-    """What one of ``turns`` ranks reads ahead: flat triples (file offset, bytes, 0), in order.
+) -> Runs:
+    """What one of ``turns`` ranks reads ahead, in order.
 
     Args:
         extents: of the file's tensors.
@@ -37,35 +39,29 @@ def share(
         turn: this rank's number among those that share the reading.
         turns: how many they are.
     """
-    ranges = merged(extents, alone)
-    for begin, end in merged(extents, shared):
+    ranges = Runs(ranges_of(extents, alone)).ranges
+    for begin, end in Runs(ranges_of(extents, shared)).ranges:
         # Stripes lie at multiples of their size in the file, whoever needs which tensor.
         stripe = begin // STRIPE
         while stripe * STRIPE < end:
             if stripe % turns == turn:
                 ranges.append((max(begin, stripe * STRIPE), min(end, (stripe + 1) * STRIPE)))
             stripe += 1
-    flat = array("Q")
-    for begin, end in sorted(ranges):
-        flat.extend((begin, end - begin, 0))
-    return flat
+    return Runs(sorted(ranges))
 
 
 def wanted(
     extents: Sequence[Extent], alone: Iterable[Sequence[Rows]], shared: Sequence[Rows]
-) -> array[int]:
-    """What any rank of the node needs of a file: flat triples (file offset, bytes, 0), in order.
+) -> Runs:
+    """What any rank of the node needs of a file, in order.
 
     Args:
         extents: of the file's tensors.
         alone: rows that one rank alone needs, of each.
         shared: rows that several need.
     """
-    flat = array("Q")
-    ranges = [one for rows in (*alone, shared) for one in merged(extents, rows)]
-    for begin, end in sorted(ranges):
-        flat.extend((begin, end - begin, 0))
-    return flat
+    each = (Runs(ranges_of(extents, rows)).ranges for rows in (*alone, shared))
+    return Runs(sorted(itertools.chain.from_iterable(each)))
 
 
 def take_all(opened: HostFile) -> list[torch.Tensor]:
