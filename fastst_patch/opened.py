@@ -20,7 +20,7 @@ from .report import Account
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OpenedFile", "UnderWay", "open_checked", "progress_bar"]
+__all__ = ["OpenedFile", "UnderWay", "open_checked", "places_in_arena", "progress_bar"]
 
 
 def open_checked(path: str) -> tuple[engine.File, FileLayout]:
@@ -143,6 +143,22 @@ class OpenedFile(abc.ABC):
         with shared:  # threads share a handle
             self.account.tensors += made
             self.account.bytes += nbytes
+
+
+def places_in_arena(
+    places: Sequence[tuple[int, int, torch.Tensor]],
+) -> tuple[engine.Arena, array[int]]:
+    """Tensors that exist as one arena, and what of the file goes where in it.
+
+    Args:
+        places: (file offset, bytes, tensor), by file offset.
+    """
+    found = [(begin, nbytes, tensor.data_ptr()) for begin, nbytes, tensor in places if nbytes]
+    arena, base = engine.Arena.over([(at, nbytes) for _, nbytes, at in found], places)
+    segments = array("Q")
+    for begin, nbytes, at in found:
+        segments.extend((begin, nbytes, at - base))
+    return arena, segments
 
 
 @contextmanager

@@ -284,8 +284,8 @@ class Upload:
             error.__traceback__ = None  # its frames hold what was made
             raise Doubt(f"not enough memory on {target.name} to move ahead") from None
         places = [tensor.data_ptr() for tensor in made]
-        base = min(places)
-        top = max(place + tensor.nbytes for place, tensor in zip(places, made, strict=True))
+        spans = [(place, tensor.nbytes) for place, tensor in zip(places, made, strict=True)]
+        arena, base = engine.Arena.over(spans, made)
         segments = array("Q")
         for source, place in zip(order, places, strict=True):
             segments += _segments(source, place - base)
@@ -293,7 +293,7 @@ class Upload:
             id(source): (source, tensor) for source, tensor in zip(order, made, strict=True)
         }
         self._job = engine.upload(
-            engine.borrow_arena(base, top - base, made),
+            arena,
             segments,
             threads=io_threads(config.threads),
             chunk_bytes=config.chunk_bytes,

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import tensors
 from ..decide import check_move, fell_back
-from ..device import Target, torch_target
+from ..device import Target, parse_device, torch_target
 from ..errors import Doubt, FaststError
 from ..layout import plan_rows
 from ..ondevice import DeviceFile
@@ -319,13 +319,10 @@ class _Load:
             return self._files.setdefault(key, self._new_file(opened, device))
 
     def _new_file(self, opened: OpenedFile, device: Any) -> _File | None:
-        import torch
-
         if device is None or opened.device != "cpu":
             return None
         try:
-            named = torch.device("cuda", device) if type(device) is int else torch.device(device)
-            target = torch_target(named)
+            target = torch_target(parse_device(device))
             if target is None:
                 return None
             check_move(opened.config)  # transformers' threads are in no mode: then all is theirs

@@ -155,7 +155,7 @@ class _Reading:
 
 
 def _borrowed(tensor: torch.Tensor, owner: object) -> engine.Arena:
-    return engine.borrow_arena(tensor.data_ptr(), tensor.nbytes, owner)
+    return engine.Arena.over([(tensor.data_ptr(), tensor.nbytes)], owner)[0]
 
 
 class Mover:
@@ -296,12 +296,11 @@ class Mover:
             at = result.data_ptr() + (piece.first - part.rows[0]) * row_bytes
             places.append((piece.begin, piece.nbytes, at))
             owners.append(result)
-        base = min(at for _, _, at in places)
-        top = max(at + nbytes for _, nbytes, at in places)
+        arena, base = engine.Arena.over([(at, nbytes) for _, nbytes, at in places], owners)
         flat = array("Q")
         for begin, nbytes, at in places:
             flat.extend((begin, nbytes, at - base))
-        return engine.borrow_arena(base, top - base, owners), flat
+        return arena, flat
 
     def read(self, number: int) -> None:
         """Wait for the reads of a step. Raises what reading it did."""

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING
 
 from .. import engine, tensors
 from ..config import Config
-from ..device import Target
+from ..device import Target, parse_device, torch_target
 from ..errors import Doubt, NameClashError, RankError
 from ..ondevice import DeviceFile
 from ..onhost import HostFile
 from ..opened import OpenedFile, open_checked
 from .groups import Group
 from .source import Source
-from .target import named, target_of
 
 if TYPE_CHECKING:
     import torch
@@ -127,9 +126,11 @@ def open_together(
     with group.phase() as phase:
         if read_once not in ("node", "job"):
             raise ValueError(f"read_once={read_once!r}: allowed are 'node' and 'job'")
-        where = named(device)
+        where = parse_device(device)
         try:
-            target = target_of(where)
+            if where.type not in ("cpu", "cuda"):
+                raise Doubt(f"device {str(where)!r} is not accelerated")
+            target = torch_target(where)
         except Doubt as doubt:
             refused = doubt.reason
         paths = None if isinstance(files, FileNotFoundError) else _in_turn(files)
