@@ -10,7 +10,7 @@ import dataclasses
 import re
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .locks import once, shared
@@ -20,6 +20,7 @@ __all__ = [
     "FileLayout",
     "LayoutCache",
     "LoadPlan",
+    "described",
     "plan_arena",
     "plan_rows",
 ]
@@ -50,6 +51,7 @@ class FileLayout:
         dtypes: bit ``1 << k`` is set when number k of ``enum fst_dtype`` occurs.
         odd_f4: some F4 tensor has no even last dimension, which stock refuses.
         owner: what keeps the memory behind the views below alive.
+        view: the same as the engine has it; None where no header was parsed.
     """
 
     names: tuple[str, ...]
@@ -62,6 +64,7 @@ class FileLayout:
     owner: Any
     _records: memoryview
     _dims: memoryview
+    view: Any = None
 
     @once
     def metadata(self) -> Mapping[str, str] | None:
@@ -96,6 +99,41 @@ class FileLayout:
     def dtype(self, i: int) -> int:
         """Number of tensor i's dtype in ``enum fst_dtype``."""
         return int(self._records[i * _FIELDS + 3] >> 32)
+
+
+def described(
+    tensors: Iterable[tuple[str, int, Sequence[int], int]],
+    data_begin: int = 0,
+    metadata: Mapping[str, str] | None = None,
+) -> FileLayout:
+    """The layout of a file whose header the engine has not parsed, or of one that does not exist.
+
+    Args:
+        tensors: name, dtype, shape as a header has it, and bytes of each, one behind another.
+        data_begin: see the attribute.
+        metadata: the header's ``__metadata__``.
+    """
+    names: list[str] = []
+    records, dims = array("Q"), array("q")
+    used = end = 0
+    for name, kind, shape, nbytes in tensors:
+        names.append(name)
+        used |= 1 << kind
+        records.extend((end, end + nbytes, len(dims), len(shape) | kind << 32))
+        dims.extend(shape)
+        end += nbytes
+    return FileLayout(
+        names=tuple(names),
+        index={name: i for i, name in enumerate(names)},
+        data_begin=data_begin,
+        data_bytes=end,
+        find_metadata=None if metadata is None else lambda: metadata,
+        dtypes=used,
+        odd_f4=False,
+        owner=None,
+        _records=memoryview(records),
+        _dims=memoryview(dims),
+    )
 
 
 class LayoutCache:

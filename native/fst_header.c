@@ -14,7 +14,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "fst_dlpack.h"
 #include "fst_header_lex.h"
 #include "fst_internal.h"
 #include "fst_sys.h"
@@ -311,6 +310,8 @@ static bool fill_layout(parser *p, fst_layout *layout) {
     view->names_bytes = p->names_bytes;
     view->metadata = p->metadata;
     view->metadata_bytes = p->metadata_bytes;
+    view->header = layout->header;
+    view->header_bytes = layout->header_bytes;
     return true;
 }
 
@@ -439,5 +440,3 @@ void fst_layout_release_at(fst_layout **layout) {
     *layout = NULL;
     fst_layout_release(held);
 }
-
-const fst_layout_view *fst_layout_get(const fst_layout *layout) { return &layout->view; }

@@ -49,6 +49,15 @@ def set_dl_dtype(table: Any, k: int, entry: DlDtype) -> None:
     row.known = int(entry.known)
 
 
+def _view_of(layout: FileLayout) -> Any:
+    """As the engine takes it; the memory is the layout's, which must outlive it."""
+    view = ffi.new("fst_layout_view *")
+    view.count = len(layout.names)
+    view.tensors = ffi.from_buffer("fst_tensor[]", layout._records)
+    view.dims = ffi.from_buffer("int64_t[]", layout._dims)
+    return view
+
+
 def import_tensors(
     arena: Arena,
     layout: FileLayout,
@@ -77,7 +86,7 @@ def import_tensors(
     err = ffi.new("fst_error *")
     code = lib.fst_tensors_import(
         arena.handle,
-        layout.owner[0],
+        _view_of(layout) if layout.view is None else layout.view,
         ffi.NULL if tensors is None else ffi.from_buffer("uint64_t[]", tensors),
         len(layout.names) if tensors is None else len(tensors),
         ffi.NULL if offsets is None else ffi.from_buffer("uint64_t[]", offsets),
