@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import engine, stock
 from .dtypes import DTYPE_NAMES, PACKED, TORCH, dtype_named
 from .errors import Doubt, OptionError
-from .layout import FileLayout
+from .layout import FileLayout, described
 from .locks import shared
 
 if TYPE_CHECKING:
@@ -117,8 +117,7 @@ class _Dtypes:
         return engine.DlDtype(1, 8, True, True)
 
     def _import_one(self, k: int, entry: engine.DlDtype) -> torch.Tensor:
-        header = _header_of_one(k)
-        layout = engine.parse_header(header, 8 + len(header) + _bytes_of(k))
+        layout = described([("", k, (TORCH[DTYPE_NAMES[k]].per_element,), _bytes_of(k))])
         entries = [engine.DlDtype()] * len(DTYPE_NAMES)
         entries[k] = entry
         tensors = engine.import_tensors(
@@ -262,10 +261,9 @@ def empty(layout: FileLayout, i: int, rows: int | None = None) -> torch.Tensor:
 def whole_storage(arena: engine.Arena) -> torch.UntypedStorage:
     """All of an arena as one torch storage, which keeps it alive."""
     dtypes = _dtypes()
-    dtypes.all_loadable(1 << DTYPE_NAMES.index("U8"))
-    n = arena.nbytes
-    header = f'{{"x":{{"dtype":"U8","shape":[{n}],"data_offsets":[0,{n}]}}}}'.encode()
-    layout = engine.parse_header(header, 8 + len(header) + n)
+    kind = DTYPE_NAMES.index("U8")
+    dtypes.all_loadable(1 << kind)
+    layout = described([("", kind, (arena.nbytes,), arena.nbytes)])
     (tensor,) = engine.import_tensors(
         arena, layout, dtypes.table, dtypes.importer, offsets=array("Q", [0])
     )

@@ -11,7 +11,7 @@ from .. import engine, slices, stock
 from ..config import Config
 from ..dtypes import DTYPE_NAMES
 from ..errors import Doubt
-from ..layout import FileLayout
+from ..layout import FileLayout, described
 from ..opened import OpenedFile, UnderWay
 
 if TYPE_CHECKING:
@@ -79,29 +79,16 @@ def layout_of(path: str) -> FileLayout:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
-        size = file.seek(0, 2)
     metadata = header.pop("__metadata__", None)
     found = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    records, dims = array("Q"), array("q")
-    used = 0
-    for _, entry in found:
-        shape = entry["shape"]
-        kind = _kind(entry["dtype"])
-        used |= 1 << kind
-        records.extend((*entry["data_offsets"], len(dims), len(shape) | kind << 32))
-        dims.extend(shape)
-    names = tuple(name for name, _ in found)
-    return FileLayout(
-        names=names,
-        index=dict(zip(names, range(len(names)), strict=True)),
+    return described(
+        [
+            (name, _kind(entry["dtype"]), entry["shape"], end - begin)
+            for name, entry in found
+            for begin, end in [entry["data_offsets"]]
+        ],
         data_begin=8 + length,
-        data_bytes=size - 8 - length,
-        find_metadata=None if metadata is None else lambda: metadata,
-        dtypes=used,
-        odd_f4=False,
-        owner=None,
-        _records=memoryview(records),
-        _dims=memoryview(dims),
+        metadata=metadata,
     )
 
 

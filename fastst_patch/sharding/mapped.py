@@ -8,13 +8,13 @@ alone needs, and of those that several need every n-th stripe.
 from __future__ import annotations
 
 import itertools
-import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .. import engine, tensors
-from ..dtypes import DTYPE_NAMES, header_shape
+from .. import tensors
+from ..dtypes import PACKED, header_shape
+from ..layout import described
 from ..onhost import HostFile
 from ..runs import Runs
 from ..stripes import STRIPE
@@ -121,23 +121,16 @@ def _straight(
     if all(part.size == list(part.shape) for part in parts.values()):
         made = tensors.import_batch(opened.map(), layout, array("Q", [i for i, _ in keys]))
         return dict(zip(keys, made, strict=True))
-    # The same call, with a header in which each tensor is what is taken of it.
-    begins = array("Q")
-    header, end = {}, 0
-    for number, key in enumerate(keys):
-        part, extent = parts[key], extents[key[0]]
+    # The same call, with a layout in which each tensor is what is taken of it.
+    begins, taken = array("Q"), []
+    for i, k in keys:
+        part, extent = parts[i, k], extents[i]
         first, last = part.rows
-        nbytes = (last - first) * extent.row_bytes
-        header[str(number)] = {
-            "dtype": DTYPE_NAMES[layout.dtype(key[0])],
-            "shape": header_shape(part.size, tensors.shape_and_dtype(layout, key[0])[1]),
-            "data_offsets": [end, end + nbytes],
-        }
-        end += nbytes
+        shape, kind = part.size, layout.dtype(i)
+        if kind in PACKED:
+            shape = header_shape(shape, tensors.shape_and_dtype(layout, i)[1])
+        taken.append(("", kind, shape, (last - first) * extent.row_bytes))
         begins.append(extent.begin + first * extent.row_bytes)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    described = engine.parse_header(text, 8 + len(text) + end)
-    order = array("Q", [described.index[str(number)] for number in range(len(keys))])
-    made = tensors.import_batch(opened.map(), described, order, begins)
+    numbers = array("Q", range(len(keys)))
+    made = tensors.import_batch(opened.map(), described(taken), numbers, begins)
     return dict(zip(keys, made, strict=True))

@@ -212,8 +212,7 @@ def _open(path: str, config: Config, target: Target | None) -> tuple[OpenedFile 
         if error.errno in _UNSEEN:
             return None, _Seen(error=error.errno, text=os.strerror(error.errno))
         raise
-    header = os.pread(file.fd, layout.data_begin, 0)
-    digest = hashlib.blake2b(header).hexdigest()
+    digest = hashlib.blake2b(engine.header_of(layout)).hexdigest()
     return opened, _Seen(size=file.size, digest=digest, mapped=opened.mapped)
 
 
@@ -343,8 +342,7 @@ def _describe(sources: Sequence[Source], lacking: Sequence[int], group: Group) -
         for number in lacking:
             source = sources[number]
             if source.readers[0] == group.rank and source.opened is not None:
-                file, begin = source.opened.file, source.layout.data_begin
-                headers[number] = os.pread(file.fd, begin - 8, 8), file.size
+                headers[number] = engine.header_of(source.layout), source.opened.file.size
         phase.value = headers
     with group.phase():
         for number in lacking:
