@@ -43,7 +43,8 @@ class ShardedFiles:
 
     Attributes:
         group: the ranks.
-        sources: the files, in the order in which they were named.
+        config: in force for the files.
+        sources: these, in the order in which they were named.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class ShardedFiles:
                 kinds.
         """
         self.group = group
-        self._config = config
+        self.config = config
         self._call = call
         self._contiguous = contiguous
         opening = open_together(files, group, device, config, read_once)
@@ -141,7 +142,7 @@ class ShardedFiles:
     def _is_local(self, source: Source) -> bool:
         return self.group.size == 1 or (source.doubt is None and self._from_map(source))
 
-    def take(self, name: str, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def take(self, name: str, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
         """This rank's part of a tensor. Collective unless it is `local`.
 
         Args:
@@ -294,7 +295,7 @@ class ShardedFiles:
 
     @contextlib.contextmanager
     def _bar(self, requests: Sequence[Request]) -> Iterator[Callable[[int], None]]:
-        if not self._config.progress:
+        if not self.config.progress:
             yield lambda done: None
             return
         with progress_bar(self._call, sum(
@@ -345,9 +346,9 @@ class ShardedFiles:
             takes = everything(source) if takes is None else takes
             found = self._parts(source, request, parts_of(takes))
             result = {i: joined(found, i, take) for i, take in takes.items()}
-        if self._config.verify and doubt is None and source.opened is not None:
+        if self.config.verify and doubt is None and source.opened is not None:
             takes = everything(source) if takes is None else takes
-            verify(source, takes, result, dtype, device=self._device, config=self._config)
+            verify(source, takes, result, dtype, device=self._device, config=self.config)
         return result
 
     def _parts(
@@ -356,7 +357,7 @@ class ShardedFiles:
         doubt = source.doubt or self._refused
         if doubt is not None:
             found = by_stock(source, parts, request.dtype, self._device)
-            fell_back(self._config, self._call, source.path, Doubt(doubt))
+            fell_back(self.config, self._call, source.path, Doubt(doubt))
             return found
         if not self._from_map(source):
             return self._moved(source, request, parts)
@@ -398,7 +399,7 @@ class ShardedFiles:
         opened.keep_to(wanted.flat)
         if cold:
             wanted = mapped.share(source.extents, alone[turn], shared, turn, len(ranks))
-        threads = io_threads(self._config.threads)
+        threads = io_threads(self.config.threads)
         opened.ahead_of.extents(opened.map(), wanted, max(threads // len(ranks), 2))
 
     def _moved(
