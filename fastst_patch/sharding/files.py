@@ -23,8 +23,18 @@ from .rules import Owner, Part, Plan, Take, rules_of, take_of
 from .schedule import Key, split
 from .source import Source
 from .steps import circle_of, steps_of
-from .stocks import by_stock, verify
-from .taking import Request, cast, everything, flat, joined, part_bytes, parts_of, takes_of
+from .taking import (
+    Request,
+    by_stock,
+    cast,
+    everything,
+    flat,
+    joined,
+    part_bytes,
+    parts_of,
+    takes_of,
+    verify,
+)
 
 if TYPE_CHECKING:
     import torch
