@@ -20,7 +20,14 @@ from .report import Account
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OpenedFile", "UnderWay", "open_checked", "places_in_arena", "progress_bar"]
+__all__ = [
+    "OpenedFile",
+    "TensorFile",
+    "UnderWay",
+    "open_checked",
+    "places_in_arena",
+    "progress_bar",
+]
 
 
 def open_checked(path: str) -> tuple[engine.File, FileLayout]:
@@ -47,31 +54,64 @@ class UnderWay(Protocol):
         """A tensor by its number, usable at once. Raises as `OpenedFile.tensor`."""
 
 
-class OpenedFile(abc.ABC):
-    """State shared by a handle and its slices. Usable from any thread.
+class TensorFile(abc.ABC):
+    """Tensors of one file by number, whoever reads it. Usable from any thread.
+
+    Attributes:
+        layout: of the file.
+        config: in force when it was opened.
+        account: what was moved so far.
+        device: where the tensors are.
+    """
+
+    device = "cpu"
+
+    def __init__(self, layout: FileLayout, config: Config) -> None:
+        self.layout = layout
+        self.config = config
+        self.account = Account()
+
+    @abc.abstractmethod
+    def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
+        """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
+
+        Raises:
+            Doubt: stock must do it.
+            OSError, MemoryError, SafetensorError: its bytes could not be read.
+        """
+
+    @abc.abstractmethod
+    def ahead(self, numbers: Sequence[int]) -> UnderWay:
+        """Start moving tensors that will be asked for, each as often as its number is given.
+
+        Raises as `tensor`.
+        """
+
+    def count(self, made: int, nbytes: int) -> None:
+        """Add tensors handed out to the account."""
+        with shared:  # threads share a handle
+            self.account.tensors += made
+            self.account.bytes += nbytes
+
+
+class OpenedFile(TensorFile):
+    """A file that the engine reads: state shared by a handle and its slices.
 
     Holds the descriptor; tensors handed out hold their memory themselves and outlive this
     object.
 
     Attributes:
         file: open for reading.
-        layout: of the file.
-        config: in force when it was opened.
-        account: what was moved so far.
-        device: where the tensors are.
-        device_argument: how the caller said so.
+        device_argument: how the caller named the device.
         mapped: whether tensors are views of the file's map.
     """
 
-    device = "cpu"
     device_argument: object = "cpu"
     mapped = False
 
     def __init__(self, file: engine.File, layout: FileLayout, config: Config) -> None:
+        super().__init__(layout, config)
         self.file = file
-        self.layout = layout
-        self.config = config
-        self.account = Account()
 
     @property
     def owned(self) -> bool:
@@ -84,24 +124,8 @@ class OpenedFile(abc.ABC):
         return kind == "owned" or (kind == "auto" and self.device != "cpu")
 
     @abc.abstractmethod
-    def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
-        """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
-
-        Raises:
-            Doubt: stock must do it.
-            OSError, MemoryError, SafetensorError: its bytes could not be read.
-        """
-
-    @abc.abstractmethod
     def all_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, in offset order. Raises as `tensor`."""
-
-    @abc.abstractmethod
-    def ahead(self, numbers: Sequence[int]) -> UnderWay:
-        """Start moving tensors that will be asked for, each as often as its number is given.
-
-        Raises as `tensor`.
-        """
 
     @abc.abstractmethod
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
@@ -137,12 +161,6 @@ class OpenedFile(abc.ABC):
         """What stock's slice gives for an index into a tensor, or into some rows of it."""
         result: torch.Tensor = whole[index]
         return result
-
-    def count(self, made: int, nbytes: int) -> None:
-        """Add tensors handed out to the account."""
-        with shared:  # threads share a handle
-            self.account.tensors += made
-            self.account.bytes += nbytes
 
 
 def places_in_arena(

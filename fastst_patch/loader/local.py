@@ -85,7 +85,7 @@ class LocalFiles:
         if window is not None:
             bounds = dataclasses.replace(bounds, window=min(window, bounds.window))
         walk = Walk(files, self.numbers, bounds, lambda: self._resident_bytes)
-        self._open: tuple[list[OpenedFile], Walk] | None = files, walk
+        self._open: tuple[list[OpenedFile | StockFile], Walk] | None = files, walk
         _alive.add(self)
 
     def _index(self, unique: bool) -> dict[str, int]:
@@ -124,7 +124,7 @@ class LocalFiles:
             with files[0].account:
                 walk.begin()
 
-    def _still_open(self) -> tuple[list[OpenedFile], Walk]:
+    def _still_open(self) -> tuple[list[OpenedFile | StockFile], Walk]:
         found = self._open
         if found is None:
             raise ValueError("the files are closed: take tensors before close()")
@@ -154,7 +154,7 @@ class LocalFiles:
     # ---- tensors ----
 
     def take(self, name: str, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor: all of it, since nobody shares it, along whatever dimension.
+        """A tensor. All of it: ``dim`` is what a group cuts along, as `Files` has it.
 
         Raises:
             KeyError: there is no such tensor.
@@ -164,7 +164,7 @@ class LocalFiles:
         return cast(self, name, self.take_at(*self._place(name)), dtype)
 
     def push(self, name: str, dst_rank: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor for the rank it is meant for, which is this one. Raises as `take`."""
+        """A tensor for a rank, which can only be this one, as `Files` has it. Raises as `take`."""
         return self.take(name, -1, dtype)
 
     def take_at(self, k: int, i: int) -> torch.Tensor:
@@ -183,7 +183,7 @@ class LocalFiles:
             self._bar.update(nbytes)
         return result
 
-    def _taken(self, walk: Walk, opened: OpenedFile, k: int, i: int) -> torch.Tensor:
+    def _taken(self, walk: Walk, opened: OpenedFile | StockFile, k: int, i: int) -> torch.Tensor:
         try:
             ours = walk.take(k, i)
         except (Doubt, MemoryError) as error:
@@ -202,7 +202,7 @@ class LocalFiles:
         opened = self._still_open()[0][k]
         return opened.slice(i) if isinstance(opened, StockFile) else slices.FastSlice(opened, i)
 
-    def _stock(self, opened: OpenedFile, k: int) -> Any:
+    def _stock(self, opened: OpenedFile | StockFile, k: int) -> Any:
         found = self._stock_handles.get(k)
         if found is None:
             if isinstance(opened, StockFile):
@@ -212,7 +212,9 @@ class LocalFiles:
             self._stock_handles[k] = found
         return found
 
-    def _verified(self, opened: OpenedFile, k: int, i: int, ours: torch.Tensor) -> torch.Tensor:
+    def _verified(
+        self, opened: OpenedFile | StockFile, k: int, i: int, ours: torch.Tensor
+    ) -> torch.Tensor:
         name = opened.layout.names[i]
         theirs: torch.Tensor = self._stock(opened, k).get_tensor(name)
         if same(ours, theirs):

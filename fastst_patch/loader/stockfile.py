@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .. import engine, slices, stock
+from .. import slices, stock
 from ..config import Config
 from ..dtypes import DTYPE_NAMES
 from ..errors import Doubt
 from ..layout import FileLayout, described
-from ..opened import OpenedFile, UnderWay
+from ..opened import TensorFile, UnderWay
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["StockFile", "layout_of"]
 
 
-class StockFile(OpenedFile):
+class StockFile(TensorFile):
     """A file whose tensors stock makes, because of a doubt.
 
     Attributes:
@@ -30,10 +29,9 @@ class StockFile(OpenedFile):
     def __init__(
         self, path: str, layout: FileLayout, config: Config, device: str, doubt: Doubt
     ) -> None:
-        super().__init__(None, layout, config)  # type: ignore[arg-type] # nothing here reads it
+        super().__init__(layout, config)
         self.path = path
         self.device = device
-        self.device_argument = device
         self.account.path = "stock"
         self.account.note = doubt.reason
         self._doubt = doubt
@@ -49,25 +47,9 @@ class StockFile(OpenedFile):
         """Stock's slice of tensor i."""
         return self._handle.get_slice(self.layout.names[i])
 
-    def all_tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by name, in offset order."""
-        return {name: self.tensor(i) for i, name in enumerate(self.layout.names)}
-
     def ahead(self, numbers: Sequence[int]) -> UnderWay:
         """Stock reads nothing ahead: always a Doubt."""
         raise Doubt(self._doubt.reason)
-
-    def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
-        """Stock reads where it likes: always a Doubt."""
-        raise Doubt(self._doubt.reason)
-
-    def note(self, job: engine.Job) -> None:
-        """There are no jobs."""
-
-    def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
-        """Rows of tensor i's first dimension."""
-        result: torch.Tensor = self.slice(i)[start:stop]
-        return result
 
 
 def layout_of(path: str) -> FileLayout:
