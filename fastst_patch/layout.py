@@ -106,7 +106,7 @@ def described(
     data_begin: int = 0,
     metadata: Mapping[str, str] | None = None,
 ) -> FileLayout:
-    """The layout of a file whose header the engine has not parsed, or of one that does not exist.
+    """A layout made from descriptions instead of a parsed header.
 
     Args:
         tensors: name, dtype, shape as a header has it, and bytes of each, one behind another.

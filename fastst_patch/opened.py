@@ -55,7 +55,7 @@ class UnderWay(Protocol):
 
 
 class TensorFile(abc.ABC):
-    """Tensors of one file by number, whoever reads it. Usable from any thread.
+    """Tensors of one file, by number. The engine reads it, or stock does. Usable from any thread.
 
     Attributes:
         layout: of the file.
@@ -166,7 +166,7 @@ class OpenedFile(TensorFile):
 def places_in_arena(
     places: Sequence[tuple[int, int, torch.Tensor]],
 ) -> tuple[engine.Arena, array[int]]:
-    """Tensors that exist as one arena, and what of the file goes where in it.
+    """One arena over tensors that exist, and the segments to read into it.
 
     Args:
         places: (file offset, bytes, tensor), by file offset.

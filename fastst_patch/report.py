@@ -163,13 +163,13 @@ class Account:
             self._calls -= 1
 
     def emit(self, call: str, file: str, device: str, *, last: bool = True) -> None:
-        """Publish what was counted since the last report; arguments as of `LoadReport`.
+        """Publish the counts since the last report.
 
         Args:
-            call: who loaded.
-            file: what.
-            device: where to.
-            last: nothing more will be counted; then a load of nothing is reported, too, once.
+            call: as of `LoadReport`.
+            file: as of `LoadReport`.
+            device: as of `LoadReport`.
+            last: nothing more will be counted. A load of no tensors is reported then, once.
         """
         with shared:
             if not self.tensors and (self.reported or not last):

@@ -9,7 +9,7 @@ __all__ = ["Runs"]
 
 
 class Runs:
-    """File ranges in the order in which they are wanted; one that touches the last joins it.
+    """File ranges in the order of use. A range that touches the one before is joined to it.
 
     Args:
         ranges: (begin, end) of each.

@@ -208,15 +208,13 @@ def import_batch(
 
     Args:
         arena: holds their bytes.
-        layout: describes them.
+        layout: describes them; they have passed `check`.
         tensors: their numbers; all when None.
         offsets: where each begins in the arena; at its file offset when None.
 
     Raises:
-        Doubt: stock must do it (see `check`).
+        Doubt: torch refused one.
     """
-    if tensors is None:
-        check(layout)
     dtypes = _dtypes()
     result: list[torch.Tensor] = engine.import_tensors(
         arena, layout, dtypes.table, dtypes.importer, tensors=tensors, offsets=offsets

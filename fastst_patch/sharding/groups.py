@@ -80,7 +80,7 @@ class Flag:
 
 
 class Phase:
-    """Work of all ranks that ends with `Group.agree`, by `Group.phase`.
+    """A ``with`` block of work on all ranks, whose end is `Group.agree`. Made by `Group.phase`.
 
     Attributes:
         value: of this rank, for the others.
@@ -230,9 +230,9 @@ class Group:
         return [answer for _, answer in answers]
 
     def phase(self) -> Phase:
-        """A context whose end is `agree`: on what was raised in it, and on its value. Collective.
+        """A ``with`` block that ends with `agree`, on the error raised in it or its value.
 
-        An error that all ranks know already passes.
+        Collective. An error that all ranks know already is not told again.
         """
         return Phase(self)
 
