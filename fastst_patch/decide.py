@@ -19,7 +19,7 @@ from .layout import FileLayout
 from .ondevice import DeviceFile
 from .onhost import HostFile
 from .opened import OpenedFile, open_checked
-from .report import LoadReport, emit
+from .report import Account
 
 if TYPE_CHECKING:
     import torch
@@ -148,20 +148,9 @@ def fell_back(config: Config, call: str, path: str, reason: Doubt) -> None:
 
 
 def report_stock(call: str, file: object, device: object, reason: Doubt, **counts: Any) -> None:
-    """Report a call that stock did. Counts are ``nbytes``, ``tensors`` and ``seconds``."""
-    emit(
-        LoadReport(
-            call,
-            str(file),
-            str("cpu" if device is None else device),
-            "stock",
-            counts.get("nbytes", 0),
-            counts.get("tensors", 0),
-            counts.get("seconds", 0.0),
-            None,
-            reason.reason,
-        )
-    )
+    """Report a call that stock did. Counts are ``bytes``, ``tensors`` and ``seconds``."""
+    account = Account("stock", note=reason.reason, **counts)
+    account.emit(call, str(file), str("cpu" if device is None else device))
 
 
 # ---- verify ----

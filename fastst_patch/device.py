@@ -23,6 +23,7 @@ __all__ = [
     "Runtime",
     "Sample",
     "Target",
+    "parse_device",
     "prove",
     "prove_tensor",
     "replaced",
@@ -251,6 +252,20 @@ def target(device: object) -> Target | None:
     found = Target(device, ordinal, _runtime)
     found.check()
     return found
+
+
+def parse_device(device: object) -> torch.device:
+    """A device as torch names it. A number is a CUDA device's; None is the CPU.
+
+    Raises:
+        RuntimeError, TypeError: torch knows no such device.
+    """
+    import torch
+
+    if isinstance(device, int) and not isinstance(device, bool):
+        return torch.device("cuda", device)
+    given: Any = "cpu" if device is None else device
+    return torch.device(given)
 
 
 def torch_target(named: torch.device) -> Target | None:

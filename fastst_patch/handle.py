@@ -28,11 +28,10 @@ from .decide import (
     same,
     verified,
 )
+from .dtypes import PACKED
 from .errors import Doubt
-from .layout import DTYPE_NAMES
-from .locks import shared
 from .opened import OpenedFile
-from .report import LoadReport, emit, tell_unfinished
+from .report import tell_unfinished
 from .slices import FastSlice, repr_as, stock_handle, stock_over
 
 if TYPE_CHECKING:
@@ -46,9 +45,6 @@ __all__ = [
     "report_open_handles",
     "safe_open",
 ]
-
-_F4 = DTYPE_NAMES.index("F4")
-
 
 # ---- load_file ----
 
@@ -67,7 +63,8 @@ def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     except Doubt as error:
         doubt = Doubt.alone(error)
     else:
-        _report_loaded(path, opened, started)
+        opened.account.seconds = time.perf_counter() - started
+        opened.account.emit("load_file", path, opened.device)
         if config.verify:
             return verified(config, path, result, stock.load_file(*args, **kwargs))
         return result
@@ -86,23 +83,6 @@ def _fast_load_file(
     path = path_of(filename)
     opened = open_fast(path, config, check_call("pt", device, backend))
     return path, opened, _load_opened(opened)
-
-
-def _report_loaded(path: str, opened: OpenedFile, started: float) -> None:
-    account = opened.account
-    emit(
-        LoadReport(
-            "load_file",
-            path,
-            opened.device,
-            account.path,
-            account.bytes,
-            account.tensors,
-            time.perf_counter() - started,
-            account.resident,
-            account.note,
-        )
-    )
 
 
 def _load_opened(opened: OpenedFile) -> dict[str, torch.Tensor]:
@@ -125,7 +105,7 @@ def _stock_load_file(
     nbytes = 0 if isinstance(doubt, SmallFile) else sum(t.nbytes for t in result.values())
     seconds = time.perf_counter() - started
     report_stock(
-        "load_file", filename, device, doubt, nbytes=nbytes, tensors=len(result), seconds=seconds
+        "load_file", filename, device, doubt, bytes=nbytes, tensors=len(result), seconds=seconds
     )
     return result
 
@@ -276,7 +256,7 @@ class FastHandle:
         """A view that reads when indexed."""
         opened = self._opened
         i = None if opened is None else _number(opened, args, kwargs)
-        if opened is None or i is None or opened.layout.dtype(i) == _F4:
+        if opened is None or i is None or opened.layout.dtype(i) in PACKED:
             return self._stock().get_slice(*args, **kwargs)
         return FastSlice(opened, i)
 
@@ -299,33 +279,8 @@ class FastHandle:
 
     def _close(self) -> None:
         opened, self._opened, self._stock_handle = self._opened, None, None
-        if opened is None:
-            return
-        account = opened.account
-        if account.tensors or not account.reported:
-            self._report(opened)
-
-    def _report(self, opened: OpenedFile) -> None:
-        """Report what was handed out since the last report."""
-        account = opened.account
-        with shared:
-            tensors, nbytes, seconds = account.tensors, account.bytes, account.seconds
-            account.tensors = account.bytes = 0
-            account.seconds = 0.0
-            account.reported = True
-        emit(
-            LoadReport(
-                "safe_open",
-                opened.file.path,
-                opened.device,
-                account.path,
-                nbytes,
-                tensors,
-                seconds,
-                account.resident,
-                account.note,
-            )
-        )
+        if opened is not None:
+            opened.account.emit("safe_open", opened.file.path, opened.device)
 
     def _left_to_stock(self, method: str, doubt: Doubt, args: Any, kwargs: Any) -> Any:
         opened = self._opened
@@ -356,8 +311,8 @@ def report_open_handles() -> None:
                 opened = object.__getattribute__(found, "_opened")
             except AttributeError:
                 continue
-            if opened is not None and opened.account.tensors:
-                found._report(opened)
+            if opened is not None:
+                opened.account.emit("safe_open", opened.file.path, opened.device, last=False)
     tell_unfinished()
 
 

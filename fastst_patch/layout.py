@@ -10,30 +10,23 @@ import dataclasses
 import re
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .locks import once, shared
 
 __all__ = [
     "ARENA_ALIGNMENT",
-    "DTYPE_NAMES",
     "FileLayout",
     "LayoutCache",
     "LoadPlan",
+    "described",
     "plan_arena",
     "plan_rows",
 ]
 
 ARENA_ALIGNMENT = 256
 """Bytes. Files promise 8; transformers' grouped matmul wants 16 and kernels up to 128."""
-
-# In the order of enum fst_dtype.
-DTYPE_NAMES = (
-    "BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0",
-    "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64",
-    "F64", "I64", "U64",
-)  # fmt: skip
 
 _NUMBER = re.compile(r"[0-9]+")
 
@@ -55,9 +48,10 @@ class FileLayout:
         data_begin: file offset of the first tensor's bytes.
         data_bytes: of all tensors together.
         find_metadata: decodes the header's ``__metadata__``; None where there is none.
-        dtypes: bit ``1 << k`` is set when ``DTYPE_NAMES[k]`` occurs.
+        dtypes: bit ``1 << k`` is set when number k of ``enum fst_dtype`` occurs.
         odd_f4: some F4 tensor has no even last dimension, which stock refuses.
         owner: what keeps the memory behind the views below alive.
+        view: the same as the engine has it; None where no header was parsed.
     """
 
     names: tuple[str, ...]
@@ -70,6 +64,7 @@ class FileLayout:
     owner: Any
     _records: memoryview
     _dims: memoryview
+    view: Any = None
 
     @once
     def metadata(self) -> Mapping[str, str] | None:
@@ -102,8 +97,43 @@ class FileLayout:
         return self._dims[first : first + (tail & 0xFFFFFFFF)].tolist()
 
     def dtype(self, i: int) -> int:
-        """Index into ``DTYPE_NAMES`` of tensor i's dtype."""
+        """Number of tensor i's dtype in ``enum fst_dtype``."""
         return int(self._records[i * _FIELDS + 3] >> 32)
+
+
+def described(
+    tensors: Iterable[tuple[str, int, Sequence[int], int]],
+    data_begin: int = 0,
+    metadata: Mapping[str, str] | None = None,
+) -> FileLayout:
+    """A layout made from descriptions instead of a parsed header.
+
+    Args:
+        tensors: name, dtype, shape as a header has it, and bytes of each, one behind another.
+        data_begin: see the attribute.
+        metadata: the header's ``__metadata__``.
+    """
+    names: list[str] = []
+    records, dims = array("Q"), array("q")
+    used = end = 0
+    for name, kind, shape, nbytes in tensors:
+        names.append(name)
+        used |= 1 << kind
+        records.extend((end, end + nbytes, len(dims), len(shape) | kind << 32))
+        dims.extend(shape)
+        end += nbytes
+    return FileLayout(
+        names=tuple(names),
+        index={name: i for i, name in enumerate(names)},
+        data_begin=data_begin,
+        data_bytes=end,
+        find_metadata=None if metadata is None else lambda: metadata,
+        dtypes=used,
+        odd_f4=False,
+        owner=None,
+        _records=memoryview(records),
+        _dims=memoryview(dims),
+    )
 
 
 class LayoutCache:

@@ -33,7 +33,7 @@ from .errors import Doubt, FaststError
 from .layout import ARENA_ALIGNMENT, FileLayout, LoadPlan, plan_arena, plan_rows
 from .locks import Guard, here, interrupted
 from .machine import NETWORKED, io_threads
-from .opened import OpenedFile, progress_bar
+from .opened import OpenedFile, places_in_arena, progress_bar
 from .stock import SafetensorError
 from .windows import Ahead, Failing, RowsAhead, Window, runs_of
 
@@ -214,7 +214,11 @@ class DeviceFile(OpenedFile):
     def _filled(self, i: int, rows: int, begin: int, nbytes: int) -> torch.Tensor:
         result = self._empty(i, rows)
         if nbytes:
-            self._fill([(begin, nbytes, result)])
+            arena, segments = places_in_arena([(begin, nbytes, result)])
+            job = self.read_into(arena, segments)
+            job.wait()
+            self.note(job)
+            device.prove(self._target, arena, self.file, device.sample_of(self._target, segments))
         return result
 
     def index(self, whole: torch.Tensor, index: Any) -> torch.Tensor:
@@ -375,33 +379,12 @@ class DeviceFile(OpenedFile):
 
     def _start_places(self, places: list[tuple[int, int, torch.Tensor]]) -> Window:
         """Start reading (file offset, bytes), in that order, into tensors made just now."""
-        arena, segments = self._borrow(places)
+        arena, segments = places_in_arena(places)
         nbytes = sum(segments[1::3])
         plan = LoadPlan(array("Q"), array("Q"), segments, max(nbytes, 1), nbytes)
         job = self.read_into(arena, segments)
         sample = device.sample_of(self._target, segments)
         return Window(plan, arena, job, sample, self._target.stream())
-
-    def _fill(self, places: list[tuple[int, int, torch.Tensor]]) -> None:
-        arena, segments = self._borrow(places)
-        job = self.read_into(arena, segments)
-        job.wait()
-        self.note(job)
-        device.prove(self._target, arena, self.file, device.sample_of(self._target, segments))
-
-    def _borrow(
-        self, places: list[tuple[int, int, torch.Tensor]]
-    ) -> tuple[engine.Arena, array[int]]:
-        """Tensors that exist as one arena, which reaches from the lowest to the highest."""
-        found = [(begin, size, tensor.data_ptr()) for begin, size, tensor in places if size]
-        segments = array("Q")
-        if not found:
-            return engine.borrow_arena(0, 0, places), segments
-        base = min([address for _, _, address in found])
-        top = max([address + size for _, size, address in found])
-        for begin, size, address in found:  # in offset order already
-            segments.extend((begin, size, address - base))
-        return engine.borrow_arena(base, top - base, places), segments
 
     def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
         """Start reading extents into memory of the device, allocated just now by this thread.

@@ -24,7 +24,7 @@ from .errors import Doubt
 from .layout import FileLayout, plan_arena, plan_rows
 from .locks import once, shared
 from .machine import io_threads
-from .opened import OpenedFile, progress_bar
+from .opened import OpenedFile, places_in_arena, progress_bar
 from .readahead import HUGE_PAGE, ReadAhead
 from .windows import HostAhead
 
@@ -172,7 +172,7 @@ class HostFile(OpenedFile):
         self._require_room(last - first)
         result = tensors.empty(self.layout, i, stop - start)
         begin = self.layout.extent(i)[0] + first
-        self._fill([(begin, last - first, result)])
+        self._run(*places_in_arena([(begin, last - first, result)]), last - first)
         self.count(1, last - first)
         return result
 
@@ -247,30 +247,11 @@ class HostFile(OpenedFile):
                 (self.layout.extent(i)[0], self.layout.nbytes(i), tensor)
                 for i, tensor in zip(wanted, made, strict=True)
             ]
-            return made, *self._borrow(places)
+            return made, *places_in_arena(places), sum(nbytes for _, nbytes, _ in places)
         plan = plan_arena(self.layout, wanted)
         arena = engine.alloc_arena(plan.arena_bytes)
         made = tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
         return made, arena, plan.segments, plan.data_bytes
-
-    def _fill(self, places: list[tuple[int, int, torch.Tensor]]) -> None:
-        """Read (file offset, bytes) into tensors that already exist."""
-        self._run(*self._borrow(places))
-
-    def _borrow(
-        self, places: list[tuple[int, int, torch.Tensor]]
-    ) -> tuple[engine.Arena, array[int], int]:
-        """Tensors that exist as one arena, which reaches from the lowest to the highest."""
-        found = [place for place in places if place[1]]
-        segments = array("Q")
-        if not found:
-            return engine.borrow_arena(0, 0, places), segments, 0
-        base = min(tensor.data_ptr() for _, _, tensor in found)
-        top = max(tensor.data_ptr() + nbytes for _, nbytes, tensor in found)
-        for begin, nbytes, tensor in sorted(found, key=lambda place: place[0]):
-            segments.extend((begin, nbytes, tensor.data_ptr() - base))
-        total = sum(nbytes for _, nbytes, _ in found)
-        return engine.borrow_arena(base, top - base, places), segments, total
 
     def _run(self, arena: engine.Arena, segments: array[int], nbytes: int) -> None:
         if not nbytes:

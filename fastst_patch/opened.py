@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import os
-import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,42 +15,19 @@ from .errors import Doubt
 from .interrupts import uninterrupted
 from .layout import FileLayout
 from .locks import shared
+from .report import Account
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Account", "OpenedFile", "UnderWay", "open_checked", "progress_bar"]
-
-
-@dataclasses.dataclass
-class Account:
-    """What one call or handle has moved so far; becomes its LoadReport.
-
-    A call is made ``with`` it: time counts once, however many threads' calls it is spent in.
-    Calls nested in the middle of an update leave the counts right; some time may be lost.
-    """
-
-    path: str = "mmap"
-    bytes: int = 0
-    tensors: int = 0
-    resident: float | None = None
-    note: str | None = None
-    seconds: float = 0.0
-    reported: bool = False
-    _calls: int = 0
-    _since: float = 0.0
-
-    def __enter__(self) -> None:
-        with shared:
-            if not self._calls:
-                self._since = time.perf_counter()
-            self._calls += 1
-
-    def __exit__(self, *exc_info: object) -> None:
-        with shared:
-            if self._calls == 1:  # counted before it is over: nested code begins no other
-                self.seconds += time.perf_counter() - self._since
-            self._calls -= 1
+__all__ = [
+    "OpenedFile",
+    "TensorFile",
+    "UnderWay",
+    "open_checked",
+    "places_in_arena",
+    "progress_bar",
+]
 
 
 def open_checked(path: str) -> tuple[engine.File, FileLayout]:
@@ -79,31 +54,64 @@ class UnderWay(Protocol):
         """A tensor by its number, usable at once. Raises as `OpenedFile.tensor`."""
 
 
-class OpenedFile(abc.ABC):
-    """State shared by a handle and its slices. Usable from any thread.
+class TensorFile(abc.ABC):
+    """Tensors of one file, by number. The engine reads it, or stock does. Usable from any thread.
+
+    Attributes:
+        layout: of the file.
+        config: in force when it was opened.
+        account: what was moved so far.
+        device: where the tensors are.
+    """
+
+    device = "cpu"
+
+    def __init__(self, layout: FileLayout, config: Config) -> None:
+        self.layout = layout
+        self.config = config
+        self.account = Account()
+
+    @abc.abstractmethod
+    def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
+        """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
+
+        Raises:
+            Doubt: stock must do it.
+            OSError, MemoryError, SafetensorError: its bytes could not be read.
+        """
+
+    @abc.abstractmethod
+    def ahead(self, numbers: Sequence[int]) -> UnderWay:
+        """Start moving tensors that will be asked for, each as often as its number is given.
+
+        Raises as `tensor`.
+        """
+
+    def count(self, made: int, nbytes: int) -> None:
+        """Add tensors handed out to the account."""
+        with shared:  # threads share a handle
+            self.account.tensors += made
+            self.account.bytes += nbytes
+
+
+class OpenedFile(TensorFile):
+    """A file that the engine reads: state shared by a handle and its slices.
 
     Holds the descriptor; tensors handed out hold their memory themselves and outlive this
     object.
 
     Attributes:
         file: open for reading.
-        layout: of the file.
-        config: in force when it was opened.
-        account: what was moved so far.
-        device: where the tensors are.
-        device_argument: how the caller said so.
+        device_argument: how the caller named the device.
         mapped: whether tensors are views of the file's map.
     """
 
-    device = "cpu"
     device_argument: object = "cpu"
     mapped = False
 
     def __init__(self, file: engine.File, layout: FileLayout, config: Config) -> None:
+        super().__init__(layout, config)
         self.file = file
-        self.layout = layout
-        self.config = config
-        self.account = Account()
 
     @property
     def owned(self) -> bool:
@@ -116,24 +124,8 @@ class OpenedFile(abc.ABC):
         return kind == "owned" or (kind == "auto" and self.device != "cpu")
 
     @abc.abstractmethod
-    def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
-        """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
-
-        Raises:
-            Doubt: stock must do it.
-            OSError, MemoryError, SafetensorError: its bytes could not be read.
-        """
-
-    @abc.abstractmethod
     def all_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, in offset order. Raises as `tensor`."""
-
-    @abc.abstractmethod
-    def ahead(self, numbers: Sequence[int]) -> UnderWay:
-        """Start moving tensors that will be asked for, each as often as its number is given.
-
-        Raises as `tensor`.
-        """
 
     @abc.abstractmethod
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
@@ -170,11 +162,21 @@ class OpenedFile(abc.ABC):
         result: torch.Tensor = whole[index]
         return result
 
-    def count(self, made: int, nbytes: int) -> None:
-        """Add tensors handed out to the account."""
-        with shared:  # threads share a handle
-            self.account.tensors += made
-            self.account.bytes += nbytes
+
+def places_in_arena(
+    places: Sequence[tuple[int, int, torch.Tensor]],
+) -> tuple[engine.Arena, array[int]]:
+    """One arena over tensors that exist, and the segments to read into it.
+
+    Args:
+        places: (file offset, bytes, tensor), by file offset.
+    """
+    found = [(begin, nbytes, tensor.data_ptr()) for begin, nbytes, tensor in places if nbytes]
+    arena, base = engine.Arena.over([(at, nbytes) for _, nbytes, at in found], places)
+    segments = array("Q")
+    for begin, nbytes, at in found:
+        segments.extend((begin, nbytes, at - base))
+    return arena, segments
 
 
 @contextmanager

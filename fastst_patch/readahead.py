@@ -12,8 +12,10 @@ from . import engine
 from .config import Config
 from .layout import FileLayout, plan_rows
 from .machine import io_threads
-from .opened import Account, progress_bar
+from .opened import progress_bar
 from .pattern import AccessPattern, Walk
+from .report import Account
+from .runs import Runs
 
 __all__ = ["AHEAD", "HUGE_PAGE", "WORKERS_FROM", "ReadAhead"]
 
@@ -83,7 +85,8 @@ class ReadAhead:
         if not cached:
             # Where samples find everything cached, one worker makes sure of the rest.
             threads = 1 if self._resident == 1.0 else io_threads(self._config.threads)
-            job = self._start(arena, array("Q", (layout.data_begin, layout.data_bytes, 0)), threads)
+            whole = layout.data_begin, layout.data_begin + layout.data_bytes
+            job = self._start(arena, Runs([whole]), threads)
         self._all_ahead = True
         if self._config.progress and (cached or job is not None):
             with progress_bar(self._file.path, layout.data_bytes) as advance:
@@ -95,16 +98,8 @@ class ReadAhead:
         """Start reading ahead some tensors; workers look what is not cached of them."""
         if self._config.io == "mmap":
             return
-        segments = array("Q")
-        total = 0
-        for i in wanted:
-            begin, end = self._layout.extent(i)
-            if segments and segments[-3] + segments[-2] == begin:
-                segments[-2] += end - begin
-            else:
-                segments.extend((begin, end - begin, 0))
-            total += end - begin
-        if total < WORKERS_FROM:
+        runs = Runs(map(self._layout.extent, wanted))
+        if runs.nbytes < WORKERS_FROM:
             return
         if self._account.resident is None:
             whole = self._layout.data_begin, self._layout.data_bytes
@@ -113,19 +108,18 @@ class ReadAhead:
             return
         # Where samples find everything cached, one worker makes sure of the rest.
         threads = 1 if self._account.resident == 1.0 else io_threads(self._config.threads)
-        self._start(arena, segments, threads)
+        self._start(arena, runs, threads)
 
-    def extents(self, arena: engine.Arena, extents: array[int], threads: int) -> None:
+    def extents(self, arena: engine.Arena, extents: Runs, threads: int) -> None:
         """Start reading ahead extents that others do not; it runs on by itself.
 
         Args:
             arena: the file's map.
-            extents: flat 64-bit triples (file offset, bytes, ignored), in the order of use.
+            extents: in the order of use.
             threads: most workers.
         """
-        nbytes = sum(extents[1::3])
         self._all_ahead = True
-        if self._config.io == "mmap" or nbytes < WORKERS_FROM:
+        if self._config.io == "mmap" or extents.nbytes < WORKERS_FROM:
             return
         if self._note_residency(self._layout.data_begin, self._layout.data_bytes):
             return
@@ -173,7 +167,7 @@ class ReadAhead:
     def _start(
         self,
         arena: engine.Arena,
-        extents: array[int],
+        extents: Runs,
         threads: int,
         chunk_bytes: int | None = None,
     ) -> engine.Job | None:
@@ -188,7 +182,7 @@ class ReadAhead:
             return engine.prefetch(
                 self._file,
                 arena,
-                extents,
+                extents.flat,
                 threads=threads,
                 chunk_bytes=chunk_bytes or self._config.chunk_bytes,
                 reserve_bytes=self._reserve,
@@ -255,9 +249,6 @@ class ReadAhead:
                 started[j] = SOME_ROWS if part else WHOLE
                 if walk.dense and part is None:  # what else is in them is asked for soon
                     begin, end = self._by_huge_pages(begin, end)
-                if extents and extents[-1][0] <= begin <= extents[-1][1]:
-                    last = extents.pop()
-                    begin, end = last[0], max(end, last[1])
                 extents.append((begin, end))
             if j != i:
                 walk.add(j, nbytes)
@@ -265,7 +256,7 @@ class ReadAhead:
             if following is None:
                 break
             j = following
-        self._bring(arena, extents)
+        self._bring(arena, Runs(extents).ranges)
 
     def _wanted(self, i: int, part: Part) -> tuple[int, int]:
         """The extent of tensor i, or of the rows that a part of it has."""
@@ -290,21 +281,21 @@ class ReadAhead:
         chunk_bytes: int | None = None,
     ) -> None:
         """Start reading ahead what is not cached of some extents, in their order."""
-        segments = array("Q")
+        missing = []
         resident = total = 0
         for begin, end in extents:
             found, probe = self._file.residency(begin, end - begin)
             resident, total = resident + found, total + end - begin
             if found < end - begin:
-                segments.extend((begin, end - begin, 0))
+                missing.append((begin, end))
         if not total:
             return
         if self._account.resident is None and probe != "none":
             self._account.resident = resident / total
-        if segments:
+        if missing:
             self._calm = False
             self._account.path = "mmap+readahead"
-            self._start(arena, segments, io_threads(self._config.threads), chunk_bytes)
+            self._start(arena, Runs(missing), io_threads(self._config.threads), chunk_bytes)
         elif self._calm is None:
             self._look()
 

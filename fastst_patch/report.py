@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from .locks import shared
 
 __all__ = [
+    "Account",
     "LoadReport",
     "Profile",
     "before_the_end",
@@ -128,6 +130,55 @@ def emit(report: LoadReport) -> None:
 def listen(listener: Callable[[LoadReport], None]) -> None:
     """Call ``listener`` with every report from now on, in the loading thread; it must not raise."""
     _listeners.append(listener)
+
+
+@dataclasses.dataclass
+class Account:
+    """What one call or handle has moved so far; becomes its LoadReport.
+
+    A call is made ``with`` it: time counts once, however many threads' calls it is spent in.
+    Calls nested in the middle of an update leave the counts right; some time may be lost.
+    """
+
+    path: str = "mmap"
+    bytes: int = 0
+    tensors: int = 0
+    resident: float | None = None
+    note: str | None = None
+    seconds: float = 0.0
+    reported: bool = False
+    _calls: int = 0
+    _since: float = 0.0
+
+    def __enter__(self) -> None:
+        with shared:
+            if not self._calls:
+                self._since = time.perf_counter()
+            self._calls += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        with shared:
+            if self._calls == 1:  # counted before it is over: nested code begins no other
+                self.seconds += time.perf_counter() - self._since
+            self._calls -= 1
+
+    def emit(self, call: str, file: str, device: str, *, last: bool = True) -> None:
+        """Publish the counts since the last report.
+
+        Args:
+            call: as of `LoadReport`.
+            file: as of `LoadReport`.
+            device: as of `LoadReport`.
+            last: nothing more will be counted. A load of no tensors is reported then, once.
+        """
+        with shared:
+            if not self.tensors and (self.reported or not last):
+                return
+            counts = self.bytes, self.tensors, self.seconds
+            self.bytes = self.tensors = 0
+            self.seconds = 0.0
+            self.reported = True
+        emit(LoadReport(call, file, device, self.path, *counts, self.resident, self.note))
 
 
 _unfinished: list[Callable[[], None]] = []

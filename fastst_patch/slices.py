@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import stock
 from .decide import complain, fell_back, same
+from .dtypes import DTYPE_NAMES
 from .errors import Doubt
-from .layout import DTYPE_NAMES
 from .opened import OpenedFile
 
 if TYPE_CHECKING:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
+
+from .runs import Runs
 
 __all__ = ["LAG", "STRIPE", "in_turn"]
 
@@ -17,8 +18,8 @@ LAG = 8
 
 def in_turn(
     alone: Iterable[tuple[int, int]], shared: Iterable[tuple[int, int]], turn: int, turns: int
-) -> array[int]:
-    """What one of ``turns`` ranks reads ahead that cannot ask the others: flat triples, in order.
+) -> Runs:
+    """What one of ``turns`` ranks reads ahead that cannot ask the others, in order.
 
     First its own stripes; and `LAG` turns behind, those of the others, which are cached by then
     and cost a look, unless nobody came for them. So nothing is left unread whoever is missing,
@@ -38,10 +39,4 @@ def in_turn(
                 when = stripe // turns + (0 if mine else LAG)
                 bounds = max(begin, stripe * STRIPE), min(end, (stripe + 1) * STRIPE)
                 found.append((when, *bounds))
-    flat = array("Q")
-    for _, begin, end in sorted(found):
-        if len(flat) and flat[-3] + flat[-2] == begin:
-            flat[-2] += end - begin
-        else:
-            flat.extend((begin, end - begin, 0))
-    return flat
+    return Runs((begin, end) for _, begin, end in sorted(found))

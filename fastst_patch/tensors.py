@@ -12,8 +12,9 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from . import engine, stock
+from .dtypes import DTYPE_NAMES, PACKED, TORCH, dtype_named
 from .errors import Doubt, OptionError
-from .layout import DTYPE_NAMES, FileLayout
+from .layout import FileLayout, described
 from .locks import shared
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "by_stocks_recipe",
     "check",
-    "dtype_named",
     "dtype_wanted",
     "empty",
     "import_batch",
@@ -32,30 +32,7 @@ __all__ = [
     "whole_storage",
 ]
 
-# name -> (torch attribute, DLPack type code, bits); codes as in DLPack 1.3's DLDataTypeCode.
-_TORCH = {
-    "BOOL": ("bool", 6, 8),
-    "F4": ("float4_e2m1fn_x2", None, 8),
-    "U8": ("uint8", 1, 8),
-    "I8": ("int8", 0, 8),
-    "F8_E5M2": ("float8_e5m2", 12, 8),
-    "F8_E4M3": ("float8_e4m3fn", 10, 8),
-    "F8_E8M0": ("float8_e8m0fnu", 14, 8),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 11, 8),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 13, 8),
-    "I16": ("int16", 0, 16),
-    "U16": ("uint16", 1, 16),
-    "F16": ("float16", 2, 16),
-    "BF16": ("bfloat16", 4, 16),
-    "I32": ("int32", 0, 32),
-    "U32": ("uint32", 1, 32),
-    "F32": ("float32", 2, 32),
-    "C64": ("complex64", 5, 64),
-    "F64": ("float64", 2, 64),
-    "I64": ("int64", 0, 64),
-    "U64": ("uint64", 1, 64),
-}
-_F4, _F32 = DTYPE_NAMES.index("F4"), DTYPE_NAMES.index("F32")
+_F32 = DTYPE_NAMES.index("F32")
 
 # What every supported safetensors loads; whether the installed one knows the others is asked.
 _ALWAYS = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
@@ -79,14 +56,14 @@ def _importer() -> tuple[int, int, object]:
 
 
 def _header_of_one(k: int) -> bytes:
-    """Header of a file with one element of a dtype (two of F4, which share a byte)."""
-    name, shape = DTYPE_NAMES[k], "[2]" if k == _F4 else "[1]"
-    offsets = f"[0,{_bytes_of(k)}]"
+    """Header of a file with one element of a dtype, as torch counts."""
+    name = DTYPE_NAMES[k]
+    shape, offsets = f"[{TORCH[name].per_element}]", f"[0,{_bytes_of(k)}]"
     return f'{{"x":{{"dtype":"{name}","shape":{shape},"data_offsets":{offsets}}}}}'.encode()
 
 
 def _bytes_of(k: int) -> int:
-    return _TORCH[DTYPE_NAMES[k]][2] // 8
+    return engine.dtype_bits(k) * TORCH[DTYPE_NAMES[k]].per_element // 8
 
 
 class _Dtypes:
@@ -97,15 +74,10 @@ class _Dtypes:
     """
 
     def __init__(self) -> None:
-        import torch
-
         self._tried = self._loadable = 0
         self.by_bytes = 0
         self.table = engine.dl_table([engine.DlDtype()] * len(DTYPE_NAMES))
-        self.torch: list[torch.dtype | None] = [
-            getattr(torch, _TORCH[name][0], None) if name in _TORCH else None
-            for name in DTYPE_NAMES
-        ]
+        self.torch: list[torch.dtype | None] = [dtype_named(name) for name in DTYPE_NAMES]
         exchange, callable_id, self._keep = _importer()
         self.importer = (exchange, callable_id)
         if exchange and self._try(_F32).as_bytes:  # not as announced: torch's own callable
@@ -134,9 +106,9 @@ class _Dtypes:
         dtype = self.torch[k]
         if dtype is None:
             return engine.DlDtype()
-        _, code, bits = _TORCH[DTYPE_NAMES[k]]
+        code = TORCH[DTYPE_NAMES[k]].code
         if code is not None:
-            entry = engine.DlDtype(code, bits, False, True)
+            entry = engine.DlDtype(code, engine.dtype_bits(k), False, True)
             try:
                 if self._import_one(k, entry).dtype == dtype:
                     return entry
@@ -145,8 +117,7 @@ class _Dtypes:
         return engine.DlDtype(1, 8, True, True)
 
     def _import_one(self, k: int, entry: engine.DlDtype) -> torch.Tensor:
-        header = _header_of_one(k)
-        layout = engine.parse_header(header, 8 + len(header) + _bytes_of(k))
+        layout = described([("", k, (TORCH[DTYPE_NAMES[k]].per_element,), _bytes_of(k))])
         entries = [engine.DlDtype()] * len(DTYPE_NAMES)
         entries[k] = entry
         tensors = engine.import_tensors(
@@ -183,13 +154,6 @@ def known_to_stock(used: int) -> bool:
     )
 
 
-def dtype_named(name: str) -> torch.dtype | None:
-    """The torch dtype of a safetensors name such as ``BF16``; None where this torch has none."""
-    import torch
-
-    return getattr(torch, _TORCH[name][0], None) if name in _TORCH else None
-
-
 def dtype_wanted(dtype: object) -> torch.dtype | None:
     """The torch dtype that an argument means; None for "as in the file".
 
@@ -218,13 +182,6 @@ def dtype_wanted(dtype: object) -> torch.dtype | None:
     )
 
 
-def _storage_shape(layout: FileLayout, i: int) -> list[int]:
-    shape = layout.shape(i)
-    if layout.dtype(i) == _F4:
-        shape[-1] //= 2
-    return shape
-
-
 def check(layout: FileLayout, i: int | None = None) -> None:
     """Make sure that this torch can hold tensor i, or every tensor of a file.
 
@@ -234,7 +191,7 @@ def check(layout: FileLayout, i: int | None = None) -> None:
     used = layout.dtypes if i is None else 1 << layout.dtype(i)
     if not _dtypes().all_loadable(used):
         raise Doubt("this torch or this safetensors lacks a dtype of the file")
-    if used & (1 << _F4) and layout.odd_f4:
+    if layout.odd_f4 and (i is None or layout.dtype(i) in PACKED):
         raise Doubt("an F4 tensor has an odd last dimension")
 
 
@@ -251,26 +208,22 @@ def import_batch(
 
     Args:
         arena: holds their bytes.
-        layout: describes them.
+        layout: describes them; they have passed `check`.
         tensors: their numbers; all when None.
         offsets: where each begins in the arena; at its file offset when None.
 
     Raises:
-        Doubt: stock must do it (see `check`).
+        Doubt: torch refused one.
     """
-    if tensors is None:
-        check(layout)
     dtypes = _dtypes()
     result: list[torch.Tensor] = engine.import_tensors(
         arena, layout, dtypes.table, dtypes.importer, tensors=tensors, offsets=offsets
     )
     if layout.dtypes & dtypes.by_bytes:
         for at, i in enumerate(range(len(result)) if tensors is None else tensors):
-            kind = layout.dtype(i)
-            if dtypes.by_bytes >> kind & 1:
-                dtype = dtypes.torch[kind]
-                assert dtype is not None  # what torch lacks is no tensor by now
-                result[at] = result[at].view(dtype).reshape(_storage_shape(layout, i))
+            if dtypes.by_bytes >> layout.dtype(i) & 1:
+                shape, dtype = shape_and_dtype(layout, i)
+                result[at] = result[at].view(dtype).reshape(shape)
     return result
 
 
@@ -279,8 +232,8 @@ def shape_and_dtype(
 ) -> tuple[list[int], torch.dtype]:
     """Of tensor i as torch holds it, or of some rows of its first dimension."""
     shape, kind = layout.shape(i), layout.dtype(i)
-    if kind == _F4:
-        shape[-1] //= 2
+    if kind in PACKED:
+        shape[-1] //= TORCH[DTYPE_NAMES[kind]].per_element
     if rows is not None:
         shape[0] = rows
     dtype = _dtypes().torch[kind]
@@ -306,10 +259,9 @@ def empty(layout: FileLayout, i: int, rows: int | None = None) -> torch.Tensor:
 def whole_storage(arena: engine.Arena) -> torch.UntypedStorage:
     """All of an arena as one torch storage, which keeps it alive."""
     dtypes = _dtypes()
-    dtypes.all_loadable(1 << DTYPE_NAMES.index("U8"))
-    n = arena.nbytes
-    header = f'{{"x":{{"dtype":"U8","shape":[{n}],"data_offsets":[0,{n}]}}}}'.encode()
-    layout = engine.parse_header(header, 8 + len(header) + n)
+    kind = DTYPE_NAMES.index("U8")
+    dtypes.all_loadable(1 << kind)
+    layout = described([("", kind, (arena.nbytes,), arena.nbytes)])
     (tensor,) = engine.import_tensors(
         arena, layout, dtypes.table, dtypes.importer, offsets=array("Q", [0])
     )
@@ -341,13 +293,12 @@ def by_stocks_recipe(
     import torch
 
     begin, end = layout.extent(i)
-    dtype = _dtypes().torch[layout.dtype(i)]
-    assert dtype is not None  # checked before
+    shape, dtype = shape_and_dtype(layout, i)
     device: dict[str, Any] = {}
     if not for_slice and _stock_names_the_device():
         device["device"] = "cpu"
     raw = torch.asarray(storage[begin:end], dtype=torch.uint8, **device)
-    result: torch.Tensor = raw.view(dtype=dtype).reshape(_storage_shape(layout, i))
+    result: torch.Tensor = raw.view(dtype=dtype).reshape(shape)
     return result
 
 

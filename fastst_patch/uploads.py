@@ -25,7 +25,7 @@ from .decide import fell_back
 from .errors import Doubt
 from .machine import io_threads
 from .ondevice import PINNED
-from .report import LoadReport, emit
+from .report import Account
 from .streams import Lane, Stream, Ticket
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Uploads:
         self._target = target
         self._config = config
         self._started = time.perf_counter()
-        self._bytes = self._tensors = 0
+        self._account = Account()
         self._doubt: Doubt | None = None
         self._stream = Stream(config.device_memory_budget)
         start = functools.partial(Upload, target=target, config=config)
@@ -153,8 +153,8 @@ class Uploads:
             doubt = Doubt.alone(error)  # always: its traceback holds what we held
             self._doubt = self._doubt or doubt
             return None
-        self._tensors += 1
-        self._bytes += moved.nbytes
+        self._account.tensors += 1
+        self._account.bytes += moved.nbytes
         return moved
 
     def makes_room(self, error: Exception) -> bool:
@@ -194,19 +194,11 @@ class Uploads:
         if self._worked_on:
             with contextlib.suppress(Exception) if error else contextlib.nullcontext():
                 self._target.settle()
-        emit(
-            LoadReport(
-                self._call,
-                self._name,
-                self._target.name,
-                "upload" if self._tensors else "stock",
-                self._bytes,
-                self._tensors,
-                time.perf_counter() - self._started,
-                None,
-                self._doubt.reason if self._doubt else None,
-            )
-        )
+        account = self._account
+        account.path = "upload" if account.tensors else "stock"
+        account.seconds = time.perf_counter() - self._started
+        account.note = self._doubt.reason if self._doubt else None
+        account.emit(self._call, self._name, self._target.name)
         if self._doubt is not None and error is None:  # else stock's error is what matters
             fell_back(self._config, self._call, self._name, self._doubt)
 
@@ -292,8 +284,8 @@ class Upload:
             error.__traceback__ = None  # its frames hold what was made
             raise Doubt(f"not enough memory on {target.name} to move ahead") from None
         places = [tensor.data_ptr() for tensor in made]
-        base = min(places)
-        top = max(place + tensor.nbytes for place, tensor in zip(places, made, strict=True))
+        spans = [(place, tensor.nbytes) for place, tensor in zip(places, made, strict=True)]
+        arena, base = engine.Arena.over(spans, made)
         segments = array("Q")
         for source, place in zip(order, places, strict=True):
             segments += _segments(source, place - base)
@@ -301,7 +293,7 @@ class Upload:
             id(source): (source, tensor) for source, tensor in zip(order, made, strict=True)
         }
         self._job = engine.upload(
-            engine.borrow_arena(base, top - base, made),
+            arena,
             segments,
             threads=io_threads(config.threads),
             chunk_bytes=config.chunk_bytes,

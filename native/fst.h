@@ -128,6 +128,8 @@ enum fst_dtype {
     FST_U64,
     FST_DTYPES
 };
+/* Bits of one number; 0 for no dtype. A dtype's name is its constant's without FST_. */
+uint32_t fst_dtype_bits(uint32_t dtype);
 
 typedef struct fst_tensor {
     uint64_t begin; /* bytes, from the first byte after the header */
@@ -149,6 +151,8 @@ typedef struct fst_layout_view { /* borrowed from the layout */
     uint64_t names_bytes;
     const char *metadata; /* the JSON of "__metadata__", NULL when there is none */
     uint64_t metadata_bytes;
+    const char *header; /* all of it, without its length */
+    uint64_t header_bytes;
     uint32_t dtypes; /* bit 1 << enum fst_dtype for each dtype that occurs */
     uint32_t odd_f4; /* some F4 tensor has no even last dimension: stock refuses it */
 } fst_layout_view;
@@ -311,17 +315,18 @@ typedef struct fst_dl_dtype { /* how torch takes a dtype, probed once */
 } fst_dl_dtype;
 
 /* Appends one tensor per index to a Python list, all over one arena.
- *   which/count    indices into the layout; which == NULL means 0..count-1
+ *   view           count, tensors and dims: a layout's, or others that are as sound
+ *   which/count    indices into its tensors; which == NULL means 0..count-1
  *   offsets        arena offset of each; NULL means file_base + begin
  *   exchange_api   pointer from torch's "dlpack_exchange_api" capsule, or 0
  *   from_dlpack    PyObject* taking a "dltensor" capsule, used when that is 0
  *   list           PyObject* of a list the caller holds for the whole call
  * Takes the GIL itself. FST_E_PYTHON leaves the exception set by torch fetched and
  * printed into err->message; tensors already appended stay valid. */
-int fst_tensors_import(fst_arena *arena, fst_layout *layout, const uint64_t *which, uint64_t count,
-                       const uint64_t *offsets, uint64_t file_base, const fst_dl_dtype *table,
-                       uintptr_t exchange_api, uintptr_t from_dlpack, uintptr_t list,
-                       fst_error *err);
+int fst_tensors_import(fst_arena *arena, const fst_layout_view *view, const uint64_t *which,
+                       uint64_t count, const uint64_t *offsets, uint64_t file_base,
+                       const fst_dl_dtype *table, uintptr_t exchange_api, uintptr_t from_dlpack,
+                       uintptr_t list, fst_error *err);
 
 /* ---- machine ------------------------------------------------------------ */
 

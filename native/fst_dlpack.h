@@ -85,6 +85,4 @@ dl_managed *fst_batch_plain(fst_batch *batch, uint64_t i);
 /* Takes back elements nobody was given; the batch is gone with the last hold. */
 void fst_batch_drop(fst_batch *batch, uint64_t elements);
 
-const fst_layout_view *fst_layout_get(const fst_layout *layout);
-
 #endif

@@ -14,7 +14,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "fst_dlpack.h"
 #include "fst_header_lex.h"
 #include "fst_internal.h"
 #include "fst_sys.h"
@@ -33,33 +32,20 @@ struct fst_layout {
     uint64_t file_bytes;
 };
 
+#define DTYPE(name, bits) [FST_##name] = {#name, bits}
 static const struct {
     const char *name;
     unsigned bits;
 } dtypes[FST_DTYPES] = {
-    [FST_BOOL] = {"BOOL", 8},
-    [FST_F4] = {"F4", 4},
-    [FST_F6_E2M3] = {"F6_E2M3", 6},
-    [FST_F6_E3M2] = {"F6_E3M2", 6},
-    [FST_U8] = {"U8", 8},
-    [FST_I8] = {"I8", 8},
-    [FST_F8_E5M2] = {"F8_E5M2", 8},
-    [FST_F8_E4M3] = {"F8_E4M3", 8},
-    [FST_F8_E8M0] = {"F8_E8M0", 8},
-    [FST_F8_E4M3FNUZ] = {"F8_E4M3FNUZ", 8},
-    [FST_F8_E5M2FNUZ] = {"F8_E5M2FNUZ", 8},
-    [FST_I16] = {"I16", 16},
-    [FST_U16] = {"U16", 16},
-    [FST_F16] = {"F16", 16},
-    [FST_BF16] = {"BF16", 16},
-    [FST_I32] = {"I32", 32},
-    [FST_U32] = {"U32", 32},
-    [FST_F32] = {"F32", 32},
-    [FST_C64] = {"C64", 64},
-    [FST_F64] = {"F64", 64},
-    [FST_I64] = {"I64", 64},
-    [FST_U64] = {"U64", 64},
+    DTYPE(BOOL, 8),    DTYPE(F4, 4),          DTYPE(F6_E2M3, 6),     DTYPE(F6_E3M2, 6),
+    DTYPE(U8, 8),      DTYPE(I8, 8),          DTYPE(F8_E5M2, 8),     DTYPE(F8_E4M3, 8),
+    DTYPE(F8_E8M0, 8), DTYPE(F8_E4M3FNUZ, 8), DTYPE(F8_E5M2FNUZ, 8), DTYPE(I16, 16),
+    DTYPE(U16, 16),    DTYPE(F16, 16),        DTYPE(BF16, 16),       DTYPE(I32, 32),
+    DTYPE(U32, 32),    DTYPE(F32, 32),        DTYPE(C64, 64),        DTYPE(F64, 64),
+    DTYPE(I64, 64),    DTYPE(U64, 64),
 };
+
+uint32_t fst_dtype_bits(uint32_t dtype) { return dtype < FST_DTYPES ? dtypes[dtype].bits : 0; }
 
 /* ---- growing while parsing ---- */
 
@@ -324,6 +310,8 @@ static bool fill_layout(parser *p, fst_layout *layout) {
     view->names_bytes = p->names_bytes;
     view->metadata = p->metadata;
     view->metadata_bytes = p->metadata_bytes;
+    view->header = layout->header;
+    view->header_bytes = layout->header_bytes;
     return true;
 }
 
@@ -452,5 +440,3 @@ void fst_layout_release_at(fst_layout **layout) {
     *layout = NULL;
     fst_layout_release(held);
 }
-
-const fst_layout_view *fst_layout_get(const fst_layout *layout) { return &layout->view; }

@@ -55,14 +55,13 @@ static int describe_exception(fst_error *err) {
     return code;
 }
 
-int fst_tensors_import(fst_arena *arena, fst_layout *layout, const uint64_t *which, uint64_t count,
-                       const uint64_t *offsets, uint64_t file_base, const fst_dl_dtype *table,
-                       uintptr_t exchange_api, uintptr_t from_dlpack, uintptr_t list,
-                       fst_error *err) {
+int fst_tensors_import(fst_arena *arena, const fst_layout_view *view, const uint64_t *which,
+                       uint64_t count, const uint64_t *offsets, uint64_t file_base,
+                       const fst_dl_dtype *table, uintptr_t exchange_api, uintptr_t from_dlpack,
+                       uintptr_t list, fst_error *err) {
     fst_batch *batch;
     if (count == 0) return FST_OK;
-    int code = fst_batch_create(arena, fst_layout_get(layout), which, count, offsets, file_base,
-                                table, &batch, err);
+    int code = fst_batch_create(arena, view, which, count, offsets, file_base, table, &batch, err);
     if (code != FST_OK) return code;
     PyGILState_STATE gil = PyGILState_Ensure();
     /* A collection amid thousands of new tensors walks the whole heap and finds nothing:

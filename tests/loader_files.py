@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastst_patch import SafeTensorsFileLoader, SingleGroup, tensors
+from fastst_patch import SafeTensorsFileLoader, SingleGroup, dtypes
 
 # Bytes of one element; F4 has half of one.
 DTYPES = {
@@ -65,7 +65,7 @@ def loads(folder: Path, dtype: str) -> bool:
     try:
         with safe_open(path, "pt") as handle:
             handle.get_tensor("x")
-        return tensors.dtype_named(dtype) is not None
+        return dtypes.dtype_named(dtype) is not None
     except Exception:
         return False
     finally:

@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 
 import fastst_patch
 from fastst_patch import engine, report
-from fastst_patch.layout import DTYPE_NAMES
-from fastst_patch.tensors import _TORCH
+from fastst_patch.dtypes import DTYPE_NAMES
 
 MIB = 1 << 20
 CHUNK = 256 << 10
@@ -142,6 +141,10 @@ def test_load_file(place, stock, mixed, tensors, io) -> None:
     assert load.path.startswith(("ring", "gds"))
 
 
+def _bits(dtype: str) -> int:
+    return engine.dtype_bits(DTYPE_NAMES.index(dtype))
+
+
 @BOTH
 @pytest.mark.parametrize("dtype", sorted(DTYPE_NAMES))
 def test_every_dtype(place, stock, raw, dtype, tensors) -> None:
@@ -151,7 +154,7 @@ def test_every_dtype(place, stock, raw, dtype, tensors) -> None:
         count = 1
         for length in shape:
             count *= length
-        size = count * _TORCH[dtype][2] // 8 if dtype in _TORCH else count
+        size = count * _bits(dtype) // 8
         entries[name] = raw.entry(dtype, shape, len(data), len(data) + size)
         data += bytes(i % 2 if dtype == "BOOL" else i * 37 % 251 for i in range(size))
     path = raw.write(raw.pack(entries, data))
@@ -171,7 +174,7 @@ def test_misaligned(place, stock, raw, tensors, pad) -> None:
     data = b""
     for i in range(40):
         dtype, shape = [("U8", [1 + i]), ("F32", [5, i]), ("BF16", [3, 7]), ("I64", [i])][i % 4]
-        size = shape[0] * (shape[1] if len(shape) > 1 else 1) * _TORCH[dtype][2] // 8
+        size = shape[0] * (shape[1] if len(shape) > 1 else 1) * _bits(dtype) // 8
         entries[f"{i:02}"] = raw.entry(dtype, shape, len(data), len(data) + size)
         data += random.Random(i).randbytes(size)
     path = raw.write(raw.pack(json.dumps(entries) + " " * pad, data))

@@ -32,13 +32,13 @@ LAYERS = [
     {"decide"},
     {"onhost", "ondevice", "readahead", "streams", "windows"},
     {"opened"},
-    {"tensors", "device", "pattern"},
+    {"dtypes", "tensors", "device", "pattern"},
     {"engine"},
     {"layout", "machine", "stock", "stripes"},
     {"summary"},
     {"report"},
     {"config"},
-    {"errors", "interrupts", "locks"},
+    {"errors", "interrupts", "locks", "runs"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

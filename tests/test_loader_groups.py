@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import subprocess
@@ -37,6 +38,7 @@ class Core:
         from safetensors.torch import load_file
 
         self.arguments = (files, group, device, config, call)
+        self.config = config
         self.asked: list[Any] = []
         self.closed = 0
         self.tensors: dict[str, torch.Tensor] = {}
@@ -50,7 +52,7 @@ class Core:
                     self.paths |= dict.fromkeys(found, path)
         self.names = list(self.tensors)
         self.sources = [
-            SimpleNamespace(path=path, doubt=None, layout=SimpleNamespace(metadata={"of": path}))
+            SimpleNamespace(path=path, metadata=functools.partial(dict, of=path))
             for path in dict.fromkeys(self.paths.values())
         ]
         Core.made.append(self)

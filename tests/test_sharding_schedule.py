@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastst_patch.layout import ARENA_ALIGNMENT
+from fastst_patch.runs import Runs
 from fastst_patch.sharding import SKIP, Owner
 from fastst_patch.sharding.rules import chunk, take_of
 from fastst_patch.sharding.schedule import (
     Extent,
-    merged,
     pack,
     part_bytes,
+    ranges_of,
     segments,
     split,
 )
@@ -190,7 +191,7 @@ def test_what_is_moved_is_what_torch_slices(world: World, size: int, seed: int) 
         assert unit.nbytes <= size or single
     for rank in range(world.size):
         rows = dict(shared_rows)
-        ranges = merged(extents, alone[rank])
+        ranges = Runs(ranges_of(extents, alone[rank])).ranges
         assert all(a[1] < b[0] for a, b in itertools.pairwise(ranges))
         read += sum(end - begin for begin, end in ranges)
         for i, row in _listed(alone[rank]):

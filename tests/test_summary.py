@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastst_patch import LoadReport, launched, opened, summary
+from fastst_patch import LoadReport, launched, report, summary
 
 
 def load(file: str = "a.safetensors", **changed: object) -> LoadReport:
@@ -100,8 +100,8 @@ def test_records_survive_what_happens_to_files(
 
 def test_time_counts_once_for_calls_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1.0, 4.0, 10.0, 10.5])
-    monkeypatch.setattr(opened.time, "perf_counter", lambda: next(clock))
-    account = opened.Account(seconds=0.25)
+    monkeypatch.setattr(report.time, "perf_counter", lambda: next(clock))
+    account = report.Account(seconds=0.25)
     with account:
         with account:  # as another thread's
             pass

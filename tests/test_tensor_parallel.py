@@ -222,10 +222,6 @@ def test_a_rank_that_fails_leaves_the_others_alone(ran: Callable[[str], list[Any
 # ---- the turns themselves ----
 
 
-def _bytes(flat: Any) -> list[tuple[int, int]]:
-    return [(begin, begin + size) for begin, size in zip(flat[0::3], flat[1::3], strict=True)]
-
-
 @pytest.mark.parametrize("turns", [1, 2, 3, 8])
 def test_turns_leave_nothing_out(turns: int) -> None:
     """Every rank reads all that it needs, each in another order, its own first."""
@@ -233,7 +229,7 @@ def test_turns_leave_nothing_out(turns: int) -> None:
     alone = [(5 * STRIPE + 7, 5 * STRIPE + 9), (41 * STRIPE, 42 * STRIPE + 1)]
     first: set[int] = set()
     for turn in range(turns):
-        found = _bytes(in_turn(alone, shared, turn, turns))
+        found = in_turn(alone, shared, turn, turns).ranges
         assert all(begin < end for begin, end in found)
         ascending = sorted(found)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(ascending))
@@ -246,7 +242,7 @@ def test_turns_leave_nothing_out(turns: int) -> None:
 
 
 def test_others_stripes_come_behind_ones_own() -> None:
-    found = _bytes(in_turn([], [(0, 64 * STRIPE)], 1, 2))
+    found = in_turn([], [(0, 64 * STRIPE)], 1, 2).ranges
     assert found[0] == (STRIPE, 2 * STRIPE)
     order = [begin // STRIPE for begin, end in found for _ in range(end - begin) if end == -1] or [
         begin // STRIPE + k for begin, end in found for k in range((end - begin) // STRIPE)
@@ -257,5 +253,5 @@ def test_others_stripes_come_behind_ones_own() -> None:
 
 
 def test_one_rank_reads_in_order() -> None:
-    assert _bytes(in_turn([], [(8, 100 * STRIPE)], 0, 1)) == [(8, 100 * STRIPE)]
-    assert not in_turn([], [], 0, 4)
+    assert in_turn([], [(8, 100 * STRIPE)], 0, 1).ranges == [(8, 100 * STRIPE)]
+    assert not in_turn([], [], 0, 4).ranges

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 import fastst_patch
 from fastst_patch import engine, stripes
-from fastst_patch.integrations import shards
 from fastst_patch.layout import FileLayout
 from fastst_patch.readahead import WORKERS_FROM, ReadAhead
+from fastst_patch.runs import Runs
 
 loading = pytest.importorskip("transformers.core_model_loading", reason="needs transformers 5")
 sharding_utils = pytest.importorskip(
@@ -379,10 +379,6 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return plans
 
 
-def merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    return shards._joined(ranges)
-
-
 @pytest.mark.parametrize("rank", range(WORLD))
 def test_ranks_read_ahead_in_turn(
     pretrained_to_cuda: Any, file: Path, planned: list[dict[str, Any]], rank: int
@@ -402,7 +398,7 @@ def test_ranks_read_ahead_in_turn(
     (plan,) = planned
     assert plan["turn"] == (rank, WORLD)
     assert plan["alone"] == []
-    assert plan["shared"] == merged(extents(file, *names[1:]))
+    assert plan["shared"] == Runs(extents(file, *names[1:])).ranges
 
 
 def test_rows_that_one_rank_needs_are_read_alone(

@@ -139,7 +139,7 @@ def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, 
 
     def watched(alone: Any, shared: Any, turn: int, turns: int) -> Any:
         result = plan(alone, shared, turn, turns)
-        extents = list(zip(result[0::3], result[1::3], strict=True))
+        extents = [(begin, end - begin) for begin, end in result.ranges]
         plans.append({"turn": turn, "turns": turns, "alone": list(alone), "shared": list(shared),
                       "extents": extents})  # fmt: skip
         return result

@@ -10,8 +10,24 @@ from ._lib import native_error, native_file
 from .arenas import Arena, adopt_arena, alloc_arena, borrow_arena, map_arena
 from .devices import Device, DeviceInfo, compare, device_info, open_device
 from .faults import clear_faults, fault_calls, set_fault
-from .files import File, Residency, open_file, open_files, parse_header, read_layout, residency
-from .importing import DlDtype, dl_table, import_tensors, set_dl_dtype
+from .files import (
+    File,
+    Residency,
+    header_of,
+    open_file,
+    open_files,
+    parse_header,
+    read_layout,
+    residency,
+)
+from .importing import (
+    DlDtype,
+    dl_table,
+    dtype_bits,
+    dtype_names,
+    import_tensors,
+    set_dl_dtype,
+)
 from .jobs import Destination, Job, JobStats, prefetch, read, upload
 from .machine import counters, memory_headroom, read_ceiling, shutdown, touch
 
@@ -33,7 +49,10 @@ __all__ = [
     "counters",
     "device_info",
     "dl_table",
+    "dtype_bits",
+    "dtype_names",
     "fault_calls",
+    "header_of",
     "import_tensors",
     "map_arena",
     "memory_headroom",

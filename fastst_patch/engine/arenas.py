@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._lib import ffi, lib, place_for, raise_
@@ -32,6 +32,23 @@ class Arena:
         self._at = at
         self.handle = at[0]
         self.nbytes: int = lib.fst_arena_bytes(self.handle)
+
+    @classmethod
+    def over(cls, spans: Sequence[tuple[int, int]], owner: object) -> tuple[Arena, int]:
+        """Memory that somebody else owns as one arena, from the lowest byte to the highest.
+
+        Args:
+            spans: address and bytes of each block.
+            owner: of the memory, kept as long as the arena or a job on it.
+
+        Returns:
+            The arena, and the address at which it begins.
+        """
+        if not spans:
+            return borrow_arena(0, 0, owner), 0
+        base = min([address for address, _ in spans])
+        top = max([address + nbytes for address, nbytes in spans])
+        return borrow_arena(base, top - base, owner), base
 
     def keep_to(self, wanted: array[int]) -> None:
         """Keep faults of a map from reading what lies behind extents; advice only.

@@ -122,7 +122,13 @@ def _file_layout(owner: Any, view: Any, file_bytes: int) -> FileLayout:
         owner=owner,
         _records=records,
         _dims=dims,
+        view=view,
     )
+
+
+def header_of(layout: FileLayout) -> bytes:
+    """The header, without its length, that a layout was parsed from."""
+    return bytes(ffi.buffer(layout.view.header, layout.view.header_bytes))
 
 
 def _decoded(owner: Any, text: Any, nbytes: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Torch tensors over an arena, made in one native call."""
+"""Dtypes as the native engine has them, and torch tensors over an arena, made in one call."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ from typing import Any
 
 from ..errors import Doubt
 from ..layout import FileLayout
-from ._lib import ffi, lib, raise_
+from ._lib import ffi, lib, native_error, raise_
 from .arenas import Arena
+
+
+def dtype_names() -> tuple[str, ...]:
+    """Names of safetensors' dtypes by their number in ``enum fst_dtype``; () without engine."""
+    if native_error() is not None:
+        return ()
+    found: dict[int, str] = ffi.typeof("enum fst_dtype").elements
+    return tuple(found[k].removeprefix("FST_") for k in range(lib.FST_DTYPES))
+
+
+def dtype_bits(k: int) -> int:
+    """Bits of one number of a dtype."""
+    return int(lib.fst_dtype_bits(k))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +37,7 @@ class DlDtype:
 
 
 def dl_table(entries: Sequence[DlDtype]) -> Any:
-    """Native form of a table with one entry per ``DTYPE_NAMES``."""
+    """Native form of a table with one entry per dtype."""
     rows = [[e.code, e.bits, int(e.as_bytes), int(e.known)] for e in entries]
     return ffi.new("fst_dl_dtype[]", rows)
 
@@ -34,6 +47,15 @@ def set_dl_dtype(table: Any, k: int, entry: DlDtype) -> None:
     row = table[k]
     row.code, row.bits, row.as_bytes = entry.code, entry.bits, int(entry.as_bytes)
     row.known = int(entry.known)
+
+
+def _view_of(layout: FileLayout) -> Any:
+    """As the engine takes it; the memory is the layout's, which must outlive it."""
+    view = ffi.new("fst_layout_view *")
+    view.count = len(layout.names)
+    view.tensors = ffi.from_buffer("fst_tensor[]", layout._records)
+    view.dims = ffi.from_buffer("int64_t[]", layout._dims)
+    return view
 
 
 def import_tensors(
@@ -64,7 +86,7 @@ def import_tensors(
     err = ffi.new("fst_error *")
     code = lib.fst_tensors_import(
         arena.handle,
-        layout.owner[0],
+        _view_of(layout) if layout.view is None else layout.view,
         ffi.NULL if tensors is None else ffi.from_buffer("uint64_t[]", tensors),
         len(layout.names) if tensors is None else len(tensors),
         ffi.NULL if offsets is None else ffi.from_buffer("uint64_t[]", offsets),

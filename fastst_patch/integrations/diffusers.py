@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import current
 from ..decide import check_move, fell_back, report_stock
-from ..device import Target, torch_target
+from ..device import Target, parse_device, torch_target
 from ..errors import Doubt, FaststError
 from ..uploads import Uploads, ordinary, worth_it
 from .hook import Hook, Integration
@@ -67,8 +67,6 @@ def _ahead(
     **others: Any,
 ) -> _Ahead | None:
     """The state dict with tensors that are moved ahead; None where diffusers does it all."""
-    import torch
-
     if not device_map or hf_quantizer is not None or isinstance(dtype, str):
         return None
     config, name = current(), type(model).__name__
@@ -82,9 +80,7 @@ def _ahead(
             named = place(tensor_name, device_map) if tensor_name in expected else "cpu"
             if named in ("disk", "cpu"):
                 continue
-            if type(named) is int:
-                named = torch.device("cuda", named)
-            target = torch_target(torch.device(named))
+            target = torch_target(parse_device(named))
             if target is not None:
                 targets[target.name] = target
                 wanted.setdefault(target.name, []).append(tensor)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import current
 from ..decide import check_move, fell_back, report_stock
-from ..device import torch_target
+from ..device import parse_device, torch_target
 from ..errors import Doubt
 from ..uploads import Uploads, ordinary, worth_it
 from .hook import Hook, Integration
@@ -64,7 +64,7 @@ def _cuda(original: Any, args: Any, kwargs: Any) -> Any:
         return original(*args, **kwargs)
     try:
         named = kwargs.get("device", args[1] if len(args) > 1 else None)
-        found = torch.device("cuda", named) if type(named) is int else torch.device(named or "cuda")
+        found = parse_device(named if type(named) is int else named or "cuda")
     except Exception:  # stock's to say
         return original(*args, **kwargs)
     return _moving(found, None, original, args, kwargs)

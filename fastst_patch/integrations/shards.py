@@ -18,14 +18,16 @@ from __future__ import annotations
 import functools
 import logging
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from .. import stripes, tensors
 from ..config import local_ranks
-from ..layout import DTYPE_NAMES, plan_rows
+from ..dtypes import DTYPE_NAMES
+from ..layout import plan_rows
 from ..machine import io_threads
 from ..onhost import HostFile
+from ..runs import Runs
 from ..slices import leading_rows
 from ..uploads import run_bytes
 
@@ -205,12 +207,12 @@ class _Reading:
         """Start reading what was noted, unless it is less than so many bytes."""
         if self._nbytes < fewest:
             return
-        alone, shared = _joined(self._alone), _joined(self._shared)
-        extents = stripes.in_turn(alone, shared, self._turn, self._turns)
+        alone, shared = Runs(sorted(self._alone)), Runs(sorted(self._shared))
+        extents = stripes.in_turn(alone.ranges, shared.ranges, self._turn, self._turns)
         _log.debug(
             "%s: rank %d of %d reads %d bytes ahead, of which others may read %d",
             self._opened.file.path, self._turn, self._turns, self._nbytes,
-            sum(end - begin for begin, end in shared),
+            shared.nbytes,
         )  # fmt: skip
         self._nbytes = 0
         self._alone, self._shared = set(), set()
@@ -338,14 +340,3 @@ def _turn_in(mesh: Any) -> tuple[int, int]:
         first = rank - local[0]
         ranks = [one for one in ranks if first <= one < first + local[1]]
     return (ranks.index(rank), len(ranks)) if rank in ranks else (0, 1)
-
-
-def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same bytes in ascending ranges that do not touch."""
-    found: list[tuple[int, int]] = []
-    for begin, end in sorted(ranges):
-        if found and begin <= found[-1][1]:
-            found[-1] = found[-1][0], max(end, found[-1][1])
-        else:
-            found.append((begin, end))
-    return found

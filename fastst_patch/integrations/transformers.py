@@ -33,12 +33,11 @@ from typing import TYPE_CHECKING, Any
 
 from .. import tensors
 from ..decide import check_move, fell_back
-from ..device import Target, torch_target
+from ..device import Target, parse_device, torch_target
 from ..errors import Doubt, FaststError
 from ..layout import plan_rows
 from ..ondevice import DeviceFile
 from ..opened import OpenedFile
-from ..report import LoadReport, emit
 from ..slices import behind
 from ..stock import SafetensorError
 from ..streams import Lane, Stream, Ticket
@@ -320,13 +319,10 @@ class _Load:
             return self._files.setdefault(key, self._new_file(opened, device))
 
     def _new_file(self, opened: OpenedFile, device: Any) -> _File | None:
-        import torch
-
         if device is None or opened.device != "cpu":
             return None
         try:
-            named = torch.device("cuda", device) if type(device) is int else torch.device(device)
-            target = torch_target(named)
+            target = torch_target(parse_device(device))
             if target is None:
                 return None
             check_move(opened.config)  # transformers' threads are in no mode: then all is theirs
@@ -435,19 +431,10 @@ class _Load:
         for file in files:
             moving, account = file.moving, file.moving.account
             share = account.bytes / nbytes if nbytes else 1 / len(files)  # read beside each other
-            emit(
-                LoadReport(
-                    "from_pretrained",
-                    moving.file.path,
-                    moving.device,
-                    account.path if account.tensors else "stock",
-                    account.bytes,
-                    account.tensors,
-                    seconds * share,
-                    account.resident,
-                    account.note,
-                )
-            )
+            account.seconds = seconds * share
+            if not account.tensors:
+                account.path = "stock"
+            account.emit("from_pretrained", moving.file.path, moving.device)
 
 
 _MODULE = "transformers.core_model_loading"

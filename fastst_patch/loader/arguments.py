@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import KIB, MIB, Config, current, with_options
-from ..device import Target, torch_target
+from ..device import Target, parse_device, torch_target
 from ..errors import Doubt, OptionError
 from ..machine import gds_obstacle
 
@@ -155,20 +155,17 @@ def device_named(device: object) -> torch.device:
         RuntimeError: torch knows no such device.
         TypeError: it is none of these.
     """
-    import torch
-
     as_str = getattr(device, "as_str", None)
     if callable(as_str):
         device = as_str()
-    if device is None:
-        return torch.device("cpu")
-    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+    import torch
+
+    kinds = (str, int, torch.device, type(None))
+    if isinstance(device, bool) or not isinstance(device, kinds):
         raise TypeError(f"device={device!r}: allowed are a name such as 'cuda:0' or a torch.device")
-    if isinstance(device, int):
-        return torch.device("cuda", device)
     if device == "gpu" or (isinstance(device, str) and device.startswith("gpu:")):
         device = "cuda" + device[3:]  # DeviceType.GPU of fastsafetensors
-    return torch.device(device)
+    return parse_device(device)
 
 
 def _try_device(named: torch.device) -> None:

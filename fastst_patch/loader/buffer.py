@@ -18,7 +18,10 @@ __all__ = ["Files", "FilesBufferOnDevice"]
 
 
 class Files(Protocol):
-    """Where a buffer gets tensors from: this process alone, or a group that shares the reading."""
+    """Where a buffer gets tensors from: this process alone, or a group that shares the reading.
+
+    `LocalFiles` and `sharding.ShardedFiles`. Of whole numbers the latter casts none.
+    """
 
     def take(self, name: str, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
         """This rank's shard along a dimension; all of it for -1."""
@@ -112,12 +115,22 @@ class FilesBufferOnDevice:
             self._check(tensor_name)
             wanted = dtype_wanted(dtype)
             _check_dim(dim)
+            if self._size > 1 and dim != -1:
+                shape = self._describe(tensor_name)[1]
+                if not 0 <= dim < len(shape):
+                    raise IndexError(
+                        f"tensor {tensor_name!r} of shape {shape} has no dimension {dim} to shard"
+                    )
         if self._cache is None:
-            result = files.take(tensor_name, dim, wanted or self._dtype)
-            return result if device is None else moved(result, device, None)
+            wanted = wanted or self._dtype
+            result = files.take(tensor_name, dim, wanted)
+            if device is None and (wanted is None or wanted == result.dtype):
+                return result
+            return moved(result, device, wanted)
         kept = self._cache.get((tensor_name, dim))
         if kept is None:
-            kept = self._cache[tensor_name, dim] = files.take(tensor_name, dim, self._dtype)
+            kept = moved(files.take(tensor_name, dim, self._dtype), None, self._dtype)
+            self._cache[tensor_name, dim] = kept
         return moved(kept.clone(), device, wanted)
 
     def get_tensor_wrapped(
@@ -171,9 +184,9 @@ class FilesBufferOnDevice:
                 raise ValueError(
                     f"push_tensor: rank {dst_rank} is not in the group, whose size is {self._size}"
                 )
-            wanted = dtype_wanted(dtype)
-        result = files.push(tensor_name, dst_rank, wanted or self._dtype)
-        return None if result is None else moved(result, device, None)
+            wanted = dtype_wanted(dtype) or self._dtype
+        result = files.push(tensor_name, dst_rank, wanted)
+        return None if result is None else moved(result, device, wanted)
 
     def as_dict(self, tensor_shard_dim: Mapping[str, int]) -> dict[str, WrappedTensor]:
         """`get_sharded_wrapped` of each name along its dimension."""

@@ -46,7 +46,7 @@ class Entry:
 
     def opened(
         self, call: str, config: Config, target: Target | None, device: str, note: str | None
-    ) -> OpenedFile:
+    ) -> OpenedFile | StockFile:
         """The file on its way to tensors, with an account of its own.
 
         Args:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from .. import sharding
 from ..config import Config, pop, push
+from ..dtypes import header_shape
 from ..tensors import dtype_wanted
 from .arguments import (
     DEFAULT_BOUNCE_KB,
@@ -25,7 +28,6 @@ from .arguments import (
 from .buffer import FilesBufferOnDevice
 from .entries import Entry, open_entries
 from .local import LocalFiles, bar_of
-from .shared import SharedFiles, refuse_opening
 from .wrapped import WrappedTensor
 
 if TYPE_CHECKING:
@@ -102,7 +104,7 @@ class SafeTensorsFileLoader:
         self._files: dict[int, list[str]] = {}
         self._entries: dict[str, Entry] = {}
         self._names: dict[str, Entry] = {}
-        self._shared: SharedFiles | None = None  # of a group
+        self._shared: sharding.ShardedFiles | None = None  # of a group
         self._lent = False  # a buffer closes them
         self.pg = pg
         self._rank, self._size = group_size(pg)
@@ -121,7 +123,7 @@ class SafeTensorsFileLoader:
             )
         except Exception as error:
             if self._size > 1:
-                refuse_opening(pg, error)  # the others hear it when they name files
+                _refuse(pg, error)  # the others hear it when they name files
             raise
         if debug:
             self._log_token = push({"log_level": "debug"})
@@ -144,7 +146,7 @@ class SafeTensorsFileLoader:
             added = rank_files(filenames, self._size)
         except Exception as error:
             if self._size > 1:
-                refuse_opening(self.pg, error)
+                _refuse(self.pg, error)
             raise
         if self._size > 1:
             self._add_shared(added)
@@ -165,8 +167,9 @@ class SafeTensorsFileLoader:
         self._let_go()
         self._files, self._shared = files, shared
 
-    def _share(self, files: Mapping[int, list[str]], config: Config) -> SharedFiles:
-        return SharedFiles(files, self.pg, self._settings.device, config, self._call)
+    def _share(self, files: Mapping[int, list[str]], config: Config) -> sharding.ShardedFiles:
+        group, device = sharding.Group.of(self.pg), self._settings.device
+        return sharding.ShardedFiles(files, group, device, config, call=self._call)
 
     def _let_go(self) -> None:
         shared, self._shared = self._shared, None
@@ -199,7 +202,7 @@ class SafeTensorsFileLoader:
         if self._size > 1:
             if self._shared is None:
                 raise KeyError(tensor_name)
-            return self._shared.describe(tensor_name)[1]
+            return _description(self._shared, tensor_name)[1]
         layout = self._names[tensor_name].layout
         return layout.shape(layout.index[tensor_name])
 
@@ -207,7 +210,7 @@ class SafeTensorsFileLoader:
         """The free-form metadata of each file; empty for a file that has none."""
         found: Mapping[str, Mapping[str, str] | None]
         if self._shared is not None:
-            found = self._shared.metadata()
+            found = {source.path: source.metadata() for source in self._shared.sources}
         else:
             found = {path: entry.layout.metadata for path, entry in self._entries.items()}
         return {path: dict(metadata or {}) for path, metadata in found.items()}
@@ -280,10 +283,13 @@ class SafeTensorsFileLoader:
         else:
             self._lent = True
         shared.read_ahead()
+        at = {path: (rank, k) for rank, some in self._files.items() for k, path in enumerate(some)}
+        keep = self._filter
+        names = [name for name in shared.names if keep is None or keep(name)]
         return FilesBufferOnDevice(
             shared,
-            shared.places(self._filter),
-            shared.describe,
+            {name: at[shared.where(name)[0]] for name in names},
+            functools.partial(_description, shared),
             group=(self._rank, self._size),
             dtype=wanted,
             cached=self._cached,
@@ -320,6 +326,21 @@ class SafeTensorsFileLoader:
     def __del__(self, _at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
         if not _at_exit() and getattr(self, "_log_token", None) is not None:
             self._quiet()
+
+
+def _refuse(pg: Any, error: Exception) -> NoReturn:
+    """Raise an error of arguments on all ranks of a group, while the others open files.
+
+    Raises:
+        RankError: on all; or the error itself, where all are wrong in the same way.
+    """
+    sharding.Group.of(pg).agree(error)
+    raise error
+
+
+def _description(files: sharding.ShardedFiles, name: str) -> tuple[str, list[int]]:
+    """Path of the file that has a tensor, and the tensor's shape in it. KeyError for none."""
+    return files.where(name)[0], header_shape(*files.describe(name))
 
 
 def _in_turns(files: Mapping[int, list[str]]) -> list[tuple[str, int]]:

@@ -85,7 +85,7 @@ class LocalFiles:
         if window is not None:
             bounds = dataclasses.replace(bounds, window=min(window, bounds.window))
         walk = Walk(files, self.numbers, bounds, lambda: self._resident_bytes)
-        self._open: tuple[list[OpenedFile], Walk] | None = files, walk
+        self._open: tuple[list[OpenedFile | StockFile], Walk] | None = files, walk
         _alive.add(self)
 
     def _index(self, unique: bool) -> dict[str, int]:
@@ -124,7 +124,7 @@ class LocalFiles:
             with files[0].account:
                 walk.begin()
 
-    def _still_open(self) -> tuple[list[OpenedFile], Walk]:
+    def _still_open(self) -> tuple[list[OpenedFile | StockFile], Walk]:
         found = self._open
         if found is None:
             raise ValueError("the files are closed: take tensors before close()")
@@ -154,7 +154,7 @@ class LocalFiles:
     # ---- tensors ----
 
     def take(self, name: str, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor: all of it, since nobody shares it, along whatever dimension.
+        """A tensor. All of it: ``dim`` is what a group cuts along, as `Files` has it.
 
         Raises:
             KeyError: there is no such tensor.
@@ -164,7 +164,7 @@ class LocalFiles:
         return cast(self, name, self.take_at(*self._place(name)), dtype)
 
     def push(self, name: str, dst_rank: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor for the rank it is meant for, which is this one. Raises as `take`."""
+        """A tensor for a rank, which can only be this one, as `Files` has it. Raises as `take`."""
         return self.take(name, -1, dtype)
 
     def take_at(self, k: int, i: int) -> torch.Tensor:
@@ -183,7 +183,7 @@ class LocalFiles:
             self._bar.update(nbytes)
         return result
 
-    def _taken(self, walk: Walk, opened: OpenedFile, k: int, i: int) -> torch.Tensor:
+    def _taken(self, walk: Walk, opened: OpenedFile | StockFile, k: int, i: int) -> torch.Tensor:
         try:
             ours = walk.take(k, i)
         except (Doubt, MemoryError) as error:
@@ -202,7 +202,7 @@ class LocalFiles:
         opened = self._still_open()[0][k]
         return opened.slice(i) if isinstance(opened, StockFile) else slices.FastSlice(opened, i)
 
-    def _stock(self, opened: OpenedFile, k: int) -> Any:
+    def _stock(self, opened: OpenedFile | StockFile, k: int) -> Any:
         found = self._stock_handles.get(k)
         if found is None:
             if isinstance(opened, StockFile):
@@ -212,7 +212,9 @@ class LocalFiles:
             self._stock_handles[k] = found
         return found
 
-    def _verified(self, opened: OpenedFile, k: int, i: int, ours: torch.Tensor) -> torch.Tensor:
+    def _verified(
+        self, opened: OpenedFile | StockFile, k: int, i: int, ours: torch.Tensor
+    ) -> torch.Tensor:
         name = opened.layout.names[i]
         theirs: torch.Tensor = self._stock(opened, k).get_tensor(name)
         if same(ours, theirs):
@@ -241,20 +243,21 @@ class LocalFiles:
         walk.drop()
         self._stock_handles.clear()
         for path, opened in zip(self._paths, files, strict=True):
-            _report(self._call, path, opened, last=True)
+            opened.account.emit(self._call, path, opened.device)
         if self._bar is not None:
             self._bar.close()
 
     def done_with(self, k: int) -> None:
         """Report file k, of which nothing more will be asked."""
         if self._open is not None:
-            _report(self._call, self._paths[k], self._open[0][k], last=True)
+            opened = self._open[0][k]
+            opened.account.emit(self._call, self._paths[k], opened.device)
 
     def tell(self) -> None:
         """Report what was handed out since the last report."""
         found = self._open
         for path, opened in zip(self._paths, found[0] if found else (), strict=False):
-            _report(self._call, path, opened, last=False)
+            opened.account.emit(self._call, path, opened.device, last=False)
 
     @property
     def closed(self) -> bool:
@@ -301,30 +304,6 @@ def cast(
         ) from error
     files.settle()
     return result
-
-
-def _report(call: str, path: str, opened: OpenedFile, *, last: bool) -> None:
-    account = opened.account
-    with shared:
-        tensors, nbytes, seconds = account.tensors, account.bytes, account.seconds
-        account.tensors = account.bytes = 0
-        account.seconds = 0.0
-        if not tensors and (account.reported or not last):
-            return
-        account.reported = True
-    report.emit(
-        report.LoadReport(
-            call,
-            path,
-            opened.device,
-            account.path,
-            nbytes,
-            tensors,
-            seconds,
-            account.resident,
-            account.note,
-        )
-    )
 
 
 def _tell_all() -> None:

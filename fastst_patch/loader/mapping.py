@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..layout import DTYPE_NAMES
+from ..dtypes import DTYPE_NAMES
 from .arguments import Settings, one_path
 from .buffer import _unknown
 from .entries import open_entries
@@ -86,7 +86,7 @@ class FastSafetensorsFile(Mapping[str, "torch.Tensor"]):
         return {
             name: TensorInfo(
                 name,
-                _dtype_name(layout.dtype(i)),
+                DTYPE_NAMES[layout.dtype(i)],
                 tuple(layout.shape(i)),
                 layout.nbytes(i),
                 layout.extent(i),
@@ -142,7 +142,3 @@ class FastSafetensorsFile(Mapping[str, "torch.Tensor"]):
             raise ValueError(f"{self._path} is closed: take tensors before close()")
         if name not in self._layout.index:
             raise KeyError(_unknown(name, self._layout.index))
-
-
-def _dtype_name(kind: int) -> str:
-    return DTYPE_NAMES[kind]

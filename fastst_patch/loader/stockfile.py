@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .. import engine, slices, stock
+from .. import slices, stock
 from ..config import Config
+from ..dtypes import DTYPE_NAMES
 from ..errors import Doubt
-from ..layout import DTYPE_NAMES, FileLayout
-from ..opened import OpenedFile, UnderWay
+from ..layout import FileLayout, described
+from ..opened import TensorFile, UnderWay
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["StockFile", "layout_of"]
 
 
-class StockFile(OpenedFile):
+class StockFile(TensorFile):
     """A file whose tensors stock makes, because of a doubt.
 
     Attributes:
@@ -29,10 +29,9 @@ class StockFile(OpenedFile):
     def __init__(
         self, path: str, layout: FileLayout, config: Config, device: str, doubt: Doubt
     ) -> None:
-        super().__init__(None, layout, config)  # type: ignore[arg-type] # nothing here reads it
+        super().__init__(layout, config)
         self.path = path
         self.device = device
-        self.device_argument = device
         self.account.path = "stock"
         self.account.note = doubt.reason
         self._doubt = doubt
@@ -48,25 +47,9 @@ class StockFile(OpenedFile):
         """Stock's slice of tensor i."""
         return self._handle.get_slice(self.layout.names[i])
 
-    def all_tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by name, in offset order."""
-        return {name: self.tensor(i) for i, name in enumerate(self.layout.names)}
-
     def ahead(self, numbers: Sequence[int]) -> UnderWay:
         """Stock reads nothing ahead: always a Doubt."""
         raise Doubt(self._doubt.reason)
-
-    def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
-        """Stock reads where it likes: always a Doubt."""
-        raise Doubt(self._doubt.reason)
-
-    def note(self, job: engine.Job) -> None:
-        """There are no jobs."""
-
-    def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
-        """Rows of tensor i's first dimension."""
-        result: torch.Tensor = self.slice(i)[start:stop]
-        return result
 
 
 def layout_of(path: str) -> FileLayout:
@@ -78,29 +61,16 @@ def layout_of(path: str) -> FileLayout:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
-        size = file.seek(0, 2)
     metadata = header.pop("__metadata__", None)
     found = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    records, dims = array("Q"), array("q")
-    used = 0
-    for _, entry in found:
-        shape = entry["shape"]
-        kind = _kind(entry["dtype"])
-        used |= 1 << kind
-        records.extend((*entry["data_offsets"], len(dims), len(shape) | kind << 32))
-        dims.extend(shape)
-    names = tuple(name for name, _ in found)
-    return FileLayout(
-        names=names,
-        index=dict(zip(names, range(len(names)), strict=True)),
+    return described(
+        [
+            (name, _kind(entry["dtype"]), entry["shape"], end - begin)
+            for name, entry in found
+            for begin, end in [entry["data_offsets"]]
+        ],
         data_begin=8 + length,
-        data_bytes=size - 8 - length,
-        find_metadata=None if metadata is None else lambda: metadata,
-        dtypes=used,
-        odd_f4=False,
-        owner=None,
-        _records=memoryview(records),
-        _dims=memoryview(dims),
+        metadata=metadata,
     )
 
 

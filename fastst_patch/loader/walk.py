@@ -23,7 +23,7 @@ from ..layout import ARENA_ALIGNMENT
 from ..locks import Guard, here, interrupted
 from ..ondevice import ARENA, BUDGET
 from ..onhost import HostFile
-from ..opened import OpenedFile, UnderWay
+from ..opened import TensorFile, UnderWay
 from ..readahead import AHEAD
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Bounds:
     files: int | None = None
 
     @classmethod
-    def of(cls, opened: OpenedFile, budget: int | None, files: int | None = None) -> Bounds:
+    def of(cls, opened: TensorFile, budget: int | None, files: int | None = None) -> Bounds:
         """For files like this one.
 
         Args:
@@ -93,7 +93,7 @@ class Walk:
 
     def __init__(
         self,
-        files: Sequence[OpenedFile],
+        files: Sequence[TensorFile],
         numbers: Sequence[Sequence[int]],
         bounds: Bounds,
         held: Callable[[], int] = lambda: 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..dtypes import header_shape
 from ..tensors import dtype_wanted
 from .arguments import device_named
 
@@ -33,10 +34,7 @@ class WrappedTensor:
 
     def get_shape(self) -> list[int]:
         """Its shape; of packed 4-bit numbers the number of them, not of bytes."""
-        shape = list(self.real_tensor.shape)
-        if str(self.real_tensor.dtype) == "torch.float4_e2m1fn_x2":
-            shape[-1] *= 2
-        return shape
+        return header_shape(self.real_tensor.shape, self.real_tensor.dtype)
 
     def get_nbytes(self) -> int:
         """Bytes of its elements."""

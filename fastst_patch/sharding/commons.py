@@ -105,20 +105,16 @@ class Commons:
         """
         ranks = self._group.node_ranks
         wish = told[self._group.rank]
-        problem: BaseException | None = None
         try:
-            if wish.nbytes:
-                self._map = self._made[0] if self._made else _join(wish.nbytes, told[ranks[0]])
-        except BaseException as error:
-            problem = error
-        try:
-            answers = self._group.agree(problem, not wish.nbytes or self._map is not None)
+            with self._group.phase() as phase:
+                if wish.nbytes:
+                    self._map = self._made[0] if self._made else _join(wish.nbytes, told[ranks[0]])
+                phase.value = not wish.nbytes or self._map is not None
         finally:
-            problem = None
             self.withdraw()
-        if not all(answers[rank] for rank in ranks):
+        if not all(phase.told[rank] for rank in ranks):
             self._map, self._refused = None, True
-        return all(answers)
+        return all(phase.told)
 
     def tensor(self, nbytes: int) -> torch.Tensor | None:
         """The memory's first bytes, if there are as many."""

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 from .. import device, engine
 from ..device import Target
 from .channel import Pending
-from .groups import Flag, Group
+from .groups import Elsewhere, Flag, Group
 from .rules import Part
 from .schedule import Key, Unit, part_bytes, segments
 from .source import Source
@@ -47,7 +47,7 @@ from .source import Source
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["COMMON_UNIT", "Circle", "Elsewhere", "Memory", "Step", "move"]
+__all__ = ["COMMON_UNIT", "Circle", "Memory", "Step", "move"]
 
 AHEAD = 2
 """Steps whose reads are under way while one is exchanged."""
@@ -56,10 +56,6 @@ COMMON_UNIT, COMMON_AHEAD = 8 << 20, 8
 """The same, and bytes of a unit, in common memory: little at a time, and much under way. 1.5 GB by
 4 ranks with O_DIRECT, load alone: 0.60 to 0.65 s; 16 MiB and 4 ahead 0.73 to 0.78, 8 MiB and 2
 ahead 0.69 to 0.77, 32 MiB and 2 ahead 0.78 to 0.82."""
-
-
-class Elsewhere(Exception):  # noqa: N818 - control flow; never leaves the package
-    """Another rank has failed, and tells how when all agree; what came is not complete."""
 
 
 class Memory:
@@ -159,7 +155,7 @@ class _Reading:
 
 
 def _borrowed(tensor: torch.Tensor, owner: object) -> engine.Arena:
-    return engine.borrow_arena(tensor.data_ptr(), tensor.nbytes, owner)
+    return engine.Arena.over([(tensor.data_ptr(), tensor.nbytes)], owner)[0]
 
 
 class Mover:
@@ -300,12 +296,11 @@ class Mover:
             at = result.data_ptr() + (piece.first - part.rows[0]) * row_bytes
             places.append((piece.begin, piece.nbytes, at))
             owners.append(result)
-        base = min(at for _, _, at in places)
-        top = max(at + nbytes for _, nbytes, at in places)
+        arena, base = engine.Arena.over([(at, nbytes) for _, nbytes, at in places], owners)
         flat = array("Q")
         for begin, nbytes, at in places:
             flat.extend((begin, nbytes, at - base))
-        return engine.borrow_arena(base, top - base, owners), flat
+        return arena, flat
 
     def read(self, number: int) -> None:
         """Wait for the reads of a step. Raises what reading it did."""

@@ -16,16 +16,25 @@ from ..onhost import HostFile
 from ..opened import progress_bar
 from . import mapped
 from .commons import Commons, Wish
-from .exchange import COMMON_UNIT, Elsewhere, Memory, Mover, Step, move
-from .groups import Group, is_told
+from .exchange import COMMON_UNIT, Memory, Mover, move
+from .groups import Elsewhere, Group, is_told
 from .opening import open_together
 from .rules import Owner, Part, Plan, Take, rules_of, take_of
 from .schedule import Key, split
 from .source import Source
 from .steps import circle_of, steps_of
-from .stocks import by_stock, verify
-from .taking import Request, cast, everything, flat, joined, part_bytes, parts_of, takes_of
-from .tally import Tally
+from .taking import (
+    Request,
+    by_stock,
+    cast,
+    everything,
+    flat,
+    joined,
+    part_bytes,
+    parts_of,
+    takes_of,
+    verify,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +53,8 @@ class ShardedFiles:
 
     Attributes:
         group: the ranks.
-        sources: the files, in the order in which they were named.
+        config: in force for the files.
+        sources: these, in the order in which they were named.
     """
 
     def __init__(
@@ -80,7 +90,7 @@ class ShardedFiles:
                 kinds.
         """
         self.group = group
-        self._config = config
+        self.config = config
         self._call = call
         self._contiguous = contiguous
         opening = open_together(files, group, device, config, read_once)
@@ -94,7 +104,6 @@ class ShardedFiles:
         target = opening.target
         self._memory = Memory(target)
         self._commons = Commons(group)
-        self._tally = Tally(call, "cpu" if target is None else target.name)
 
     # ---- what is there ----
 
@@ -115,8 +124,13 @@ class ShardedFiles:
 
     def close(self) -> None:
         """Report what was taken, and let go of the files. Tensors stay."""
+        target = self._memory.target
         for source in self.sources:
-            self._tally.report(source, self._refused)
+            account = source.account
+            if self._refused is not None and source.doubt is None:
+                account.path, account.note, account.resident = "stock", self._refused, None
+            if account.seconds:
+                account.emit(self._call, source.path, "cpu" if target is None else target.name)
             source.close()
         self._commons.close()
 
@@ -138,7 +152,7 @@ class ShardedFiles:
     def _is_local(self, source: Source) -> bool:
         return self.group.size == 1 or (source.doubt is None and self._from_map(source))
 
-    def take(self, name: str, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def take(self, name: str, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
         """This rank's part of a tensor. Collective unless it is `local`.
 
         Args:
@@ -229,28 +243,23 @@ class ShardedFiles:
             RankError: a rank failed; its plan, reading, memory.
         """
         group = self.group
-        problem: BaseException | None = None
         mine: list[dict[int, Take] | None] = []
         flats: list[Any] = []
         cold: list[bool] = []  # looked at before anybody reads
-        try:
+        with group.phase() as phase:
             rules = rules_of(plan, self._described, self._where, group.size)
             for source in self.sources:
                 takes = takes_of(source, rules, group.rank, group.size)
                 mine.append(takes)
                 flats.append(flat(source, takes))
                 cold.append(self._reads_ahead(source) and _host(source).ahead_of.cold())
-        except BaseException as error:
-            problem = error
-        try:
-            told = group.agree(problem, (flats, cold))
-        finally:
-            problem = None
+            phase.value = flats, cold
         requests = [
-            Request(takes, [flats[number] for flats, _ in told], dtype, None)
+            Request(takes, [flats[number] for flats, _ in phase.told], dtype, None)
             for number, takes in enumerate(mine)
         ]
-        cold = [any(some) for some in zip(*(one for _, one in told), strict=True)]
+        cold = [any(some) for some in zip(*(one for _, one in phase.told), strict=True)]
+        problem: BaseException | None = None
         result: dict[str, torch.Tensor] = {}
         unsettled = 0
         with self._bar(requests) as advance:
@@ -296,7 +305,7 @@ class ShardedFiles:
 
     @contextlib.contextmanager
     def _bar(self, requests: Sequence[Request]) -> Iterator[Callable[[int], None]]:
-        if not self._config.progress:
+        if not self.config.progress:
             yield lambda done: None
             return
         with progress_bar(self._call, sum(
@@ -325,35 +334,31 @@ class ShardedFiles:
             every: whether all ranks take part in this, to agree on errors.
         """
         started = time.perf_counter()
+        if every:
+            with self.group.phase() as phase:
+                result = self._taken(source, request)
+                phase.value = request.said, None
+            _check_alike(phase.told)
+        else:
+            result = self._taken(source, request)
+        account = source.account
+        account.bytes += sum(tensor.nbytes for tensor in result.values())
+        account.tensors += len(result)
+        account.seconds += time.perf_counter() - started
+        return result
+
+    def _taken(self, source: Source, request: Request) -> dict[int, torch.Tensor]:
         doubt = source.doubt or self._refused
         takes, dtype = request.takes, request.dtype
-        problem: BaseException | None = None
-        result: dict[int, torch.Tensor] = {}
-        try:
-            if takes is None and doubt is None and dtype is None and self._from_map(source):
-                result = self._all_mapped(source)
-            else:
-                takes = everything(source) if takes is None else takes
-                found = self._parts(source, request, parts_of(takes))
-                result = {i: joined(found, i, take) for i, take in takes.items()}
-            if self._config.verify and doubt is None and source.opened is not None:
-                takes = everything(source) if takes is None else takes
-                verify(source, takes, result, dtype, device=self._device, config=self._config)
-        except Elsewhere:
-            if not every:
-                raise
-        except BaseException as error:
-            if is_told(error) or not every:
-                raise
-            problem = error
-        if every:
-            try:
-                self._agree(problem, request)
-            finally:
-                if problem is not None:
-                    result.clear()
-                problem = None  # and with it the frame that its traceback keeps
-        self._tally.count(source, result, time.perf_counter() - started)
+        if takes is None and doubt is None and dtype is None and self._from_map(source):
+            result = dict(enumerate(mapped.take_all(_host(source))))
+        else:
+            takes = everything(source) if takes is None else takes
+            found = self._parts(source, request, parts_of(takes))
+            result = {i: joined(found, i, take) for i, take in takes.items()}
+        if self.config.verify and doubt is None and source.opened is not None:
+            takes = everything(source) if takes is None else takes
+            verify(source, takes, result, dtype, device=self._device, config=self.config)
         return result
 
     def _parts(
@@ -362,7 +367,7 @@ class ShardedFiles:
         doubt = source.doubt or self._refused
         if doubt is not None:
             found = by_stock(source, parts, request.dtype, self._device)
-            fell_back(self._config, self._call, source.path, Doubt(doubt))
+            fell_back(self.config, self._call, source.path, Doubt(doubt))
             return found
         if not self._from_map(source):
             return self._moved(source, request, parts)
@@ -378,9 +383,6 @@ class ShardedFiles:
         by_network = self._read_once == "job" and len(set(self.group.nodes)) > 1
         seen = len(source.readers) == self.group.size
         return seen and self._mapped_everywhere and not by_network
-
-    def _all_mapped(self, source: Source) -> dict[int, torch.Tensor]:
-        return dict(enumerate(mapped.take_all(_host(source))))
 
     def _reads_ahead(self, source: Source) -> bool:
         return source.doubt is None and self._refused is None and self._from_map(source)
@@ -404,10 +406,10 @@ class ShardedFiles:
         needs = [request.needs[rank] for rank in ranks]
         alone, shared = split(source.extents, needs, range(len(ranks)))
         wanted = mapped.wanted(source.extents, alone, shared)
-        opened.keep_to(wanted)
+        opened.keep_to(wanted.flat)
         if cold:
             wanted = mapped.share(source.extents, alone[turn], shared, turn, len(ranks))
-        threads = io_threads(self._config.threads)
+        threads = io_threads(self.config.threads)
         opened.ahead_of.extents(opened.map(), wanted, max(threads // len(ranks), 2))
 
     def _moved(
@@ -415,77 +417,62 @@ class ShardedFiles:
     ) -> dict[Key, torch.Tensor]:
         """Read into memory of our own, each byte by one rank of those that exchange."""
         group = self.group
-        problem: BaseException | None = None
         results: dict[Key, torch.Tensor] = {}
-        steps: list[Step] = []
-        mover: Mover | None = None
         wish, common_bytes = Wish(), 0
         try:
-            circle = circle_of(source, group, self._read_once)
-            in_common = self._memory.target is None and self._commons.possible(circle.ranks)
-            unit_bytes = min(self._unit_bytes, COMMON_UNIT) if in_common else self._unit_bytes
-            steps, leaves_out = steps_of(source, circle, request, parts, unit_bytes)
-            if leaves_out and source.opened is not None:
-                source.opened.file.read_exactly()
-            for key, part in parts.items():
-                wanted = cast(source.describe(key[0])[1], request.dtype)
-                results[key] = self._memory.empty(part.size, wanted)
-            mover = Mover(source, circle, self._memory, steps, parts=parts, results=results)
-            if in_common:
-                common_bytes = mover.common_bytes
-                wish = self._commons.wish(common_bytes)
-            mover.allocate(shared=not common_bytes)
-        except BaseException as error:
-            problem = error
-        try:
-            told = self._agree(problem, request, (len(steps), wish))
-            assert mover is not None
+            with group.phase() as phase:
+                circle = circle_of(source, group, self._read_once)
+                in_common = self._memory.target is None and self._commons.possible(circle.ranks)
+                unit_bytes = min(self._unit_bytes, COMMON_UNIT) if in_common else self._unit_bytes
+                steps, leaves_out = steps_of(source, circle, request, parts, unit_bytes)
+                if leaves_out and source.opened is not None:
+                    source.opened.file.read_exactly()
+                for key, part in parts.items():
+                    wanted = cast(source.describe(key[0])[1], request.dtype)
+                    results[key] = self._memory.empty(part.size, wanted)
+                mover = Mover(source, circle, self._memory, steps, parts=parts, results=results)
+                if in_common:
+                    common_bytes = mover.common_bytes
+                    wish = self._commons.wish(common_bytes)
+                mover.allocate(shared=not common_bytes)
+                phase.value = request.said, (len(steps), wish)
+            told = _check_alike(phase.told)
             wishes = [wish for _, wish in told]
             everywhere = not any(wish.nbytes for wish in wishes) or self._commons.settle(wishes)
             memory = self._commons.tensor(common_bytes)
             if memory is not None:
                 mover.share(memory)
-            if not everywhere:
-                self._without(mover, wanted=bool(common_bytes) and memory is None)
+            if not everywhere:  # some rank has no memory in common, and needs buffers of its own
+                with group.phase():
+                    if common_bytes and memory is None:
+                        mover.allocate()
             mover.connect()
             move(mover, max(count for count, _ in told), group)
         except BaseException:
             results.clear()
             self._commons.withdraw()
             raise
-        finally:
-            problem = None
         return results
 
-    def _without(self, mover: Mover, *, wanted: bool) -> None:
-        """Somebody has no memory in common: get buffers, if we are of those. Collective."""
-        problem: BaseException | None = None
-        try:
-            if wanted:
-                mover.allocate()
-        except BaseException as error:
-            problem = error
-        try:
-            self.group.agree(problem)
-        finally:
-            problem = None
 
-    def _agree(self, problem: BaseException | None, request: Request, value: Any = None) -> Any:
-        """As `Group.agree`; also that all ask for the same, or ranks would mix up tensors.
+def _check_alike(told: Sequence[tuple[str | None, Any]]) -> list[Any]:
+    """Make sure that all ranks ask for the same, or they would mix up tensors.
 
-        Raises:
-            RankError: alike on all ranks, a rank asks for something else.
-        """
-        told = self.group.agree(problem, (request.said, value))
-        said = [one[0] for one in told]
-        for rank, theirs in enumerate(said):
-            if theirs != said[0]:
-                raise RankError(
-                    rank,
-                    f"it {theirs}, where rank 0 {said[0]}; all ranks take the same tensors in the"
-                    " same order",
-                )
-        return [one[1] for one in told]
+    Args:
+        told: what each rank asks for, in words, and a value, which is returned.
+
+    Raises:
+        RankError: alike on all ranks, a rank asks for something else.
+    """
+    said = told[0][0]
+    for rank, (theirs, _) in enumerate(told):
+        if theirs != said:
+            raise RankError(
+                rank,
+                f"it {theirs}, where rank 0 {said}; all ranks take the same tensors in the same"
+                " order",
+            )
+    return [value for _, value in told]
 
 
 def _host(source: Source) -> HostFile:

@@ -4,9 +4,9 @@ Two planes. *Control* is a gloo channel over all ranks: headers, wants and error
 the CPU, whatever backend the data takes, and never between the caller's own collectives. *Data*
 goes by another, among the ranks of one node or all; in an NCCL group of one node by that itself.
 
-An error of one rank ends all of them: every phase closes with `Group.agree`, which raises the
-same `RankError` everywhere. A rank that is killed breaks its connections; what the others then
-get is a RankError, too.
+An error of one rank ends all of them: every phase closes with `Group.agree`, as a `Phase` does,
+which raises the same `RankError` everywhere. A rank that is killed breaks its connections; the
+others then get a RankError, too.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ from .channel import Channel, Pending
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Flag", "Group", "SingleGroup", "is_told"]
+__all__ = ["Elsewhere", "Flag", "Group", "Phase", "SingleGroup", "is_told"]
 
 
 def is_told(error: BaseException) -> bool:
     """Whether all ranks know of an error: it came out of `Group.agree`, and is not told again."""
     return isinstance(error, RankError) or getattr(error, "_fastst_told", False)
+
+
+class Elsewhere(Exception):  # noqa: N818 - control flow; never leaves the package
+    """Another rank has failed, and tells how when all agree; what came is not complete."""
 
 
 class SingleGroup:
@@ -73,6 +77,33 @@ class Flag:
         if self._pending is not None:
             self._pending.wait()
         return bool(self._value.item())
+
+
+class Phase:
+    """A ``with`` block of work on all ranks, whose end is `Group.agree`. Made by `Group.phase`.
+
+    Attributes:
+        value: of this rank, for the others.
+        told: every rank's value, once the phase is over.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self.value: Any = None
+        self.told: list[Any] = []
+
+    def __enter__(self) -> Phase:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and is_told(error):
+            return
+        try:
+            ours = None if isinstance(error, Elsewhere) else error
+            self.told = self._group.agree(ours, self.value)
+        finally:
+            ours = None
+            del error, trace  # a traceback keeps this frame
 
 
 class Group:
@@ -197,6 +228,13 @@ class Group:
             if cause is not None:
                 raise RankError(rank, cause) from error
         return [answer for _, answer in answers]
+
+    def phase(self) -> Phase:
+        """A ``with`` block that ends with `agree`, on the error raised in it or its value.
+
+        Collective. An error that all ranks know already is not told again.
+        """
+        return Phase(self)
 
     def flag(self, failed: bool) -> Flag:
         """Tell the others whether we have failed, and ask whether they have; does not wait."""

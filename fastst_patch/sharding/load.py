@@ -67,18 +67,15 @@ def load_sharded(
     ranks = _group(group)
     token: object = None
     found: list[str] | FileNotFoundError = []
-    problem: BaseException | None = None
     wanted: torch.dtype | None = None
     try:
-        token = push(options)  # refused on one rank, it must not leave the others waiting
-        wanted = dtype_wanted(dtype)
-        names = [os.fspath(files)] if isinstance(files, (str, os.PathLike)) else files
-        found = _listed(names)
-    except BaseException as error:
-        problem = error
-    try:
-        if problem is not None:
-            ranks.agree(problem)  # the others hear it where they open files
+        try:
+            token = push(options)  # refused on one rank, it must not leave the others waiting
+            wanted = dtype_wanted(dtype)
+            names = [os.fspath(files)] if isinstance(files, (str, os.PathLike)) else files
+            found = _listed(names)
+        except BaseException as error:
+            ranks.agree(error)  # raises; the others hear it where they open files
         if device is None:
             device = "cuda" if _is_nccl(group) else "cpu"
         with ShardedFiles(
@@ -86,7 +83,6 @@ def load_sharded(
         ) as opened:
             return opened.load(plan, wanted)
     finally:
-        problem = None
         pop(token)
 
 

@@ -7,17 +7,19 @@ alone needs, and of those that several need every n-th stripe.
 
 from __future__ import annotations
 
-import json
+import itertools
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .. import engine, tensors
-from ..layout import DTYPE_NAMES, FileLayout
+from .. import tensors
+from ..dtypes import PACKED, header_shape
+from ..layout import described
 from ..onhost import HostFile
+from ..runs import Runs
 from ..stripes import STRIPE
 from .rules import Part
-from .schedule import Extent, Key, Rows, merged
+from .schedule import Extent, Key, Rows, ranges_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +29,8 @@ __all__ = ["share", "take", "take_all", "wanted"]
 
 def share(
     extents: Sequence[Extent], alone: Sequence[Rows], shared: Sequence[Rows], turn: int, turns: int
-) -> array[int]:
-    """What one of ``turns`` ranks reads ahead: flat triples (file offset, bytes, 0), in order.
+) -> Runs:
+    """What one of ``turns`` ranks reads ahead, in order.
 
     Args:
         extents: of the file's tensors.
@@ -37,35 +39,29 @@ def share(
         turn: this rank's number among those that share the reading.
         turns: how many they are.
     """
-    ranges = merged(extents, alone)
-    for begin, end in merged(extents, shared):
+    ranges = Runs(ranges_of(extents, alone)).ranges
+    for begin, end in Runs(ranges_of(extents, shared)).ranges:
         # Stripes lie at multiples of their size in the file, whoever needs which tensor.
         stripe = begin // STRIPE
         while stripe * STRIPE < end:
             if stripe % turns == turn:
                 ranges.append((max(begin, stripe * STRIPE), min(end, (stripe + 1) * STRIPE)))
             stripe += 1
-    flat = array("Q")
-    for begin, end in sorted(ranges):
-        flat.extend((begin, end - begin, 0))
-    return flat
+    return Runs(sorted(ranges))
 
 
 def wanted(
     extents: Sequence[Extent], alone: Iterable[Sequence[Rows]], shared: Sequence[Rows]
-) -> array[int]:
-    """What any rank of the node needs of a file: flat triples (file offset, bytes, 0), in order.
+) -> Runs:
+    """What any rank of the node needs of a file, in order.
 
     Args:
         extents: of the file's tensors.
         alone: rows that one rank alone needs, of each.
         shared: rows that several need.
     """
-    flat = array("Q")
-    ranges = [one for rows in (*alone, shared) for one in merged(extents, rows)]
-    for begin, end in sorted(ranges):
-        flat.extend((begin, end - begin, 0))
-    return flat
+    each = (Runs(ranges_of(extents, rows)).ranges for rows in (*alone, shared))
+    return Runs(sorted(itertools.chain.from_iterable(each)))
 
 
 def take_all(opened: HostFile) -> list[torch.Tensor]:
@@ -125,30 +121,16 @@ def _straight(
     if all(part.size == list(part.shape) for part in parts.values()):
         made = tensors.import_batch(opened.map(), layout, array("Q", [i for i, _ in keys]))
         return dict(zip(keys, made, strict=True))
-    # The same call, with a header in which each tensor is what is taken of it.
-    begins = array("Q")
-    header, end = {}, 0
-    for number, key in enumerate(keys):
-        part, extent = parts[key], extents[key[0]]
+    # The same call, with a layout in which each tensor is what is taken of it.
+    begins, taken = array("Q"), []
+    for i, k in keys:
+        part, extent = parts[i, k], extents[i]
         first, last = part.rows
-        nbytes = (last - first) * extent.row_bytes
-        header[str(number)] = {
-            "dtype": DTYPE_NAMES[layout.dtype(key[0])],
-            "shape": _in_header(layout, key[0], part.size),
-            "data_offsets": [end, end + nbytes],
-        }
-        end += nbytes
+        shape, kind = part.size, layout.dtype(i)
+        if kind in PACKED:
+            shape = header_shape(shape, tensors.shape_and_dtype(layout, i)[1])
+        taken.append(("", kind, shape, (last - first) * extent.row_bytes))
         begins.append(extent.begin + first * extent.row_bytes)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    described = engine.parse_header(text, 8 + len(text) + end)
-    order = array("Q", [described.index[str(number)] for number in range(len(keys))])
-    made = tensors.import_batch(opened.map(), described, order, begins)
+    numbers = array("Q", range(len(keys)))
+    made = tensors.import_batch(opened.map(), described(taken), numbers, begins)
     return dict(zip(keys, made, strict=True))
-
-
-def _in_header(layout: FileLayout, i: int, shape: list[int]) -> list[int]:
-    """A shape as torch holds it, as the header has it: F4 counts halves of bytes."""
-    if DTYPE_NAMES[layout.dtype(i)] != "F4" or not shape:
-        return shape
-    return [*shape[:-1], shape[-1] * 2]

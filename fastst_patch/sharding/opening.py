@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING
 
 from .. import engine, tensors
 from ..config import Config
-from ..device import Target
+from ..device import Target, parse_device, torch_target
 from ..errors import Doubt, NameClashError, RankError
 from ..ondevice import DeviceFile
 from ..onhost import HostFile
 from ..opened import OpenedFile, open_checked
 from .groups import Group
 from .source import Source
-from .target import named, target_of
 
 if TYPE_CHECKING:
     import torch
@@ -122,29 +121,24 @@ def open_together(
         ValueError: an argument is wrong on all ranks, or they load to devices of several kinds.
     """
     opened: list[OpenedFile | None] = []
-    mine: _Said | None = None
-    problem: BaseException | None = None
     target: Target | None = None
     refused: str | None = None
-    try:
+    with group.phase() as phase:
         if read_once not in ("node", "job"):
             raise ValueError(f"read_once={read_once!r}: allowed are 'node' and 'job'")
-        where = named(device)
+        where = parse_device(device)
         try:
-            target = target_of(where)
+            if where.type not in ("cpu", "cuda"):
+                raise Doubt(f"device {str(where)!r} is not accelerated")
+            target = torch_target(where)
         except Doubt as doubt:
             refused = doubt.reason
         paths = None if isinstance(files, FileNotFoundError) else _in_turn(files)
         find = functools.partial(_open_all, config, target, opened)
         seen = find(paths or ())
         kind = "the CPU" if target is None else "a device"
-        mine = _Said(paths, seen, kind, refused, _unit_bytes(config), read_once)
-    except BaseException as error:
-        problem = error
-    try:
-        told: list[_Said] = group.agree(problem, mine)
-    finally:
-        problem = None  # and with it the frame that its traceback keeps
+        phase.value = _Said(paths, seen, kind, refused, _unit_bytes(config), read_once)
+    told: list[_Said] = phase.told
     if any(one.paths is None for one in told):
         told = _by_hearsay(files, told, group, find)
     # Options may differ: what all must do alike is settled here.
@@ -218,8 +212,7 @@ def _open(path: str, config: Config, target: Target | None) -> tuple[OpenedFile 
         if error.errno in _UNSEEN:
             return None, _Seen(error=error.errno, text=os.strerror(error.errno))
         raise
-    header = os.pread(file.fd, layout.data_begin, 0)
-    digest = hashlib.blake2b(header).hexdigest()
+    digest = hashlib.blake2b(engine.header_of(layout)).hexdigest()
     return opened, _Seen(size=file.size, digest=digest, mapped=opened.mapped)
 
 
@@ -241,16 +234,11 @@ def _by_hearsay(
     if listed is None:
         group.agree(files if isinstance(files, FileNotFoundError) else None)
         raise AssertionError  # all ranks have an error to tell
-    problem: BaseException | None = None
-    try:
+    with group.phase() as phase:
         if mine.paths is None:
             mine = dataclasses.replace(mine, paths=listed, seen=find(listed))
-    except BaseException as error:
-        problem = error
-    try:
-        return group.agree(problem, mine)
-    finally:
-        problem = None
+        phase.value = mine
+    return phase.told
 
 
 def _compared(
@@ -284,16 +272,9 @@ def _ask_stock(sources: Sequence[Source], group: Group) -> None:
     doubtful = [source for source in sources if source.doubt is not None]
     if not doubtful:
         return
-    problem: BaseException | None = None
-    try:
+    with group.phase():
         for source in doubtful:
             source.ask_stock()
-    except BaseException as error:
-        problem = error
-    try:
-        group.agree(problem)
-    finally:
-        problem = None
 
 
 def _index(sources: Sequence[Source], group: Group) -> dict[str, tuple[int, int]]:
@@ -357,28 +338,15 @@ def _describe(sources: Sequence[Source], lacking: Sequence[int], group: Group) -
     if not lacking:
         return
     headers: dict[int, tuple[bytes, int]] = {}
-    problem: BaseException | None = None
-    try:
+    with group.phase() as phase:
         for number in lacking:
             source = sources[number]
             if source.readers[0] == group.rank and source.opened is not None:
-                file, begin = source.opened.file, source.layout.data_begin
-                headers[number] = os.pread(file.fd, begin - 8, 8), file.size
-    except BaseException as error:
-        problem = error
-    try:
-        told = group.agree(problem, headers)
-    finally:
-        problem = None
-    try:
+                headers[number] = engine.header_of(source.layout), source.opened.file.size
+        phase.value = headers
+    with group.phase():
         for number in lacking:
             source = sources[number]
             if source.opened is None:
-                header, size = told[source.readers[0]][number]
+                header, size = phase.told[source.readers[0]][number]
                 source.is_told(engine.parse_header(header, size))
-    except BaseException as error:
-        problem = error
-    try:
-        group.agree(problem)
-    finally:
-        problem = None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from array import array
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ..layout import ARENA_ALIGNMENT
@@ -27,9 +27,9 @@ __all__ = [
     "Piece",
     "Rows",
     "Unit",
-    "merged",
     "pack",
     "part_bytes",
+    "ranges_of",
     "segments",
     "split",
 ]
@@ -187,15 +187,8 @@ def segments(unit: Unit, low: int, high: int) -> array[int]:
     return found
 
 
-def merged(extents: Sequence[Extent], rows: Iterable[Rows]) -> list[tuple[int, int]]:
-    """File ranges (begin, end) of some rows, neighbours joined."""
-    ranges: list[tuple[int, int]] = []
+def ranges_of(extents: Sequence[Extent], rows: Iterable[Rows]) -> Iterator[tuple[int, int]]:
+    """File ranges (begin, end) of some rows."""
     for tensor, first, last in rows:
         extent = extents[tensor]
-        begin = extent.begin + first * extent.row_bytes
-        end = extent.begin + last * extent.row_bytes
-        if ranges and ranges[-1][1] == begin:
-            ranges[-1] = (ranges[-1][0], end)
-        else:
-            ranges.append((begin, end))
-    return ranges
+        yield extent.begin + first * extent.row_bytes, extent.begin + last * extent.row_bytes

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import stock, tensors
 from ..layout import FileLayout
 from ..locks import once
 from ..opened import OpenedFile
+from ..report import Account
 from .schedule import Extent
 
 if TYPE_CHECKING:
@@ -37,6 +39,13 @@ class Source:
     _layout: FileLayout | None
     _stock: Any = None  # a handle
 
+    @once
+    def account(self) -> Account:
+        """What was taken of it so far."""
+        if self.doubt is not None:
+            return Account("stock", note=self.doubt)
+        return Account("exchange") if self.opened is None else self.opened.account
+
     def ask_stock(self) -> None:
         """Let stock read the file, which it opens now. Raises what stock raises."""
         self._stock = stock.safe_open(self.path, framework="pt", device="cpu")
@@ -58,6 +67,14 @@ class Source:
             shape, dtype = tensors.shape_and_dtype(self._layout, i)
             found.append((tuple(shape), dtype))
         return found
+
+    def metadata(self) -> Mapping[str, str] | None:
+        """The header's free-form metadata, or None."""
+        if self.doubt is None:
+            return self.layout.metadata
+        with stock.safe_open(self.path, "pt") as handle:
+            found: Mapping[str, str] | None = handle.metadata()
+            return found
 
     def describe(self, i: int) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of tensor i, as torch holds it."""

@@ -1,4 +1,4 @@
-"""What a rank takes of one file: all of it, in numbers for the others, and put together."""
+"""What a rank takes of one file: in numbers for the others, put together, and by stock."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..config import Config
+from ..decide import complain, same
 from .rules import Part, Rule, Take, take_of
 from .schedule import Key
 from .source import Source
@@ -15,7 +17,18 @@ from .source import Source
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Request", "cast", "everything", "flat", "joined", "part_bytes", "parts_of", "takes_of"]
+__all__ = [
+    "Request",
+    "by_stock",
+    "cast",
+    "everything",
+    "flat",
+    "joined",
+    "part_bytes",
+    "parts_of",
+    "takes_of",
+    "verify",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,3 +118,38 @@ def part_bytes(source: Source, takes: Mapping[int, Take] | None) -> int:
         elif i in takes:
             total += sum(math.prod(part.size) for part in takes[i].parts) * dtype.itemsize
     return total
+
+
+# ---- where the fast path is in doubt, and to compare with ----
+
+
+def by_stock(
+    source: Source, parts: Mapping[Key, Part], dtype: torch.dtype | None, device: torch.device
+) -> dict[Key, torch.Tensor]:
+    """Parts cut from stock's tensors, cast and moved."""
+    import torch
+
+    found = {}
+    for key, part in parts.items():
+        whole = source.by_stock(key[0])
+        piece = whole[part.index].clone(memory_format=torch.contiguous_format)
+        found[key] = piece.to(device=device, dtype=cast(piece.dtype, dtype))
+    return found
+
+
+def verify(
+    source: Source,
+    takes: Mapping[int, Take],
+    result: dict[int, torch.Tensor],
+    dtype: torch.dtype | None,
+    *,
+    device: torch.device,
+    config: Config,
+) -> None:
+    """Compare tensors with stock's; one that differs is complained of and replaced."""
+    theirs = by_stock(source, parts_of(takes), dtype, device)
+    for i, take in takes.items():
+        right = joined(theirs, i, take)
+        if not same(result[i], right):
+            complain(config, source.path, f"tensor {source.names[i]!r}")
+            result[i] = right
