@@ -47,6 +47,21 @@ static struct {
     fst_staging *spare;
 } gds = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
+static pthread_once_t forks_watched = PTHREAD_ONCE_INIT;
+
+static void after_fork_child(void) {
+    (void)pthread_mutex_init(&gds.lock, NULL);
+    gds.spare = NULL; /* the driver's, in the parent */
+}
+
+static void watch_forks(void) { (void)pthread_atfork(NULL, NULL, after_fork_child); }
+
+/* For the functions that others call without a registered file. */
+static void lock_first(void) {
+    (void)pthread_once(&forks_watched, watch_forks);
+    (void)pthread_mutex_lock(&gds.lock);
+}
+
 static bool find(void *library, const char *name, void *field) {
     void *address = dlsym(library, name);
     memcpy(field, &address, sizeof address);
@@ -92,7 +107,7 @@ int fst_gds_register(fst_device *device, int fd, void **handle, fst_error *err) 
     *handle = NULL;
     int code = fst_gpu_enter(device, &scope, err);
     if (code != FST_OK) return code;
-    (void)pthread_mutex_lock(&gds.lock);
+    lock_first();
     if (!gds.tried) (void)open_library(device, &gds.failure);
     gds.tried = true;
     if (gds.failure.code != FST_OK) *err = gds.failure;
@@ -190,18 +205,13 @@ void fst_gds_give(fst_staging *staging) {
 
 void fst_gds_clear(void) {
     for (;;) {
-        (void)pthread_mutex_lock(&gds.lock);
+        lock_first();
         fst_staging *staging = gds.spare;
         if (staging != NULL) gds.spare = staging->next;
         (void)pthread_mutex_unlock(&gds.lock);
         if (staging == NULL) return;
         destroy(staging);
     }
-}
-
-void fst_gds_after_fork(void) {
-    (void)pthread_mutex_init(&gds.lock, NULL);
-    gds.spare = NULL; /* the driver's, in the parent */
 }
 
 /* ---- reading ---- */

@@ -20,6 +20,7 @@ static pthread_mutex_t registry = PTHREAD_MUTEX_INITIALIZER;
 static fst_gpu *gpus;
 static fst_device *devices;
 static atomic_bool forked; /* with a driver initialised: it cannot be used in this process */
+static pthread_once_t forks_watched = PTHREAD_ONCE_INIT;
 
 /* Versioned names first: the plain ones belong to development packages. What torch has loaded
  * already has the same name, and is what dlopen then returns. */
@@ -264,13 +265,20 @@ static int new_device(const fst_gpu *gpu, int ordinal, fst_device **out, fst_err
     return FST_OK;
 }
 
+static void after_fork_child(void) {
+    if (gpus != NULL) atomic_store(&forked, true);
+    (void)pthread_mutex_init(&registry, NULL); /* another thread may have held it */
+}
+
+static void watch_forks(void) { (void)pthread_atfork(NULL, NULL, after_fork_child); }
+
 int fst_device_open(int kind, const char *library, int ordinal, fst_device **out, fst_error *err) {
     *out = NULL;
     if (kind != FST_GPU_CUDA && kind != FST_GPU_HIP)
         return fst_fail(err, FST_E_INVALID, EINVAL, "there is no kind %d of device", kind);
     if (atomic_load(&forked))
         return fst_fail(err, FST_E_DEVICE, 0, "the process forked after the driver started");
-    fst_pool_prepare(); /* a fork must find us */
+    (void)pthread_once(&forks_watched, watch_forks);
     (void)pthread_mutex_lock(&registry);
     fst_gpu *gpu = open_gpu(kind, library, err);
     int code = gpu == NULL ? err->code : FST_OK;
@@ -303,9 +311,4 @@ int fst_device_get_info(fst_device *device, fst_device_info *info, fst_error *er
                               .free_bytes = free_bytes,
                               .total_bytes = total};
     return status == 0 ? FST_OK : fst_gpu_fail(err, device, "asking for its free memory", status);
-}
-
-void fst_gpu_after_fork(void) {
-    if (gpus != NULL) atomic_store(&forked, true);
-    (void)pthread_mutex_init(&registry, NULL); /* another thread may have held it */
 }

@@ -86,8 +86,6 @@ int fst_gpu_fail(fst_error *err, const fst_device *device, const char *call, int
 void *fst_gpu_take_event(fst_device *device, fst_error *err);
 void fst_gpu_give_event(fst_device *device, void *event);
 
-void fst_gpu_after_fork(void); /* in the child: nothing of the driver may be touched again */
-
 /* ---- slots (fst_ring.c) ---- */
 
 typedef struct fst_slot {
@@ -104,7 +102,6 @@ int fst_ring_take(fst_device *device, uint64_t bytes, uint64_t pinned_limit, boo
                   fst_slot **out, fst_error *err);
 void fst_ring_give(fst_slot *slot);
 void fst_ring_clear(void); /* unpins what is not in use */
-void fst_ring_after_fork(void);
 void fst_ring_stats(uint64_t *pinned_bytes, uint64_t *pinned_nanoseconds);
 
 /* ---- cuFile (fst_gds.c); FST_E_INVALID from any of these: the ring has to do it ---- */
@@ -127,7 +124,6 @@ void fst_gds_give(fst_staging *staging);
 int fst_gds_read(const fst_io_context *io, void *handle, const fst_staging *staging,
                  fst_error *err);
 void fst_gds_clear(void); /* frees what is not in use */
-void fst_gds_after_fork(void);
 
 /* ---- one chunk on its way to a device (fst_io_device.c) ---- */
 

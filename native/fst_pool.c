@@ -138,9 +138,6 @@ static void after_fork_child(void) {
         fst_pool.workers[i].in_flight = 0;
         fst_pages_unmap(&fst_pool.workers[i].slot);
     }
-    fst_gpu_after_fork();
-    fst_ring_after_fork();
-    fst_gds_after_fork();
     fst_pool_lock();
     while (fst_pool.head != NULL) {
         fst_job *job = fst_pool.head;
@@ -167,25 +164,7 @@ static void init_pool(void) {
 
 void fst_pool_prepare(void) { (void)pthread_once(&pool_once, init_pool); }
 
-void fst_pool_get_stats(fst_pool_stats *stats) {
-    memset(stats, 0, sizeof *stats);
-    fst_pool_prepare(); /* else a fork now would find the lock taken */
-    fst_pool_lock();
-    stats->threads = fst_pool.threads;
-    stats->jobs = fst_pool.jobs;
-    fst_pool_unlock();
-    stats->arenas = atomic_load(&fst_counts.arenas);
-    stats->arena_bytes = atomic_load(&fst_counts.arena_bytes);
-    stats->files = atomic_load(&fst_counts.files);
-    stats->bytes_prefetched = atomic_load(&fst_counts.bytes_prefetched);
-    stats->bytes_buffered = atomic_load(&fst_counts.bytes_buffered);
-    stats->bytes_direct = atomic_load(&fst_counts.bytes_direct);
-    stats->bytes_copied = atomic_load(&fst_counts.bytes_copied);
-    stats->bytes_uploaded = atomic_load(&fst_counts.bytes_uploaded);
-    fst_ring_stats(&stats->pinned_bytes, &stats->pinned_nanoseconds);
-}
-
-void fst_pool_shutdown(void) {
+void fst_pool_stop(void) {
     fst_pool_prepare();
     fst_pool_lock();
     fst_pool.ending++;
@@ -193,6 +172,4 @@ void fst_pool_shutdown(void) {
     while (fst_pool.threads > 0) (void)pthread_cond_wait(&fst_pool.event, &fst_pool.lock);
     fst_pool.ending--;
     fst_pool_unlock();
-    fst_ring_clear();
-    fst_gds_clear();
 }

@@ -99,6 +99,8 @@ static inline void fst_pool_lock(void) { (void)pthread_mutex_lock(&fst_pool.lock
 static inline void fst_pool_unlock(void) { (void)pthread_mutex_unlock(&fst_pool.lock); }
 /* A thread starts if there are fewer than wanted. With the lock held. */
 void fst_pool_grow(int wanted);
+/* Waits for jobs in flight, then ends the workers. */
+void fst_pool_stop(void);
 struct timespec fst_deadline(int milliseconds); /* from now, on the pool's clock */
 
 /* ---- fst_job.c; all with the lock held ---- */

@@ -33,6 +33,26 @@ static struct {
     bool refused; /* pinning more has failed; tried again once the ring was cleared */
 } ring = {.lock = PTHREAD_MUTEX_INITIALIZER, .given = PTHREAD_COND_INITIALIZER};
 
+static pthread_once_t forks_watched = PTHREAD_ONCE_INIT;
+
+/* In the child slots are not mapped, and their addresses may soon mean something else: they
+ * are forgotten, not unmapped. */
+static void after_fork_child(void) {
+    (void)pthread_mutex_init(&ring.lock, NULL);
+    (void)pthread_cond_init(&ring.given, NULL);
+    ring.spare = NULL;
+    ring.slots = ring.pinned_bytes = 0;
+    ring.refused = false;
+}
+
+static void watch_forks(void) { (void)pthread_atfork(NULL, NULL, after_fork_child); }
+
+/* For the functions that others call without holding a slot. */
+static void lock_first(void) {
+    (void)pthread_once(&forks_watched, watch_forks);
+    (void)pthread_mutex_lock(&ring.lock);
+}
+
 static void near(const fst_device *device, const fst_pages *pages) {
     unsigned long mask[NODES_MAX / (8 * sizeof(unsigned long))] = {0};
     int node = device->numa_node;
@@ -178,7 +198,7 @@ static fst_slot *take(fst_device *device, uint64_t bytes, uint64_t pinned_limit)
 int fst_ring_take(fst_device *device, uint64_t bytes, uint64_t pinned_limit, bool wait,
                   fst_slot **out, fst_error *err) {
     int code = FST_OK;
-    (void)pthread_mutex_lock(&ring.lock);
+    lock_first();
     *out = take(device, fst_align_up(bytes, fst_page()), pinned_limit);
     if (*out == NULL && ring.slots == 0)
         code = fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory for a slot of %llu bytes",
@@ -205,7 +225,7 @@ void fst_ring_give(fst_slot *slot) {
 
 void fst_ring_clear(void) {
     for (;;) {
-        (void)pthread_mutex_lock(&ring.lock);
+        lock_first();
         fst_slot *slot = ring.spare;
         if (slot != NULL) unlink_spare(slot);
         ring.refused = false;
@@ -215,18 +235,8 @@ void fst_ring_clear(void) {
     }
 }
 
-/* In the child slots are not mapped, and their addresses may soon mean something else: they
- * are forgotten, not unmapped. */
-void fst_ring_after_fork(void) {
-    (void)pthread_mutex_init(&ring.lock, NULL);
-    (void)pthread_cond_init(&ring.given, NULL);
-    ring.spare = NULL;
-    ring.slots = ring.pinned_bytes = 0;
-    ring.refused = false;
-}
-
 void fst_ring_stats(uint64_t *pinned_bytes, uint64_t *pinned_nanoseconds) {
-    (void)pthread_mutex_lock(&ring.lock);
+    lock_first();
     *pinned_bytes = ring.pinned_bytes;
     *pinned_nanoseconds = ring.pinned_nanoseconds;
     (void)pthread_mutex_unlock(&ring.lock);
