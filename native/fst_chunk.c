@@ -4,7 +4,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "fst_pool.h"
+#include "fst_chunk.h"
 #include "fst_sys.h"
 
 #define SEGMENT_GAP (64u << 10) /* unwanted bytes worth reading over in one request */
@@ -70,7 +70,7 @@ static void claim(fst_job *job, fst_io_context *io, fst_chunk *chunk) {
         job->next_segment = at;
         job->next_offset = end;
     } else {
-        fst_job_set_cursor(job, at);
+        fst_queue_set_cursor(job, at);
     }
     *chunk = (fst_chunk){.job = job, .begin = begin, .wanted = wanted, .next = job->chunks};
     job->chunks = chunk;
@@ -82,7 +82,7 @@ static void account(fst_chunk *chunk, int code, const fst_error *error) {
     while (*link != chunk) link = &(*link)->next;
     *link = chunk->next;
     if (code != FST_OK) {
-        fst_job_fail(job, code, error);
+        fst_queue_fail(job, code, error);
         return;
     }
     job->stats.bytes_done += chunk->wanted;
@@ -173,9 +173,9 @@ static int take_slot(const fst_job *job, fst_worker *worker, fst_slot **slot, fs
             return fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled",
                             fst_source_name(job->file));
         if (wait) continue;
-        fst_pool_lock();
+        fst_queue_lock();
         fst_chunk_retire(worker, true);
-        fst_pool_unlock();
+        fst_queue_unlock();
     }
 }
 
@@ -274,14 +274,14 @@ static void run_prefetch(fst_job *job, fst_worker *worker) {
     fst_chunk chunk;
     uint64_t cold = 0;
     if (fst_arena_abandoned(job->arena)) {
-        fst_job_give_up_rest(job); /* nobody is left to use it */
+        fst_queue_give_up_rest(job); /* nobody is left to use it */
         return;
     }
     bool look_at_memory = headroom_due(job);
     claim(job, &io, &chunk);
     job->reading++;
-    fst_pool_unlock();
-    fst_numa_place(worker, job->node, job->options.threads);
+    fst_queue_unlock();
+    fst_numa_place(&worker->place, job->node, job->options.threads);
     int failed = move_ahead(job, &io, worker, look_at_memory, &cold);
     if (failed == 0) {
         count_bytes(job, &chunk, cold);
@@ -289,12 +289,12 @@ static void run_prefetch(fst_job *job, fst_worker *worker) {
     } else {
         fst_arena_keep_no_more(io.arena); /* page by page is no way to read the rest */
     }
-    fst_pool_lock();
+    fst_queue_lock();
     job->reading--;
     if (failed != 0) chunk.wanted = 0;
     account(&chunk, FST_OK, NULL);
     if (failed != 0)
-        fst_job_give_up_rest(job); /* no failure: the map still works */
+        fst_queue_give_up_rest(job); /* no failure: the map still works */
     else
         job->stats.bytes_cold += cold;
 }
@@ -314,10 +314,10 @@ static void run_read(fst_job *job, fst_worker *worker) {
     claim(job, &io, chunk);
     chunk->gds = job->options.mode == FST_READ_GDS;
     job->reading++;
-    fst_pool.in_flight_direct += shared;
-    fst_pool_unlock();
+    fst_queue.in_flight_direct += shared;
+    fst_queue_unlock();
 
-    fst_numa_place(worker, job->node, job->options.threads);
+    fst_numa_place(&worker->place, job->node, job->options.threads);
     chunk->direct = direct && !(if_cold && is_cached(&io));
     if (chunk->direct) io.packed = false; /* blocks come as they are in the file */
     uint64_t before = thread_nanoseconds();
@@ -329,10 +329,10 @@ static void run_read(fst_job *job, fst_worker *worker) {
     }
     if (code == FST_OK) count_bytes(job, chunk, 0);
 
-    fst_pool_lock();
-    fst_pool.in_flight_direct -= shared;
+    fst_queue_lock();
+    fst_queue.in_flight_direct -= shared;
     job->reading--;
-    if (gds_refused.code != FST_OK) fst_job_refuse_gds(job, &gds_refused);
+    if (gds_refused.code != FST_OK) fst_queue_refuse_gds(job, &gds_refused);
     if (refused != 0) {
         job->options.mode = FST_READ_BUFFERED;
         if (job->stats.direct_errno == 0) job->stats.direct_errno = refused;
@@ -356,19 +356,19 @@ void fst_chunk_retire(fst_worker *worker, bool wait) {
     while (worker->in_flight > 0) {
         fst_chunk *chunk = &worker->chunks[worker->oldest];
         fst_error error = {0};
-        fst_pool_unlock();
+        fst_queue_unlock();
         if (!wait && !fst_transfer_ready(&chunk->transfer)) {
-            fst_pool_lock();
+            fst_queue_lock();
             return;
         }
         int code = fst_transfer_finish(&chunk->transfer, &error);
-        fst_pool_lock();
+        fst_queue_lock();
         worker->oldest = (worker->oldest + 1) % FST_IN_FLIGHT;
         worker->in_flight--;
         fst_job *job = chunk->job;
         account(chunk, code, &error);
-        fst_job_finish_if_over(job);
-        (void)pthread_cond_broadcast(&fst_pool.event);
+        fst_queue_finish_if_over(job);
+        (void)pthread_cond_broadcast(&fst_queue.event);
         wait = false; /* one was asked for; the others if they are over too */
     }
 }

@@ -6,10 +6,10 @@
 void fst_pool_get_stats(fst_pool_stats *stats) {
     memset(stats, 0, sizeof *stats);
     fst_pool_prepare(); /* else a fork now would find the lock taken */
-    fst_pool_lock();
+    fst_queue_lock();
     stats->threads = fst_pool.threads;
-    stats->jobs = fst_pool.jobs;
-    fst_pool_unlock();
+    stats->jobs = fst_queue.jobs;
+    fst_queue_unlock();
     stats->arenas = atomic_load(&fst_counts.arenas);
     stats->arena_bytes = atomic_load(&fst_counts.arena_bytes);
     stats->files = atomic_load(&fst_counts.files);

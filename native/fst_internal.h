@@ -109,9 +109,6 @@ void fst_arena_count_ahead(fst_arena *arena, uint64_t bytes);
 /* Undoes fst_arena_keep_to, where it was called: nothing more will be read ahead. */
 void fst_arena_keep_no_more(fst_arena *map);
 
-/* Makes forks find the pool; whatever lives longer than a call does this first. */
-void fst_pool_prepare(void);
-
 /* ---- counters shown by fst_pool_get_stats ---- */
 
 typedef struct fst_counters {

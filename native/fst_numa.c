@@ -5,12 +5,13 @@
  */
 #define _GNU_SOURCE
 #include <limits.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/sysmacros.h>
 
-#include "fst_pool.h"
+#include "fst_numa.h"
 
 #define NODES_MAX 64
 
@@ -92,20 +93,20 @@ int fst_numa_of_file(const fst_file *file) {
     return FST_ANYWHERE;
 }
 
-void fst_numa_start(fst_worker *worker) {
-    worker->node = FST_ANYWHERE;
-    worker->placeable = sched_getaffinity(0, sizeof worker->allowed, &worker->allowed) == 0;
+void fst_numa_start(fst_placement *place) {
+    place->node = FST_ANYWHERE;
+    place->placeable = sched_getaffinity(0, sizeof place->allowed, &place->allowed) == 0;
 }
 
-void fst_numa_place(fst_worker *worker, int node, int threads) {
+void fst_numa_place(fst_placement *place, int node, int threads) {
     cpu_set_t near;
-    if (!worker->placeable || node == worker->node) return;
+    if (!place->placeable || node == place->node) return;
     (void)pthread_once(&looked, look);
-    worker->node = node;
+    place->node = node;
     if (machine.nodes < 2) return;
     CPU_ZERO(&near);
-    if (node >= 0 && node < NODES_MAX) CPU_AND(&near, &worker->allowed, &machine.cpus[node]);
+    if (node >= 0 && node < NODES_MAX) CPU_AND(&near, &place->allowed, &machine.cpus[node]);
     /* Workers wait most of the time, for storage: half as many CPUs do. */
-    if (CPU_COUNT(&near) == 0 || 2 * CPU_COUNT(&near) < threads) near = worker->allowed;
+    if (CPU_COUNT(&near) == 0 || 2 * CPU_COUNT(&near) < threads) near = place->allowed;
     (void)sched_setaffinity(0, sizeof near, &near);
 }

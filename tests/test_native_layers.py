@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphlib
 import re
 from pathlib import Path
 
@@ -14,13 +15,16 @@ NATIVE = next(
 # From the top down, without "fst_"; what a file calls and includes is in its own row or below.
 LAYERS = (
     ("bench", "engine", "python"),
-    ("chunk", "job", "numa", "pool"),
+    ("job",),
+    ("pool",),
+    ("chunk",),
+    ("queue",),
     ("io_device",),
     ("gds", "ring"),
     ("gpu",),
     ("batch", "io_buffered", "io_direct", "io_memory"),
     ("header", "io_prefetch", "pieces"),
-    ("arena",),
+    ("arena", "numa"),
     ("fill_mode", "header_lex", "memory", "pages"),
     ("file",),
     ("sys",),
@@ -94,6 +98,10 @@ def test_no_file_uses_a_layer_above_its_own(sources):
     assert upward(uses(sources), LAYERS) == []
 
 
+def test_no_files_use_each_other_in_a_circle(sources):
+    graphlib.TopologicalSorter(uses(sources)).prepare()  # CycleError names the circle
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -119,6 +127,8 @@ def test_upward_uses_are_found():
     assert upward(graph, (("top",), ("low",))) == [
         "fst_low.c uses fst_top of fst_top.c, which is above it"
     ]
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph).prepare()
     assert uses({"top": top, "low": "/* fst_top() */ int fst_low(void) {}"})["low"] == {}
     included = uses({"top": top, "low": '#include "fst_top.h"\nint fst_low(void) {}'})
     assert included["low"] == {"top": "fst_top.h"}
