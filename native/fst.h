@@ -34,8 +34,7 @@
  * read-only after parsing. After fork() the child sees its jobs as cancelled and
  * starts a pool of its own on first use.
  */
-#ifndef FST_H
-#define FST_H
+#pragma once
 
 #include <stddef.h>
 #include <stdint.h>
@@ -372,5 +371,3 @@ uint64_t fst_fault_calls(const char *name);
 void fst_fault_clear(void);
 
 /* cdef-end */
-
-#endif

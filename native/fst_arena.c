@@ -1,12 +1,12 @@
 /* fst_arena.c - memory that tensors live in. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
+#include "fst_arena.h"
 #include "fst_dlpack.h"
-#include "fst_internal.h"
+#include "fst_file.h"
 #include "fst_sys.h"
 
 /* Reading, clearing and copying took 0.6 ms of a core for a MiB in small pages, and 2.4 ms

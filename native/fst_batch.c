@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "fst_dlpack.h"
+#include "fst_batch.h"
 
 typedef struct element {
     dl_managed plain;

@@ -2,7 +2,6 @@
  * memory does, and a raw parallel read that shows what a file's storage, or the page
  * cache, can give at most.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -16,7 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "fst_internal.h"
+#include "fst_pages.h"
 #include "fst_sys.h"
 
 /* ---- touch -------------------------------------------------------------- */

@@ -1,11 +1,13 @@
 /* fst_chunk.c - claiming a piece of a job, moving its bytes, and accounting for it. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
 #include <time.h>
 
 #include "fst_chunk.h"
-#include "fst_sys.h"
+#include "fst_io_buffered.h"
+#include "fst_io_cache.h"
+#include "fst_io_direct.h"
+#include "fst_io_memory.h"
 
 #define SEGMENT_GAP (64u << 10) /* unwanted bytes worth reading over in one request */
 #define HEADROOM_EVERY (64u << 20)
@@ -126,12 +128,6 @@ static int move_ahead(const fst_job *job, fst_io_context *io, fst_worker *worker
     io->slot = worker->slot.data;
     io->slot_bytes = worker->slot.bytes;
     return fst_io_read_through(io);
-}
-
-static uint64_t thread_nanoseconds(void) {
-    struct timespec now;
-    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now) != 0) return 0;
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
 /* Where no probe tells, one page stands for all; a miss costs the reading of it. */
@@ -320,12 +316,13 @@ static void run_read(fst_job *job, fst_worker *worker) {
     fst_numa_place(&worker->place, job->node, job->options.threads);
     chunk->direct = direct && !(if_cold && is_cached(&io));
     if (chunk->direct) io.packed = false; /* blocks come as they are in the file */
-    uint64_t before = thread_nanoseconds();
+    uint64_t before = fst_nanoseconds(CLOCK_THREAD_CPUTIME_ID);
     if (to_device) {
         code = read_to_device(job, &io, worker, chunk, &refused, &gds_refused, &error);
     } else {
         code = read_to_memory(job, &io, worker, chunk, &refused, &error);
-        fst_arena_note_fill(io.arena, chunk->wanted, thread_nanoseconds() - before);
+        fst_arena_note_fill(io.arena, chunk->wanted,
+                            fst_nanoseconds(CLOCK_THREAD_CPUTIME_ID) - before);
     }
     if (code == FST_OK) count_bytes(job, chunk, 0);
 

@@ -1,6 +1,5 @@
 /* fst_chunk.h - a piece of a job on its way, and the worker that moves it. */
-#ifndef FST_CHUNK_H
-#define FST_CHUNK_H
+#pragma once
 
 #include "fst_numa.h"
 #include "fst_queue.h"
@@ -33,5 +32,3 @@ typedef struct fst_worker { /* a thread of the pool, or a caller that helps */
 void fst_chunk_run(fst_job *job, fst_worker *worker);
 /* Accounts for chunks whose copies are over; waits for the oldest if told to. */
 void fst_chunk_retire(fst_worker *worker, bool wait);
-
-#endif

@@ -5,8 +5,7 @@
  * by folios of the read-ahead window's size. No processor time of this guest shows it, so each mode
  * is timed. Where huge pages are quick nothing is tried. State is the process's; it holds no lock.
  */
-#ifndef FST_FILL_MODE_H
-#define FST_FILL_MODE_H
+#pragma once
 
 #include <stdint.h>
 
@@ -21,5 +20,3 @@ int fst_fill_mode_get(void);
 void fst_fill_mode_note(int mode, uint64_t bytes, uint64_t nanoseconds);
 /* Forgets what was measured. For tests, and for a mode that turns out to be impossible. */
 void fst_fill_mode_set(int mode);
-
-#endif

@@ -7,15 +7,13 @@
  * Opening cuFile's driver takes about 2 s: only io="gds" does it, and only once. Whatever it
  * refuses, the ring does, and the job's report says why.
  */
-#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "fst_gpu.h"
+#include "fst_gds.h"
 
 #define OPAQUE_FD 1 /* CU_FILE_HANDLE_TYPE_OPAQUE_FD */
 
@@ -62,12 +60,6 @@ static void lock_first(void) {
     (void)pthread_mutex_lock(&gds.lock);
 }
 
-static bool find(void *library, const char *name, void *field) {
-    void *address = dlsym(library, name);
-    memcpy(field, &address, sizeof address);
-    return address != NULL;
-}
-
 /* Some versions close descriptor 0 when their driver opens: it is put back. */
 static file_status open_driver(void) {
     int spare = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 3); /* -1: there is none to lose */
@@ -87,12 +79,12 @@ static int open_library(const fst_device *device, fst_error *err) {
     void *library = dlopen(given != NULL ? given : "libcufile.so.0", RTLD_NOW | RTLD_LOCAL);
     if (library == NULL && given == NULL) library = dlopen("libcufile.so", RTLD_NOW | RTLD_LOCAL);
     if (library == NULL) return fst_fail(err, FST_E_INVALID, 0, "there is no libcufile.so.0");
-    if (!find(library, "cuFileDriverOpen", &gds.driver_open) ||
-        !find(library, "cuFileHandleRegister", &gds.handle_register) ||
-        !find(library, "cuFileHandleDeregister", &gds.handle_deregister) ||
-        !find(library, "cuFileBufRegister", &gds.buffer_register) ||
-        !find(library, "cuFileBufDeregister", &gds.buffer_deregister) ||
-        !find(library, "cuFileRead", &gds.read))
+    if (!fst_gpu_find(library, "cuFileDriverOpen", &gds.driver_open) ||
+        !fst_gpu_find(library, "cuFileHandleRegister", &gds.handle_register) ||
+        !fst_gpu_find(library, "cuFileHandleDeregister", &gds.handle_deregister) ||
+        !fst_gpu_find(library, "cuFileBufRegister", &gds.buffer_register) ||
+        !fst_gpu_find(library, "cuFileBufDeregister", &gds.buffer_deregister) ||
+        !fst_gpu_find(library, "cuFileRead", &gds.read))
         return fst_fail(err, FST_E_INVALID, 0, "libcufile lacks a function");
     file_status status = open_driver();
     if (status.error != 0)
@@ -227,10 +219,8 @@ int fst_gds_read(const fst_io_context *io, void *handle, const fst_staging *stag
     int code = fst_gpu_enter(staging->device, &scope, err);
     if (code != FST_OK) return code;
     while (code == FST_OK && got < need) {
-        if (atomic_load_explicit(io->stop, memory_order_relaxed)) {
-            code = fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled", io->file->path);
-            break;
-        }
+        code = fst_io_check_stop(io, err);
+        if (code != FST_OK) break;
         ssize_t n = gds.read(handle, (void *)staging->address, (size_t)(want - got),
                              (off_t)(from + got), (off_t)got);
         if (n < 0) {
@@ -239,10 +229,7 @@ int fst_gds_read(const fst_io_context *io, void *handle, const fst_staging *stag
                             "cuFile could not read (%lld, errno %d)", (long long)n,
                             n == -1 ? errno : 0);
         } else if (n == 0) {
-            code = fst_fail(err, FST_E_TRUNCATED, 0,
-                            "%s: the file ends at offset %llu, before the bytes its header "
-                            "promises: it was truncated while being read",
-                            io->file->path, (unsigned long long)(from + got));
+            code = fst_file_truncated(io->file, from + got, err);
         } else if (got + (uint64_t)n < need && (uint64_t)n < FST_DIRECT_ALIGN) {
             code = fst_fail(err, FST_E_INVALID, 0, "cuFile reads less than a block at a time");
         } else {

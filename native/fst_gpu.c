@@ -1,5 +1,4 @@
 /* fst_gpu.c - driver libraries opened at run time, and devices in their primary contexts. */
-#define _GNU_SOURCE
 #include <ctype.h>
 #include <dlfcn.h>
 #include <errno.h>
@@ -48,7 +47,7 @@ static void *open_library(int kind, const char *library, fst_error *err) {
 }
 
 /* dlsym gives an object pointer; POSIX promises that it holds a function's address. */
-static bool find(void *library, const char *name, void *field) {
+bool fst_gpu_find(void *library, const char *name, void *field) {
     void *address = dlsym(library, name);
     memcpy(field, &address, sizeof address);
     return address != NULL;
@@ -58,7 +57,7 @@ static bool find_all(fst_gpu *gpu, void *library, fst_error *err) {
 #define FST_GPU_SYMBOL(field, cuda, hip, arguments)                                                \
     {                                                                                              \
         const char *const names[2] = {cuda, hip};                                                  \
-        if (names[gpu->kind] != NULL && !find(library, names[gpu->kind], &gpu->field)) {           \
+        if (names[gpu->kind] != NULL && !fst_gpu_find(library, names[gpu->kind], &gpu->field)) {   \
             (void)fst_fail(err, FST_E_DEVICE, 0, "the driver library has no %s",                   \
                            names[gpu->kind]);                                                      \
             return false;                                                                          \
@@ -66,15 +65,15 @@ static bool find_all(fst_gpu *gpu, void *library, fst_error *err) {
     }
 #include "fst_gpu.def"
 #undef FST_GPU_SYMBOL
-    (void)find(library,
-               gpu->kind == FST_GPU_CUDA ? "cuThreadExchangeStreamCaptureMode"
-                                         : "hipThreadExchangeStreamCaptureMode",
-               &gpu->exchange_capture_mode);
+    (void)fst_gpu_find(library,
+                       gpu->kind == FST_GPU_CUDA ? "cuThreadExchangeStreamCaptureMode"
+                                                 : "hipThreadExchangeStreamCaptureMode",
+                       &gpu->exchange_capture_mode);
     /* For messages only. */
     if (gpu->kind == FST_GPU_CUDA)
-        (void)find(library, "cuGetErrorName", &gpu->cuda_error_name);
+        (void)fst_gpu_find(library, "cuGetErrorName", &gpu->cuda_error_name);
     else
-        (void)find(library, "hipGetErrorName", &gpu->hip_error_name);
+        (void)fst_gpu_find(library, "hipGetErrorName", &gpu->hip_error_name);
     return true;
 }
 
@@ -131,16 +130,11 @@ failed:
 
 /* The node whose memory is nearest to the device, or -1. */
 static int numa_node(const fst_gpu *gpu, int device) {
-    char id[32] = "", path[96];
-    int node = -1;
+    char id[32] = "";
+    long long node;
     if (gpu->bus_id(id, (int)sizeof id, device) != 0) return -1;
     for (char *c = id; *c != '\0'; c++) *c = (char)tolower((unsigned char)*c);
-    (void)snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/numa_node", id);
-    FILE *file = fopen(path, "re");
-    if (file == NULL) return -1;
-    if (fscanf(file, "%d", &node) != 1) node = -1;
-    (void)fclose(file);
-    return node;
+    return fst_read_number(&node, "/sys/bus/pci/devices/%s/numa_node", id) ? (int)node : -1;
 }
 
 static int make_current(const fst_device *device, fst_gpu_scope *scope, fst_error *err) {

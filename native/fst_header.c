@@ -8,15 +8,14 @@
  * One pass over the bytes, no recursion (the format's depth is fixed), all arithmetic on
  * file-supplied numbers overflow-checked.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "fst_dlpack.h"
+#include "fst_file.h"
+#include "fst_header.h"
 #include "fst_header_lex.h"
-#include "fst_internal.h"
 #include "fst_sys.h"
 
 #define LENGTH_BYTES 8u

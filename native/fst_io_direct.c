@@ -17,12 +17,11 @@
  * against 1.18 on another machine). Tried in vain: a thread that faults pages in ahead of the
  * reads.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
 #include <time.h>
 
-#include "fst_internal.h"
+#include "fst_io_direct.h"
 #include "fst_sys.h"
 
 #define EAGAIN_TRIES 1000 /* of 1 ms */
@@ -43,8 +42,7 @@ static void scatter(const fst_io_context *io) {
 
 /* Whether to go on. */
 static int check(const fst_io_context *io, fst_error *err) {
-    if (atomic_load_explicit(io->stop, memory_order_relaxed))
-        return fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled", io->file->path);
+    if (fst_io_check_stop(io, err) != FST_OK) return err->code;
     uint64_t from = fst_align_down(io->begin, FST_DIRECT_ALIGN);
     if (fst_align_up(io->end - from, FST_DIRECT_ALIGN) > io->slot_bytes)
         return fst_fail(err, FST_E_INVALID, EINVAL, "%s: chunk larger than its slot",
@@ -75,11 +73,7 @@ int fst_io_direct_slot(const fst_io_context *io, fst_error *err) {
                             "%s: O_DIRECT read at offset %llu: %s", io->file->path,
                             (unsigned long long)(from + got), strerror(code));
         }
-        if (n == 0)
-            return fst_fail(err, FST_E_TRUNCATED, 0,
-                            "%s: the file ends at offset %llu, before the bytes its header "
-                            "promises: it was truncated while being read",
-                            io->file->path, (unsigned long long)(from + got));
+        if (n == 0) return fst_file_truncated(io->file, from + got, err);
         got += (uint64_t)n;
         if (got >= need) break;
         /* Cut short before the file's end: go on from an aligned place. Cut within the

@@ -8,12 +8,10 @@
  * MADV_POPULATE_READ of every chunk did no better in the cold and doubled that time for memory
  * that is mapped already. Flags of the map, huge pages among them, are its owner's and stay.
  */
-#define _GNU_SOURCE
-#include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
 
-#include "fst_internal.h"
+#include "fst_io_memory.h"
 #include "fst_sys.h"
 
 #define STRIDE (512u << 10) /* one call reads no more than the device takes in one request */
@@ -57,9 +55,7 @@ int fst_io_memory(const fst_io_context *io, fst_error *err) {
     ask_for_all(io);
     fst_pieces_clear_padding(io);
     while (fst_pieces_next(&pieces, &piece)) {
-        if (atomic_load_explicit(io->stop, memory_order_relaxed))
-            return fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled",
-                            fst_source_name(io->file));
+        if (fst_io_check_stop(io, err) != FST_OK) return err->code;
         memcpy(io->slot + piece.in_slot, (const void *)(uintptr_t)piece.source,
                (size_t)piece.bytes);
     }

@@ -1,5 +1,4 @@
 /* fst_job.c - what is to be moved: submitting, waiting, cancelling, and letting go. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>

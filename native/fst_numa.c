@@ -3,7 +3,6 @@
  * Only our own threads are placed, within the CPUs they were started with, and only where
  * enough of those are near. Whatever the system does not tell, or refuses, leaves them alone.
  */
-#define _GNU_SOURCE
 #include <limits.h>
 #include <pthread.h>
 #include <sched.h>
@@ -12,6 +11,7 @@
 #include <sys/sysmacros.h>
 
 #include "fst_numa.h"
+#include "fst_sys.h"
 
 #define NODES_MAX 64
 
@@ -80,15 +80,10 @@ int fst_numa_of_file(const fst_file *file) {
     (void)pthread_once(&looked, look);
     if (file == NULL || machine.nodes < 2) return FST_ANYWHERE;
     for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
-        char path[PATH_MAX];
-        int node = FST_ANYWHERE;
-        (void)snprintf(path, sizeof path, "%s/dev/block/%u:%u/%s/numa_node", machine.root,
-                       major(file->info.dev), minor(file->info.dev), places[i]);
-        FILE *told = fopen(path, "re");
-        if (told == NULL) continue;
-        if (fscanf(told, "%d", &node) != 1) node = FST_ANYWHERE;
-        (void)fclose(told);
-        return node;
+        long long node;
+        if (fst_read_number(&node, "%s/dev/block/%u:%u/%s/numa_node", machine.root,
+                            major(file->info.dev), minor(file->info.dev), places[i]))
+            return (int)node;
     }
     return FST_ANYWHERE;
 }

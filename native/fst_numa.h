@@ -1,10 +1,9 @@
 /* fst_numa.h - where threads run, on machines of several NUMA nodes. */
-#ifndef FST_NUMA_H
-#define FST_NUMA_H
+#pragma once
 
 #include <sched.h>
 
-#include "fst_internal.h"
+#include "fst_file.h"
 
 #define FST_ANYWHERE (-1) /* no NUMA node in particular */
 
@@ -23,5 +22,3 @@ void fst_numa_start(fst_placement *place);
 void fst_numa_place(fst_placement *place, int node, int threads);
 /* For tests: another folder than /sys tells about the machine. Not while workers run. */
 void fst_numa_pretend(const char *root);
-
-#endif

@@ -1,10 +1,9 @@
 /* fst_pages.c - anonymous memory in huge pages: what arenas and read buffers are made of. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#include "fst_internal.h"
+#include "fst_pages.h"
 #include "fst_sys.h"
 
 /* Alignment is what makes huge pages possible at all, and they are what O_DIRECT needs: a

@@ -12,7 +12,7 @@
  */
 #include <string.h>
 
-#include "fst_internal.h"
+#include "fst_pieces.h"
 
 #define PADDING 256u
 

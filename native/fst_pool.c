@@ -1,5 +1,4 @@
 /* fst_pool.c - worker threads, and what a fork does to them. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
 #include <string.h>

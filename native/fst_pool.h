@@ -9,8 +9,7 @@
  * Workers start when there is work, block all signals, and leave after IDLE_SECONDS without any,
  * taking their buffers with them. If no thread can be had, the waiting caller does the work.
  */
-#ifndef FST_POOL_H
-#define FST_POOL_H
+#pragma once
 
 #include "fst_chunk.h"
 
@@ -30,5 +29,3 @@ void fst_pool_prepare(void);
 int fst_pool_grow(int wanted);
 /* Waits for jobs in flight, then ends the workers. */
 void fst_pool_stop(void);
-
-#endif

@@ -8,7 +8,8 @@
 
 #include <stdio.h>
 
-#include "fst_dlpack.h"
+#include "fst_batch.h"
+#include "fst_header.h"
 
 static void capsule_destructor(PyObject *capsule) {
     /* Renamed to "used_dltensor" by a consumer that took it; else it is still ours. */

@@ -1,5 +1,4 @@
 /* fst_queue.c - the list of jobs and what happens to a job in it; what a fork does to both. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>

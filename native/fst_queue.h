@@ -3,13 +3,12 @@
  * One lock guards the list, every job in it but its `stop`, and the pool's threads. It is taken a
  * few times per chunk of megabytes, and never held across a system call that can block on storage.
  */
-#ifndef FST_QUEUE_H
-#define FST_QUEUE_H
+#pragma once
 
 #include <pthread.h>
 #include <time.h>
 
-#include "fst_gpu.h"
+#include "fst_transfer.h"
 
 enum job_kind {
     JOB_PREFETCH,
@@ -86,5 +85,3 @@ void fst_queue_refuse_gds(fst_job *job, const fst_error *error);
 void fst_queue_fail(fst_job *job, int code, const fst_error *error); /* the first failure counts */
 /* If nothing of the job runs or will run, finishes it; lets go of the lock meanwhile. */
 void fst_queue_finish_if_over(fst_job *job);
-
-#endif

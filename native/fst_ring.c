@@ -8,7 +8,6 @@
  * Slots are madvised away from children: after a fork, a write by the parent would move the
  * page under the device's feet.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -16,7 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "fst_gpu.h"
+#include "fst_ring.h"
 #include "fst_sys.h"
 
 #define PORTABLE 1u /* CU_MEMHOSTREGISTER_PORTABLE, hipHostRegisterPortable: any context */
@@ -61,20 +60,14 @@ static void near(const fst_device *device, const fst_pages *pages) {
     (void)syscall(SYS_mbind, pages->map, pages->map_bytes, PREFERRED, mask, NODES_MAX, 0);
 }
 
-static uint64_t nanoseconds(void) {
-    struct timespec now;
-    if (clock_gettime(CLOCK_MONOTONIC, &now) != 0) return 0;
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 static bool pin(fst_device *device, fst_slot *slot) {
     fst_gpu_scope scope;
     fst_error ignored = {0};
-    uint64_t begin = nanoseconds();
+    uint64_t begin = fst_nanoseconds(CLOCK_MONOTONIC);
     if (fst_gpu_enter(device, &scope, &ignored) != FST_OK) return false;
     int status = device->gpu->host_register(slot->pages.data, (size_t)slot->pages.bytes, PORTABLE);
     fst_gpu_leave(&scope);
-    uint64_t took = nanoseconds() - begin;
+    uint64_t took = fst_nanoseconds(CLOCK_MONOTONIC) - begin;
     (void)pthread_mutex_lock(&ring.lock);
     ring.pinned_nanoseconds += took;
     (void)pthread_mutex_unlock(&ring.lock);

@@ -1,4 +1,4 @@
-/* fst_io_prefetch.c - pull a chunk of a file into the page cache, and into its map's page table.
+/* fst_io_cache.c - pull a chunk of a file into the page cache, and into its map's page table.
  *
  * Where a map is advised to be in huge pages, a fault reads 2 MiB into one folio, whatever the
  * read-ahead setting (Linux 5.18), and maps it by one entry (on file systems with large
@@ -17,14 +17,13 @@
  * 1.13 s in the same setting, where reads alone took 1.48 and 1.75 s, and after readahead()
  * 1.60 and 1.70 s.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <time.h>
 
 #include "fst_fill_mode.h"
-#include "fst_internal.h"
+#include "fst_io_cache.h"
 #include "fst_sys.h"
 
 #ifndef MADV_POPULATE_READ
@@ -127,12 +126,6 @@ static bool read_huge(const fst_io_context *io, mapped huge, huge_range part) {
 typedef struct file_range {
     uint64_t begin, end;
 } file_range;
-
-static uint64_t now(void) {
-    struct timespec at;
-    if (clock_gettime(CLOCK_MONOTONIC, &at) != 0) return 0;
-    return (uint64_t)at.tv_sec * 1000000000u + (uint64_t)at.tv_nsec;
-}
 
 /* Whether a probe tells how many bytes of the chunk are not cached. */
 static bool probed(const fst_io_context *io, uint64_t *cold) {
@@ -262,7 +255,7 @@ int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes) {
     /* Faulting in what is cached is cheap, and only if it is used. */
     if (told && *cold_bytes == 0) return 0;
     int mode = faulted.begin < faulted.end ? fst_fill_mode_get() : FST_FILL_HUGE, code;
-    uint64_t begun = now(), before = major_faults();
+    uint64_t begun = fst_nanoseconds(CLOCK_MONOTONIC), before = major_faults();
     if (mode != FST_FILL_HUGE) {
         code = read_by_faults(io, faulted);
         if (!told && major_faults() == before) *cold_bytes = 0;
@@ -270,7 +263,7 @@ int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes) {
     }
     if (mode == FST_FILL_HUGE) code = read_chunk(io, cold_bytes);
     if (code == 0 && *cold_bytes == io->end - io->begin && faulted.begin < faulted.end)
-        fst_fill_mode_note(mode, *cold_bytes, now() - begun);
+        fst_fill_mode_note(mode, *cold_bytes, fst_nanoseconds(CLOCK_MONOTONIC) - begun);
     if (code != EINVAL) return code;
     return io->slot == NULL ? ENOBUFS : fst_io_read_through(io);
 }

@@ -1,12 +1,11 @@
-/* fst_io_device.c - from a filled slot to device memory, and comparing what arrived. */
-#define _GNU_SOURCE
+/* fst_transfer.c - from a filled slot to device memory, and comparing what arrived. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "fst_gpu.h"
 #include "fst_sys.h"
+#include "fst_transfer.h"
 
 /* Enqueues one copy, of a piece and all that join it. */
 static int copy(const fst_transfer *transfer, void *stream, const fst_io_context *io,
