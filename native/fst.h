@@ -362,7 +362,7 @@ int fst_read_ceiling(const char *path, int direct, int threads, uint64_t chunk_b
 
 /* Makes calls number first .. first+count-1 (from 1) of the named system call fail
  * with sys_errno, or, when sys_errno is 0, be cut to at most short_bytes bytes.
- * Names: open fstat pread preadv preadv2 mmap madvise readahead cachestat mincore
+ * Names: open stat fstat pread preadv preadv2 mmap madvise readahead cachestat mincore
  * fadvise pthread_create. Returns 0, or -1 for an unknown name. */
 int fst_fault_set(const char *name, uint64_t first, uint64_t count, int sys_errno,
                   uint64_t short_bytes);

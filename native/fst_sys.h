@@ -1,8 +1,12 @@
-/* fst_sys.h - every system call the engine makes on files and memory, in one table.
+/* fst_sys.h - the system calls that tests can make fail, in one table.
  *
  * Two tables exist: the real one, and one that consults the faults set with
  * fst_fault_set first. Which is in force is one atomic pointer, so a test can inject
  * a fault while workers run. The real table costs one load and an indirect call.
+ *
+ * Not in the table: close and munmap, whose failure is ignored; fstatfs, mbind and CPU affinity,
+ * whose failure means "unknown" or "not placed"; access, and fcntl and dup2 beside cuFile; settings
+ * under /proc and /sys, where a missing file means the same as a failed open.
  */
 #pragma once
 
