@@ -32,7 +32,7 @@ void fst_batch_drop(fst_batch *batch, uint64_t elements) {
     free(batch);
 }
 
-/* The manager's absence tells the creator, who holds the block, that a deleter has run. */
+/* A cleared manager shows the creator, which holds the block, that a deleter has run. */
 static void delete_plain(dl_managed *self) {
     fst_batch *batch = self->manager;
     self->manager = NULL;

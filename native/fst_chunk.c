@@ -36,11 +36,11 @@ static uint64_t pack(const fst_job *job, fst_packing *packing, uint64_t from, ui
     return to;
 }
 
-/* A file range that starts at the cursor and runs on over the segments behind it as long as
- * it fits and no large gap lies between. Of memory gaps are not read, and do not matter. */
+/* Takes a file range that starts at the cursor and runs over the following segments while it fits
+ * and no large gap lies between them. An upload reads no gaps, so their size does not matter. */
 static void claim(fst_job *job, fst_io_context *io, fst_chunk *chunk) {
     uint64_t begin = job->next_offset, end = begin, wanted = 0, at = job->next_segment;
-    /* Workers shall not meet in one block, nor in one huge page of the cache. */
+    /* No two workers may share a block, nor a huge page of the page cache. */
     uint64_t unit = job->options.chunk_bytes < FST_HUGE_PAGE ? FST_DIRECT_ALIGN : FST_HUGE_PAGE;
     uint64_t limit = fst_align_down(begin, unit) + job->options.chunk_bytes, gap = SEGMENT_GAP;
     fst_packing packing = {0};
@@ -66,7 +66,7 @@ static void claim(fst_job *job, fst_io_context *io, fst_chunk *chunk) {
         if (split) break;
     }
     io->end = end;
-    /* Of a file, what one copy brings. Whatever is between its pieces is not read over then. */
+    /* A file's chunk is packed only if it is one copy: then there is no gap to read over. */
     io->packed = packs && (job->kind == JOB_UPLOAD || one_run);
     if (split) { /* the rest of this segment is the next chunk's */
         job->next_segment = at;
@@ -101,7 +101,7 @@ static bool headroom_due(fst_job *job) {
 
 /* ---- moving, without the lock ---- */
 
-/* Of a whole huge page at least: what O_DIRECT reads into small ones is as many pieces. */
+/* At least a huge page: O_DIRECT splits a read into small pages into as many requests. */
 static bool ensure_slot(fst_worker *worker, uint64_t bytes) {
     if (bytes < FST_HUGE_PAGE) bytes = FST_HUGE_PAGE;
     if (worker->slot.bytes >= bytes) return true;
@@ -111,8 +111,8 @@ static bool ensure_slot(fst_worker *worker, uint64_t bytes) {
     return failed == 0;
 }
 
-/* Cached pages count as free memory, also those read ahead for maps still in use. To read
- * on would push them out before anybody came for them. */
+/* Cached pages count as free memory, including those read ahead for maps still in use. Reading on
+ * would evict them before they are used. */
 static bool memory_is_short(const fst_job *job) {
     uint64_t headroom = fst_memory_headroom(), ahead = atomic_load(&fst_counts.bytes_ahead);
     return headroom < ahead || headroom - ahead < job->options.reserve_bytes;
@@ -130,7 +130,7 @@ static int move_ahead(const fst_job *job, fst_io_context *io, fst_worker *worker
     return fst_io_read_through(io);
 }
 
-/* Where no probe tells, one page stands for all; a miss costs the reading of it. */
+/* Without a probe one page is taken as a sample; if it is missing, it is read. */
 static bool is_cached(const fst_io_context *io) {
     uint64_t resident = 0, length = io->end - io->begin;
     int probe = FST_PROBE_NONE;
@@ -158,7 +158,8 @@ static int read_to_memory(const fst_job *job, fst_io_context *io, fst_worker *wo
     return fst_io_buffered(io, err);
 }
 
-/* A slot to fill; those of this worker's copies that are over make room. Takes the lock. */
+/* Takes a slot to fill. While there is none, waits for this worker's oldest copy, or without one
+ * for another worker's slot. Takes the lock. */
 static int take_slot(const fst_job *job, fst_worker *worker, fst_slot **slot, fst_error *err) {
     const fst_job_options *o = &job->options;
     for (;;) {
@@ -175,7 +176,7 @@ static int take_slot(const fst_job *job, fst_worker *worker, fst_slot **slot, fs
     }
 }
 
-/* By O_DIRECT where the chunk is to be, and through the page cache where that is refused. */
+/* By O_DIRECT if the chunk asks for it, and through the page cache where that is refused. */
 static int fill_from_file(fst_io_context *io, fst_chunk *chunk, int *refused, fst_error *err) {
     int code = chunk->direct ? fst_io_direct_slot(io, err) : FST_E_INVALID;
     if (code != FST_E_INVALID) return code;
@@ -270,7 +271,7 @@ static void run_prefetch(fst_job *job, fst_worker *worker) {
     fst_chunk chunk;
     uint64_t cold = 0;
     if (fst_arena_abandoned(job->arena)) {
-        fst_queue_give_up_rest(job); /* nobody is left to use it */
+        fst_queue_give_up_rest(job); /* its last user is gone */
         return;
     }
     bool look_at_memory = headroom_due(job);
@@ -290,7 +291,7 @@ static void run_prefetch(fst_job *job, fst_worker *worker) {
     if (failed != 0) chunk.wanted = 0;
     account(&chunk, FST_OK, NULL);
     if (failed != 0)
-        fst_queue_give_up_rest(job); /* no failure: the map still works */
+        fst_queue_give_up_rest(job); /* this is no failure: the map still works */
     else
         job->stats.bytes_cold += cold;
 }

@@ -15,14 +15,14 @@
 #include "fst_sys.h"
 
 #define DROP_TRIES 15  /* 30 ms; reads of some MiB take a few */
-#define DROP_BLINDLY 5 /* where no probe tells whether anything is left */
+#define DROP_BLINDLY 5 /* where no probe can see what is left */
 
 int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err) {
     struct stat status, named;
     struct statfs filesystem;
     *out = NULL;
-    /* Opening a pipe and closing it again frees a writer that waits for its reader, and breaks the
-     * pipe under it. What is no regular file stock opens, once. */
+    /* Opening and closing a pipe would release a writer that waits for its reader, and then break
+     * the pipe. So anything but a regular file is left to stock, which opens it once. */
     if (FST_SYS->stat(path, &named) != 0)
         return fst_fail(err, FST_E_SYS, errno, "%s: stat failed: %s", path, strerror(errno));
     if (!S_ISREG(named.st_mode)) return fst_fail(err, FST_DOUBT, 0, "%s: not a regular file", path);
@@ -175,8 +175,8 @@ int fst_file_read(fst_file *file, uint64_t offset, void *to, uint64_t length, fs
 
 /* ---- residency ---- */
 
-/* mincore tells the truth only on files the caller owns or may write; elsewhere it
- * claims that everything is resident. */
+/* mincore is right only on files that the caller owns or may write; for others it reports
+ * everything as resident. */
 static bool mincore_is_honest(int fd) {
     struct stat status;
     char link[64];
@@ -229,7 +229,7 @@ int fst_file_residency(fst_file *file, uint64_t offset, uint64_t length, uint64_
     return FST_OK;
 }
 
-/* Its descriptor is one of its own, since read-ahead is a descriptor's: without any, a miss reads
+/* Uses a descriptor of its own, because read-ahead is set per descriptor: with it off, a miss reads
  * one page. */
 bool fst_file_has_page(fst_file *file, uint64_t offset) {
     unsigned char byte;
@@ -249,8 +249,8 @@ bool fst_file_has_page(fst_file *file, uint64_t offset) {
     return FST_SYS->preadv2(fd, &to, 1, (off_t)offset, RWF_NOWAIT) == 1;
 }
 
-/* Reads of the kernel's own may be under way, ahead of ours: their pages can be dropped when they
- * have arrived. What is still there after DROP_TRIES is in somebody else's use. */
+/* The kernel's read-ahead may still be under way, and its pages can be dropped only when they have
+ * arrived. Pages that remain after DROP_TRIES are in use by another process. */
 void fst_file_drop_cache(fst_file *file) {
     int tries = DROP_TRIES;
     for (int i = 0; i < tries; i++) {

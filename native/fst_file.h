@@ -14,7 +14,7 @@ struct fst_file {
 };
 
 void fst_file_retain(fst_file *file);
-/* What messages call the source of a job: the file's path, or host memory. */
+/* The name of a job's source in messages: the file's path, or host memory. */
 const char *fst_source_name(const fst_file *file);
 /* FST_E_TRUNCATED: the file ends at an offset before the bytes its header promises. */
 int fst_file_truncated(const fst_file *file, uint64_t offset, fst_error *err);
@@ -24,8 +24,8 @@ int fst_file_open_direct(const fst_file *file);
 int fst_file_open_again(const fst_file *file);
 /* How many bytes the kernel reads ahead of a fault, by its setting for the device; 0: unknown. */
 uint64_t fst_file_window(fst_file *file);
-/* Whether the page at an offset is cached and up to date: a hint, where no probe tells. Where it
- * is not, that page alone is read. */
+/* Whether the page at an offset is cached and up to date: a hint for files that no probe can see.
+ * If it is not, that page alone is read. */
 bool fst_file_has_page(fst_file *file, uint64_t offset);
-/* Leaves nothing of it in the page cache, if nobody else uses it. Takes milliseconds. */
+/* Evicts the file from the page cache, unless another process uses it. Takes milliseconds. */
 void fst_file_drop_cache(fst_file *file);

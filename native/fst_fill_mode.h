@@ -1,9 +1,9 @@
-/* fst_fill_mode.h - by which pages read-ahead fills the page cache.
+/* fst_fill_mode.h - the size of pages with which read-ahead fills the page cache.
  *
- * Where a host backs a guest's free memory only when it is touched, whole free blocks are what it
- * has taken back, and reading into one waits for the host: 1.7 GB took 2.1 s by huge pages, 1.2 s
- * by folios of the read-ahead window's size. No processor time of this guest shows it, so each mode
- * is timed. Where huge pages are quick nothing is tried. State is the process's; it holds no lock.
+ * Some hosts back a guest's free memory only when it is touched, and have taken back whole free
+ * blocks. Reading into one waits for the host: 1.7 GB took 2.1 s by huge pages, 1.2 s by folios of
+ * the read-ahead window's size. The guest's processor time does not show it, so each mode is timed.
+ * Where huge pages are fast nothing else is tried. The state is the process's; it has no lock.
  */
 #pragma once
 

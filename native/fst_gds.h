@@ -4,7 +4,7 @@
 #include "fst_gpu.h"
 #include "fst_pieces.h"
 
-/* FST_E_INVALID from any of these: the ring has to do it. */
+/* FST_E_INVALID from any of these: use the ring instead. */
 
 typedef struct fst_staging { /* device memory that cuFile reads land in */
     fst_device *device;
@@ -14,7 +14,7 @@ typedef struct fst_staging { /* device memory that cuFile reads land in */
     struct fst_staging *next;
 } fst_staging;
 
-/* Of a descriptor opened with O_DIRECT. The first call of a process opens cuFile's driver. */
+/* Registers a descriptor opened with O_DIRECT. The first call of a process opens the driver. */
 int fst_gds_register(fst_device *device, int fd, void **handle, fst_error *err);
 void fst_gds_deregister(fst_device *device, void *handle);
 const char *fst_gds_kind(void); /* whether nvidia-fs moves the bytes, or cuFile bounces them */

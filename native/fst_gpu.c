@@ -14,15 +14,15 @@
 #define EVENT_FLAGS 0x3u /* blocking wait, no timing; the same numbers in HIP */
 #define RELAXED 2        /* CU_STREAM_CAPTURE_MODE_RELAXED, hipStreamCaptureModeRelaxed */
 
-/* Everything here is kept until the process ends: others may hold the same contexts. */
+/* Kept until the process ends: other libraries may hold the same contexts. */
 static pthread_mutex_t registry = PTHREAD_MUTEX_INITIALIZER;
 static fst_gpu *gpus;
 static fst_device *devices;
 static atomic_bool forked; /* with a driver initialised: it cannot be used in this process */
 static pthread_once_t forks_watched = PTHREAD_ONCE_INIT;
 
-/* Versioned names first: the plain ones belong to development packages. What torch has loaded
- * already has the same name, and is what dlopen then returns. */
+/* Versioned names first: the plain ones belong to development packages. If torch has loaded a
+ * library of the same name, dlopen returns that one. */
 static const char *const usual_names[2][6] = {
     {"libcuda.so.1", "libcuda.so", NULL},
     {"libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so.5", "libamdhip64.so", NULL},

@@ -13,7 +13,7 @@
  *               bytes.
  *   RELEASE     A job lets go of its arena only after the last copy into it, also when it
  *               failed or was cancelled; else the copy overwrites the next owner's bytes.
- *   STAGING     As SLOT, for the device memory that cuFile reads land in.
+ *   STAGING     The same as SLOT, for the device memory that cuFile reads land in.
  *   CAPTURE     While any thread captures a graph in CUDA's default "global" mode, other threads
  *               may not ask for an event, pin memory or the like; else the call fails and the
  *               capture is void. A thread in "relaxed" mode may, and what it does is no part of
@@ -74,7 +74,7 @@ typedef struct fst_gpu_scope {
     bool relaxed;     /* whether it was changed */
 } fst_gpu_scope;
 int fst_gpu_enter(const fst_device *device, fst_gpu_scope *scope, fst_error *err);
-/* For what must not be left undone: tries again when the driver refuses once. */
+/* Tries again when the driver refuses once: for clean-up that must not be skipped. */
 int fst_gpu_enter_surely(const fst_device *device, fst_gpu_scope *scope, fst_error *err);
 void fst_gpu_leave(const fst_gpu_scope *scope);
 

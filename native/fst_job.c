@@ -60,13 +60,13 @@ static bool options_fit(const fst_job_options *options) {
            options->mode <= (to_device ? FST_READ_GDS : FST_READ_DIRECT_IF_COLD);
 }
 
-/* What has no meaning without a file was not asked for. */
+/* Options that concern files must not be set. */
 static bool options_fit_upload(const fst_job_options *options) {
     return options->device != NULL && options->mode == 0 && options->drop_cache == 0 &&
            options->reserve_bytes == 0;
 }
 
-/* An event behind whatever is pending where the arena was allocated. */
+/* Records an event behind all work pending on the stream on which the arena was allocated. */
 static int note_allocation(fst_job *job, fst_error *err) {
     fst_device *device = job->options.device;
     fst_gpu_scope scope;
@@ -211,7 +211,7 @@ int fst_job_wait_until(fst_job *job, uint64_t file_offset, int timeout_ms, fst_e
 int fst_job_wait(fst_job *job, int timeout_ms, fst_error *err) {
     int code = fst_job_wait_until(job, UINT64_MAX, timeout_ms, err);
     if (code != FST_OK) return code;
-    /* All landed; what is left is letting go of file and arena. */
+    /* All bytes have landed; file and arena are still to be released. */
     fst_queue_lock();
     while (!job->done) (void)pthread_cond_wait(&fst_queue.event, &fst_queue.lock);
     fst_queue_unlock();
@@ -235,11 +235,11 @@ void fst_device_quiesce(void) {
     fst_pool_prepare();
     fst_queue_lock();
     for (fst_job *job; (job = device_job()) != NULL;) {
-        job->quiesced = true; /* a daemon thread is not to be told of an error at the very end */
+        job->quiesced = true; /* no thread gets an error at the very end of the process */
         if (job->finishing || atomic_load(&job->stop))
             (void)pthread_cond_wait(&fst_queue.event, &fst_queue.lock);
         else
-            cancel_locked(job); /* which may let go of the lock: look again from the start */
+            cancel_locked(job); /* may release the lock meanwhile: search again from the start */
     }
     fst_queue_unlock();
 }
@@ -254,7 +254,7 @@ void fst_job_release(fst_job *job) {
     if (job == NULL) return;
     fst_queue_lock();
     if (job->kind != JOB_PREFETCH && !job->done) {
-        /* Its destination may be the caller's: nothing may be in flight after this. */
+        /* Its destination may be the caller's memory: nothing may be in flight after this. */
         cancel_locked(job);
         while (!job->done) (void)pthread_cond_wait(&fst_queue.event, &fst_queue.lock);
     }

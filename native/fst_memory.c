@@ -24,11 +24,6 @@ static bool read_field(const char *path, const char *key, uint64_t *out) {
     return found;
 }
 
-static bool join(char *to, size_t room, const char *folder, const char *name) {
-    int written = snprintf(to, room, "%s/%s", folder, name);
-    return written > 0 && (size_t)written < room;
-}
-
 /* Headroom of one cgroup folder; UINT64_MAX where it sets no limit. */
 static uint64_t folder_headroom(const char *folder, bool v2) {
     char path[1024];
@@ -39,7 +34,8 @@ static uint64_t folder_headroom(const char *folder, bool v2) {
     if (!fst_read_number(&limit, "%s/%s", folder, limit_name) ||
         !fst_read_number(&taken, "%s/%s", folder, taken_name))
         return UINT64_MAX;
-    if (join(path, sizeof path, folder, "memory.stat")) {
+    int length = snprintf(path, sizeof path, "%s/memory.stat", folder);
+    if (length > 0 && (size_t)length < sizeof path) {
         (void)read_field(path, v2 ? "active_file " : "total_active_file ", &active);
         (void)read_field(path, v2 ? "inactive_file " : "total_inactive_file ", &inactive);
     }

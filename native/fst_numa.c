@@ -1,7 +1,7 @@
 /* fst_numa.c - workers near the device or the disk they serve, where a machine has several nodes.
  *
  * Only our own threads are placed, within the CPUs they were started with, and only where
- * enough of those are near. Whatever the system does not tell, or refuses, leaves them alone.
+ * enough of those are near. Where the system gives no answer or refuses, they stay where they are.
  */
 #include <limits.h>
 #include <pthread.h>
@@ -101,7 +101,7 @@ void fst_numa_place(fst_placement *place, int node, int threads) {
     if (machine.nodes < 2) return;
     CPU_ZERO(&near);
     if (node >= 0 && node < NODES_MAX) CPU_AND(&near, &place->allowed, &machine.cpus[node]);
-    /* Workers wait most of the time, for storage: half as many CPUs do. */
+    /* Workers mostly wait for storage: half as many CPUs as workers are enough. */
     if (CPU_COUNT(&near) == 0 || 2 * CPU_COUNT(&near) < threads) near = place->allowed;
     (void)sched_setaffinity(0, sizeof near, &near);
 }

@@ -10,7 +10,7 @@
 typedef struct fst_placement { /* of a thread */
     cpu_set_t allowed;         /* the CPUs it was started with */
     int node;                  /* near which it was placed */
-    bool placeable;            /* false for callers that help: their threads are their own */
+    bool placeable;            /* false for callers that help: their threads are not ours to move */
 } fst_placement;
 
 /* The node of the disk that a file is on; FST_ANYWHERE if that is not known, or makes no
@@ -20,5 +20,5 @@ int fst_numa_of_file(const fst_file *file);
 void fst_numa_start(fst_placement *place);
 /* Moves the calling thread near a node that so many threads shall serve. */
 void fst_numa_place(fst_placement *place, int node, int threads);
-/* For tests: another folder than /sys tells about the machine. Not while workers run. */
+/* For tests: reads the machine from another folder than /sys. Not while workers run. */
 void fst_numa_pretend(const char *root);

@@ -34,6 +34,15 @@ static inline int fst_io_check_stop(const fst_io_context *io, fst_error *err) {
                     fst_source_name(io->file));
 }
 
+/* Whether a read that failed with this errno is to be repeated; waits before EAGAIN is. */
+static inline bool fst_io_again(int code, int *tries) {
+    const struct timespec pause = {0, 1000000};
+    if (code == EINTR) return true;
+    if (code != EAGAIN || (*tries)++ >= 1000) return false;
+    (void)nanosleep(&pause, NULL);
+    return true;
+}
+
 typedef struct fst_piece { /* of one segment, within the chunk */
     uint64_t source;       /* file offset or address */
     uint64_t bytes;        /* never 0 */

@@ -33,7 +33,8 @@ static void *worker_main(void *argument) {
             fst_chunk_retire(worker, true);
             continue;
         }
-        if (fst_pool.ending > 0 && fst_queue.forking == 0) break; /* a fork hides chunks from us */
+        /* During a fork no chunk was looked for: there may be one. */
+        if (fst_pool.ending > 0 && fst_queue.forking == 0) break;
         struct timespec until = fst_queue_deadline(IDLE_SECONDS * 1000);
         int timed_out = pthread_cond_timedwait(&fst_queue.work, &fst_queue.lock, &until);
         if (timed_out == ETIMEDOUT && fst_queue_next() == NULL && fst_queue.forking == 0) break;
@@ -64,7 +65,7 @@ static bool start_worker(void) {
     worker->number = number;
     worker->oldest = 0;
     int code = FST_SYS->pthread_create(&worker->thread, &attributes, worker_main, worker);
-    if (code == EINVAL) { /* the program's thread-local data alone are more than that */
+    if (code == EINVAL) { /* the program's thread-local data need more than that */
         (void)pthread_attr_destroy(&attributes);
         if (pthread_attr_init(&attributes) == 0) {
             (void)pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);

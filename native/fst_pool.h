@@ -23,7 +23,7 @@ typedef struct fst_pool_state { /* under the queue's lock */
 
 extern fst_pool_state fst_pool;
 
-/* As fst_queue_prepare, which it calls. */
+/* Before the first job: registers fork handlers, and calls fst_queue_prepare. */
 void fst_pool_prepare(void);
 /* Starts threads up to a number; returns how many run then. With the lock held. */
 int fst_pool_grow(int wanted);

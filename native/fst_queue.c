@@ -77,7 +77,7 @@ void fst_queue_finish_if_over(fst_job *job) {
     job->finishing = true;
     fst_queue.finishing++;
     fst_queue_unlock(); /* dropping caches and unmapping gigabytes take their time */
-    if (drop)           /* what was there before, and what was read around the chunks */
+    if (drop)           /* what was cached before, and what was read around the chunks */
         fst_file_drop_cache(file);
     fst_gds_deregister(job->options.device, job->gds_handle);
     if (fd >= 0) close(fd);
@@ -99,13 +99,13 @@ void fst_queue_finish_if_over(fst_job *job) {
 static bool goes_first(const fst_job *job, const fst_job *other) {
     if (job->kind == JOB_PREFETCH) return false;
     if (other->kind == JOB_PREFETCH) return true;
-    /* Of one file, in the order asked for: somebody waits for the first tensors. Uploads, too,
-     * whoever asked: what has arrived can be let go of where it came from. */
+    /* Jobs of one file go in the order of submission: a caller waits for the first tensors. So do
+     * all uploads: the source of an upload that is done can be freed. */
     return job->file != other->file && job->reading < other->reading;
 }
 
-/* Reads and uploads first, since somebody waits for them, and the least served of those; then
- * read-ahead in the order asked for, which is the order of consumption. */
+/* Reads and uploads come first, since a caller waits for them; among them the one that the fewest
+ * workers serve. Read-ahead follows in the order of submission, which is that of consumption. */
 fst_job *fst_queue_next(void) {
     fst_job *best = NULL;
     for (fst_job *job = fst_queue.head; job != NULL; job = job->next) {
@@ -128,8 +128,8 @@ void fst_queue_refuse_gds(fst_job *job, const fst_error *error) {
 static void before_fork(void) {
     fst_queue_lock();
     fst_queue.forking++;
-    /* The device must not write into pages that the fork is about to share, and what a
-     * finishing job lets go of must not stay behind in the child. */
+    /* The device must not write into pages that the fork is about to share, and the child must
+     * not keep what a finishing job is about to release. */
     while (fst_queue.in_flight_direct > 0 || fst_queue.finishing > 0)
         (void)pthread_cond_wait(&fst_queue.event, &fst_queue.lock);
 }
@@ -150,8 +150,8 @@ static void init_conditions(void) {
     (void)pthread_condattr_destroy(&attributes);
 }
 
-/* Only the forking thread exists in the child: workers are gone, and so is whoever
- * owned the jobs. They end as cancelled and let go of what they held. */
+/* Only the forking thread exists in the child: workers are gone, and so are the jobs' owners. The
+ * jobs end as cancelled and release what they held. */
 static void after_fork_child(void) {
     (void)pthread_mutex_init(&fst_queue.lock, NULL); /* locked by this very thread, in the parent */
     init_conditions();
@@ -161,7 +161,7 @@ static void after_fork_child(void) {
         fst_job *job = fst_queue.head;
         job->chunks = NULL;
         job->reading = 0;
-        if (job->options.device != NULL) { /* the driver's, and torch's to free: not from here */
+        if (job->options.device != NULL) { /* only the parent may free these */
             job->arena = NULL;
             job->allocated = job->gds_handle = NULL;
         }

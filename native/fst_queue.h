@@ -22,17 +22,17 @@ struct fst_job {
     unsigned refs; /* owner, queue */
     enum job_kind kind;
     atomic_bool stop;
-    bool finishing; /* over, and letting go of what only running needed */
+    bool finishing; /* over, and releasing what only a running job needs */
     bool done;
-    bool quiesced;    /* the process ends: who waits for it waits for that */
-    bool inline_help; /* no thread could be started: waiters work */
+    bool quiesced;    /* the process ends: waiting for this job returns FST_PENDING until then */
+    bool inline_help; /* no thread could be started: the waiting caller does the work */
     int result;
     fst_error error;
     fst_file *file; /* NULL: an upload, whose file offsets are addresses */
     fst_arena *arena;
     int direct_fd;
     void *gds_handle; /* cuFile's, of direct_fd */
-    void *allocated;  /* event: what was pending on the arena's memory is over */
+    void *allocated;  /* event behind the work that was pending on the arena's memory */
     int node;         /* the NUMA node of the device, or of the file's disk */
     fst_job_options options;
     fst_segment *segments;
@@ -53,7 +53,7 @@ typedef struct fst_queue_state {
     fst_job *head, *tail;
     int jobs;
     int in_flight_direct; /* reads with O_DIRECT into memory that a fork would share */
-    int finishing;        /* jobs letting go of file and arena outside the lock */
+    int finishing;        /* jobs releasing file and arena outside the lock */
     int forking;          /* how many forks are under way: no chunk is begun meanwhile */
 } fst_queue_state;
 
@@ -80,7 +80,7 @@ static inline void fst_queue_give_up_rest(fst_job *job) { job->next_segment = jo
 void fst_queue_set_cursor(fst_job *job, uint64_t segment);
 /* The job that a worker should serve next, or NULL. */
 fst_job *fst_queue_next(void);
-/* From here on the ring does what cuFile would not. */
+/* The rest of the job goes through the ring instead of cuFile. */
 void fst_queue_refuse_gds(fst_job *job, const fst_error *error);
 void fst_queue_fail(fst_job *job, int code, const fst_error *error); /* the first failure counts */
 /* If nothing of the job runs or will run, finishes it; lets go of the lock meanwhile. */

@@ -1,12 +1,12 @@
 /* fst_ring.c - the slots that copies to devices start from.
  *
- * Pinned one by one, when a worker needs one and none is free, and kept for the next load:
- * pinning runs at 1 to 2 GB/s, so a ring of 64 MiB costs some 50 ms once. A system may refuse
- * to pin at any slot (RLIMIT_MEMLOCK, a container's limit): the load goes on with those there
- * are, and with ordinary memory when there is none.
+ * A slot is pinned when a worker needs one and none is free, and is kept for the next load: pinning
+ * runs at 1 to 2 GB/s, so a ring of 64 MiB costs some 50 ms once. A system may refuse to pin at any
+ * slot (RLIMIT_MEMLOCK, a container's limit): the load goes on with the slots it has, and with
+ * ordinary memory if it has none.
  *
- * Slots are madvised away from children: after a fork, a write by the parent would move the
- * page under the device's feet.
+ * Slots are not inherited by children (MADV_DONTFORK): after a fork, a write by the parent would
+ * give the process another page than the one that the device reads.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -83,8 +83,8 @@ static bool unpin(fst_slot *slot) {
     return status == 0;
 }
 
-/* Memory that the driver would not let go of stays mapped: at its address nothing else could
- * be pinned, and a device may still read there. */
+/* Memory that the driver does not unpin stays mapped: nothing else could be pinned at its address,
+ * and a device may still read there. */
 static void destroy(fst_slot *slot) {
     if (!slot->pinned || unpin(slot)) fst_pages_unmap(&slot->pages);
     free(slot);
@@ -106,8 +106,8 @@ static fst_slot *create(fst_device *device, uint64_t bytes, bool pinned) {
     return NULL;
 }
 
-/* With the lock held: a spare slot, pinned or not, that will do. Those too small, or of another
- * driver, are of no use here: *useless is one of them. */
+/* With the lock held: finds a spare slot, pinned or not. *useless becomes a spare slot that is too
+ * small, or of another driver. */
 static fst_slot *pick(const fst_device *device, uint64_t bytes, bool pinned, fst_slot **useless) {
     fst_slot **best = NULL;
     *useless = NULL;
@@ -159,12 +159,12 @@ static fst_slot *grow(fst_device *device, uint64_t bytes, bool pinned) {
         ring.pinned_bytes -= bytes;
         ring.refused = true;
     }
-    (void)pthread_cond_broadcast(&ring.given); /* who counted on it looks again */
+    (void)pthread_cond_broadcast(&ring.given); /* waiters look again */
     return NULL;
 }
 
-/* With the lock held, which it may let go of meanwhile; looks again then, since what was given
- * back by others in that time is not heard of any more. */
+/* With the lock held, which it may let go of meanwhile. It then looks again, since a slot may have
+ * been given back in that time. */
 static fst_slot *take(fst_device *device, uint64_t bytes, uint64_t pinned_limit) {
     fst_slot *useless, *slot;
     for (;;) {
@@ -180,7 +180,7 @@ static fst_slot *take(fst_device *device, uint64_t bytes, uint64_t pinned_limit)
             break;
         }
     }
-    /* With no pinned slot to wait for, ordinary memory has to do. */
+    /* There is no pinned slot to wait for: use ordinary memory. */
     if (ring.pinned_bytes > 0) return NULL;
     slot = pick(device, bytes, false, &useless);
     if (slot != NULL) return slot;

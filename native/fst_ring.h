@@ -6,8 +6,8 @@
 
 typedef struct fst_slot {
     fst_pages pages;
-    fst_device *device; /* through which it was pinned; any of the same driver may use it */
-    bool pinned;        /* pinning was refused: copies from it are slower, that is all */
+    fst_device *device; /* that pinned it; any device of the same driver may use it */
+    bool pinned;        /* false: pinning was refused, and copies from it are slower */
     struct fst_slot *next;
 } fst_slot;
 
