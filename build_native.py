@@ -58,7 +58,11 @@ class build_ext(_build_ext):
         ext.depends = [str(path) for kind in ("*.h", "*.def") for path in NATIVE.glob(kind)]
         ext.include_dirs = [str(NATIVE)]
         ext.py_limited_api = True
-        ext.define_macros = [("Py_LIMITED_API", "0x030a0000"), ("_FILE_OFFSET_BITS", "64")]
+        ext.define_macros = [
+            ("Py_LIMITED_API", "0x030a0000"),
+            ("_FILE_OFFSET_BITS", "64"),
+            ("_GNU_SOURCE", ""),
+        ]
         ext.extra_compile_args = [
             "-std=c11",
             "-O3",

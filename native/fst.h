@@ -11,7 +11,7 @@
  *      fst_arena ---- bytes that tensors live in, refcounted; one of
  *        |              a private map of a whole file     (fst_arena_map)
  *        |              anonymous huge-page memory        (fst_arena_alloc)
- *        |              somebody else's memory            (fst_arena_borrow)
+ *        |              memory of another owner           (fst_arena_borrow)
  *        |              a DLPack struct's, on any device  (fst_arena_adopt)
  *        |  held by: a Python handle, every batch of tensors, a running job
  *        v
@@ -26,16 +26,15 @@
  *                     arena until the last chunk in flight is finished, whatever its
  *                     owner does.
  *
- * Every create/open pairs with a release that accepts NULL, and one that takes the address of
- * where the object is put, which it makes NULL: a destructor that can be in place before the
- * object is, so that no interrupt in between leaks it. Functions return an
+ * Every create/open pairs with two releases, which accept NULL. The one named "_at" takes the
+ * address of the pointer and clears it: a caller can register it before the object exists, so that
+ * no interrupt in between leaks the object. Functions return an
  * fst_code and, on anything but FST_OK or FST_PENDING, fill *err (never NULL).
  * Thread safety: all functions may be called from any thread; one fst_layout is
  * read-only after parsing. After fork() the child sees its jobs as cancelled and
  * starts a pool of its own on first use.
  */
-#ifndef FST_H
-#define FST_H
+#pragma once
 
 #include <stddef.h>
 #include <stdint.h>
@@ -80,9 +79,9 @@ typedef struct fst_file_info {
 int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err);
 void fst_file_release(fst_file *file);
 void fst_file_release_at(fst_file **file);
-/* From now on jobs that read it through the page cache bring in what they are asked for, and
- * nothing behind; with smaller pages, which takes more processor time. For files of which
- * parts are left out. */
+/* From now on jobs that read the file through the page cache read the wanted bytes and nothing
+ * behind them. They use smaller pages, which takes more processor time. For files of which only
+ * parts are loaded. */
 void fst_file_read_exactly(fst_file *file);
 /* How many are held now. */
 uint64_t fst_open_files(void);
@@ -96,8 +95,8 @@ enum fst_probe {
 };
 /* How many bytes of the extent are in the page cache, and which probe told:
  * FST_PROBE_NONE means unknown (*resident is 0 then). Reads nothing of the file and never blocks
- * on I/O. Unknown are files that the caller neither owns nor may write: cachestat refuses those,
- * and mincore claims that all of them is cached. */
+ * on I/O. A file that the caller neither owns nor may write is unknown: cachestat refuses it, and
+ * mincore claims that it is cached whole. */
 int fst_file_residency(fst_file *file, uint64_t offset, uint64_t length, uint64_t *resident,
                        int *probe);
 
@@ -177,7 +176,7 @@ typedef struct fst_arena fst_arena;
 int fst_arena_map(fst_file *file, fst_arena **out, fst_error *err);
 /* Zeroed anonymous memory, 2 MiB aligned, transparent huge pages where allowed. */
 int fst_arena_alloc(uint64_t bytes, fst_arena **out, fst_error *err);
-/* Memory somebody else owns; it must outlive every job on the arena. */
+/* Memory of another owner; it must outlive every job on the arena. */
 int fst_arena_borrow(void *base, uint64_t bytes, fst_arena **out, fst_error *err);
 void *fst_arena_data(fst_arena *arena);
 uint64_t fst_arena_bytes(fst_arena *arena);
@@ -206,7 +205,7 @@ typedef struct fst_device fst_device;
 
 /* A device of a driver library, used in its primary context. Kept until the process ends: the
  * same library and ordinal give the same object. The first one initialises the driver (cuInit),
- * which must not happen in a process that means to fork. library NULL means the driver's usual
+ * which must not happen in a process that forks later. library NULL means the driver's usual
  * name; otherwise a path (tests: the fake). FST_E_DEVICE: no library, symbol, driver or device,
  * or the process has forked since; the message says which. The calling thread's current
  * context is left as it was. */
@@ -280,9 +279,9 @@ typedef struct fst_job fst_job;
  * the order given, and returns at once. Errors only stop it: the map still works. */
 int fst_job_prefetch(fst_file *file, fst_arena *map, const fst_segment *segments, uint64_t count,
                      const fst_job_options *options, fst_job **out, fst_error *err);
-/* Of a map: nothing but these extents, ordered by file offset, is wanted of the file, by
- * whoever reads it together. Faults in front of what is unwanted then read nothing beyond.
- * Before anything is touched; advice only, which read-ahead that gives up takes back. */
+/* Says that only these extents of a map, ordered by file offset, are wanted, by this process and
+ * those that load the file with it. Faults near an unwanted part then read nothing of it. Call it
+ * before anything is touched. It is advice only; read-ahead that gives up takes it back. */
 void fst_arena_keep_to(fst_arena *map, const fst_segment *wanted, uint64_t count);
 /* Reads the segments (ordered by file offset, not overlapping) into the arena. */
 int fst_job_read(fst_file *file, fst_arena *arena, const fst_segment *segments, uint64_t count,
@@ -291,7 +290,7 @@ int fst_job_read(fst_file *file, fst_arena *arena, const fst_segment *segments, 
  * concerns files (mode, drop_cache, reserve_bytes) must be 0. In its segments, and in
  * fst_job_wait_until, file_offset is an address; they are ordered by it and do not overlap. The
  * memory is the caller's: readable and unchanged until the job is done or released. Reading a
- * map whose file was truncated raises SIGBUS, as anybody's reading does. Segments that follow
+ * map whose file was truncated raises SIGBUS, as any reading of it does. Segments that follow
  * each other both here and in the arena, there less than 256 bytes apart, go in one copy: what
  * is between them becomes zeros, unless the arena is borrowed. */
 int fst_job_upload(fst_arena *arena, const fst_segment *segments, uint64_t count,
@@ -331,7 +330,7 @@ int fst_tensors_import(fst_arena *arena, const fst_layout_view *view, const uint
 /* ---- machine ------------------------------------------------------------ */
 
 /* Memory this process may still take: the least of MemAvailable and the cgroups'
- * headroom (cached pages count as free). UINT64_MAX when nothing tells. */
+ * headroom (cached pages count as free). UINT64_MAX when neither is known. */
 uint64_t fst_memory_headroom(void);
 
 typedef struct fst_pool_stats {
@@ -368,7 +367,7 @@ int fst_read_ceiling(const char *path, int direct, int threads, uint64_t chunk_b
 
 /* Makes calls number first .. first+count-1 (from 1) of the named system call fail
  * with sys_errno, or, when sys_errno is 0, be cut to at most short_bytes bytes.
- * Names: open fstat pread preadv preadv2 mmap madvise readahead cachestat mincore
+ * Names: open stat fstat pread preadv preadv2 mmap madvise readahead cachestat mincore
  * fadvise pthread_create. Returns 0, or -1 for an unknown name. */
 int fst_fault_set(const char *name, uint64_t first, uint64_t count, int sys_errno,
                   uint64_t short_bytes);
@@ -377,5 +376,3 @@ uint64_t fst_fault_calls(const char *name);
 void fst_fault_clear(void);
 
 /* cdef-end */
-
-#endif

@@ -1,21 +1,21 @@
 /* fst_arena.c - memory that tensors live in. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
+#include "fst_arena.h"
 #include "fst_dlpack.h"
-#include "fst_internal.h"
+#include "fst_file.h"
 #include "fst_sys.h"
 
-/* Reading, clearing and copying took 0.6 ms of a core for a MiB in small pages, and 2.4 ms
- * in huge pages that the host had to find first. */
+/* Reading, clearing and copying a MiB took 0.6 ms of a core in small pages, and 2.4 ms in huge
+ * pages that the host had to allocate first. */
 #define SLOW_NANOSECONDS_PER_MIB 1200000u
-/* A few slow pages are no reason: judged one chunk at a time, half of all loads on a host that
- * had its memory gave up, and took 1.1 s instead of 0.9. */
+/* A few slow pages are no reason to give up huge pages. With a decision after every chunk, half of
+ * all loads gave them up on a host that had memory ready, and took 1.1 s instead of 0.9. */
 #define JUDGED_BYTES (64u << 20)
-#define CHUNK_JUDGED (512u << 10) /* in less, calls weigh as much as pages */
+#define CHUNK_JUDGED (512u << 10) /* in smaller chunks, calls cost as much as pages */
 
 static int new_arena(enum fst_arena_kind kind, void *data, uint64_t bytes, fst_arena **out,
                      fst_error *err) {
@@ -54,19 +54,19 @@ int fst_arena_map(fst_file *file, fst_arena **out, fst_error *err) {
     return FST_OK;
 }
 
-/* What the kernel reads beside what is asked for (seen with its tracepoints, mm/readahead.c):
+/* The kernel reads more than it is asked for (seen with its tracepoints, mm/readahead.c):
  *
  *   a fault on what is not cached       half a window in front of it, and half behind
- *   a fault by huge pages, a read       as much as they ask for; and they leave a mark. Who then
- *                                       faults on the mark, in any process, has a window read
- *                                       behind what is cached
+ *   a fault by huge pages, a read       as much as they ask for, and a mark is left. A later fault
+ *                                       on the mark, in any process, reads a window behind what
+ *                                       is cached
  *
- * unless accesses of that map are said to be random. Those ends of extents are that have
- * something unwanted beside them, as far as a window (8 MiB here) may reach. The price: where
- * memory is short, pages of random maps are let go of first. */
+ * MADV_RANDOM on a map prevents that. It is set on the ends of extents that lie beside unwanted
+ * bytes, as far as a window (8 MiB here) may reach. The price: where memory is short, the kernel
+ * evicts pages of random maps first. */
 #define WINDOW_MAX (64u << 20)
 #define UNWANTED_MIN (64u << 10) /* less is read over anyway */
-/* Each splits the map into up to two more areas of the process, which may have some 65,000. */
+/* Each splits the map into up to two more areas; a process may have some 65,000. */
 #define AREAS_MAX 30
 
 typedef struct extent {
@@ -101,8 +101,8 @@ static void advise(const fst_arena *map, area *a, int advice) {
     *a = (area){0};
 }
 
-/* Advises, or counts, the areas of a map beside which something is unwanted. Those at most `near`
- * bytes apart are one. Returns how many there are. */
+/* Counts the areas of a map beside which bytes are unwanted, and with `apply` sets MADV_RANDOM on
+ * them. Areas at most `near` bytes apart are joined. Returns how many there are. */
 static uint64_t random_areas(const fst_arena *map, const fst_segment *wanted, uint64_t count,
                              uint64_t near, bool apply) {
     const fst_segment *next = wanted;
@@ -143,19 +143,19 @@ void fst_arena_keep_no_more(fst_arena *map) {
     if (atomic_exchange(&map->kept, false)) advise(map, &all, MADV_NORMAL);
 }
 
-/* Where a host backs a guest's free memory only when it is touched, whole free blocks are
- * what it has taken back: 1.7 GB filled in huge pages took 2.0 to 3.2 s there, and 0.9 to
- * 1.1 s in small ones, which the kernel cuts from memory freed lately. */
+/* Some hosts back a guest's free memory only when it is touched, and have taken back whole free
+ * blocks. There 1.7 GB filled in huge pages took 2.0 to 3.2 s, and 0.9 to 1.1 s in small pages,
+ * which the kernel cuts from memory freed lately. */
 void fst_arena_note_fill(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds) {
     if (arena->kind != FST_ARENA_ANONYMOUS || bytes < CHUNK_JUDGED) return;
     uint64_t spent = atomic_fetch_add(&arena->fill_nanoseconds, cpu_nanoseconds) + cpu_nanoseconds;
     uint64_t filled = atomic_fetch_add(&arena->fill_bytes, bytes) + bytes;
     if (filled < JUDGED_BYTES) return;
-    atomic_store(&arena->fill_bytes, 0); /* workers that meet here judge twice: no harm */
+    atomic_store(&arena->fill_bytes, 0); /* two workers at once decide twice: no harm */
     atomic_store(&arena->fill_nanoseconds, 0);
     if (spent < (filled >> 20) * SLOW_NANOSECONDS_PER_MIB) return;
     if (atomic_exchange(&arena->small_pages, true)) return;
-    /* For what is not touched yet; advice only. */
+    /* It concerns pages not touched yet, and is advice only. */
     (void)FST_SYS->madvise(arena->pages.map, (size_t)arena->pages.map_bytes, MADV_NOHUGEPAGE);
 }
 
@@ -244,7 +244,7 @@ bool fst_arena_abandoned(const fst_arena *arena) {
     return atomic_load_explicit(&arena->users, memory_order_acquire) == 0;
 }
 
-/* At most the map's size: what was pushed out and read again is there once. */
+/* At most the map's size: pages that were evicted and read again count once. */
 void fst_arena_count_ahead(fst_arena *arena, uint64_t bytes) {
     unsigned long long before = atomic_load(&arena->ahead_bytes), more;
     do {

@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "fst_dlpack.h"
+#include "fst_batch.h"
 
 typedef struct element {
     dl_managed plain;
@@ -32,7 +32,7 @@ void fst_batch_drop(fst_batch *batch, uint64_t elements) {
     free(batch);
 }
 
-/* The manager's absence tells the creator, who holds the block, that a deleter has run. */
+/* A cleared manager shows the creator, which holds the block, that a deleter has run. */
 static void delete_plain(dl_managed *self) {
     fst_batch *batch = self->manager;
     self->manager = NULL;

@@ -2,7 +2,6 @@
  * memory does, and a raw parallel read that shows what a file's storage, or the page
  * cache, can give at most.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -13,10 +12,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
-#include "fst_internal.h"
+#include "fst_pages.h"
 #include "fst_sys.h"
 
 /* ---- touch -------------------------------------------------------------- */
@@ -89,7 +87,7 @@ typedef struct fst_ceiling {
     uint64_t chunk_bytes;
     bool direct;
     atomic_ullong next_chunk;
-    atomic_bool stop; /* somebody failed: finish the chunk in hand and leave */
+    atomic_bool stop; /* a reader failed: the others finish their chunk and leave */
 } fst_ceiling;
 
 typedef struct fst_ceiling_reader {
@@ -151,7 +149,7 @@ static int ceiling_open(const char *path, bool direct, int *fd, uint64_t *size, 
     }
     if (FST_SYS->fstat(opened, &status) != 0) {
         int code = errno;
-        (void)close(opened); /* read-only: nothing to lose */
+        (void)close(opened); /* read-only: a failure loses nothing */
         return fst_fail(err, FST_E_SYS, code, "%s: fstat failed: %s", path, strerror(code));
     }
     if (!S_ISREG(status.st_mode)) {
@@ -163,12 +161,6 @@ static int ceiling_open(const char *path, bool direct, int *fd, uint64_t *size, 
     return FST_OK;
 }
 
-static double ceiling_clock(void) {
-    struct timespec now;
-    if (clock_gettime(CLOCK_MONOTONIC, &now) != 0) return 0.0; /* only ever EFAULT or EINVAL */
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 /* Starts `threads` readers, waits for all that started, whatever happens. The workers
  * inherit a full signal mask, so that Ctrl-C is delivered to a thread of Python's. */
 static int ceiling_race(fst_ceiling_reader *readers, int threads, double *seconds, fst_error *err) {
@@ -176,7 +168,7 @@ static int ceiling_race(fst_ceiling_reader *readers, int threads, double *second
     int started = 0, result = FST_OK;
     (void)sigfillset(&all); /* cannot fail with a valid pointer */
     int masked = pthread_sigmask(SIG_SETMASK, &all, &before);
-    double begin = ceiling_clock();
+    uint64_t begin = fst_nanoseconds(CLOCK_MONOTONIC);
     for (; masked == 0 && started < threads; started++) {
         fst_ceiling_reader *reader = &readers[started];
         int code = FST_SYS->pthread_create(&reader->thread, NULL, ceiling_run, reader);
@@ -198,7 +190,7 @@ static int ceiling_race(fst_ceiling_reader *readers, int threads, double *second
             result = fst_fail(err, FST_E_SYS, code, "%s: joining thread %d: %s",
                               readers[i].shared->path, i + 1, strerror(code));
     }
-    *seconds = ceiling_clock() - begin;
+    *seconds = 1e-9 * (double)(fst_nanoseconds(CLOCK_MONOTONIC) - begin);
     for (int i = 0; i < started && result == FST_OK; i++) {
         if (readers[i].error.code == FST_OK) continue;
         *err = readers[i].error;

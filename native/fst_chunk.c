@@ -1,11 +1,13 @@
 /* fst_chunk.c - claiming a piece of a job, moving its bytes, and accounting for it. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
 #include <time.h>
 
-#include "fst_pool.h"
-#include "fst_sys.h"
+#include "fst_chunk.h"
+#include "fst_io_buffered.h"
+#include "fst_io_cache.h"
+#include "fst_io_direct.h"
+#include "fst_io_memory.h"
 
 #define SEGMENT_GAP (64u << 10) /* unwanted bytes worth reading over in one request */
 #define HEADROOM_EVERY (64u << 20)
@@ -34,11 +36,11 @@ static uint64_t pack(const fst_job *job, fst_packing *packing, uint64_t from, ui
     return to;
 }
 
-/* A file range that starts at the cursor and runs on over the segments behind it as long as
- * it fits and no large gap lies between. Of memory gaps are not read, and do not matter. */
+/* Takes a file range that starts at the cursor and runs over the following segments while it fits
+ * and no large gap lies between them. An upload reads no gaps, so their size does not matter. */
 static void claim(fst_job *job, fst_io_context *io, fst_chunk *chunk) {
     uint64_t begin = job->next_offset, end = begin, wanted = 0, at = job->next_segment;
-    /* Workers shall not meet in one block, nor in one huge page of the cache. */
+    /* No two workers may share a block, nor a huge page of the page cache. */
     uint64_t unit = job->options.chunk_bytes < FST_HUGE_PAGE ? FST_DIRECT_ALIGN : FST_HUGE_PAGE;
     uint64_t limit = fst_align_down(begin, unit) + job->options.chunk_bytes, gap = SEGMENT_GAP;
     fst_packing packing = {0};
@@ -64,13 +66,13 @@ static void claim(fst_job *job, fst_io_context *io, fst_chunk *chunk) {
         if (split) break;
     }
     io->end = end;
-    /* Of a file, what one copy brings. Whatever is between its pieces is not read over then. */
+    /* A file's chunk is packed only if it is one copy: then there is no gap to read over. */
     io->packed = packs && (job->kind == JOB_UPLOAD || one_run);
     if (split) { /* the rest of this segment is the next chunk's */
         job->next_segment = at;
         job->next_offset = end;
     } else {
-        fst_job_set_cursor(job, at);
+        fst_queue_set_cursor(job, at);
     }
     *chunk = (fst_chunk){.job = job, .begin = begin, .wanted = wanted, .next = job->chunks};
     job->chunks = chunk;
@@ -82,7 +84,7 @@ static void account(fst_chunk *chunk, int code, const fst_error *error) {
     while (*link != chunk) link = &(*link)->next;
     *link = chunk->next;
     if (code != FST_OK) {
-        fst_job_fail(job, code, error);
+        fst_queue_fail(job, code, error);
         return;
     }
     job->stats.bytes_done += chunk->wanted;
@@ -99,7 +101,7 @@ static bool headroom_due(fst_job *job) {
 
 /* ---- moving, without the lock ---- */
 
-/* Of a whole huge page at least: what O_DIRECT reads into small ones is as many pieces. */
+/* At least a huge page: O_DIRECT splits a read into small pages into as many requests. */
 static bool ensure_slot(fst_worker *worker, uint64_t bytes) {
     if (bytes < FST_HUGE_PAGE) bytes = FST_HUGE_PAGE;
     if (worker->slot.bytes >= bytes) return true;
@@ -109,8 +111,8 @@ static bool ensure_slot(fst_worker *worker, uint64_t bytes) {
     return failed == 0;
 }
 
-/* Cached pages count as free memory, also those read ahead for maps still in use. To read
- * on would push them out before anybody came for them. */
+/* Cached pages count as free memory, including those read ahead for maps still in use. Reading on
+ * would evict them before they are used. */
 static bool memory_is_short(const fst_job *job) {
     uint64_t headroom = fst_memory_headroom(), ahead = atomic_load(&fst_counts.bytes_ahead);
     return headroom < ahead || headroom - ahead < job->options.reserve_bytes;
@@ -128,13 +130,7 @@ static int move_ahead(const fst_job *job, fst_io_context *io, fst_worker *worker
     return fst_io_read_through(io);
 }
 
-static uint64_t thread_nanoseconds(void) {
-    struct timespec now;
-    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now) != 0) return 0;
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-/* Where no probe tells, one page stands for all; a miss costs the reading of it. */
+/* Without a probe one page is taken as a sample; if it is missing, it is read. */
 static bool is_cached(const fst_io_context *io) {
     uint64_t resident = 0, length = io->end - io->begin;
     int probe = FST_PROBE_NONE;
@@ -162,7 +158,8 @@ static int read_to_memory(const fst_job *job, fst_io_context *io, fst_worker *wo
     return fst_io_buffered(io, err);
 }
 
-/* A slot to fill; those of this worker's copies that are over make room. Takes the lock. */
+/* Takes a slot to fill. While there is none, waits for this worker's oldest copy, or without one
+ * for another worker's slot. Takes the lock. */
 static int take_slot(const fst_job *job, fst_worker *worker, fst_slot **slot, fst_error *err) {
     const fst_job_options *o = &job->options;
     for (;;) {
@@ -173,13 +170,13 @@ static int take_slot(const fst_job *job, fst_worker *worker, fst_slot **slot, fs
             return fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled",
                             fst_source_name(job->file));
         if (wait) continue;
-        fst_pool_lock();
+        fst_queue_lock();
         fst_chunk_retire(worker, true);
-        fst_pool_unlock();
+        fst_queue_unlock();
     }
 }
 
-/* By O_DIRECT where the chunk is to be, and through the page cache where that is refused. */
+/* By O_DIRECT if the chunk asks for it, and through the page cache where that is refused. */
 static int fill_from_file(fst_io_context *io, fst_chunk *chunk, int *refused, fst_error *err) {
     int code = chunk->direct ? fst_io_direct_slot(io, err) : FST_E_INVALID;
     if (code != FST_E_INVALID) return code;
@@ -274,14 +271,14 @@ static void run_prefetch(fst_job *job, fst_worker *worker) {
     fst_chunk chunk;
     uint64_t cold = 0;
     if (fst_arena_abandoned(job->arena)) {
-        fst_job_give_up_rest(job); /* nobody is left to use it */
+        fst_queue_give_up_rest(job); /* its last user is gone */
         return;
     }
     bool look_at_memory = headroom_due(job);
     claim(job, &io, &chunk);
     job->reading++;
-    fst_pool_unlock();
-    fst_numa_place(worker, job->node, job->options.threads);
+    fst_queue_unlock();
+    fst_numa_place(&worker->place, job->node, job->options.threads);
     int failed = move_ahead(job, &io, worker, look_at_memory, &cold);
     if (failed == 0) {
         count_bytes(job, &chunk, cold);
@@ -289,12 +286,12 @@ static void run_prefetch(fst_job *job, fst_worker *worker) {
     } else {
         fst_arena_keep_no_more(io.arena); /* page by page is no way to read the rest */
     }
-    fst_pool_lock();
+    fst_queue_lock();
     job->reading--;
     if (failed != 0) chunk.wanted = 0;
     account(&chunk, FST_OK, NULL);
     if (failed != 0)
-        fst_job_give_up_rest(job); /* no failure: the map still works */
+        fst_queue_give_up_rest(job); /* this is no failure: the map still works */
     else
         job->stats.bytes_cold += cold;
 }
@@ -314,25 +311,26 @@ static void run_read(fst_job *job, fst_worker *worker) {
     claim(job, &io, chunk);
     chunk->gds = job->options.mode == FST_READ_GDS;
     job->reading++;
-    fst_pool.in_flight_direct += shared;
-    fst_pool_unlock();
+    fst_queue.in_flight_direct += shared;
+    fst_queue_unlock();
 
-    fst_numa_place(worker, job->node, job->options.threads);
+    fst_numa_place(&worker->place, job->node, job->options.threads);
     chunk->direct = direct && !(if_cold && is_cached(&io));
     if (chunk->direct) io.packed = false; /* blocks come as they are in the file */
-    uint64_t before = thread_nanoseconds();
+    uint64_t before = fst_nanoseconds(CLOCK_THREAD_CPUTIME_ID);
     if (to_device) {
         code = read_to_device(job, &io, worker, chunk, &refused, &gds_refused, &error);
     } else {
         code = read_to_memory(job, &io, worker, chunk, &refused, &error);
-        fst_arena_note_fill(io.arena, chunk->wanted, thread_nanoseconds() - before);
+        fst_arena_note_fill(io.arena, chunk->wanted,
+                            fst_nanoseconds(CLOCK_THREAD_CPUTIME_ID) - before);
     }
     if (code == FST_OK) count_bytes(job, chunk, 0);
 
-    fst_pool_lock();
-    fst_pool.in_flight_direct -= shared;
+    fst_queue_lock();
+    fst_queue.in_flight_direct -= shared;
     job->reading--;
-    if (gds_refused.code != FST_OK) fst_job_refuse_gds(job, &gds_refused);
+    if (gds_refused.code != FST_OK) fst_queue_refuse_gds(job, &gds_refused);
     if (refused != 0) {
         job->options.mode = FST_READ_BUFFERED;
         if (job->stats.direct_errno == 0) job->stats.direct_errno = refused;
@@ -356,19 +354,19 @@ void fst_chunk_retire(fst_worker *worker, bool wait) {
     while (worker->in_flight > 0) {
         fst_chunk *chunk = &worker->chunks[worker->oldest];
         fst_error error = {0};
-        fst_pool_unlock();
+        fst_queue_unlock();
         if (!wait && !fst_transfer_ready(&chunk->transfer)) {
-            fst_pool_lock();
+            fst_queue_lock();
             return;
         }
         int code = fst_transfer_finish(&chunk->transfer, &error);
-        fst_pool_lock();
+        fst_queue_lock();
         worker->oldest = (worker->oldest + 1) % FST_IN_FLIGHT;
         worker->in_flight--;
         fst_job *job = chunk->job;
         account(chunk, code, &error);
-        fst_job_finish_if_over(job);
-        (void)pthread_cond_broadcast(&fst_pool.event);
+        fst_queue_finish_if_over(job);
+        (void)pthread_cond_broadcast(&fst_queue.event);
         wait = false; /* one was asked for; the others if they are over too */
     }
 }

@@ -3,12 +3,9 @@
  * Layouts follow https://dmlc.github.io/dlpack/latest/c_api.html; DLPack keeps them
  * stable within a major version.
  */
-#ifndef FST_DLPACK_H
-#define FST_DLPACK_H
+#pragma once
 
 #include <stdint.h>
-
-#include "fst_internal.h"
 
 enum {
     DL_CPU = 1,
@@ -69,20 +66,3 @@ typedef struct dl_exchange_api {
     void *view_object;
     void *work_stream;
 } dl_exchange_api;
-
-/* ---- batches (fst_batch.c, no Python) ---- */
-
-typedef struct fst_batch fst_batch;
-
-/* Describes count tensors over an arena in one block of memory. Every element must then
- * be given away once (its deleter runs once) or taken back with fst_batch_drop, and at the
- * end the creator drops one more, his own hold. */
-int fst_batch_create(fst_arena *arena, const fst_layout_view *view, const uint64_t *which,
-                     uint64_t count, const uint64_t *offsets, uint64_t file_base,
-                     const fst_dl_dtype *table, fst_batch **out, fst_error *err);
-dl_managed_versioned *fst_batch_versioned(fst_batch *batch, uint64_t i);
-dl_managed *fst_batch_plain(fst_batch *batch, uint64_t i);
-/* Takes back elements nobody was given; the batch is gone with the last hold. */
-void fst_batch_drop(fst_batch *batch, uint64_t elements);
-
-#endif

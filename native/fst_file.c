@@ -1,8 +1,6 @@
 /* fst_file.c - open files: identity, exact reads, residency. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,31 +11,18 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "fst_internal.h"
+#include "fst_file.h"
 #include "fst_sys.h"
 
 #define DROP_TRIES 15  /* 30 ms; reads of some MiB take a few */
-#define DROP_BLINDLY 5 /* where no probe tells whether anything is left */
-
-fst_counters fst_counts;
-
-int fst_fail(fst_error *err, int code, int sys_errno, const char *format, ...) {
-    va_list arguments;
-    err->code = code;
-    err->sys_errno = sys_errno;
-    va_start(arguments, format);
-    int written = vsnprintf(err->message, sizeof err->message, format, arguments);
-    va_end(arguments);
-    if (written < 0) err->message[0] = '\0';
-    return code;
-}
+#define DROP_BLINDLY 5 /* where no probe can see what is left */
 
 int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err) {
     struct stat status, named;
     struct statfs filesystem;
     *out = NULL;
-    /* Opening a pipe and closing it again frees a writer that waits for its reader, and breaks the
-     * pipe under it. What is no regular file stock opens, once. */
+    /* Opening and closing a pipe would release a writer that waits for its reader, and then break
+     * the pipe. So anything but a regular file is left to stock, which opens it once. */
     if (FST_SYS->stat(path, &named) != 0)
         return fst_fail(err, FST_E_SYS, errno, "%s: stat failed: %s", path, strerror(errno));
     if (!S_ISREG(named.st_mode)) return fst_fail(err, FST_DOUBT, 0, "%s: not a regular file", path);
@@ -85,6 +70,14 @@ uint64_t fst_open_files(void) { return atomic_load(&fst_counts.files); }
 
 const char *fst_source_name(const fst_file *file) {
     return file == NULL ? "host memory" : file->path;
+}
+
+int fst_file_truncated(const fst_file *file, uint64_t offset, fst_error *err) {
+    return fst_fail(
+        err, FST_E_TRUNCATED, 0,
+        "%s: the file ends at offset %llu, before the bytes its header promises: it was "
+        "truncated while being read",
+        file->path, (unsigned long long)offset);
 }
 
 void fst_file_retain(fst_file *file) {
@@ -135,20 +128,6 @@ static int open_again(const fst_file *file, int flags) {
 int fst_file_open_direct(const fst_file *file) { return open_again(file, O_DIRECT); }
 int fst_file_open_again(const fst_file *file) { return open_again(file, 0); }
 
-/* Reads a setting in KiB of a block device or file system; -1: it has none there. */
-static long long setting(const char *folder, dev_t device, const char *name) {
-    char path[96];
-    long long kib = -1;
-    int length =
-        snprintf(path, sizeof path, "%s/%u:%u/%s", folder, major(device), minor(device), name);
-    if (length < 0 || (size_t)length >= sizeof path) return -1;
-    FILE *file = fopen(path, "re");
-    if (file == NULL) return -1;
-    if (fscanf(file, "%lld", &kib) != 1) kib = -1;
-    (void)fclose(file);
-    return kib;
-}
-
 uint64_t fst_file_window(fst_file *file) {
     /* A disk, a partition of one, and a file system with a setting of its own. */
     static const struct {
@@ -162,7 +141,9 @@ uint64_t fst_file_window(fst_file *file) {
     window = 0;
     if (FST_SYS->fstat(file->fd, &status) == 0)
         for (size_t i = 0; window <= 0 && i < sizeof places / sizeof *places; i++)
-            window = setting(places[i].folder, status.st_dev, places[i].name);
+            if (!fst_read_number(&window, "%s/%u:%u/%s", places[i].folder, major(status.st_dev),
+                                 minor(status.st_dev), places[i].name))
+                window = -1;
     if (window < 0 || window > (1 << 20)) window = 0;
     atomic_store(&file->window, window << 10);
     return (uint64_t)window << 10;
@@ -194,8 +175,8 @@ int fst_file_read(fst_file *file, uint64_t offset, void *to, uint64_t length, fs
 
 /* ---- residency ---- */
 
-/* mincore tells the truth only on files the caller owns or may write; elsewhere it
- * claims that everything is resident. */
+/* mincore is right only on files that the caller owns or may write; for others it reports
+ * everything as resident. */
 static bool mincore_is_honest(int fd) {
     struct stat status;
     char link[64];
@@ -248,7 +229,7 @@ int fst_file_residency(fst_file *file, uint64_t offset, uint64_t length, uint64_
     return FST_OK;
 }
 
-/* Its descriptor is one of its own, since read-ahead is a descriptor's: without any, a miss reads
+/* Uses a descriptor of its own, because read-ahead is set per descriptor: with it off, a miss reads
  * one page. */
 bool fst_file_has_page(fst_file *file, uint64_t offset) {
     unsigned char byte;
@@ -268,8 +249,8 @@ bool fst_file_has_page(fst_file *file, uint64_t offset) {
     return FST_SYS->preadv2(fd, &to, 1, (off_t)offset, RWF_NOWAIT) == 1;
 }
 
-/* Reads of the kernel's own may be under way, ahead of ours: their pages can be dropped when they
- * have arrived. What is still there after DROP_TRIES is in somebody else's use. */
+/* The kernel's read-ahead may still be under way, and its pages can be dropped only when they have
+ * arrived. Pages that remain after DROP_TRIES are in use by another process. */
 void fst_file_drop_cache(fst_file *file) {
     int tries = DROP_TRIES;
     for (int i = 0; i < tries; i++) {

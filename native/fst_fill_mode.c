@@ -1,15 +1,13 @@
 /* fst_fill_mode.c - see fst_fill_mode.h. */
 #include "fst_fill_mode.h"
-
-#include <stdatomic.h>
+#include "fst_base.h"
 
 #define SUSPECT_NANOSECONDS_PER_MIB 6000000u /* of a worker, of eight; 3.5 ms with memory there */
-#define HUGE_PAGE (2u << 20)
 #define JUDGED_BYTES (16u << 20)
 #define SKIPPED_BYTES (32u << 20) /* of a trial: beside what is in flight of the other mode */
 #define AGAIN_BYTES (1u << 30)    /* how long small pages are kept without a new measurement */
 
-static struct { /* workers that meet at a change of mode lose a sample: no harm */
+static struct { /* a change of mode may lose a sample of another worker: no harm */
     atomic_int mode;
     atomic_ullong bytes, nanoseconds;
     atomic_ullong huge_cost, small_cost; /* nanoseconds a MiB; 0: not known */
@@ -51,7 +49,7 @@ static int after_trial(uint64_t cost) {
 void fst_fill_mode_note(int mode, uint64_t bytes, uint64_t nanoseconds) {
     uint64_t skipped = mode == FST_FILL_TRIAL ? SKIPPED_BYTES : 0;
     uint64_t enough = mode == FST_FILL_SMALL ? AGAIN_BYTES : JUDGED_BYTES;
-    if (fst_fill_mode_get() != mode || bytes < HUGE_PAGE) return;
+    if (fst_fill_mode_get() != mode || bytes < FST_HUGE_PAGE) return;
     uint64_t before = atomic_fetch_add(&state.bytes, bytes);
     if (before < skipped) return;
     uint64_t spent = atomic_fetch_add(&state.nanoseconds, nanoseconds) + nanoseconds;

@@ -1,12 +1,11 @@
-/* fst_fill_mode.h - by which pages read-ahead fills the page cache.
+/* fst_fill_mode.h - the size of pages with which read-ahead fills the page cache.
  *
- * Where a host backs a guest's free memory only when it is touched, whole free blocks are what it
- * has taken back, and reading into one waits for the host: 1.7 GB took 2.1 s by huge pages, 1.2 s
- * by folios of the read-ahead window's size. No processor time of this guest shows it, so each mode
- * is timed. Where huge pages are quick nothing is tried. State is the process's; it holds no lock.
+ * Some hosts back a guest's free memory only when it is touched, and have taken back whole free
+ * blocks. Reading into one waits for the host: 1.7 GB took 2.1 s by huge pages, 1.2 s by folios of
+ * the read-ahead window's size. The guest's processor time does not show it, so each mode is timed.
+ * Where huge pages are fast nothing else is tried. The state is the process's; it has no lock.
  */
-#ifndef FST_FILL_MODE_H
-#define FST_FILL_MODE_H
+#pragma once
 
 #include <stdint.h>
 
@@ -21,5 +20,3 @@ int fst_fill_mode_get(void);
 void fst_fill_mode_note(int mode, uint64_t bytes, uint64_t nanoseconds);
 /* Forgets what was measured. For tests, and for a mode that turns out to be impossible. */
 void fst_fill_mode_set(int mode);
-
-#endif

@@ -4,18 +4,16 @@
  * are registered. Tensors promise 8 bytes. So reads land in registered staging blocks, and a
  * copy on the device brings every piece to its place.
  *
- * Opening cuFile's driver takes about 2 s: only io="gds" does it, and only once. Whatever it
- * refuses, the ring does, and the job's report says why.
+ * Opening cuFile's driver takes about 2 s: only io="gds" does it, and only once. What it refuses
+ * goes through the ring, and the job's report says why.
  */
-#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "fst_gpu.h"
+#include "fst_gds.h"
 
 #define OPAQUE_FD 1 /* CU_FILE_HANDLE_TYPE_OPAQUE_FD */
 
@@ -47,10 +45,19 @@ static struct {
     fst_staging *spare;
 } gds = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
-static bool find(void *library, const char *name, void *field) {
-    void *address = dlsym(library, name);
-    memcpy(field, &address, sizeof address);
-    return address != NULL;
+static pthread_once_t forks_watched = PTHREAD_ONCE_INIT;
+
+static void after_fork_child(void) {
+    (void)pthread_mutex_init(&gds.lock, NULL);
+    gds.spare = NULL; /* the driver's, in the parent */
+}
+
+static void watch_forks(void) { (void)pthread_atfork(NULL, NULL, after_fork_child); }
+
+/* For the functions that others call without a registered file. */
+static void lock_first(void) {
+    (void)pthread_once(&forks_watched, watch_forks);
+    (void)pthread_mutex_lock(&gds.lock);
 }
 
 /* Some versions close descriptor 0 when their driver opens: it is put back. */
@@ -72,12 +79,12 @@ static int open_library(const fst_device *device, fst_error *err) {
     void *library = dlopen(given != NULL ? given : "libcufile.so.0", RTLD_NOW | RTLD_LOCAL);
     if (library == NULL && given == NULL) library = dlopen("libcufile.so", RTLD_NOW | RTLD_LOCAL);
     if (library == NULL) return fst_fail(err, FST_E_INVALID, 0, "there is no libcufile.so.0");
-    if (!find(library, "cuFileDriverOpen", &gds.driver_open) ||
-        !find(library, "cuFileHandleRegister", &gds.handle_register) ||
-        !find(library, "cuFileHandleDeregister", &gds.handle_deregister) ||
-        !find(library, "cuFileBufRegister", &gds.buffer_register) ||
-        !find(library, "cuFileBufDeregister", &gds.buffer_deregister) ||
-        !find(library, "cuFileRead", &gds.read))
+    if (!fst_gpu_find(library, "cuFileDriverOpen", &gds.driver_open) ||
+        !fst_gpu_find(library, "cuFileHandleRegister", &gds.handle_register) ||
+        !fst_gpu_find(library, "cuFileHandleDeregister", &gds.handle_deregister) ||
+        !fst_gpu_find(library, "cuFileBufRegister", &gds.buffer_register) ||
+        !fst_gpu_find(library, "cuFileBufDeregister", &gds.buffer_deregister) ||
+        !fst_gpu_find(library, "cuFileRead", &gds.read))
         return fst_fail(err, FST_E_INVALID, 0, "libcufile lacks a function");
     file_status status = open_driver();
     if (status.error != 0)
@@ -92,7 +99,7 @@ int fst_gds_register(fst_device *device, int fd, void **handle, fst_error *err) 
     *handle = NULL;
     int code = fst_gpu_enter(device, &scope, err);
     if (code != FST_OK) return code;
-    (void)pthread_mutex_lock(&gds.lock);
+    lock_first();
     if (!gds.tried) (void)open_library(device, &gds.failure);
     gds.tried = true;
     if (gds.failure.code != FST_OK) *err = gds.failure;
@@ -190,18 +197,13 @@ void fst_gds_give(fst_staging *staging) {
 
 void fst_gds_clear(void) {
     for (;;) {
-        (void)pthread_mutex_lock(&gds.lock);
+        lock_first();
         fst_staging *staging = gds.spare;
         if (staging != NULL) gds.spare = staging->next;
         (void)pthread_mutex_unlock(&gds.lock);
         if (staging == NULL) return;
         destroy(staging);
     }
-}
-
-void fst_gds_after_fork(void) {
-    (void)pthread_mutex_init(&gds.lock, NULL);
-    gds.spare = NULL; /* the driver's, in the parent */
 }
 
 /* ---- reading ---- */
@@ -217,10 +219,8 @@ int fst_gds_read(const fst_io_context *io, void *handle, const fst_staging *stag
     int code = fst_gpu_enter(staging->device, &scope, err);
     if (code != FST_OK) return code;
     while (code == FST_OK && got < need) {
-        if (atomic_load_explicit(io->stop, memory_order_relaxed)) {
-            code = fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled", io->file->path);
-            break;
-        }
+        code = fst_io_check_stop(io, err);
+        if (code != FST_OK) break;
         ssize_t n = gds.read(handle, (void *)staging->address, (size_t)(want - got),
                              (off_t)(from + got), (off_t)got);
         if (n < 0) {
@@ -229,10 +229,7 @@ int fst_gds_read(const fst_io_context *io, void *handle, const fst_staging *stag
                             "cuFile could not read (%lld, errno %d)", (long long)n,
                             n == -1 ? errno : 0);
         } else if (n == 0) {
-            code = fst_fail(err, FST_E_TRUNCATED, 0,
-                            "%s: the file ends at offset %llu, before the bytes its header "
-                            "promises: it was truncated while being read",
-                            io->file->path, (unsigned long long)(from + got));
+            code = fst_file_truncated(io->file, from + got, err);
         } else if (got + (uint64_t)n < need && (uint64_t)n < FST_DIRECT_ALIGN) {
             code = fst_fail(err, FST_E_INVALID, 0, "cuFile reads less than a block at a time");
         } else {

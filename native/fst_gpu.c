@@ -1,5 +1,4 @@
 /* fst_gpu.c - driver libraries opened at run time, and devices in their primary contexts. */
-#define _GNU_SOURCE
 #include <ctype.h>
 #include <dlfcn.h>
 #include <errno.h>
@@ -15,14 +14,15 @@
 #define EVENT_FLAGS 0x3u /* blocking wait, no timing; the same numbers in HIP */
 #define RELAXED 2        /* CU_STREAM_CAPTURE_MODE_RELAXED, hipStreamCaptureModeRelaxed */
 
-/* Everything here is kept until the process ends: others may hold the same contexts. */
+/* Kept until the process ends: other libraries may hold the same contexts. */
 static pthread_mutex_t registry = PTHREAD_MUTEX_INITIALIZER;
 static fst_gpu *gpus;
 static fst_device *devices;
 static atomic_bool forked; /* with a driver initialised: it cannot be used in this process */
+static pthread_once_t forks_watched = PTHREAD_ONCE_INIT;
 
-/* Versioned names first: the plain ones belong to development packages. What torch has loaded
- * already has the same name, and is what dlopen then returns. */
+/* Versioned names first: the plain ones belong to development packages. If torch has loaded a
+ * library of the same name, dlopen returns that one. */
 static const char *const usual_names[2][6] = {
     {"libcuda.so.1", "libcuda.so", NULL},
     {"libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so.5", "libamdhip64.so", NULL},
@@ -47,7 +47,7 @@ static void *open_library(int kind, const char *library, fst_error *err) {
 }
 
 /* dlsym gives an object pointer; POSIX promises that it holds a function's address. */
-static bool find(void *library, const char *name, void *field) {
+bool fst_gpu_find(void *library, const char *name, void *field) {
     void *address = dlsym(library, name);
     memcpy(field, &address, sizeof address);
     return address != NULL;
@@ -57,7 +57,7 @@ static bool find_all(fst_gpu *gpu, void *library, fst_error *err) {
 #define FST_GPU_SYMBOL(field, cuda, hip, arguments)                                                \
     {                                                                                              \
         const char *const names[2] = {cuda, hip};                                                  \
-        if (names[gpu->kind] != NULL && !find(library, names[gpu->kind], &gpu->field)) {           \
+        if (names[gpu->kind] != NULL && !fst_gpu_find(library, names[gpu->kind], &gpu->field)) {   \
             (void)fst_fail(err, FST_E_DEVICE, 0, "the driver library has no %s",                   \
                            names[gpu->kind]);                                                      \
             return false;                                                                          \
@@ -65,15 +65,15 @@ static bool find_all(fst_gpu *gpu, void *library, fst_error *err) {
     }
 #include "fst_gpu.def"
 #undef FST_GPU_SYMBOL
-    (void)find(library,
-               gpu->kind == FST_GPU_CUDA ? "cuThreadExchangeStreamCaptureMode"
-                                         : "hipThreadExchangeStreamCaptureMode",
-               &gpu->exchange_capture_mode);
+    (void)fst_gpu_find(library,
+                       gpu->kind == FST_GPU_CUDA ? "cuThreadExchangeStreamCaptureMode"
+                                                 : "hipThreadExchangeStreamCaptureMode",
+                       &gpu->exchange_capture_mode);
     /* For messages only. */
     if (gpu->kind == FST_GPU_CUDA)
-        (void)find(library, "cuGetErrorName", &gpu->cuda_error_name);
+        (void)fst_gpu_find(library, "cuGetErrorName", &gpu->cuda_error_name);
     else
-        (void)find(library, "hipGetErrorName", &gpu->hip_error_name);
+        (void)fst_gpu_find(library, "hipGetErrorName", &gpu->hip_error_name);
     return true;
 }
 
@@ -130,16 +130,11 @@ failed:
 
 /* The node whose memory is nearest to the device, or -1. */
 static int numa_node(const fst_gpu *gpu, int device) {
-    char id[32] = "", path[96];
-    int node = -1;
+    char id[32] = "";
+    long long node;
     if (gpu->bus_id(id, (int)sizeof id, device) != 0) return -1;
     for (char *c = id; *c != '\0'; c++) *c = (char)tolower((unsigned char)*c);
-    (void)snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/numa_node", id);
-    FILE *file = fopen(path, "re");
-    if (file == NULL) return -1;
-    if (fscanf(file, "%d", &node) != 1) node = -1;
-    (void)fclose(file);
-    return node;
+    return fst_read_number(&node, "/sys/bus/pci/devices/%s/numa_node", id) ? (int)node : -1;
 }
 
 static int make_current(const fst_device *device, fst_gpu_scope *scope, fst_error *err) {
@@ -264,13 +259,20 @@ static int new_device(const fst_gpu *gpu, int ordinal, fst_device **out, fst_err
     return FST_OK;
 }
 
+static void after_fork_child(void) {
+    if (gpus != NULL) atomic_store(&forked, true);
+    (void)pthread_mutex_init(&registry, NULL); /* another thread may have held it */
+}
+
+static void watch_forks(void) { (void)pthread_atfork(NULL, NULL, after_fork_child); }
+
 int fst_device_open(int kind, const char *library, int ordinal, fst_device **out, fst_error *err) {
     *out = NULL;
     if (kind != FST_GPU_CUDA && kind != FST_GPU_HIP)
         return fst_fail(err, FST_E_INVALID, EINVAL, "there is no kind %d of device", kind);
     if (atomic_load(&forked))
         return fst_fail(err, FST_E_DEVICE, 0, "the process forked after the driver started");
-    fst_pool_prepare(); /* a fork must find us */
+    (void)pthread_once(&forks_watched, watch_forks);
     (void)pthread_mutex_lock(&registry);
     fst_gpu *gpu = open_gpu(kind, library, err);
     int code = gpu == NULL ? err->code : FST_OK;
@@ -303,9 +305,4 @@ int fst_device_get_info(fst_device *device, fst_device_info *info, fst_error *er
                               .free_bytes = free_bytes,
                               .total_bytes = total};
     return status == 0 ? FST_OK : fst_gpu_fail(err, device, "asking for its free memory", status);
-}
-
-void fst_gpu_after_fork(void) {
-    if (gpus != NULL) atomic_store(&forked, true);
-    (void)pthread_mutex_init(&registry, NULL); /* another thread may have held it */
 }

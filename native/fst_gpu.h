@@ -1,4 +1,4 @@
-/* fst_gpu.h - devices, their streams and events, and the pinned slots copies start from.
+/* fst_gpu.h - devices, their streams and events, and the order of copies.
  *
  * Order on a device, and what would go wrong without it. Tests build the engine with one rule
  * left out (-DFST_OMIT=rule) and see wrong bytes:
@@ -13,19 +13,18 @@
  *               bytes.
  *   RELEASE     A job lets go of its arena only after the last copy into it, also when it
  *               failed or was cancelled; else the copy overwrites the next owner's bytes.
- *   STAGING     As SLOT, for the device memory that cuFile reads land in.
+ *   STAGING     The same as SLOT, for the device memory that cuFile reads land in.
  *   CAPTURE     While any thread captures a graph in CUDA's default "global" mode, other threads
  *               may not ask for an event, pin memory or the like; else the call fails and the
  *               capture is void. A thread in "relaxed" mode may, and what it does is no part of
  *               the graph. Threads are in that mode from fst_gpu_enter to fst_gpu_leave, and
  *               make no such call outside. A driver from before CUDA 10.1 has no modes.
  */
-#ifndef FST_GPU_H
-#define FST_GPU_H
+#pragma once
 
 #include <pthread.h>
 
-#include "fst_internal.h"
+#include "fst_base.h"
 
 #define FST_RULE_ALLOCATION 1
 #define FST_RULE_SLOT 2
@@ -75,77 +74,15 @@ typedef struct fst_gpu_scope {
     bool relaxed;     /* whether it was changed */
 } fst_gpu_scope;
 int fst_gpu_enter(const fst_device *device, fst_gpu_scope *scope, fst_error *err);
-/* For what must not be left undone: tries again when the driver refuses once. */
+/* Tries again when the driver refuses once: for clean-up that must not be skipped. */
 int fst_gpu_enter_surely(const fst_device *device, fst_gpu_scope *scope, fst_error *err);
 void fst_gpu_leave(const fst_gpu_scope *scope);
 
+/* Puts the address of a library's function into *field; false: there is none. */
+bool fst_gpu_find(void *library, const char *name, void *field);
 /* FST_E_DEVICE with the device, the call and the driver's name for the status. */
 int fst_gpu_fail(fst_error *err, const fst_device *device, const char *call, int status);
 
 /* With the device current. Events are reused; NULL with *err filled when none can be had. */
 void *fst_gpu_take_event(fst_device *device, fst_error *err);
 void fst_gpu_give_event(fst_device *device, void *event);
-
-void fst_gpu_after_fork(void); /* in the child: nothing of the driver may be touched again */
-
-/* ---- slots (fst_ring.c) ---- */
-
-typedef struct fst_slot {
-    fst_pages pages;
-    fst_device *device; /* through which it was pinned; any of the same driver may use it */
-    bool pinned;        /* pinning was refused: copies from it are slower, that is all */
-    struct fst_slot *next;
-} fst_slot;
-
-/* A slot of at least so many bytes, pinning no more than the limit in all. FST_PENDING: every
- * slot is in use (waits until one was given back, if asked to); give one back, or ask again.
- * FST_E_NOMEM: there is none. Never called with a lock held or the device current. */
-int fst_ring_take(fst_device *device, uint64_t bytes, uint64_t pinned_limit, bool wait,
-                  fst_slot **out, fst_error *err);
-void fst_ring_give(fst_slot *slot);
-void fst_ring_clear(void); /* unpins what is not in use */
-void fst_ring_after_fork(void);
-void fst_ring_stats(uint64_t *pinned_bytes, uint64_t *pinned_nanoseconds);
-
-/* ---- cuFile (fst_gds.c); FST_E_INVALID from any of these: the ring has to do it ---- */
-
-typedef struct fst_staging { /* device memory that cuFile reads land in */
-    fst_device *device;
-    uintptr_t address; /* page aligned, in block */
-    uint64_t bytes;
-    uintptr_t block;
-    struct fst_staging *next;
-} fst_staging;
-
-/* Of a descriptor opened with O_DIRECT. The first call of a process opens cuFile's driver. */
-int fst_gds_register(fst_device *device, int fd, void **handle, fst_error *err);
-void fst_gds_deregister(fst_device *device, void *handle);
-const char *fst_gds_kind(void); /* whether nvidia-fs moves the bytes, or cuFile bounces them */
-int fst_gds_take(fst_device *device, uint64_t bytes, fst_staging **out, fst_error *err);
-void fst_gds_give(fst_staging *staging);
-/* The file's bytes from fst_align_down(begin, FST_DIRECT_ALIGN) on, into the staging block. */
-int fst_gds_read(const fst_io_context *io, void *handle, const fst_staging *staging,
-                 fst_error *err);
-void fst_gds_clear(void); /* frees what is not in use */
-void fst_gds_after_fork(void);
-
-/* ---- one chunk on its way to a device (fst_io_device.c) ---- */
-
-typedef struct fst_transfer {
-    fst_device *device;
-    fst_slot *slot;       /* where the bytes come from: this */
-    fst_staging *staging; /* or that */
-    void *event;          /* recorded behind the copies */
-    void *queue;          /* the stream they are on */
-} fst_transfer;
-
-/* The bytes in transfer's slot or staging, where fst_pieces_next has them, go to the chunk's
- * places in the arena, behind the event `after`. On an error slot and staging
- * have been given back, and nothing is in flight. */
-int fst_transfer_start(fst_transfer *transfer, int stream, void *after, const fst_io_context *io,
-                       fst_error *err);
-bool fst_transfer_ready(const fst_transfer *transfer); /* never blocks */
-/* Waits until the copies are over and gives the slot back, also when the device fails. */
-int fst_transfer_finish(fst_transfer *transfer, fst_error *err);
-
-#endif

@@ -8,14 +8,14 @@
  * One pass over the bytes, no recursion (the format's depth is fixed), all arithmetic on
  * file-supplied numbers overflow-checked.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "fst_file.h"
+#include "fst_header.h"
 #include "fst_header_lex.h"
-#include "fst_internal.h"
 #include "fst_sys.h"
 
 #define LENGTH_BYTES 8u
@@ -373,14 +373,14 @@ int fst_layout_parse(const char *header, uint64_t header_bytes, uint64_t file_si
     return parse_owned(copy, header_bytes, file_size, out, view, err);
 }
 
-/* A file that has shrunk since it was opened is stock's to judge. */
+/* If the file has shrunk since it was opened, stock decides. */
 static int read_header(fst_file *file, uint64_t offset, void *to, uint64_t bytes, fst_error *err) {
     int code = fst_file_read(file, offset, to, bytes, err);
     if (code == FST_E_TRUNCATED) code = err->code = FST_DOUBT;
     return code;
 }
 
-/* *header becomes the caller's to free. Most headers come with the first read. */
+/* The caller frees *header. The first read brings most headers whole. */
 static int read_all(fst_file *file, char **header, uint64_t *header_bytes, fst_error *err) {
     unsigned char first[FIRST_BYTES];
     uint64_t size = file->info.size, bytes = 0, have = fst_min(size, sizeof first);
@@ -412,7 +412,7 @@ int fst_layout_read(fst_file *file, fst_layout *cached, fst_layout **out, fst_la
     uint64_t header_bytes = 0;
     char *header = NULL;
     *out = NULL;
-    /* Else the kernel reads ahead, and leaves a mark behind the header: see fst_arena_keep_to. */
+    /* Otherwise the kernel reads ahead and leaves a mark behind the header: see fst_arena.c. */
     (void)FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_RANDOM);
     int code = read_all(file, &header, &header_bytes, err);
     (void)FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_NORMAL);

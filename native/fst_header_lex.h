@@ -4,8 +4,7 @@
  * expect, and note why in `doubt`; the first reason stays. They allocate nothing and keep
  * nothing: strings are pointers into the text, or copied where the caller has room for them.
  */
-#ifndef FST_HEADER_LEX_H
-#define FST_HEADER_LEX_H
+#pragma once
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -61,5 +60,3 @@ bool fst_lex_string(fst_lexer *in, char **to);
 bool fst_lex_plain_string(fst_lexer *in, const char **text, size_t *bytes);
 bool fst_lex_unsigned(fst_lexer *in, uint64_t *out); /* up to INT64_MAX */
 bool fst_lex_utf8(const fst_lexer *in);              /* whether the rest of the text is */
-
-#endif

@@ -1,15 +1,13 @@
 /* fst_io_buffered.c - read a chunk through the page cache straight into its places. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
-#include <time.h>
 
-#include "fst_internal.h"
+#include "fst_io_buffered.h"
+#include "fst_io_cache.h"
 #include "fst_sys.h"
 
-#define PIECES 512        /* tensors filled by one system call; the kernel takes 1024 */
-#define EAGAIN_TRIES 1000 /* of 1 ms */
+#define PIECES 512 /* tensors filled by one system call; the kernel takes 1024 */
 
 /* The destinations of the file range [at, io->end) that follow each other without a
  * gap, at most PIECES; *segment is where at lies. Returns how many. */
@@ -52,7 +50,7 @@ static uint64_t skip_to(const fst_io_context *io, uint64_t segment, uint64_t *at
     return segment;
 }
 
-/* Whole huge pages: the kernel keeps those of which the range covers a part only. */
+/* Whole huge pages: the kernel keeps a page that the range covers only in part. */
 static void drop_chunk(const fst_io_context *io) {
     uint64_t first = fst_align_down(io->begin, FST_HUGE_PAGE);
     uint64_t bytes = fst_align_up(io->end, FST_HUGE_PAGE) - first;
@@ -67,25 +65,15 @@ int fst_io_buffered(const fst_io_context *io, fst_error *err) {
     for (;;) {
         segment = skip_to(io, segment, &at);
         if (segment == io->count || at >= io->end) break;
-        if (atomic_load_explicit(io->stop, memory_order_relaxed))
-            return fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled", io->file->path);
+        if (fst_io_check_stop(io, err) != FST_OK) return err->code;
         int pieces = gather(io, segment, at, to);
         ssize_t got = FST_SYS->preadv(io->file->fd, to, pieces, (off_t)at);
         if (got < 0) {
-            if (errno == EINTR) continue;
-            if (errno == EAGAIN && again++ < EAGAIN_TRIES) {
-                struct timespec pause = {0, 1000000};
-                (void)nanosleep(&pause, NULL);
-                continue;
-            }
+            if (fst_io_again(errno, &again)) continue;
             return fst_fail(err, FST_E_SYS, errno, "%s: reading at offset %llu: %s", io->file->path,
                             (unsigned long long)at, strerror(errno));
         }
-        if (got == 0)
-            return fst_fail(err, FST_E_TRUNCATED, 0,
-                            "%s: the file ends at offset %llu, before the bytes its header "
-                            "promises: it was truncated while being read",
-                            io->file->path, (unsigned long long)at);
+        if (got == 0) return fst_file_truncated(io->file, at, err);
         at += (uint64_t)got;
         again = 0;
     }

@@ -1,8 +1,8 @@
 /* fst_io_direct.c - read a chunk with O_DIRECT into the worker's slot, and copy it to its places.
  *
- * Tensors sit wherever their file put them, and devices want blocks at block boundaries. So every
- * byte is copied once. Few small slots are quickest on a virtual disk; presumably because they stay
- * in the processor's cache, also while the host writes to them, which cannot be seen from inside.
+ * Tensors lie at any offset of their file, and devices read blocks at block boundaries. So every
+ * byte is copied once. Few small slots are fastest on a virtual disk, presumably because they stay
+ * in the processor's cache even while the host writes to them; a guest cannot measure that.
  * 1.7 GB, 2 cores, medians of 8 in random order, loaded in
  *
  *     0.86 s   read beside its place, less than a block away, and moved there; 16 workers of 2 MiB
@@ -12,20 +12,16 @@
  * In another run (medians of 7) reading in place took 0.90 s by 2 MiB, 0.78 by 1 MiB, slots of 1
  * MiB 0.68, and with copies that go around the cache (non-temporal stores) 0.81.
  *
- * Not for lack of memory: with all pages touched before, reading in place took 0.75 s and slots
- * 0.61 (medians of 5). Slots of 4 MiB, 8 of them, had been slower than reading in place (1.35 s
- * against 1.18 on another machine). Tried in vain: a thread that faults pages in ahead of the
- * reads.
+ * Memory still to be allocated is not the cause: with all pages touched before, reading in place
+ * took 0.75 s and slots 0.61 (medians of 5). Slots of 4 MiB, 8 of them, had been slower than
+ * reading in place (1.35 s against 1.18 on another machine). A thread that faults pages in ahead of
+ * the reads gained nothing.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
-#include <time.h>
 
-#include "fst_internal.h"
+#include "fst_io_direct.h"
 #include "fst_sys.h"
-
-#define EAGAIN_TRIES 1000 /* of 1 ms */
 
 /* Copies the wanted bytes of the chunk from the slot to their places. */
 static void scatter(const fst_io_context *io) {
@@ -41,10 +37,9 @@ static void scatter(const fst_io_context *io) {
     }
 }
 
-/* Whether to go on. */
+/* Whether the next read may be made. */
 static int check(const fst_io_context *io, fst_error *err) {
-    if (atomic_load_explicit(io->stop, memory_order_relaxed))
-        return fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled", io->file->path);
+    if (fst_io_check_stop(io, err) != FST_OK) return err->code;
     uint64_t from = fst_align_down(io->begin, FST_DIRECT_ALIGN);
     if (fst_align_up(io->end - from, FST_DIRECT_ALIGN) > io->slot_bytes)
         return fst_fail(err, FST_E_INVALID, EINVAL, "%s: chunk larger than its slot",
@@ -64,26 +59,17 @@ int fst_io_direct_slot(const fst_io_context *io, fst_error *err) {
                                    (off_t)(from + got));
         if (n < 0) {
             code = errno;
-            if (code == EINTR) continue;
-            if (code == EAGAIN && again++ < EAGAIN_TRIES) {
-                struct timespec pause = {0, 1000000};
-                (void)nanosleep(&pause, NULL);
-                continue;
-            }
+            if (fst_io_again(code, &again)) continue;
             bool refused = code == EINVAL || code == ENOTSUP;
             return fst_fail(err, refused ? FST_E_INVALID : FST_E_SYS, code,
                             "%s: O_DIRECT read at offset %llu: %s", io->file->path,
                             (unsigned long long)(from + got), strerror(code));
         }
-        if (n == 0)
-            return fst_fail(err, FST_E_TRUNCATED, 0,
-                            "%s: the file ends at offset %llu, before the bytes its header "
-                            "promises: it was truncated while being read",
-                            io->file->path, (unsigned long long)(from + got));
+        if (n == 0) return fst_file_truncated(io->file, from + got, err);
         got += (uint64_t)n;
         if (got >= need) break;
-        /* Cut short before the file's end: go on from an aligned place. Cut within the
-         * first block there is no progress to be made this way. */
+        /* Cut short before the file's end: go on from an aligned place. A read cut within its first
+         * block makes no progress this way. */
         uint64_t aligned = fst_align_down(got, FST_DIRECT_ALIGN);
         if (aligned == got - (uint64_t)n && again++ > 8)
             return fst_fail(err, FST_E_INVALID, EINVAL,

@@ -1,27 +1,25 @@
 /* fst_io_memory.c - copy a chunk's pieces from host memory into its slot.
  *
- * The memory is somebody else's. What was made of a file's map may not even be in the page
- * cache, and a copy would fault it in by one small read at a time, the disk idle between. So
- * what is missing of a chunk is asked for at once. 1 GB of a cold map, 8 workers on 2 busy
+ * The memory belongs to the caller. If it is a map of a file, it may not even be in the page cache,
+ * and a copy would fault it in by one small read at a time, with the disk idle between them. So
+ * the missing part of a chunk is requested at once. 1 GB of a cold map, 8 workers on 2 busy
  * cores, read-ahead 128 KiB, 6 alternating runs: 1.00 to 1.26 s; without 0.77 to 4.64 s,
  * median 1.35. Where nothing is missing, looking costs 5 to 10 % of the copy's processor time.
  * MADV_POPULATE_READ of every chunk did no better in the cold and doubled that time for memory
  * that is mapped already. Flags of the map, huge pages among them, are its owner's and stay.
  */
-#define _GNU_SOURCE
-#include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
 
-#include "fst_internal.h"
+#include "fst_io_memory.h"
 #include "fst_sys.h"
 
 #define STRIDE (512u << 10) /* one call reads no more than the device takes in one request */
 #define SMALLEST_PAGE 4096u
 #define WORTH_ASKING (64u << 10) /* less comes with one fault */
 
-/* Whole pages. Advice only: what it does not bring the copy faults in. Of a file that is not
- * the process's own the kernel says that all of it is there. */
+/* Requests whole pages. It is advice only: the copy faults in the rest. For files that this process
+ * does not own, mincore reports every page as there, and nothing is requested. */
 static void ask_for(uint64_t first, uint64_t end) {
     unsigned char there[STRIDE / SMALLEST_PAGE];
     uint64_t page = fst_page();
@@ -35,7 +33,7 @@ static void ask_for(uint64_t first, uint64_t end) {
     }
 }
 
-/* Pages that a piece is in, and none beside them: these may not even be mapped. */
+/* Requests the pages that pieces lie in. Pages beside them may not even be mapped. */
 static void ask_for_all(const fst_io_context *io) {
     fst_pieces pieces = {.io = io};
     fst_piece piece;
@@ -57,9 +55,7 @@ int fst_io_memory(const fst_io_context *io, fst_error *err) {
     ask_for_all(io);
     fst_pieces_clear_padding(io);
     while (fst_pieces_next(&pieces, &piece)) {
-        if (atomic_load_explicit(io->stop, memory_order_relaxed))
-            return fst_fail(err, FST_E_CANCELLED, ECANCELED, "%s: load cancelled",
-                            fst_source_name(io->file));
+        if (fst_io_check_stop(io, err) != FST_OK) return err->code;
         memcpy(io->slot + piece.in_slot, (const void *)(uintptr_t)piece.source,
                (size_t)piece.bytes);
     }

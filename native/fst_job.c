@@ -1,5 +1,4 @@
 /* fst_job.c - what is to be moved: submitting, waiting, cancelling, and letting go. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -9,100 +8,10 @@
 #include "fst_pool.h"
 #include "fst_sys.h"
 
+#define CHUNK_MIN (64u << 10)
+#define CHUNK_MAX (64u << 20)
+
 /* ---- with the lock held ---- */
-
-/* Only for jobs that are done: these hold no file and no arena any more. */
-static void destroy(fst_job *job) {
-    free(job->segments);
-    free(job);
-}
-
-static void unlink_job(fst_job *job) {
-    fst_job **link = &fst_pool.head, *previous = NULL;
-    while (*link != NULL && *link != job) {
-        previous = *link;
-        link = &(*link)->next;
-    }
-    if (*link == NULL) return;
-    *link = job->next;
-    if (fst_pool.tail == job) fst_pool.tail = previous;
-    fst_pool.jobs--;
-}
-
-void fst_job_set_cursor(fst_job *job, uint64_t segment) {
-    while (segment < job->count && job->segments[segment].bytes == 0) segment++;
-    job->next_segment = segment;
-    if (segment < job->count) job->next_offset = job->segments[segment].file_offset;
-}
-
-void fst_job_fail(fst_job *job, int code, const fst_error *error) {
-    if (job->result == FST_OK) {
-        job->result = code;
-        job->error = *error;
-    }
-    fst_job_give_up_rest(job);
-    if (!FST_KEEPS(FST_RULE_RELEASE) && job->arena != NULL) {
-        fst_arena_unref(job->arena);
-        job->arena = NULL;
-    }
-}
-
-/* It is done, for whoever waits, only when it has let go of everything: a waiting owner then
- * holds counters only. */
-void fst_job_finish_if_over(fst_job *job) {
-    if (job->done || job->finishing || job->chunks != NULL || fst_job_has_chunk(job)) return;
-    fst_file *file = job->file;
-    fst_arena *arena = job->arena;
-    int fd = job->direct_fd;
-    bool drop = job->kind == JOB_READ && job->options.drop_cache;
-    job->finishing = true;
-    fst_pool.finishing++;
-    fst_pool_unlock(); /* dropping caches and unmapping gigabytes take their time */
-    if (drop)          /* what was there before, and what was read around the chunks */
-        fst_file_drop_cache(file);
-    fst_gds_deregister(job->options.device, job->gds_handle);
-    if (fd >= 0) close(fd);
-    fst_file_release(file);
-    if (arena != NULL) fst_arena_unref(arena);
-    if (job->allocated != NULL) fst_gpu_give_event(job->options.device, job->allocated);
-    fst_pool_lock();
-    fst_pool.finishing--;
-    unlink_job(job);
-    job->file = NULL;
-    job->arena = NULL;
-    job->stats.bytes_skipped = job->stats.bytes_total - job->stats.bytes_done;
-    job->stats.done = 1;
-    job->done = true;
-    if (--job->refs == 0) destroy(job);
-    (void)pthread_cond_broadcast(&fst_pool.event);
-}
-
-static bool goes_first(const fst_job *job, const fst_job *other) {
-    if (job->kind == JOB_PREFETCH) return false;
-    if (other->kind == JOB_PREFETCH) return true;
-    /* Of one file, in the order asked for: somebody waits for the first tensors. Uploads, too,
-     * whoever asked: what has arrived can be let go of where it came from. */
-    return job->file != other->file && job->reading < other->reading;
-}
-
-/* Reads and uploads first, since somebody waits for them, and the least served of those; then
- * read-ahead in the order asked for, which is the order of consumption. */
-fst_job *fst_job_next(void) {
-    fst_job *best = NULL;
-    for (fst_job *job = fst_pool.head; job != NULL; job = job->next) {
-        if (!fst_job_has_chunk(job) || job->reading >= job->options.threads) continue;
-        if (best == NULL || goes_first(job, best)) best = job;
-    }
-    return best;
-}
-
-void fst_job_refuse_gds(fst_job *job, const fst_error *error) {
-    if (job->options.mode != FST_READ_GDS) return; /* the first reason counts */
-    job->options.mode = FST_READ_DIRECT_IF_COLD;
-    job->stats.gds_refused = 1;
-    (void)snprintf(job->stats.gds_note, sizeof job->stats.gds_note, "%.*s",
-                   (int)sizeof job->stats.gds_note - 1, error->message);
-}
 
 static void cancel_locked(fst_job *job) {
     atomic_store(&job->stop, true);
@@ -110,16 +19,16 @@ static void cancel_locked(fst_job *job) {
     if (job->kind != JOB_PREFETCH && job->stats.bytes_done < job->stats.bytes_total) {
         fst_error error;
         (void)fst_fail(&error, FST_E_CANCELLED, ECANCELED, "load cancelled");
-        fst_job_fail(job, FST_E_CANCELLED, &error);
+        fst_queue_fail(job, FST_E_CANCELLED, &error);
     }
-    fst_job_give_up_rest(job);
-    fst_job_finish_if_over(job);
+    fst_queue_give_up_rest(job);
+    fst_queue_finish_if_over(job);
 }
 
 /* Whether every wanted byte before a file offset is where it belongs. */
 static bool landed(const fst_job *job, uint64_t file_offset) {
     if (job->result != FST_OK) return false;
-    if (fst_job_has_chunk(job) && job->next_offset < file_offset) return false;
+    if (fst_queue_has_chunk(job) && job->next_offset < file_offset) return false;
     for (const fst_chunk *chunk = job->chunks; chunk != NULL; chunk = chunk->next)
         if (chunk->begin < file_offset) return false;
     return true;
@@ -146,18 +55,18 @@ static bool segments_fit(const fst_segment *segments, uint64_t count, const fst_
 static bool options_fit(const fst_job_options *options) {
     bool to_device = options->device != NULL;
     return options->struct_bytes == sizeof *options && options->threads >= 1 &&
-           options->threads <= FST_MAX_THREADS && options->chunk_bytes >= FST_CHUNK_MIN &&
-           options->chunk_bytes <= FST_CHUNK_MAX && options->mode >= FST_READ_BUFFERED &&
+           options->threads <= FST_MAX_THREADS && options->chunk_bytes >= CHUNK_MIN &&
+           options->chunk_bytes <= CHUNK_MAX && options->mode >= FST_READ_BUFFERED &&
            options->mode <= (to_device ? FST_READ_GDS : FST_READ_DIRECT_IF_COLD);
 }
 
-/* What has no meaning without a file was not asked for. */
+/* Options that concern files must not be set. */
 static bool options_fit_upload(const fst_job_options *options) {
     return options->device != NULL && options->mode == 0 && options->drop_cache == 0 &&
            options->reserve_bytes == 0;
 }
 
-/* An event behind whatever is pending where the arena was allocated. */
+/* Records an event behind all work pending on the stream on which the arena was allocated. */
 static int note_allocation(fst_job *job, fst_error *err) {
     fst_device *device = job->options.device;
     fst_gpu_scope scope;
@@ -192,7 +101,7 @@ static fst_job *new_job(enum job_kind kind, const fst_segment *segments, uint64_
     job->count = count;
     job->options = *options;
     job->options.chunk_bytes = fst_align_up(options->chunk_bytes, FST_DIRECT_ALIGN);
-    fst_job_set_cursor(job, 0);
+    fst_queue_set_cursor(job, 0);
     return job;
 }
 
@@ -208,25 +117,20 @@ static void open_direct(fst_job *job, const fst_file *file) {
             FST_OK)
             (void)snprintf(job->stats.gds_note, sizeof job->stats.gds_note, "%s", fst_gds_kind());
         else
-            fst_job_refuse_gds(job, &error);
+            fst_queue_refuse_gds(job, &error);
     }
 }
 
 static void enqueue(fst_job *job) {
-    fst_pool_lock();
-    if (fst_pool.tail == NULL)
-        fst_pool.head = job;
-    else
-        fst_pool.tail->next = job;
-    fst_pool.tail = job;
-    fst_pool.jobs++;
+    fst_queue_lock();
+    fst_queue_append(job);
     uint64_t chunks = job->stats.bytes_total / job->options.chunk_bytes + 1;
-    fst_pool_grow((int)fst_min((uint64_t)job->options.threads, chunks));
-    job->inline_help = fst_pool.threads == 0;
-    if (job->inline_help && job->kind == JOB_PREFETCH) fst_job_give_up_rest(job);
-    fst_job_finish_if_over(job); /* nothing to do at all */
-    (void)pthread_cond_broadcast(&fst_pool.work);
-    fst_pool_unlock();
+    int threads = fst_pool_grow((int)fst_min((uint64_t)job->options.threads, chunks));
+    job->inline_help = threads == 0;
+    if (job->inline_help && job->kind == JOB_PREFETCH) fst_queue_give_up_rest(job);
+    fst_queue_finish_if_over(job); /* nothing to do at all */
+    (void)pthread_cond_broadcast(&fst_queue.work);
+    fst_queue_unlock();
 }
 
 static int submit(enum job_kind kind, fst_file *file, fst_arena *arena, const fst_segment *segments,
@@ -247,7 +151,7 @@ static int submit(enum job_kind kind, fst_file *file, fst_arena *arena, const fs
     job->stats.bytes_total = total;
     int code = options->device == NULL ? FST_OK : note_allocation(job, err);
     if (code != FST_OK) {
-        destroy(job);
+        fst_queue_free(job);
         return code;
     }
     if (file != NULL) fst_file_retain(file);
@@ -282,24 +186,24 @@ int fst_job_upload(fst_arena *arena, const fst_segment *segments, uint64_t count
 }
 
 int fst_job_wait_until(fst_job *job, uint64_t file_offset, int timeout_ms, fst_error *err) {
-    struct timespec until = fst_deadline(timeout_ms);
+    struct timespec until = fst_queue_deadline(timeout_ms);
     fst_worker helper = {0};
-    fst_pool_lock();
+    fst_queue_lock();
     int timed_out = 0;
     while ((!job->done || job->quiesced) && !landed(job, file_offset) && timed_out == 0) {
-        if (job->inline_help && fst_job_has_chunk(job) && fst_pool.forking == 0) {
+        if (job->inline_help && fst_queue_has_chunk(job) && fst_queue.forking == 0) {
             fst_chunk_run(job, &helper);
-            fst_job_finish_if_over(job);
-            fst_chunk_retire(&helper, true);               /* it goes with this call */
-            (void)pthread_cond_broadcast(&fst_pool.event); /* a fork may wait for this chunk */
+            fst_queue_finish_if_over(job);
+            fst_chunk_retire(&helper, true);                /* it goes with this call */
+            (void)pthread_cond_broadcast(&fst_queue.event); /* a fork may wait for this chunk */
             break; /* back to the caller between chunks: it may have been interrupted */
         }
-        timed_out = pthread_cond_timedwait(&fst_pool.event, &fst_pool.lock, &until);
+        timed_out = pthread_cond_timedwait(&fst_queue.event, &fst_queue.lock, &until);
     }
     int code = job->done || landed(job, file_offset) ? job->result : FST_PENDING;
     if (job->quiesced && code == FST_E_CANCELLED) code = FST_PENDING;
     if (code != FST_OK && code != FST_PENDING) *err = job->error;
-    fst_pool_unlock();
+    fst_queue_unlock();
     fst_pages_unmap(&helper.slot);
     return code;
 }
@@ -307,56 +211,56 @@ int fst_job_wait_until(fst_job *job, uint64_t file_offset, int timeout_ms, fst_e
 int fst_job_wait(fst_job *job, int timeout_ms, fst_error *err) {
     int code = fst_job_wait_until(job, UINT64_MAX, timeout_ms, err);
     if (code != FST_OK) return code;
-    /* All landed; what is left is letting go of file and arena. */
-    fst_pool_lock();
-    while (!job->done) (void)pthread_cond_wait(&fst_pool.event, &fst_pool.lock);
-    fst_pool_unlock();
+    /* All bytes have landed; file and arena are still to be released. */
+    fst_queue_lock();
+    while (!job->done) (void)pthread_cond_wait(&fst_queue.event, &fst_queue.lock);
+    fst_queue_unlock();
     return FST_OK;
 }
 
 void fst_job_cancel(fst_job *job) {
     if (job == NULL) return;
-    fst_pool_lock();
+    fst_queue_lock();
     cancel_locked(job);
-    fst_pool_unlock();
+    fst_queue_unlock();
 }
 
 static fst_job *device_job(void) {
-    fst_job *job = fst_pool.head;
+    fst_job *job = fst_queue.head;
     while (job != NULL && job->options.device == NULL) job = job->next;
     return job;
 }
 
 void fst_device_quiesce(void) {
     fst_pool_prepare();
-    fst_pool_lock();
+    fst_queue_lock();
     for (fst_job *job; (job = device_job()) != NULL;) {
-        job->quiesced = true; /* a daemon thread is not to be told of an error at the very end */
+        job->quiesced = true; /* no thread gets an error at the very end of the process */
         if (job->finishing || atomic_load(&job->stop))
-            (void)pthread_cond_wait(&fst_pool.event, &fst_pool.lock);
+            (void)pthread_cond_wait(&fst_queue.event, &fst_queue.lock);
         else
-            cancel_locked(job); /* which may let go of the lock: look again from the start */
+            cancel_locked(job); /* may release the lock meanwhile: search again from the start */
     }
-    fst_pool_unlock();
+    fst_queue_unlock();
 }
 
 void fst_job_get_stats(fst_job *job, fst_job_stats *stats) {
-    fst_pool_lock();
+    fst_queue_lock();
     *stats = job->stats;
-    fst_pool_unlock();
+    fst_queue_unlock();
 }
 
 void fst_job_release(fst_job *job) {
     if (job == NULL) return;
-    fst_pool_lock();
+    fst_queue_lock();
     if (job->kind != JOB_PREFETCH && !job->done) {
-        /* Its destination may be the caller's: nothing may be in flight after this. */
+        /* Its destination may be the caller's memory: nothing may be in flight after this. */
         cancel_locked(job);
-        while (!job->done) (void)pthread_cond_wait(&fst_pool.event, &fst_pool.lock);
+        while (!job->done) (void)pthread_cond_wait(&fst_queue.event, &fst_queue.lock);
     }
     bool last = --job->refs == 0;
-    fst_pool_unlock();
-    if (last) destroy(job);
+    fst_queue_unlock();
+    if (last) fst_queue_free(job);
 }
 
 void fst_job_release_at(fst_job **job) {

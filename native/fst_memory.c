@@ -3,21 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "fst_internal.h"
-
-static bool read_number(const char *path, uint64_t *out) {
-    char text[64];
-    FILE *file = fopen(path, "re");
-    if (file == NULL) return false;
-    size_t got = fread(text, 1, sizeof text - 1, file);
-    (void)fclose(file);
-    text[got] = '\0';
-    char *end;
-    unsigned long long value = strtoull(text, &end, 10);
-    if (end == text) return false; /* "max": no limit here */
-    *out = value;
-    return true;
-}
+#include "fst_base.h"
+#include "fst_sys.h"
 
 /* The number behind "key " in a file of "key value" lines. */
 static bool read_field(const char *path, const char *key, uint64_t *out) {
@@ -37,28 +24,24 @@ static bool read_field(const char *path, const char *key, uint64_t *out) {
     return found;
 }
 
-static bool join(char *to, size_t room, const char *folder, const char *name) {
-    int written = snprintf(to, room, "%s/%s", folder, name);
-    return written > 0 && (size_t)written < room;
-}
-
 /* Headroom of one cgroup folder; UINT64_MAX where it sets no limit. */
 static uint64_t folder_headroom(const char *folder, bool v2) {
     char path[1024];
-    uint64_t limit, used, active = 0, inactive = 0;
-    if (!join(path, sizeof path, folder, v2 ? "memory.max" : "memory.limit_in_bytes") ||
-        !read_number(path, &limit))
+    long long limit, taken; /* the limit may read "max": there is none */
+    uint64_t active = 0, inactive = 0;
+    const char *limit_name = v2 ? "memory.max" : "memory.limit_in_bytes";
+    const char *taken_name = v2 ? "memory.current" : "memory.usage_in_bytes";
+    if (!fst_read_number(&limit, "%s/%s", folder, limit_name) ||
+        !fst_read_number(&taken, "%s/%s", folder, taken_name))
         return UINT64_MAX;
-    if (!join(path, sizeof path, folder, v2 ? "memory.current" : "memory.usage_in_bytes") ||
-        !read_number(path, &used))
-        return UINT64_MAX;
-    if (join(path, sizeof path, folder, "memory.stat")) {
+    int length = snprintf(path, sizeof path, "%s/memory.stat", folder);
+    if (length > 0 && (size_t)length < sizeof path) {
         (void)read_field(path, v2 ? "active_file " : "total_active_file ", &active);
         (void)read_field(path, v2 ? "inactive_file " : "total_inactive_file ", &inactive);
     }
-    uint64_t cached = active + inactive;
+    uint64_t cached = active + inactive, most = (uint64_t)limit, used = (uint64_t)taken;
     used = used > cached ? used - cached : 0;
-    return limit > used ? limit - used : 0;
+    return most > used ? most - used : 0;
 }
 
 /* A cgroup's limit is the least over it and its ancestors. */

@@ -1,16 +1,17 @@
 /* fst_numa.c - workers near the device or the disk they serve, where a machine has several nodes.
  *
  * Only our own threads are placed, within the CPUs they were started with, and only where
- * enough of those are near. Whatever the system does not tell, or refuses, leaves them alone.
+ * enough of those are near. Where the system gives no answer or refuses, they stay where they are.
  */
-#define _GNU_SOURCE
 #include <limits.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/sysmacros.h>
 
-#include "fst_pool.h"
+#include "fst_numa.h"
+#include "fst_sys.h"
 
 #define NODES_MAX 64
 
@@ -79,33 +80,28 @@ int fst_numa_of_file(const fst_file *file) {
     (void)pthread_once(&looked, look);
     if (file == NULL || machine.nodes < 2) return FST_ANYWHERE;
     for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
-        char path[PATH_MAX];
-        int node = FST_ANYWHERE;
-        (void)snprintf(path, sizeof path, "%s/dev/block/%u:%u/%s/numa_node", machine.root,
-                       major(file->info.dev), minor(file->info.dev), places[i]);
-        FILE *told = fopen(path, "re");
-        if (told == NULL) continue;
-        if (fscanf(told, "%d", &node) != 1) node = FST_ANYWHERE;
-        (void)fclose(told);
-        return node;
+        long long node;
+        if (fst_read_number(&node, "%s/dev/block/%u:%u/%s/numa_node", machine.root,
+                            major(file->info.dev), minor(file->info.dev), places[i]))
+            return (int)node;
     }
     return FST_ANYWHERE;
 }
 
-void fst_numa_start(fst_worker *worker) {
-    worker->node = FST_ANYWHERE;
-    worker->placeable = sched_getaffinity(0, sizeof worker->allowed, &worker->allowed) == 0;
+void fst_numa_start(fst_placement *place) {
+    place->node = FST_ANYWHERE;
+    place->placeable = sched_getaffinity(0, sizeof place->allowed, &place->allowed) == 0;
 }
 
-void fst_numa_place(fst_worker *worker, int node, int threads) {
+void fst_numa_place(fst_placement *place, int node, int threads) {
     cpu_set_t near;
-    if (!worker->placeable || node == worker->node) return;
+    if (!place->placeable || node == place->node) return;
     (void)pthread_once(&looked, look);
-    worker->node = node;
+    place->node = node;
     if (machine.nodes < 2) return;
     CPU_ZERO(&near);
-    if (node >= 0 && node < NODES_MAX) CPU_AND(&near, &worker->allowed, &machine.cpus[node]);
-    /* Workers wait most of the time, for storage: half as many CPUs do. */
-    if (CPU_COUNT(&near) == 0 || 2 * CPU_COUNT(&near) < threads) near = worker->allowed;
+    if (node >= 0 && node < NODES_MAX) CPU_AND(&near, &place->allowed, &machine.cpus[node]);
+    /* Workers mostly wait for storage: half as many CPUs as workers are enough. */
+    if (CPU_COUNT(&near) == 0 || 2 * CPU_COUNT(&near) < threads) near = place->allowed;
     (void)sched_setaffinity(0, sizeof near, &near);
 }

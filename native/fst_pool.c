@@ -1,5 +1,4 @@
 /* fst_pool.c - worker threads, and what a fork does to them. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
 #include <string.h>
@@ -11,51 +10,40 @@
 #define IDLE_SECONDS 10
 #define STACK_BYTES (1u << 20) /* address space only; libraries' thread-local data is in it */
 
-fst_pool_state fst_pool = {.lock = PTHREAD_MUTEX_INITIALIZER};
+fst_pool_state fst_pool;
 
 static pthread_once_t pool_once = PTHREAD_ONCE_INIT;
-
-struct timespec fst_deadline(int milliseconds) {
-    struct timespec at;
-    (void)clock_gettime(CLOCK_MONOTONIC, &at);
-    at.tv_sec += milliseconds / 1000;
-    at.tv_nsec += (long)(milliseconds % 1000) * 1000000L;
-    if (at.tv_nsec >= 1000000000L) {
-        at.tv_sec++;
-        at.tv_nsec -= 1000000000L;
-    }
-    return at;
-}
 
 /* ---- workers ---- */
 
 static void *worker_main(void *argument) {
     fst_worker *worker = argument;
-    fst_numa_start(worker);
-    fst_pool_lock();
+    fst_numa_start(&worker->place);
+    fst_queue_lock();
     for (;;) {
         fst_chunk_retire(worker, worker->in_flight == FST_IN_FLIGHT);
-        fst_job *job = fst_pool.forking > 0 ? NULL : fst_job_next();
+        fst_job *job = fst_queue.forking > 0 ? NULL : fst_queue_next();
         if (job != NULL) {
             fst_chunk_run(job, worker);
-            fst_job_finish_if_over(job);
-            (void)pthread_cond_broadcast(&fst_pool.event);
+            fst_queue_finish_if_over(job);
+            (void)pthread_cond_broadcast(&fst_queue.event);
             continue;
         }
         if (worker->in_flight > 0) {
             fst_chunk_retire(worker, true);
             continue;
         }
-        if (fst_pool.ending > 0 && fst_pool.forking == 0) break; /* a fork hides chunks from us */
-        struct timespec until = fst_deadline(IDLE_SECONDS * 1000);
-        int timed_out = pthread_cond_timedwait(&fst_pool.work, &fst_pool.lock, &until);
-        if (timed_out == ETIMEDOUT && fst_job_next() == NULL && fst_pool.forking == 0) break;
+        /* During a fork no chunk was looked for: there may be one. */
+        if (fst_pool.ending > 0 && fst_queue.forking == 0) break;
+        struct timespec until = fst_queue_deadline(IDLE_SECONDS * 1000);
+        int timed_out = pthread_cond_timedwait(&fst_queue.work, &fst_queue.lock, &until);
+        if (timed_out == ETIMEDOUT && fst_queue_next() == NULL && fst_queue.forking == 0) break;
     }
     fst_pages_unmap(&worker->slot);
     worker->alive = false;
     fst_pool.threads--;
-    (void)pthread_cond_broadcast(&fst_pool.event);
-    fst_pool_unlock();
+    (void)pthread_cond_broadcast(&fst_queue.event);
+    fst_queue_unlock();
     return NULL;
 }
 
@@ -77,7 +65,7 @@ static bool start_worker(void) {
     worker->number = number;
     worker->oldest = 0;
     int code = FST_SYS->pthread_create(&worker->thread, &attributes, worker_main, worker);
-    if (code == EINVAL) { /* the program's thread-local data alone are more than that */
+    if (code == EINVAL) { /* the program's thread-local data need more than that */
         (void)pthread_attr_destroy(&attributes);
         if (pthread_attr_init(&attributes) == 0) {
             (void)pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
@@ -94,105 +82,37 @@ static bool start_worker(void) {
     return true;
 }
 
-void fst_pool_grow(int wanted) {
+int fst_pool_grow(int wanted) {
     while (fst_pool.threads < wanted && start_worker()) {
     }
+    return fst_pool.threads;
 }
 
 /* ---- fork ---- */
 
-static void before_fork(void) {
-    fst_pool_lock();
-    fst_pool.forking++;
-    /* The device must not write into pages that the fork is about to share, and what a
-     * finishing job lets go of must not stay behind in the child. */
-    while (fst_pool.in_flight_direct > 0 || fst_pool.finishing > 0)
-        (void)pthread_cond_wait(&fst_pool.event, &fst_pool.lock);
-}
-
-static void after_fork_parent(void) {
-    fst_pool.forking--;
-    (void)pthread_cond_broadcast(&fst_pool.work);
-    (void)pthread_cond_broadcast(&fst_pool.event);
-    fst_pool_unlock();
-}
-
-static void init_conditions(void) {
-    pthread_condattr_t attributes;
-    (void)pthread_condattr_init(&attributes);
-    (void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-    (void)pthread_cond_init(&fst_pool.work, &attributes);
-    (void)pthread_cond_init(&fst_pool.event, &attributes);
-    (void)pthread_condattr_destroy(&attributes);
-}
-
-/* Only the forking thread exists in the child: workers are gone, and so is whoever
- * owned the jobs. They end as cancelled and let go of what they held. */
+/* In the child no worker exists. */
 static void after_fork_child(void) {
-    (void)pthread_mutex_init(&fst_pool.lock, NULL); /* locked by this very thread, in the parent */
-    init_conditions();
-    fst_pool.forking = fst_pool.ending = 0;
-    fst_pool.threads = fst_pool.in_flight_direct = 0;
+    fst_pool.threads = fst_pool.ending = 0;
     for (int i = 0; i < FST_MAX_THREADS; i++) {
         fst_pool.workers[i].alive = false;
         fst_pool.workers[i].in_flight = 0;
         fst_pages_unmap(&fst_pool.workers[i].slot);
     }
-    fst_gpu_after_fork();
-    fst_ring_after_fork();
-    fst_gds_after_fork();
-    fst_pool_lock();
-    while (fst_pool.head != NULL) {
-        fst_job *job = fst_pool.head;
-        job->chunks = NULL;
-        job->reading = 0;
-        if (job->options.device != NULL) { /* the driver's, and torch's to free: not from here */
-            job->arena = NULL;
-            job->allocated = job->gds_handle = NULL;
-        }
-        atomic_store(&job->stop, true);
-        if (job->result == FST_OK)
-            job->result = fst_fail(&job->error, FST_E_CANCELLED, ECANCELED,
-                                   "the process forked during the load");
-        fst_job_give_up_rest(job);
-        fst_job_finish_if_over(job);
-    }
-    fst_pool_unlock();
 }
 
 static void init_pool(void) {
-    init_conditions();
-    (void)pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+    fst_queue_prepare(); /* whose handler takes the lock that guards the pool, too */
+    (void)pthread_atfork(NULL, NULL, after_fork_child);
 }
 
 void fst_pool_prepare(void) { (void)pthread_once(&pool_once, init_pool); }
 
-void fst_pool_get_stats(fst_pool_stats *stats) {
-    memset(stats, 0, sizeof *stats);
-    fst_pool_prepare(); /* else a fork now would find the lock taken */
-    fst_pool_lock();
-    stats->threads = fst_pool.threads;
-    stats->jobs = fst_pool.jobs;
-    fst_pool_unlock();
-    stats->arenas = atomic_load(&fst_counts.arenas);
-    stats->arena_bytes = atomic_load(&fst_counts.arena_bytes);
-    stats->files = atomic_load(&fst_counts.files);
-    stats->bytes_prefetched = atomic_load(&fst_counts.bytes_prefetched);
-    stats->bytes_buffered = atomic_load(&fst_counts.bytes_buffered);
-    stats->bytes_direct = atomic_load(&fst_counts.bytes_direct);
-    stats->bytes_copied = atomic_load(&fst_counts.bytes_copied);
-    stats->bytes_uploaded = atomic_load(&fst_counts.bytes_uploaded);
-    fst_ring_stats(&stats->pinned_bytes, &stats->pinned_nanoseconds);
-}
-
-void fst_pool_shutdown(void) {
+void fst_pool_stop(void) {
     fst_pool_prepare();
-    fst_pool_lock();
+    fst_queue_lock();
     fst_pool.ending++;
-    (void)pthread_cond_broadcast(&fst_pool.work);
-    while (fst_pool.threads > 0) (void)pthread_cond_wait(&fst_pool.event, &fst_pool.lock);
+    (void)pthread_cond_broadcast(&fst_queue.work);
+    while (fst_pool.threads > 0) (void)pthread_cond_wait(&fst_queue.event, &fst_queue.lock);
     fst_pool.ending--;
-    fst_pool_unlock();
-    fst_ring_clear();
-    fst_gds_clear();
+    fst_queue_unlock();
 }

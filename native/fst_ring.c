@@ -1,14 +1,13 @@
 /* fst_ring.c - the slots that copies to devices start from.
  *
- * Pinned one by one, when a worker needs one and none is free, and kept for the next load:
- * pinning runs at 1 to 2 GB/s, so a ring of 64 MiB costs some 50 ms once. A system may refuse
- * to pin at any slot (RLIMIT_MEMLOCK, a container's limit): the load goes on with those there
- * are, and with ordinary memory when there is none.
+ * A slot is pinned when a worker needs one and none is free, and is kept for the next load: pinning
+ * runs at 1 to 2 GB/s, so a ring of 64 MiB costs some 50 ms once. A system may refuse to pin at any
+ * slot (RLIMIT_MEMLOCK, a container's limit): the load goes on with the slots it has, and with
+ * ordinary memory if it has none.
  *
- * Slots are madvised away from children: after a fork, a write by the parent would move the
- * page under the device's feet.
+ * Slots are not inherited by children (MADV_DONTFORK): after a fork, a write by the parent would
+ * give the process another page than the one that the device reads.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -16,7 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "fst_gpu.h"
+#include "fst_ring.h"
 #include "fst_sys.h"
 
 #define PORTABLE 1u /* CU_MEMHOSTREGISTER_PORTABLE, hipHostRegisterPortable: any context */
@@ -33,6 +32,26 @@ static struct {
     bool refused; /* pinning more has failed; tried again once the ring was cleared */
 } ring = {.lock = PTHREAD_MUTEX_INITIALIZER, .given = PTHREAD_COND_INITIALIZER};
 
+static pthread_once_t forks_watched = PTHREAD_ONCE_INIT;
+
+/* In the child slots are not mapped, and their addresses may soon mean something else: they
+ * are forgotten, not unmapped. */
+static void after_fork_child(void) {
+    (void)pthread_mutex_init(&ring.lock, NULL);
+    (void)pthread_cond_init(&ring.given, NULL);
+    ring.spare = NULL;
+    ring.slots = ring.pinned_bytes = 0;
+    ring.refused = false;
+}
+
+static void watch_forks(void) { (void)pthread_atfork(NULL, NULL, after_fork_child); }
+
+/* For the functions that others call without holding a slot. */
+static void lock_first(void) {
+    (void)pthread_once(&forks_watched, watch_forks);
+    (void)pthread_mutex_lock(&ring.lock);
+}
+
 static void near(const fst_device *device, const fst_pages *pages) {
     unsigned long mask[NODES_MAX / (8 * sizeof(unsigned long))] = {0};
     int node = device->numa_node;
@@ -41,20 +60,14 @@ static void near(const fst_device *device, const fst_pages *pages) {
     (void)syscall(SYS_mbind, pages->map, pages->map_bytes, PREFERRED, mask, NODES_MAX, 0);
 }
 
-static uint64_t nanoseconds(void) {
-    struct timespec now;
-    if (clock_gettime(CLOCK_MONOTONIC, &now) != 0) return 0;
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 static bool pin(fst_device *device, fst_slot *slot) {
     fst_gpu_scope scope;
     fst_error ignored = {0};
-    uint64_t begin = nanoseconds();
+    uint64_t begin = fst_nanoseconds(CLOCK_MONOTONIC);
     if (fst_gpu_enter(device, &scope, &ignored) != FST_OK) return false;
     int status = device->gpu->host_register(slot->pages.data, (size_t)slot->pages.bytes, PORTABLE);
     fst_gpu_leave(&scope);
-    uint64_t took = nanoseconds() - begin;
+    uint64_t took = fst_nanoseconds(CLOCK_MONOTONIC) - begin;
     (void)pthread_mutex_lock(&ring.lock);
     ring.pinned_nanoseconds += took;
     (void)pthread_mutex_unlock(&ring.lock);
@@ -70,8 +83,8 @@ static bool unpin(fst_slot *slot) {
     return status == 0;
 }
 
-/* Memory that the driver would not let go of stays mapped: at its address nothing else could
- * be pinned, and a device may still read there. */
+/* Memory that the driver does not unpin stays mapped: nothing else could be pinned at its address,
+ * and a device may still read there. */
 static void destroy(fst_slot *slot) {
     if (!slot->pinned || unpin(slot)) fst_pages_unmap(&slot->pages);
     free(slot);
@@ -93,8 +106,8 @@ static fst_slot *create(fst_device *device, uint64_t bytes, bool pinned) {
     return NULL;
 }
 
-/* With the lock held: a spare slot, pinned or not, that will do. Those too small, or of another
- * driver, are of no use here: *useless is one of them. */
+/* With the lock held: finds a spare slot, pinned or not. *useless becomes a spare slot that is too
+ * small, or of another driver. */
 static fst_slot *pick(const fst_device *device, uint64_t bytes, bool pinned, fst_slot **useless) {
     fst_slot **best = NULL;
     *useless = NULL;
@@ -146,12 +159,12 @@ static fst_slot *grow(fst_device *device, uint64_t bytes, bool pinned) {
         ring.pinned_bytes -= bytes;
         ring.refused = true;
     }
-    (void)pthread_cond_broadcast(&ring.given); /* who counted on it looks again */
+    (void)pthread_cond_broadcast(&ring.given); /* waiters look again */
     return NULL;
 }
 
-/* With the lock held, which it may let go of meanwhile; looks again then, since what was given
- * back by others in that time is not heard of any more. */
+/* With the lock held, which it may let go of meanwhile. It then looks again, since a slot may have
+ * been given back in that time. */
 static fst_slot *take(fst_device *device, uint64_t bytes, uint64_t pinned_limit) {
     fst_slot *useless, *slot;
     for (;;) {
@@ -167,7 +180,7 @@ static fst_slot *take(fst_device *device, uint64_t bytes, uint64_t pinned_limit)
             break;
         }
     }
-    /* With no pinned slot to wait for, ordinary memory has to do. */
+    /* There is no pinned slot to wait for: use ordinary memory. */
     if (ring.pinned_bytes > 0) return NULL;
     slot = pick(device, bytes, false, &useless);
     if (slot != NULL) return slot;
@@ -178,7 +191,7 @@ static fst_slot *take(fst_device *device, uint64_t bytes, uint64_t pinned_limit)
 int fst_ring_take(fst_device *device, uint64_t bytes, uint64_t pinned_limit, bool wait,
                   fst_slot **out, fst_error *err) {
     int code = FST_OK;
-    (void)pthread_mutex_lock(&ring.lock);
+    lock_first();
     *out = take(device, fst_align_up(bytes, fst_page()), pinned_limit);
     if (*out == NULL && ring.slots == 0)
         code = fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory for a slot of %llu bytes",
@@ -205,7 +218,7 @@ void fst_ring_give(fst_slot *slot) {
 
 void fst_ring_clear(void) {
     for (;;) {
-        (void)pthread_mutex_lock(&ring.lock);
+        lock_first();
         fst_slot *slot = ring.spare;
         if (slot != NULL) unlink_spare(slot);
         ring.refused = false;
@@ -215,18 +228,8 @@ void fst_ring_clear(void) {
     }
 }
 
-/* In the child slots are not mapped, and their addresses may soon mean something else: they
- * are forgotten, not unmapped. */
-void fst_ring_after_fork(void) {
-    (void)pthread_mutex_init(&ring.lock, NULL);
-    (void)pthread_cond_init(&ring.given, NULL);
-    ring.spare = NULL;
-    ring.slots = ring.pinned_bytes = 0;
-    ring.refused = false;
-}
-
 void fst_ring_stats(uint64_t *pinned_bytes, uint64_t *pinned_nanoseconds) {
-    (void)pthread_mutex_lock(&ring.lock);
+    lock_first();
     *pinned_bytes = ring.pinned_bytes;
     *pinned_nanoseconds = ring.pinned_nanoseconds;
     (void)pthread_mutex_unlock(&ring.lock);

@@ -1,15 +1,17 @@
 /* fst_sys.c - the system-call table and its fault-injecting twin. */
-#define _GNU_SOURCE
 #include "fst_sys.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "fst_internal.h"
+#include "fst_base.h"
 
 /* Linux 6.5; older C libraries know neither the number nor the structs. */
 #define FST_NR_CACHESTAT 451
@@ -29,9 +31,16 @@ struct cachestat_abi {
 
 static int real_open(const char *path, int flags) { return open(path, flags); }
 
-static int real_stat(const char *path, struct stat *out) { return stat(path, out); }
-
-static int real_fstat(int fd, struct stat *out) { return fstat(fd, out); }
+#define real_stat stat
+#define real_fstat fstat
+#define real_pread pread
+#define real_preadv preadv
+#define real_preadv2 preadv2
+#define real_mmap mmap
+#define real_madvise madvise
+#define real_readahead readahead
+#define real_mincore mincore
+#define real_pthread_create pthread_create
 
 static long long real_cachestat(int fd, unsigned long long offset, unsigned long long bytes) {
     struct cachestat_range_abi range = {offset, bytes};
@@ -48,47 +57,36 @@ static int real_fadvise(int fd, off_t offset, off_t bytes, int advice) {
     return -1;
 }
 
-static const fst_sys_table real_table = {
-    .open = real_open,
-    .stat = real_stat,
-    .fstat = real_fstat,
-    .pread = pread,
-    .preadv = preadv,
-    .preadv2 = preadv2,
-    .mmap = mmap,
-    .madvise = madvise,
-    .readahead = readahead,
-    .cachestat = real_cachestat,
-    .mincore = mincore,
-    .fadvise = real_fadvise,
-    .pthread_create = pthread_create,
-};
+#define REAL(name, result, failed, parameters, arguments) .name = real_##name,
+static const fst_sys_table real_table = {FST_SYS_CALLS(REAL)};
+#undef REAL
 
 _Atomic(const fst_sys_table *) fst_sys_in_force = &real_table;
 
+bool fst_read_number(long long *out, const char *format, ...) {
+    char path[PATH_MAX];
+    va_list arguments;
+    va_start(arguments, format);
+    int length = vsnprintf(path, sizeof path, format, arguments);
+    va_end(arguments);
+    FILE *file = length < 0 || (size_t)length >= sizeof path ? NULL : fopen(path, "re");
+    if (file == NULL) return false;
+    bool found = fscanf(file, "%lld", out) == 1;
+    (void)fclose(file);
+    return found;
+}
+
 /* ---- the faulting twin ---- */
 
+#define NUMBER(name, result, failed, parameters, arguments) CALL_##name,
 enum fault_call {
-    CALL_OPEN,
-    CALL_STAT,
-    CALL_FSTAT,
-    CALL_PREAD,
-    CALL_PREADV,
-    CALL_PREADV2,
-    CALL_MMAP,
-    CALL_MADVISE,
-    CALL_READAHEAD,
-    CALL_CACHESTAT,
-    CALL_MINCORE,
-    CALL_FADVISE,
-    CALL_PTHREAD_CREATE,
-    CALLS
+    FST_SYS_CALLS(NUMBER) CALLS
 };
+#undef NUMBER
 
-static const char *const call_names[CALLS] = {
-    "open",    "stat",      "fstat",     "pread",   "preadv",  "preadv2",        "mmap",
-    "madvise", "readahead", "cachestat", "mincore", "fadvise", "pthread_create",
-};
+#define NAME(name, result, failed, parameters, arguments) #name,
+static const char *const call_names[CALLS] = {FST_SYS_CALLS(NAME)};
+#undef NAME
 
 static struct fault {
     atomic_ullong calls;
@@ -123,83 +121,31 @@ static ssize_t cut_short(enum fault_call call, const struct iovec *to, int count
     return (ssize_t)most;
 }
 
-static int faulty_open(const char *path, int flags) {
-    return fault_for(CALL_OPEN) < 0 ? -1 : real_open(path, flags);
-}
-
-static int faulty_stat(const char *path, struct stat *out) {
-    return fault_for(CALL_STAT) < 0 ? -1 : real_stat(path, out);
-}
-
-static int faulty_fstat(int fd, struct stat *out) {
-    return fault_for(CALL_FSTAT) < 0 ? -1 : real_fstat(fd, out);
-}
-
 static ssize_t faulty_pread(int fd, void *to, size_t bytes, off_t offset) {
-    int fault = fault_for(CALL_PREAD);
+    int fault = fault_for(CALL_pread);
     if (fault < 0) return -1;
     ssize_t got = pread(fd, to, bytes, offset);
     const struct iovec all = {to, bytes};
-    return fault == 0 ? got : cut_short(CALL_PREAD, &all, 1, got);
+    return fault == 0 ? got : cut_short(CALL_pread, &all, 1, got);
 }
 
 static ssize_t faulty_preadv(int fd, const struct iovec *to, int count, off_t offset) {
-    int fault = fault_for(CALL_PREADV);
+    int fault = fault_for(CALL_preadv);
     if (fault < 0) return -1;
     ssize_t got = preadv(fd, to, count, offset);
-    return fault == 0 ? got : cut_short(CALL_PREADV, to, count, got);
+    return fault == 0 ? got : cut_short(CALL_preadv, to, count, got);
 }
 
-static ssize_t faulty_preadv2(int fd, const struct iovec *to, int count, off_t offset, int flags) {
-    return fault_for(CALL_PREADV2) < 0 ? -1 : preadv2(fd, to, count, offset, flags);
-}
+#define FAULTY(name, result, failed, parameters, arguments)                                        \
+    static result faulty_##name parameters {                                                       \
+        return fault_for(CALL_##name) < 0 ? failed : real_##name arguments;                        \
+    }
+FST_SYS_OTHERS(FAULTY)
+#undef FAULTY
 
-static void *faulty_mmap(void *hint, size_t bytes, int protection, int flags, int fd,
-                         off_t offset) {
-    return fault_for(CALL_MMAP) < 0 ? MAP_FAILED : mmap(hint, bytes, protection, flags, fd, offset);
-}
-
-static int faulty_madvise(void *address, size_t bytes, int advice) {
-    return fault_for(CALL_MADVISE) < 0 ? -1 : madvise(address, bytes, advice);
-}
-
-static ssize_t faulty_readahead(int fd, off_t offset, size_t bytes) {
-    return fault_for(CALL_READAHEAD) < 0 ? -1 : readahead(fd, offset, bytes);
-}
-
-static long long faulty_cachestat(int fd, unsigned long long offset, unsigned long long bytes) {
-    return fault_for(CALL_CACHESTAT) < 0 ? -1 : real_cachestat(fd, offset, bytes);
-}
-
-static int faulty_mincore(void *address, size_t bytes, unsigned char *out) {
-    return fault_for(CALL_MINCORE) < 0 ? -1 : mincore(address, bytes, out);
-}
-
-static int faulty_fadvise(int fd, off_t offset, off_t bytes, int advice) {
-    return fault_for(CALL_FADVISE) < 0 ? -1 : real_fadvise(fd, offset, bytes, advice);
-}
-
-static int faulty_pthread_create(pthread_t *thread, const pthread_attr_t *attributes,
-                                 void *(*start)(void *), void *argument) {
-    if (fault_for(CALL_PTHREAD_CREATE) < 0) return errno; /* pthread_create returns its error */
-    return pthread_create(thread, attributes, start, argument);
-}
-
-static const fst_sys_table faulty_table = {
-    .open = faulty_open,
-    .stat = faulty_stat,
-    .fstat = faulty_fstat,
-    .pread = faulty_pread,
-    .preadv = faulty_preadv,
-    .preadv2 = faulty_preadv2,
-    .mmap = faulty_mmap,
-    .madvise = faulty_madvise,
-    .readahead = faulty_readahead,
-    .cachestat = faulty_cachestat,
-    .mincore = faulty_mincore,
-    .fadvise = faulty_fadvise,
-    .pthread_create = faulty_pthread_create,
-};
+#define TWIN(name, result, failed, parameters, arguments) .name = faulty_##name,
+static const fst_sys_table faulty_table = {FST_SYS_CALLS(TWIN)};
+#undef TWIN
 
 static int call_index(const char *name) {
     for (int i = 0; i < CALLS; i++)

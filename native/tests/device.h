@@ -12,6 +12,7 @@
 #include <pthread.h>
 
 #include "fake_open.h"
+#include "fst_arena.h"
 #include "fst_gpu.h"
 
 enum {

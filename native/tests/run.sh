@@ -55,7 +55,7 @@ runner_of() {
 # The fake device driver, which programs find through FAKE_CUDA.
 build_fake() { # variant
     # shellcheck disable=SC2046,SC2086
-    $CC -std=c11 -g -pthread -fPIC -shared -fvisibility=hidden -D_FILE_OFFSET_BITS=64 $warnings \
+    $CC -std=c11 -g -pthread -fPIC -shared -fvisibility=hidden -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 $warnings \
         $(flags_of "$1") ${CFLAGS:-} "$here"/fake_*.c -o "$build/$1/libfake_cuda.so"
 }
 
@@ -64,7 +64,7 @@ compile() { # variant
     # shellcheck disable=SC2016 # the inner shell expands it
     for source in "$native"/fst_*.c "$here"/test_*.c "$here"/fuzz_*.c; do
         [ "$(basename "$source")" = fst_python.c ] || echo "$source"
-    done | FLAGS="-std=c11 -g -pthread -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-}" \
+    done | FLAGS="-std=c11 -g -pthread -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-}" \
         CC=$CC OUT="$build/$1" NATIVE=$native \
         xargs -P "$jobs" -I '{}' sh -c '$CC $FLAGS -I"$NATIVE" -c "$1" -o "$OUT/$(basename "$1" .c).o"' sh '{}' ||
         return 1
@@ -103,7 +103,7 @@ build_mutant() { # variant, rule
     cp "$build/$1"/fst_*.o "$build/$2"
     grep -l FST_KEEPS "$native"/fst_*.c | while read -r source; do
         # shellcheck disable=SC2046,SC2086
-        $CC -std=c11 -g -pthread -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-} \
+        $CC -std=c11 -g -pthread -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-} \
             "-DFST_OMIT=FST_RULE_$2" -I"$native" -c "$source" \
             -o "$build/$2/$(basename "$source" .c).o" || exit 1
     done || return 1

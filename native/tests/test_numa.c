@@ -68,15 +68,15 @@ static cpu_set_t mine(void) {
 static cpu_set_t worker_at(int node) {
     cpu_set_t found;
     CPU_ZERO(&found);
-    fst_pool_lock(); /* it is idle, and cannot leave meanwhile */
+    fst_queue_lock(); /* it is idle, and cannot leave meanwhile */
     bool placed = false;
     for (int i = 0; i < FST_MAX_THREADS; i++) {
         fst_worker *worker = &fst_pool.workers[i];
-        if (!worker->alive || worker->node != node) continue;
+        if (!worker->alive || worker->place.node != node) continue;
         MUST(pthread_getaffinity_np(worker->thread, sizeof found, &found) == 0);
         placed = true;
     }
-    fst_pool_unlock();
+    fst_queue_unlock();
     CHECK(placed);
     return found;
 }

@@ -1,4 +1,4 @@
-/* fst_io_prefetch.c - pull a chunk of a file into the page cache, and into its map's page table.
+/* fst_io_cache.c - pull a chunk of a file into the page cache, and into its map's page table.
  *
  * Where a map is advised to be in huge pages, a fault reads 2 MiB into one folio, whatever the
  * read-ahead setting (Linux 5.18), and maps it by one entry (on file systems with large
@@ -10,21 +10,20 @@
  * after the second.
  *
  * Where a fault turns out to read less, readahead() in pieces queues the whole chunk at the
- * device first. What is cached already is left alone: populating it beside the reader gained
- * nothing, and costs whoever loads more than he reads.
+ * device first. Chunks that are cached already are left alone: to populate them beside the reader
+ * gained nothing, and costs a program time for tensors that it does not read.
  *
  * Buffered reads fill the cache in the same way, through a map that lasts as long: 1.02 and
  * 1.13 s in the same setting, where reads alone took 1.48 and 1.75 s, and after readahead()
  * 1.60 and 1.70 s.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <time.h>
 
 #include "fst_fill_mode.h"
-#include "fst_internal.h"
+#include "fst_io_cache.h"
 #include "fst_sys.h"
 
 #ifndef MADV_POPULATE_READ
@@ -81,12 +80,12 @@ static int populate(const fst_io_context *io, mapped map, uint64_t begin, uint64
     return EAGAIN;
 }
 
-/* What of a chunk is read by huge pages: whole ones, since other bytes may be unwanted, such
- * as experts of other ranks. The header before the first and the end of the file are no loss. */
+/* The part of a chunk that is read by huge pages: whole pages only, since the bytes beside it may
+ * be unwanted, such as experts of other ranks. The file's header and end may be read with it. */
 typedef struct huge_range {
     uint64_t begin, end;
-    uint64_t alone; /* from here on a fault may not ask for the next huge page: that is another
-                       chunk's, or nobody's */
+    uint64_t alone; /* from here on a fault may not read the next huge page: it is another chunk's,
+                       or unwanted */
 } huge_range;
 
 static huge_range huge_part(const fst_io_context *io) {
@@ -95,7 +94,7 @@ static huge_range huge_part(const fst_io_context *io) {
         .begin = first ? io->begin : fst_align_up(io->begin, FST_HUGE_PAGE),
         .end = last ? io->end : fst_align_down(io->end, FST_HUGE_PAGE),
     };
-    /* Of less, a fault would read more than is wanted. */
+    /* With less than a huge page, a fault would read more than is wanted. */
     if (part.end < part.begin || part.end - part.begin < FST_HUGE_PAGE) part.end = part.begin;
     part.alone = part.begin < part.end ? part.end - FST_HUGE_PAGE : part.end;
     return part;
@@ -128,13 +127,7 @@ typedef struct file_range {
     uint64_t begin, end;
 } file_range;
 
-static uint64_t now(void) {
-    struct timespec at;
-    if (clock_gettime(CLOCK_MONOTONIC, &at) != 0) return 0;
-    return (uint64_t)at.tv_sec * 1000000000u + (uint64_t)at.tv_nsec;
-}
-
-/* Whether a probe tells how many bytes of the chunk are not cached. */
+/* Counts the bytes of the chunk that are not cached; false: no probe can see them. */
 static bool probed(const fst_io_context *io, uint64_t *cold) {
     uint64_t resident = 0, length = io->end - io->begin;
     int probe = FST_PROBE_NONE;
@@ -143,8 +136,8 @@ static bool probed(const fst_io_context *io, uint64_t *cold) {
     return probe != FST_PROBE_NONE;
 }
 
-/* How many bytes of the chunk are not cached; all of them where no probe tells and a fault has
- * had to read. That reads what is wanted only, and is no loss. */
+/* How many bytes of the chunk are not cached. Without a probe it faults in a byte of each huge
+ * page, and returns all bytes if a fault had to read. Those faults read wanted bytes only. */
 static uint64_t cold_bytes_of(const fst_io_context *io, mapped huge, huge_range part) {
     uint64_t cold, length = io->end - io->begin, before = major_faults();
     if (probed(io, &cold)) return cold;
@@ -154,9 +147,9 @@ static uint64_t cold_bytes_of(const fst_io_context *io, mapped huge, huge_range 
     return major_faults() == before ? 0 : length;
 }
 
-/* What of a chunk faults of an open file description of its own read: all but its ends, since the
- * first fault reads half a window behind it, too, and the last may have two ahead of it. Empty
- * where the window is unknown, or too large for the folios to grow within the chunk. */
+/* The part of a chunk that is read by faults through an open file description of its own: all but
+ * the ends, since the first fault also reads half a window before it, and the last may read
+ * two windows beyond. Empty where the window is unknown, or too large for the folios to grow. */
 static file_range faulted_part(const fst_io_context *io) {
     uint64_t window = fst_file_window((fst_file *)(uintptr_t)io->file), page = fst_page();
     file_range part = {io->begin, io->begin};
@@ -167,8 +160,8 @@ static file_range faulted_part(const fst_io_context *io) {
     return part;
 }
 
-/* Reads a chunk by such faults, whose read-ahead follows this worker alone: folios grow to the
- * window's size, and the device takes them in larger pieces than the single pages of readahead().
+/* Reads a chunk by such faults. Their read-ahead follows this worker alone, so folios grow to the
+ * window's size, and the device gets larger requests than from the single pages of readahead().
  * 1.7 GB, 128 KiB read-ahead, 8 threads, medians of 5: 1.1 to 1.3 s instead of 1.9 s. Enters
  * nothing in the tensors' page table. Returns 0 or an errno. */
 static int read_by_faults(const fst_io_context *io, file_range part) {
@@ -198,8 +191,8 @@ static void fill(const fst_io_context *io, mapped huge, huge_range part) {
     }
 }
 
-/* A map of the chunk alone, for as long as a call takes. Not the tensors' own: advice splits a map
- * into areas, of which a process may have some 65,000, and 257 stripes took 527 of them. */
+/* A map of the chunk alone, for the time of one call. Advice on the tensors' own map would split it
+ * into areas: a process may have some 65,000, and 257 stripes took 527 of them. */
 typedef struct chunk_map {
     mapped whole; /* base is NULL where it was refused */
     mapped huge;  /* the same; base is NULL where huge pages are not for this chunk */
@@ -213,7 +206,7 @@ static chunk_map map_chunk(const fst_io_context *io, huge_range part) {
     void *base = FST_SYS->mmap(NULL, map.bytes, PROT_READ, MAP_SHARED, io->file->fd, (off_t)first);
     if (base == MAP_FAILED) return map;
     map.whole = (mapped){base, first};
-    /* Who reads a page in which a huge fault left its mark reads on behind what is wanted. */
+    /* A fault on the mark that a huge fault left would read on behind the wanted bytes. */
     if (exactly) (void)advise(map.whole, io->begin, io->end, MADV_RANDOM);
     if (exactly || part.begin == part.end ||
         advise(map.whole, part.begin, part.end, MADV_HUGEPAGE) != 0)
@@ -236,7 +229,7 @@ void fst_io_fill_cache(const fst_io_context *io) {
         queue_reads(io, io->begin, io->end);
     } else if (cold_bytes_of(io, map.huge, part) > 0) {
         fill(io, map.huge, part);
-        (void)populate(io, map.whole, io->begin, io->end); /* the read that follows says it */
+        (void)populate(io, map.whole, io->begin, io->end); /* the read that follows reports it */
     }
     unmap_chunk(&map);
 }
@@ -262,7 +255,7 @@ int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes) {
     /* Faulting in what is cached is cheap, and only if it is used. */
     if (told && *cold_bytes == 0) return 0;
     int mode = faulted.begin < faulted.end ? fst_fill_mode_get() : FST_FILL_HUGE, code;
-    uint64_t begun = now(), before = major_faults();
+    uint64_t begun = fst_nanoseconds(CLOCK_MONOTONIC), before = major_faults();
     if (mode != FST_FILL_HUGE) {
         code = read_by_faults(io, faulted);
         if (!told && major_faults() == before) *cold_bytes = 0;
@@ -270,7 +263,7 @@ int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes) {
     }
     if (mode == FST_FILL_HUGE) code = read_chunk(io, cold_bytes);
     if (code == 0 && *cold_bytes == io->end - io->begin && faulted.begin < faulted.end)
-        fst_fill_mode_note(mode, *cold_bytes, now() - begun);
+        fst_fill_mode_note(mode, *cold_bytes, fst_nanoseconds(CLOCK_MONOTONIC) - begun);
     if (code != EINVAL) return code;
     return io->slot == NULL ? ENOBUFS : fst_io_read_through(io);
 }

@@ -1,12 +1,11 @@
-/* fst_io_device.c - from a filled slot to device memory, and comparing what arrived. */
-#define _GNU_SOURCE
+/* fst_transfer.c - from a filled slot to device memory, and comparing what arrived. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "fst_gpu.h"
 #include "fst_sys.h"
+#include "fst_transfer.h"
 
 /* Enqueues one copy, of a piece and all that join it. */
 static int copy(const fst_transfer *transfer, void *stream, const fst_io_context *io,
@@ -66,7 +65,7 @@ int fst_transfer_start(fst_transfer *transfer, int stream, void *after, const fs
     if (code == FST_OK && status == 0) {
         code = enqueue(transfer, queue, io, err);
         if (code == FST_OK) status = gpu->event_record(transfer->event, queue);
-        /* Some copies may be under way, and no event tells of their end. */
+        /* Some copies may be under way, and no event marks their end. */
         if (code != FST_OK || status != 0) (void)gpu->stream_sync(queue);
     }
     if (code == FST_OK && status != 0)
@@ -99,8 +98,8 @@ int fst_transfer_finish(fst_transfer *transfer, fst_error *err) {
         int status = device->gpu->event_sync(transfer->event);
         if (status != 0) {
             code = fst_gpu_fail(err, device, "waiting for copies", status);
-            /* The error may be another's, and the copies still to come. A driver that cannot
-             * wait this way either copies nothing any more. */
+            /* The error may come from other work, with our copies still pending. If the driver
+             * cannot wait this way either, it copies nothing any more. */
             (void)device->gpu->stream_sync(transfer->queue);
         }
         fst_gpu_leave(&scope);
@@ -111,7 +110,7 @@ int fst_transfer_finish(fst_transfer *transfer, fst_error *err) {
     return code;
 }
 
-/* Reads for a proof, and leaves in the page cache what was there before. */
+/* Reads for a comparison, and evicts what that added to the page cache. */
 static int read_beside(fst_file *file, uint64_t offset, void *to, uint64_t bytes, fst_error *err) {
     uint64_t resident = 0, first = fst_align_down(offset, FST_HUGE_PAGE);
     uint64_t end = fst_align_up(offset + bytes, FST_HUGE_PAGE);
@@ -140,7 +139,8 @@ int fst_device_compare(fst_device *device, fst_arena *arena, uint64_t arena_offs
         void *stream = device->streams[0];
         int status = device->gpu->copy_out(both + bytes, (uintptr_t)arena->data + arena_offset,
                                            (size_t)bytes, stream);
-        int synced = device->gpu->stream_sync(stream); /* even then: both is about to be freed */
+        int synced =
+            device->gpu->stream_sync(stream); /* on errors, too: both is about to be freed */
         if (synced != 0) (void)device->gpu->stream_sync(stream);
         if (status == 0) status = synced;
         if (status != 0) code = fst_gpu_fail(err, device, "reading back", status);

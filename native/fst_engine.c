@@ -1,0 +1,28 @@
+/* fst_engine.c - the engine as a whole: what it holds, and how it lets go of it. */
+#include <string.h>
+
+#include "fst_pool.h"
+
+void fst_pool_get_stats(fst_pool_stats *stats) {
+    memset(stats, 0, sizeof *stats);
+    fst_pool_prepare(); /* else a fork now would find the lock taken */
+    fst_queue_lock();
+    stats->threads = fst_pool.threads;
+    stats->jobs = fst_queue.jobs;
+    fst_queue_unlock();
+    stats->arenas = atomic_load(&fst_counts.arenas);
+    stats->arena_bytes = atomic_load(&fst_counts.arena_bytes);
+    stats->files = atomic_load(&fst_counts.files);
+    stats->bytes_prefetched = atomic_load(&fst_counts.bytes_prefetched);
+    stats->bytes_buffered = atomic_load(&fst_counts.bytes_buffered);
+    stats->bytes_direct = atomic_load(&fst_counts.bytes_direct);
+    stats->bytes_copied = atomic_load(&fst_counts.bytes_copied);
+    stats->bytes_uploaded = atomic_load(&fst_counts.bytes_uploaded);
+    fst_ring_stats(&stats->pinned_bytes, &stats->pinned_nanoseconds);
+}
+
+void fst_pool_shutdown(void) {
+    fst_pool_stop();
+    fst_ring_clear();
+    fst_gds_clear();
+}
