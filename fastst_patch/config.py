@@ -17,6 +17,7 @@ from typing import Any
 
 from .errors import OptionError
 from .locks import shared
+from .terminal import nearest
 
 __all__ = [
     "Config",
@@ -28,6 +29,7 @@ __all__ = [
     "environment_profile",
     "environment_targets",
     "local_ranks",
+    "misspelt_variables",
     "pop",
     "push",
     "undecided_environment",
@@ -180,7 +182,11 @@ def _validated(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result = {}
     for name, value in options.items():
         if name not in _VALIDATORS:
-            raise OptionError(f"unknown option {name!r}: allowed are {', '.join(_VALIDATORS)}")
+            near = nearest(name, _VALIDATORS)
+            hint = f"did you mean {near}? " if near else ""
+            raise OptionError(
+                f"unknown option {name!r}: {hint}allowed are {', '.join(_VALIDATORS)}"
+            )
         label = prefix + name.upper() if prefix else name
         result[name] = _VALIDATORS[name](label, value)
     return result
@@ -230,12 +236,26 @@ def environment_targets() -> tuple[str, ...] | None:
     return tuple(name.strip() for name in names if name.strip()) or None
 
 
-def unknown_variables() -> list[str]:
-    """Names in the environment that look like options of ours and are none: misspelt, perhaps."""
-    known = {f"FASTST_{name.upper()}" for name in _VALIDATORS}
-    known |= {"FASTST_ENABLED", "FASTST_TARGETS", "FASTST_PROFILE_FILE", "FASTST_PROFILE_PID"}
-    known |= {"FASTST_WERROR"}  # of the build
-    return sorted(name for name in os.environ if name.startswith("FASTST_") and name not in known)
+def unknown_variables() -> dict[str, str | None]:
+    """Names in the environment that look like options of ours and are none.
+
+    Returns:
+        Each with the variable that it is most like; None when it is like none.
+    """
+    known = {f"FASTST_{name.upper()}" for name in _VALIDATORS} | {"FASTST_ENABLED"}
+    known |= {"FASTST_TARGETS"}
+    ours = known | {"FASTST_PROFILE_FILE", "FASTST_PROFILE_PID", "FASTST_WERROR"}  # not options
+    names = sorted(name for name in os.environ if name.startswith("FASTST_") and name not in ours)
+    return {name: nearest(name, known) for name in names}
+
+
+def misspelt_variables() -> list[str]:
+    """A sentence for each of `unknown_variables`."""
+    return [
+        f"{name} has no effect: there is no such option"
+        + (f"; did you mean {near}?" if near else "")
+        for name, near in unknown_variables().items()
+    ]
 
 
 def environment_profile() -> tuple[str, int] | None:

@@ -35,10 +35,10 @@ LAYERS = [
     {"tensors", "device", "pattern"},
     {"engine"},
     {"layout", "machine", "stock", "stripes"},
-    {"summary"},
+    {"doctor_text", "summary"},
     {"report"},
     {"config"},
-    {"errors", "interrupts", "locks"},
+    {"errors", "interrupts", "locks", "terminal"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
