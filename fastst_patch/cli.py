@@ -139,7 +139,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         "bench",
         help="time stock against patched safetensors on this machine",
         description="Times stock against patched safetensors: fresh processes, alternating, "
-        "with the page cache proven cold or warm, beside what the hardware can give at most. "
+        "with the page cache proven cold or warm, beside raw reads of the same files. "
         "Takes minutes; compares every byte, and exits with 1 if one differs.",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH",
@@ -166,8 +166,11 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
                         metavar="NAME=VALUE", dest="options",
                         help="an option for patch(), such as -o threads=4; repeatable")  # fmt: skip
     parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=True,
-                        help="measure what the hardware can give at most, too (yes)")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write all numbers there")
+                        help="measure raw reads of the same files, too (yes)")  # fmt: skip
+    parser.add_argument("-v", "--verbose", action="store_true",
+                        help="all columns of the table, however wide, and all notes")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE",
+                        help="write all numbers there; - is standard output")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", help="draw a chart (extra: fastst-patch[plot])")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from .report import LoadReport
 
-__all__ = ["NOTHING", "grid", "render"]
+__all__ = ["NOTHING", "fitted", "grid", "render"]
 
 NOTHING = (
     "fastst_patch: no safetensors loads were seen; seen are those that went through a function"
@@ -60,6 +60,28 @@ def grid(cells: Sequence[tuple[str, ...]], left: Iterable[str]) -> list[str]:
         )
         lines.append("  ".join(padded).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines
+
+
+def fitted(
+    cells: Sequence[tuple[str, ...]], left: Iterable[str], columns: int, drop: Sequence[str]
+) -> list[str]:
+    """Lines of a table that is at most so wide, if leaving columns out is enough.
+
+    Args:
+        cells: as for `grid`.
+        left: as for `grid`.
+        columns: of the terminal.
+        drop: headings of columns that may go, the first of them first.
+    """
+    left = frozenset(left)
+    lines = grid(cells, left)
+    for heading in drop:
+        if max(map(len, lines)) <= columns:
+            break
+        keep = [i for i, name in enumerate(cells[0]) if name != heading]
+        cells = [tuple(line[i] for i in keep) for line in cells]
+        lines = grid(cells, left)
     return lines
 
 
