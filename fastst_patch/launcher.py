@@ -190,7 +190,8 @@ def _wait_for(command: Sequence[str], environment: Mapping[str, str], path: str)
             os.kill(child, received.si_signo)
     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     if killed_by in (None, signal.SIGINT):  # a program that was interrupted ends in its own way
-        print_table(path)
+        verbose = environment.get("FASTST_LOG_LEVEL", "").lower() in ("info", "debug")
+        print_table(path, verbose)
     if killed_by is not None:
         _remove(path)
         _die_of(killed_by)
