@@ -13,14 +13,18 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from .errors import OptionError
 from .locks import shared
 from .terminal import nearest
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = [
     "Config",
+    "Options",
     "child_environment",
     "config",
     "config_context",
@@ -105,6 +109,27 @@ class Config:
     log_level: str | None = None
     small_file_bytes: int = 0
     node_id: str | None = None
+
+
+class Options(TypedDict, total=False):
+    """The fields of `Config` as keywords, for whoever completes them as a program is written.
+
+    Text is read as from the environment: ``chunk_bytes="8MiB"``, ``threads="4"``.
+    """
+
+    io: Literal["auto", "mmap", "buffered", "direct", "gds"]
+    page_cache: Literal["auto", "keep", "drop"]
+    threads: int | str
+    chunk_bytes: int | str
+    pinned_bytes: int | str | None
+    device_memory_budget: int | str | None
+    tensors: Literal["auto", "dlpack", "owned"]
+    fallback: Literal["auto", "warn", "error"]
+    verify: bool
+    progress: bool
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None
+    small_file_bytes: int | str
+    node_id: str | None
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
@@ -415,7 +440,7 @@ def config() -> Config:
 
 
 @contextlib.contextmanager
-def config_context(**options: Any) -> Iterator[Config]:
+def config_context(**options: Unpack[Options]) -> Iterator[Config]:
     """Use options for the duration of a ``with`` block, in the whole process.
 
     Raises:

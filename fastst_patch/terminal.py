@@ -1,12 +1,12 @@
-"""What a terminal can show, and whether our own command line is what runs in it."""
+"""What a terminal can show, and whether our own command line is what runs in it.
+
+Every `import fastst_patch` imports this module: what takes milliseconds is imported when used.
+"""
 
 from __future__ import annotations
 
-import difflib
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator
 from typing import IO
 
@@ -18,6 +18,8 @@ _ASCII_MARKS = {"ok": "ok", "warn": "!", "bad": "x"}
 
 def width() -> int:
     """Columns of the terminal, or of ``COLUMNS``; 80 where the output is piped."""
+    import shutil
+
     return max(40, shutil.get_terminal_size((80, 24)).columns)
 
 
@@ -40,6 +42,8 @@ def say(text: str, stream: IO[str] | None = None) -> None:
 
 def wrapped(lines: Iterable[str], columns: int) -> Iterator[str]:
     """Break lines that are too long; what follows a break is indented by four columns more."""
+    import textwrap
+
     for line in lines:
         indent = " " * (len(line) - len(line.lstrip()) + 4)
         yield from textwrap.wrap(
@@ -50,6 +54,8 @@ def wrapped(lines: Iterable[str], columns: int) -> Iterator[str]:
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that a misspelt one is most like; None when it is like none."""
+    import difflib
+
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return found[0] if found else None
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import misspelt_variables
 from ..terminal import say, width, wrapped
@@ -104,7 +104,7 @@ def _announce(plan: Plan, environment: Mapping[str, object]) -> None:
     )
 
 
-def patch_options(args: argparse.Namespace) -> dict[str, object]:
+def patch_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments for patch(): -o wins over --io."""
     short = {} if args.io is None else {"io": args.io}
     return {**short, **dict(args.options)}
