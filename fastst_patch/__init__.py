@@ -9,6 +9,7 @@ Importing this package is cheap and imports no torch. See the README for options
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from . import engine as _engine
@@ -20,18 +21,26 @@ from .errors import (
     RankError,
     UntestedVersionWarning,
 )
-from .handle import load_file, load_model, safe_open
-from .patcher import (
-    PatchReport,
-    TargetStatus,
-    get_original,
-    is_patched,
-    patch,
-    patch_map,
-    patched,
-    unpatch,
-)
 from .report import LoadReport, Profile, profile, totals
+from .terminal import is_our_command, say
+
+try:
+    from .handle import load_file, load_model, safe_open
+    from .patcher import (
+        PatchReport,
+        TargetStatus,
+        get_original,
+        is_patched,
+        patch,
+        patch_map,
+        patched,
+        unpatch,
+    )
+except ImportError as _error:
+    # safetensors or wrapt cannot be imported. Each of these names raises that error when it is
+    # used; until then `fastst-patch doctor` and `--version` can say what is missing.
+    if (_error.name or "").startswith("fastst_patch"):
+        raise
 
 if TYPE_CHECKING:
     from .loader import (
@@ -88,9 +97,16 @@ _LAZY = {
 }
 """Names of the explicit interface, and the module that each comes from when it is asked for."""
 
+_NEED_SAFETENSORS = {
+    **dict.fromkeys(("load_file", "load_model", "safe_open"), "handle"),
+    **dict.fromkeys(("PatchReport", "TargetStatus", "get_original", "is_patched"), "patcher"),
+    **dict.fromkeys(("patch", "patch_map", "patched", "unpatch"), "patcher"),
+}
+"""Names that importing this package could not bind where safetensors or wrapt is missing."""
+
 
 def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name)
+    module = _LAZY.get(name) or _NEED_SAFETENSORS.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{module}", __name__), name)
@@ -125,7 +141,19 @@ def unload_ipython_extension(shell: Any) -> None:
     ipython.unload(shell)
 
 
-if environment_enabled():
-    from . import launched as _launched
+def _begin() -> None:
+    """Patch where the environment says so."""
+    try:
+        if environment_enabled():
+            from . import launched
 
-    _launched.begin(patch())
+            launched.begin(patch())
+    except (ImportError, OptionError) as error:
+        if not is_our_command():
+            raise
+        if isinstance(error, OptionError):  # one line, not the traceback of an import
+            say(f"fastst-patch: {error}", sys.stderr)
+            raise SystemExit(2) from None
+
+
+_begin()

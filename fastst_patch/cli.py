@@ -3,13 +3,50 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Any, NoReturn
+
+from .terminal import nearest, width, wrapped
 
 _COMMANDS = ("bench", "doctor", "run")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, and names the option that a misspelt one is like."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Exit with the usage of this command and what the arguments may have meant."""
+        known = [name for action in self._actions for name in action.option_strings]
+        words = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+        guesses = list(filter(None, (nearest(word, known) for word in words)))
+        hint = f"; did you mean {', '.join(guesses)}?" if guesses else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
+class _Version(argparse.Action):
+    """Prints what is installed, and names what is not."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from . import engine
+
+        reason = engine.native_error()
+        lines = [
+            f"fastst-patch {_version('fastst-patch')}",
+            f"torch {_version('torch')}",
+            f"safetensors {_version('safetensors')}",
+            f"engine {_version('fastst-patch')}" if reason is None else f"engine: {reason}",
+        ]
+        print("\n".join(wrapped(lines, width())))
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None, *, run_is_meant: bool = False) -> int:
@@ -25,14 +62,25 @@ def main(argv: Sequence[str] | None = None, *, run_is_meant: bool = False) -> in
     target: list[str] = []
     if given[:1] == ["run"]:
         given, target = _split(given)
+    try:
+        return _dispatch(given, target, run_is_meant)
+    except BrokenPipeError:  # as in `fastst-patch doctor | head -1`
+        # Python flushes stdout once more at its end, and would tell of the same error there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _BROKEN_PIPE
+
+
+def _dispatch(given: list[str], target: list[str], run_is_meant: bool) -> int:
     parser, commands = _parser(run_is_meant)
-    args = parser.parse_args(given)
+    args, unknown = parser.parse_known_args(given)
+    if unknown:
+        commands[args.command].refuse(unknown)
     if args.command == "run":
         return _run(commands["run"], args, target)
     if args.command == "doctor":
         from . import doctor
 
-        return doctor.main(args.paths, args.json)
+        return doctor.main(args.paths, args.json, verbose=args.verbose)
     from . import bench
 
     return bench.main(args)
@@ -52,7 +100,7 @@ def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(given[:i]), list(given[i:])
 
 
-def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, target: list[str]) -> int:
+def _run(parser: _Parser, args: argparse.Namespace, target: list[str]) -> int:
     from . import launcher
     from .errors import OptionError
 
@@ -68,16 +116,17 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, target: list
 
 def _parser(
     run_is_meant: bool,
-) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+) -> tuple[_Parser, dict[str, _Parser]]:
     """The parser of everything, and those of the commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m fastst_patch" if run_is_meant else "fastst-patch",
         description="Loads safetensors files at the speed of the hardware.",
         epilog="Without a command: `run`, so that `python -m fastst_patch SCRIPT` runs a script."
         if run_is_meant
         else None,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0,
+                        help="print versions of package, torch, safetensors, engine")  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
     _add_bench(commands)
     _add_doctor(commands)
@@ -85,12 +134,12 @@ def _parser(
     return parser, dict(commands.choices)
 
 
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "bench",
         help="time stock against patched safetensors on this machine",
         description="Times stock against patched safetensors: fresh processes, alternating, "
-        "with the page cache proven cold or warm, beside what the hardware can give at most. "
+        "with the page cache proven cold or warm, beside raw reads of the same files. "
         "Takes minutes; compares every byte, and exits with 1 if one differs.",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH",
@@ -117,26 +166,31 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
                         metavar="NAME=VALUE", dest="options",
                         help="an option for patch(), such as -o threads=4; repeatable")  # fmt: skip
     parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=True,
-                        help="measure what the hardware can give at most, too (yes)")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write all numbers there")
+                        help="measure raw reads of the same files, too (yes)")  # fmt: skip
+    parser.add_argument("-v", "--verbose", action="store_true",
+                        help="all columns of the table, however wide, and all notes")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE",
+                        help="write all numbers there; - is standard output")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", help="draw a chart (extra: fastst-patch[plot])")
 
 
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="tell what works here, and what not and why",
-        description="Tells versions, what the machine and its libraries can do, and what patch() "
-        "would replace, and what not and why. Changes nothing. Exits with 1 where the fast path "
-        "cannot be taken.",
+        help="say whether the fast path works here, and why not",
+        description="Says in its first line whether the fast path works here, and below what the "
+        "machine, its libraries and the files offer. Changes nothing. Exits with 1 where the "
+        "fast path cannot be taken, or a file that is named cannot be loaded.",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH",
                         help="model files, or folders of such, to look at (the current folder and "
                         "the one for temporary files)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("-v", "--verbose", action="store_true",
+                        help="every version, option, library and target, with reasons")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "run",
         help="run a program, and its children, with safetensors patched",
@@ -176,8 +230,8 @@ def option(text: str) -> tuple[str, str]:
     return name, value  # patch() reads text, as it does from the environment
 
 
-def _version() -> str:
+def _version(distribution: str) -> str:
     try:
-        return metadata.version("fastst-patch")
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "(not installed)"

@@ -13,13 +13,18 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from .errors import OptionError
 from .locks import shared
+from .terminal import nearest
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "Config",
+    "Options",
     "child_environment",
     "config",
     "config_context",
@@ -28,6 +33,7 @@ __all__ = [
     "environment_profile",
     "environment_targets",
     "local_ranks",
+    "misspelt_variables",
     "pop",
     "push",
     "undecided_environment",
@@ -105,6 +111,27 @@ class Config:
     node_id: str | None = None
 
 
+class Options(TypedDict, total=False):
+    """The fields of `Config` as keywords, for whoever completes them as a program is written.
+
+    Text is read as from the environment: ``chunk_bytes="8MiB"``, ``threads="4"``.
+    """
+
+    io: Literal["auto", "mmap", "buffered", "direct", "gds"]
+    page_cache: Literal["auto", "keep", "drop"]
+    threads: int | str
+    chunk_bytes: int | str
+    pinned_bytes: int | str | None
+    device_memory_budget: int | str | None
+    tensors: Literal["auto", "dlpack", "owned"]
+    fallback: Literal["auto", "warn", "error"]
+    verify: bool
+    progress: bool
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None
+    small_file_bytes: int | str
+    node_id: str | None
+
+
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
     if isinstance(value, str) and value.lower() in allowed:
         return value.lower()
@@ -180,7 +207,11 @@ def _validated(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result = {}
     for name, value in options.items():
         if name not in _VALIDATORS:
-            raise OptionError(f"unknown option {name!r}: allowed are {', '.join(_VALIDATORS)}")
+            near = nearest(name, _VALIDATORS)
+            hint = f"did you mean {near}? " if near else ""
+            raise OptionError(
+                f"unknown option {name!r}: {hint}allowed are {', '.join(_VALIDATORS)}"
+            )
         label = prefix + name.upper() if prefix else name
         result[name] = _VALIDATORS[name](label, value)
     return result
@@ -230,12 +261,26 @@ def environment_targets() -> tuple[str, ...] | None:
     return tuple(name.strip() for name in names if name.strip()) or None
 
 
-def unknown_variables() -> list[str]:
-    """Names in the environment that look like options of ours and are none: misspelt, perhaps."""
-    known = {f"FASTST_{name.upper()}" for name in _VALIDATORS}
-    known |= {"FASTST_ENABLED", "FASTST_TARGETS", "FASTST_PROFILE_FILE", "FASTST_PROFILE_PID"}
-    known |= {"FASTST_WERROR"}  # of the build
-    return sorted(name for name in os.environ if name.startswith("FASTST_") and name not in known)
+def unknown_variables() -> dict[str, str | None]:
+    """Names in the environment that look like options of ours and are none.
+
+    Returns:
+        Each with the variable that it is most like; None when it is like none.
+    """
+    known = {f"FASTST_{name.upper()}" for name in _VALIDATORS} | {"FASTST_ENABLED"}
+    known |= {"FASTST_TARGETS"}
+    ours = known | {"FASTST_PROFILE_FILE", "FASTST_PROFILE_PID", "FASTST_WERROR"}  # not options
+    names = sorted(name for name in os.environ if name.startswith("FASTST_") and name not in ours)
+    return {name: nearest(name, known) for name in names}
+
+
+def misspelt_variables() -> list[str]:
+    """A sentence for each of `unknown_variables`."""
+    return [
+        f"{name} has no effect: there is no such option"
+        + (f"; did you mean {near}?" if near else "")
+        for name, near in unknown_variables().items()
+    ]
 
 
 def environment_profile() -> tuple[str, int] | None:
@@ -395,7 +440,7 @@ def config() -> Config:
 
 
 @contextlib.contextmanager
-def config_context(**options: Any) -> Iterator[Config]:
+def config_context(**options: Unpack[Options]) -> Iterator[Config]:
     """Use options for the duration of a ``with`` block, in the whole process.
 
     Raises:

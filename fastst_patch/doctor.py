@@ -20,16 +20,25 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import engine, patcher, stock
+from . import engine
 from .config import config, unknown_variables
+from .doctor_text import diagnose, render
 from .errors import Doubt, OptionError
-from .integrations import INTEGRATIONS, Hook
 from .machine import NETWORKED, cpu_limit, io_threads
-from .targets import TESTED
+from .terminal import marks, say, width
 
-__all__ = ["examine", "main"]
+# What imports safetensors is imported within functions: without it the rest is still told.
+if TYPE_CHECKING:
+    from .integrations import Hook
+
+__all__ = ["SCHEMA", "examine", "main"]
+
+SCHEMA = 1
+"""Version of the JSON; grows when a key goes or changes its meaning."""
+
+_REQUIRED = ("safetensors", "torch", "wrapt", "numpy", "tqdm", "_cffi_backend")
 
 _PACKAGES = (
     "fastst-patch", "safetensors", "torch", "wrapt", "cffi", "numpy", "transformers",
@@ -41,11 +50,7 @@ _FILE_SYSTEMS = {
     0x6969: "nfs", 0x65735546: "fuse", 0x0BD00BD0: "lustre", 0x794C7630: "overlayfs",
     0x2FC12FC1: "zfs", 0xFF534D42: "cifs", 0xFE534D42: "smb2", 0xF2F52010: "f2fs",
 }  # fmt: skip
-_LIBRARIES = {
-    "libcuda.so.1": "CUDA driver",
-    "libcufile.so.0": "GPU Direct Storage",
-    "libamdhip64.so": "ROCm",
-}
+_LIBRARIES = ("libcuda.so.1", "libcufile.so.0", "libamdhip64.so")
 
 _PROBE = """
 import ctypes, json, sys
@@ -86,6 +91,21 @@ def _versions() -> dict[str, str | None]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
+    return found
+
+
+def _missing() -> dict[str, str]:
+    """Packages that the fast path needs and that cannot be imported here, and why."""
+    found: dict[str, str] = {}
+    for module in _REQUIRED:
+        package = "cffi" if module == "_cffi_backend" else module
+        try:
+            if importlib.util.find_spec(module) is None:
+                found[package] = "not installed"
+            elif module != "torch":  # which takes a second or two; `_accelerators` imports it
+                importlib.import_module(module)
+        except Exception as error:  # whatever a broken installation raises
+            found[package] = f"{type(error).__name__}: {error}"
     return found
 
 
@@ -147,6 +167,7 @@ def _contents(files: Sequence[str]) -> dict[str, Any]:
     """What is in safetensors files, how much of them is cached, and which stock has to read."""
     tensors = nbytes = cached = 0
     left: dict[str, str] = {}
+    bad: list[str] = []
     for path in files:
         try:
             file = engine.open_file(path)
@@ -155,13 +176,26 @@ def _contents(files: Sequence[str]) -> dict[str, Any]:
             tensors += len(engine.read_layout(file).names)
         except (OSError, Doubt) as error:
             left[os.path.basename(path)] = str(error)
+            bad += [os.path.basename(path)] if _refused_by_stock(path) else []
     return {
         "files": len(files),
         "tensors": tensors,
         "bytes": nbytes,
         "cached_bytes": cached,
         "left_to_stock": left,
+        "refused_by_stock": bad,
     }
+
+
+def _refused_by_stock(path: str) -> bool:
+    """Whether stock cannot open the file either: truncated, or not of safetensors at all."""
+    from . import stock
+
+    try:
+        with stock.safe_open(path, "np"):
+            return False
+    except Exception:  # of several classes, one of which is stock's own
+        return True
 
 
 def _probe_file(path: str) -> dict[str, Any]:
@@ -186,6 +220,8 @@ def _probe_file(path: str) -> dict[str, Any]:
 
 def _hooks() -> list[Hook]:
     """Of integrations whose package is installed."""
+    from .integrations import INTEGRATIONS
+
     return [
         hook
         for integration in INTEGRATIONS
@@ -195,6 +231,9 @@ def _hooks() -> list[Hook]:
 
 
 def _tested() -> dict[str, list[str]]:
+    from .integrations import INTEGRATIONS
+    from .targets import TESTED
+
     ranges = {name: list(bounds) for name, bounds in TESTED.items()}
     for integration in INTEGRATIONS:
         package, *bounds = integration.tested
@@ -204,6 +243,9 @@ def _tested() -> dict[str, list[str]]:
 
 def _patching() -> dict[str, Any]:
     """What ``patch()`` would replace. Patches for a moment, and puts everything back."""
+    from . import patcher
+    from .integrations import INTEGRATIONS
+
     # Targets can be looked at only once they are imported.
     for module in ("safetensors.torch", *(hook.module for hook in _hooks())):
         with contextlib.suppress(Exception), warnings.catch_warnings():
@@ -243,130 +285,54 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
             the temporary one when empty.
     """
     native = {"loaded": engine.native_file(), "reason": engine.native_error()}
+    missing = _missing()
     try:
         options: dict[str, Any] = dataclasses.asdict(config())
     except OptionError as error:
         options = {"error": str(error)}
     result: dict[str, Any] = {
+        "schema": SCHEMA,
         "python": platform.python_version(),
         "versions": _versions(),
-        "tested": _tested(),
-        "safetensors_module": str(stock.safe_open.__module__),
+        "missing": missing,
         "native": native,
         "options": options,
         "unknown_variables": unknown_variables(),
         "machine": _machine(),
         **_accelerators(),
     }
-    if native["reason"] is None:
+    importable = not missing.keys() & {"safetensors", "wrapt"}
+    if importable:
+        from . import stock
+
+        result["tested"] = _tested()
+        result["safetensors_module"] = str(stock.safe_open.__module__)
+    if native["reason"] is None and importable:
         chosen = list(paths) or [os.getcwd(), tempfile.gettempdir()]
-        result["paths"] = [_file_system(path) for path in chosen]
-        if "error" not in options:
+        result["paths"] = [{**_file_system(path), "named": path in paths} for path in chosen]
+        if "error" not in options and not missing:
             result["patch"] = _patching()
+    else:
+        result["paths"] = [
+            {"path": path, "named": True, "error": "there is no such file or folder"}
+            for path in paths
+            if not os.path.exists(path)
+        ]
+    verdict = diagnose(result)
+    result["verdict"], result["problems"] = verdict.text, verdict.problems
     return result
 
 
-# ---- text ----
+def main(paths: Sequence[str] = (), as_json: bool = False, *, verbose: bool = False) -> int:
+    """Print what `examine` found.
 
-
-def _gib(nbytes: int | None) -> str:
-    return "unknown" if nbytes is None else f"{nbytes / (1 << 30):.1f} GiB"
-
-
-def _lines(found: dict[str, Any]) -> list[str]:
-    machine, native = found["machine"], found["native"]
-    installed = [f"{name} {v}" for name, v in found["versions"].items() if v]
-    ranges = [f"{name} {low} to {high}" for name, (low, high) in found["tested"].items()]
-    lines = [
-        f"python {found['python']}; " + ", ".join(installed),
-        "tested with " + ", ".join(ranges),
-        f"native engine: loaded from {native['loaded']}"
-        if native["reason"] is None
-        else f"native engine: NOT LOADED, stock is used: {native['reason']}",
-        f"machine: {machine['machine']}, Linux {machine['kernel']}, {machine['cpus_usable']:g} CPUs"
-        f" usable, {machine['workers_per_load']} workers a load,"
-        f" {_gib(machine['memory_headroom_bytes'])} of memory to take,"
-        f" huge pages: {machine['transparent_huge_pages']}",
-    ]
-    for gpu in found["gpus"]:
-        lines.append(f"GPU: {gpu['name']}, {_gib(gpu['memory_bytes'])}; engine: {gpu['engine']}")
-    if found["gpu_reason"]:
-        lines.append(f"GPU: none ({found['gpu_reason']})")
-    for name, reason in found["libraries"].items():
-        lines.append(f"{_LIBRARIES[name]} ({name}): {_library(reason)}")
-    if "error" in found["options"]:
-        lines.append(f"options: {found['options']['error']}")
-    else:
-        lines.append("options: " + ", ".join(f"{k}={v}" for k, v in found["options"].items()))
-    if found["unknown_variables"]:
-        names = ", ".join(found["unknown_variables"])
-        lines.append(f"options: no such option, and no effect: {names}")
-    return lines
-
-
-def _library(reason: str | None) -> str:
-    if reason is None:
-        return "found"
-    absent = "No such file or directory" in reason
-    return "not found (needed only for such a device)" if absent else f"cannot be used: {reason}"
-
-
-def _path_lines(found: dict[str, Any]) -> list[str]:
-    lines = []
-    for entry in found.get("paths", []):
-        if "error" in entry:
-            lines.append(f"{entry['path']}: {entry['error']}")
-            continue
-        lines.append(
-            f"{entry['path']}: {_held(entry)}{entry['file_system']}, O_DIRECT {entry['o_direct']},"
-            f" page cache seen through {entry['residency_probe']}"
-        )
-        for name, reason in entry.get("left_to_stock", {}).items():
-            lines.append(
-                f"  {name}: not accelerated, stock reads it or says what is wrong: {reason}"
-            )
-    return lines
-
-
-def _held(entry: dict[str, Any]) -> str:
-    if "files" not in entry:
-        return ""
-    cached = entry["cached_bytes"] / max(entry["bytes"], 1)
-    files = f"{entry['files']} files, " if entry["files"] > 1 else ""
-    return (
-        f"{files}{entry['tensors']} tensors, {entry['bytes'] / 1e9:.3f} GB, {cached:.0%} cached; "
-    )
-
-
-def _patch_lines(found: dict[str, Any]) -> list[str]:
-    patching = found.get("patch")
-    if "error" in found["options"]:
-        return ["patch() would raise OptionError: see options"]
-    if patching is None:
-        return ["patch() would do nothing"]
-    if not patching["possible"]:
-        return [f"patch() would do nothing: {patching['reason']}"]
-    lines = ["patch() would replace:"]
-    for status in patching["targets"]:
-        state = "yes" if status["patched"] else f"no, {status['reason']}"
-        lines.append(f"  {status['name']}: {state} ({status['summary']})")
-        if status["aliases"]:
-            lines.append(f"    and {', '.join(status['aliases'])}")
-    lines.append("left to stock:")
-    lines += [f"  {what}: {why}" for what, why in patching["left_to_stock"].items()]
-    return lines
-
-
-def main(paths: Sequence[str] = (), as_json: bool = False) -> int:
-    """Print what `examine` found; 0 when the fast path can be taken here, else 1.
-
-    Also 1 where a path that was named does not exist.
+    Returns:
+        0 when the fast path can be taken here, and every path that was named can be loaded;
+        else 1.
     """
     found = examine(paths)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found, indent=2), flush=True)
     else:
-        print("\n".join(_lines(found) + _path_lines(found) + _patch_lines(found)))
-    absent = any(not os.path.exists(path) for path in paths)
-    usable = found["native"]["reason"] is None and "error" not in found["options"]
-    return 0 if usable and not absent else 1
+        say("\n".join(render(found, marks(), width(), verbose=verbose)))
+    return 1 if found["problems"] else 0

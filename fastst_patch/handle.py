@@ -150,7 +150,7 @@ def open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any
         return FastHandle(stock_class, open_fast(path, config, target), started)
     except Doubt as error:
         doubt = Doubt.alone(error)
-    handle = stock_class(*args, **kwargs)
+    handle = stock.call(stock_class, args, kwargs)
     fell_back(config, "safe_open", str(filename), doubt)
     report_stock("safe_open", filename, device, doubt, seconds=time.perf_counter() - started)
     return handle

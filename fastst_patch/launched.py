@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .config import environment_profile
+from .config import current, environment_profile
+from .errors import OptionError
 from .handle import report_open_handles
 from .patcher import PatchReport
 from .report import LoadReport, listen
@@ -90,8 +91,13 @@ def finish(path: str) -> None:
     print_table(path)
 
 
-def print_table(path: str) -> None:
-    """Print and remove a file of loads; nothing when it is gone."""
+def print_table(path: str, verbose: bool | None = None) -> None:
+    """Print and remove a file of loads; nothing when it is gone.
+
+    Args:
+        path: of the file.
+        verbose: more than fits the terminal; None: as the log level in force says.
+    """
     try:
         lines = Path(path).read_bytes().splitlines()
         os.unlink(path)
@@ -100,10 +106,19 @@ def print_table(path: str) -> None:
     stream = sys.__stderr__
     if stream is not None:
         with contextlib.suppress(OSError, ValueError):  # closed
-            text = render([load for line in lines for load in _load(line)])
+            loads = [load for line in lines for load in _load(line)]
+            text = render(loads, verbose=_is_verbose() if verbose is None else verbose)
             encoding = stream.encoding or "ascii"
             stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
             stream.flush()
+
+
+def _is_verbose() -> bool:
+    """Whether ``run -v``, or the environment, asks for more than fits the terminal."""
+    try:
+        return current().log_level in ("info", "debug")
+    except OptionError:
+        return False
 
 
 def _load(line: bytes) -> list[tuple[int, LoadReport]]:

@@ -18,7 +18,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from .config import child_environment, environment_enabled, environment_profile
+from .config import (
+    child_environment,
+    environment_enabled,
+    environment_profile,
+    misspelt_variables,
+)
 from .errors import OptionError
 from .launched import print_table
 from .patcher import is_patched
@@ -67,6 +72,8 @@ def launch(
         printing = 0 if is_command else os.getpid()
         environment = child_environment(wanted, _site(), None if path is None else (path, printing))
         _check_targets(environment)
+        for warning in misspelt_variables():
+            print(f"fastst_patch: {warning}", file=sys.stderr)
         if environment_enabled() is False and (verbose or profile):
             print("fastst_patch: FASTST_ENABLED is 0: nothing is patched", file=sys.stderr)
         if is_command and path is not None:
@@ -183,7 +190,8 @@ def _wait_for(command: Sequence[str], environment: Mapping[str, str], path: str)
             os.kill(child, received.si_signo)
     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     if killed_by in (None, signal.SIGINT):  # a program that was interrupted ends in its own way
-        print_table(path)
+        verbose = environment.get("FASTST_LOG_LEVEL", "").lower() in ("info", "debug")
+        print_table(path, verbose)
     if killed_by is not None:
         _remove(path)
         _die_of(killed_by)

@@ -17,16 +17,19 @@ import logging
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import wrapt
 
 from . import engine, handle
-from .config import environment_enabled, environment_targets, pop, push
+from .config import Options, environment_enabled, environment_targets, pop, push
 from .errors import FallbackWarning, OptionError, warn_caller
 from .integrations import INTEGRATIONS, Hook
 from .locks import carried, interrupted
 from .targets import LATER, TESTED, Place, Target, sweep, warn_of_untested
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "PatchReport",
@@ -254,7 +257,10 @@ def _warn_of_untested_versions() -> None:
 
 
 def patch(
-    targets: str | Iterable[str] | None = None, *, rebind_aliases: bool = True, **options: Any
+    targets: str | Iterable[str] | None = None,
+    *,
+    rebind_aliases: bool = True,
+    **options: Unpack[Options],
 ) -> PatchReport:
     """Make programs that read safetensors use the fast versions, from now on.
 
@@ -308,7 +314,9 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
     function or generator is patched while its body runs, not only while it is called.
     """
 
-    def __new__(cls, targets: Any = None, **_: Any) -> Any:
+    def __new__(
+        cls, targets: Any = None, *, rebind_aliases: bool = True, **options: Unpack[Options]
+    ) -> Any:
         """``@patched`` without parentheses decorates as ``@patched()`` does."""
         return cls()(targets) if callable(targets) else super().__new__(cls)
 
@@ -317,7 +325,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
         targets: str | Iterable[str] | None = None,
         *,
         rebind_aliases: bool = True,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         self._arguments = (targets, rebind_aliases, options)
         self._entered: list[tuple[list[str], object]] = []

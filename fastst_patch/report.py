@@ -68,9 +68,11 @@ class LoadReport:
         """The INFO line."""
         text = (
             f"{self.call} {self.file}: {self.bytes / 1e9:.3f} GB in {self.tensors} tensors,"
-            f" {self.seconds:.4f} s, {self.gb_per_s:.2f} GB/s, path {self.path}"
+            f" {self.seconds:.4f} s"
         )
-        if self.path.startswith("mmap"):
+        mapped = self.path.startswith("mmap")  # which takes no time that its bytes would matter to
+        text += f", path {self.path}" if mapped else f", {self.gb_per_s:.2f} GB/s, path {self.path}"
+        if mapped:
             text += " (mapped, not copied"
             text += f"; {self.resident:.0%} was cached)" if self.resident is not None else ")"
         if self.fallback_reason is not None:

@@ -107,15 +107,44 @@ def slice_class() -> Any:
         return type(opened.get_slice("x"))
 
 
+def call(function: Any, args: Any, kwargs: Any) -> Any:
+    """Call stock, from a frame that raises nothing of its own: `trimmed` tells by it."""
+    return function(*args, **kwargs)
+
+
+def trimmed(error: BaseException, package: str) -> BaseException:
+    """An exception of stock's, or of the program's, without our frames in its traceback.
+
+    Stays as it is where it was raised by ours: then these frames are what we want to see. Frames
+    of others are never left out.
+
+    Args:
+        error: just caught.
+        package: path of our folder, with a separator at its end.
+    """
+    kept, last = [], None
+    trace = error.__traceback__
+    while trace is not None:
+        last = trace.tb_frame.f_code
+        if not last.co_filename.startswith(package):
+            kept.append(trace)
+        trace = trace.tb_next
+    if last is None or (last.co_filename.startswith(package) and last is not call.__code__):
+        return error
+    for found in reversed(kept):
+        trace = types.TracebackType(trace, found.tb_frame, found.tb_lasti, found.tb_lineno)
+    return error.with_traceback(trace)
+
+
 def load_file(*args: Any, **kwargs: Any) -> Any:
     """Stock's ``safetensors.torch.load_file``, whatever it looks up while we are patched in."""
-    return _with_globals("load_file", safe_open=safe_open)(*args, **kwargs)
+    return call(_with_globals("load_file", safe_open=safe_open), args, kwargs)
 
 
 def load_model(fast_load_file: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stock's ``safetensors.torch.load_model`` with another ``load_file`` inside."""
     function = _with_globals("load_model", load_file=fast_load_file)
-    return function(*args, **kwargs)
+    return call(function, args, kwargs)
 
 
 def _with_globals(name: str, **replaced: Any) -> Callable[..., Any]:

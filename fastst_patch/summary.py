@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
 from collections.abc import Iterable, Sequence
 
 from .report import LoadReport
+from .terminal import width, wrapped
 
-__all__ = ["NOTHING", "grid", "render"]
+__all__ = ["NOTHING", "fitted", "grid", "render"]
 
 NOTHING = (
     "fastst_patch: no safetensors loads were seen; seen are those that went through a function"
@@ -19,6 +22,8 @@ _LEFT = frozenset(("file", "call", "device", "path"))
 _ROWS = 40
 _REASONS = 20
 _WIDTH = 60
+_NARROW = 16  # of a file's name, where columns are few
+_DROP = ("GB/s", "tensors", "loads", "device", "call", "pid")  # for want of columns, in this order
 
 
 @dataclasses.dataclass
@@ -38,10 +43,15 @@ class _Sum:
         self.seconds += report.seconds
         self.files[report.file] = None
 
-    def cells(self) -> tuple[str, ...]:
-        rate = f"{self.bytes / self.seconds / 1e9:.2f}" if self.bytes and self.seconds else "-"
+    def cells(self, rated: bool = True) -> tuple[str, ...]:
+        """The numbers; without GB/s where a map has handed out what nobody has read yet."""
+        known = rated and self.bytes and self.seconds
+        rate = f"{self.bytes / self.seconds / 1e9:.2f}" if known else "-"
         numbers = (f"{self.bytes / 1e9:.3f}", f"{self.seconds:.4f}", rate)
         return (str(self.loads), str(self.tensors), *numbers)
+
+
+_Key = tuple[int, str, str, str, str]  # process, file, call, device, path
 
 
 def grid(cells: Sequence[tuple[str, ...]], left: Iterable[str]) -> list[str]:
@@ -63,17 +73,49 @@ def grid(cells: Sequence[tuple[str, ...]], left: Iterable[str]) -> list[str]:
     return lines
 
 
-def render(loads: Iterable[tuple[int, LoadReport]]) -> str:
-    """The table as text: a row per process, file, call, device and path.
+def fitted(
+    cells: Sequence[tuple[str, ...]], left: Iterable[str], columns: int, drop: Sequence[str]
+) -> list[str]:
+    """Lines of a table that is at most so wide, if leaving columns out is enough.
+
+    Args:
+        cells: as for `grid`.
+        left: as for `grid`.
+        columns: of the terminal.
+        drop: headings of columns that may go, the first of them first.
+    """
+    left = frozenset(left)
+    lines = grid(cells, left)
+    for heading in drop:
+        if max(map(len, lines)) <= columns:
+            break
+        keep = [i for i, name in enumerate(cells[0]) if name != heading]
+        cells = [tuple(line[i] for i in keep) for line in cells]
+        lines = grid(cells, left)
+    return lines
+
+
+def render(
+    loads: Iterable[tuple[int, LoadReport]], columns: int | None = None, *, verbose: bool = False
+) -> str:
+    """The verdict, and a table with a row per process, file, call, device and path.
 
     Args:
         loads: reports in the order in which loads finished, each with its process.
+        columns: of the terminal; those of this one when None.
+        verbose: show every column and whole names, however wide that is.
     """
+    columns = width() if columns is None else columns
     total = _Sum()
-    rows: dict[tuple[int, str, str, str, str], _Sum] = {}
+    rows: dict[_Key, _Sum] = {}
     reasons: dict[tuple[str, str, str], _Sum] = {}
+    paths: dict[_Key, str] = {}
     for pid, report in loads:
-        key = (pid, report.file, report.call, report.device, report.path)
+        # One file of which a part was cached at one time and all at another is one row.
+        key = (pid, report.file, report.call, report.device, report.path.partition("+")[0])
+        if not report.path.startswith("mmap"):
+            key = (*key[:4], report.path)
+        paths[key] = max(paths.get(key, ""), report.path, key=len)
         rows.setdefault(key, _Sum()).add(report)
         total.add(report)
         if report.fallback_reason is not None:
@@ -81,23 +123,68 @@ def render(loads: Iterable[tuple[int, LoadReport]]) -> str:
             reasons.setdefault(reason, _Sum()).add(report)
     if not rows:
         return NOTHING
+    mapped = any(_is_map(key) for key in rows)
     several = len({key[0] for key in rows}) > 1
-    cells: list[tuple[str, ...]] = [_HEADINGS]
     shown = _largest(rows)
-    cells += [(str(key[0]), _short(key[1]), *key[2:], *rows[key].cells()) for key in shown]
-    if len(shown) < len(rows):
-        cells.append(("", *_rest(rows, shown)))
     files = f"total, {len(total.files)} file" + ("s" if len(total.files) > 1 else "")
-    cells.append(("", files, "", "", "", *total.cells()))
-    lines = ["fastst_patch:", *grid([c if several else c[1:] for c in cells], _LEFT)]
-    if any(key[4].startswith("mmap") for key in rows):
-        lines.append("mmap: mapped, not copied; s and GB/s do not count reading the bytes later.")
-    return "\n".join([*lines, *_reason_lines(reasons)])
+
+    def table(longest: int, drop: Sequence[str]) -> list[str]:
+        cells: list[tuple[str, ...]] = [_HEADINGS]
+        for key in shown:
+            numbers = rows[key].cells(not _is_map(key))
+            cells.append((str(key[0]), _short(key[1], longest), *key[2:4], paths[key], *numbers))
+        if len(shown) < len(rows):
+            cells.append(("", *_rest(rows, shown, not mapped)))
+        cells.append(("", files, "", "", "", *total.cells(not mapped)))
+        return fitted([c if several else c[1:] for c in cells], _LEFT, columns, drop)
+
+    lines = table(10**6 if verbose else _WIDTH, ())
+    excess = max(map(len, lines)) - columns
+    if excess > 0 and not verbose:
+        longest = min(_WIDTH, max(len(key[1]) for key in shown))
+        lines = table(max(_NARROW, longest - excess), _DROP)
+    notes = []
+    if mapped:
+        notes.append("mmap: mapped, not copied; s does not count reading the bytes later.")
+    notes += _reason_lines(reasons)
+    verdict = wrapped([_verdict(rows, total)], columns)
+    # The command is not wrapped: it is there to be copied.
+    return "\n".join([*verdict, *lines, *wrapped(notes, columns), *_compare_line(rows)])
 
 
-def _largest(
-    rows: dict[tuple[int, str, str, str, str], _Sum],
-) -> list[tuple[int, str, str, str, str]]:
+def _is_map(key: _Key) -> bool:
+    return key[4].startswith("mmap")
+
+
+def _verdict(rows: dict[_Key, _Sum], total: _Sum) -> str:
+    """How many loads took the fast path, in a sentence."""
+    fast = sum(of_row.loads for key, of_row in rows.items() if key[4] != "stock")
+    size = f"{total.bytes / 1e9:.3f} GB"
+    if fast == total.loads:
+        loads = "the load" if fast == 1 else f"all {fast} loads"
+        return f"fastst_patch: {loads} took the fast path: {size}"
+    if fast == 0:
+        return f"fastst_patch: no load took the fast path: {total.loads} by stock, reasons below"
+    nbytes = sum(of_row.bytes for key, of_row in rows.items() if key[4] != "stock")
+    return (
+        f"fastst_patch: {fast} of {total.loads} loads took the fast path,"
+        f" {nbytes / 1e9:.3f} of {size}; reasons below"
+    )
+
+
+def _compare_line(rows: dict[_Key, _Sum]) -> list[str]:
+    """The command that times the largest file, or the folder that holds all, against stock."""
+    files = {key[1]: of_row.bytes for key, of_row in rows.items() if os.path.isfile(key[1])}
+    if not files:
+        return []
+    folders = {os.path.dirname(file) for file in files}
+    target = max(files, key=files.__getitem__)
+    if len(files) > 1 and len(folders) == 1:
+        target = folders.pop() or "."
+    return [f"compare with stock: fastst-patch bench {shlex.quote(target)}"]
+
+
+def _largest(rows: dict[_Key, _Sum]) -> list[_Key]:
     """The rows to show, in their order."""
     if len(rows) <= _ROWS:
         return list(rows)
@@ -105,22 +192,19 @@ def _largest(
     return [key for key in rows if key in largest]
 
 
-def _rest(
-    rows: dict[tuple[int, str, str, str, str], _Sum],
-    shown: list[tuple[int, str, str, str, str]],
-) -> tuple[str, ...]:
+def _rest(rows: dict[_Key, _Sum], shown: list[_Key], rated: bool) -> tuple[str, ...]:
     rest = _Sum()
     for one in (rows[key] for key in rows.keys() - set(shown)):
         rest.loads += one.loads
         rest.tensors += one.tensors
         rest.bytes += one.bytes
         rest.seconds += one.seconds
-    return (f"… {len(rows) - len(shown)} smaller rows", "", "", "", *rest.cells())
+    return (f"… {len(rows) - len(shown)} smaller rows", "", "", "", *rest.cells(rated))
 
 
-def _short(file: str) -> str:
+def _short(file: str, longest: int = _WIDTH) -> str:
     file = file.encode("utf-8", "backslashreplace").decode("utf-8")
-    return file if len(file) <= _WIDTH else "…" + file[1 - _WIDTH :]
+    return file if len(file) <= longest else "…" + file[1 - longest :]
 
 
 def _reason_lines(reasons: dict[tuple[str, str, str], _Sum]) -> list[str]:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import inspect
+import os
 import pkgutil
 import re
 import sys
@@ -27,6 +28,8 @@ from .errors import UntestedVersionWarning, warn_caller
 from .integrations import Hook
 
 __all__ = ["LATER", "Place", "Target", "sweep", "untested_version", "warn_of_untested"]
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
 
 LATER = "is not imported yet; it is patched when it is"
 """The end of why a target is not patched that will be."""
@@ -148,7 +151,12 @@ def _function(original: Any, fast: Callable[..., Any], active: Callable[[], bool
 
 def _proxy(original: Any, fast: Callable[..., Any], active: Callable[[], bool]) -> Any:
     def call(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        return fast(wrapped, args, kwargs) if active() else wrapped(*args, **kwargs)
+        if not active():
+            return wrapped(*args, **kwargs)
+        try:
+            return fast(wrapped, args, kwargs)
+        except BaseException as error:
+            raise stock.trimmed(error, _PACKAGE)  # noqa: B904 - the same, with fewer frames
 
     return Proxy(original, call)
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +27,7 @@ from fastst_patch.bench import (
     residency,
     runner,
     settle,
+    stopping,
     table,
 )
 from fastst_patch.bench.errors import BenchError
@@ -313,7 +319,90 @@ def test_outputs_are_checked_before_measuring(fake_runs, capsys, transformer, tm
     jobs, _ = fake_runs
     assert run_cli("bench", transformer, "--json", tmp_path / "absent" / "x.json") == 2
     assert "folder does not exist" in capsys.readouterr().err
+    for option, output in (
+        ("--json", tmp_path),  # a folder
+        ("--json", "/proc/new.json"),
+        ("--plot", tmp_path / "x.xyz"),
+        ("--plot", "/proc/new.png"),
+    ):
+        assert run_cli("bench", transformer, option, output) == 2
+        assert "cannot write" in capsys.readouterr().err
+    kept = tmp_path / "kept.json"
+    kept.write_text("old")
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(transformer.read_bytes()[:-1])
+    assert run_cli("bench", bad, "--json", kept) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "truncated" in line
+    assert kept.read_text() == "old"
     assert not jobs
+
+
+@native
+def test_json_to_standard_output(fake_runs, capsys, transformer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--cache", "warm", "--repeat", 1, "--no-ceilings", "--json", "-")
+    assert run_cli("bench", transformer, *arguments) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["results"]
+    assert "Too few rounds for a verdict" in captured.err
+    assert not (tmp_path / "-").exists()
+
+
+@native
+def test_the_machine_is_named_before_measuring(fake_runs, capsys, transformer, monkeypatch):
+    said = []
+    monkeypatch.setattr(runner, "race", lambda _: said.append(capsys.readouterr().err) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_cli("bench", transformer, "--max-seconds", 77)
+    assert machine.cpu_model().split()[0] in said[0]
+    assert "none begins that would end after 77 s" in said[0]
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from fastst_patch.bench import checkpoint, guarded, stopping
+
+def run():
+    with checkpoint.temporary_checkpoint(Path(sys.argv[1]), checkpoint.moe_specs(1)):
+        print("ready", flush=True)
+        try:
+            time.sleep(60)
+        finally:
+            time.sleep(60)  # as waiting for memory
+
+with stopping.stopping_soon("bench"):
+    sys.exit(guarded("bench", run))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_at_once_and_ends_it_soon(tmp_path, number):
+    with subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "ready\n"
+        begin = time.monotonic()
+        process.send_signal(number)
+        told = process.stderr.readline() + process.stderr.readline()
+        assert told == "\nbench: stopping...\n"
+        process.wait()
+        assert time.monotonic() - begin < 10 * stopping.PATIENCE_S  # other tests run beside
+    assert process.returncode == 128 + number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_file_causes_is_one_line_of_the_child(tmp_path):
+    absent = str(tmp_path / "absent.safetensors")
+    one = job.LoadJob("stock", "cpu", (absent,), ((),), probe=False)
+    with pytest.raises(BenchError) as caught:
+        job.run_json(job.CHILD, {"kind": "load", **dataclasses.asdict(one)}, "stock loader",
+                     contextlib.nullcontext())  # fmt: skip
+    (line,) = str(caught.value).splitlines()
+    assert absent in line
+    assert "FileNotFoundError" in line
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from fastst_patch.bench import (
     files,
     machine,
     plot,
+    progress,
     residency,
     results,
     runner,
@@ -72,11 +73,63 @@ def test_binding_ceiling_follows_the_path(cache, path, name):
 
 
 def test_table_fits_a_terminal_and_tells_the_conditions():
-    text = table.render(outcome(), environment())
-    assert max(map(len, text.splitlines())) <= 125
+    for columns in (80, 100, 125):
+        text = table.render(outcome(), environment(), columns)
+        assert max(map(len, text.splitlines())) <= columns
+        assert "patched / stock" in text
+        assert "read-ahead" in text
+        assert stats.SPREAD in " ".join(text.split())
+        assert "ceiling" not in text  # it can be exceeded
+    text = table.render(outcome(), environment(), 60, verbose=True)
     assert "50% cold buffered" in text
-    assert "read-ahead" in text
-    assert stats.SPREAD in text
+    assert "touch s" in text
+
+
+def with_ratio(ratio, rounds=3):
+    made = outcome(rounds)
+    for (cache, loader), runs in made.runs.items():
+        if loader == "patched" and cache == "cold":
+            made.runs[cache, loader] = [
+                dataclasses.replace(
+                    run, sample=dataclasses.replace(run.sample, load_s=ratio / 2, touch_s=ratio / 2)
+                )
+                for run in runs
+            ]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (0.5, "cold 2.0x faster, warm the same (±5 %)."),
+        (0.8, "cold 1.25x faster, warm the same (±5 %)."),
+        (3.3, "cold 3.3x slower, warm the same (±5 %)."),
+        (0.97, "cold the same (±5 %), warm the same (±5 %)."),
+    ],
+)
+def test_the_first_sentence_is_a_verdict(ratio, words):
+    first = table.render(with_ratio(ratio), environment(), 120).splitlines()[0]
+    assert first == f"Patched against stock: {words}"
+
+
+def test_no_verdict_from_too_little():
+    for rounds in (1, 2):
+        first = table.render(with_ratio(0.5, rounds), environment(), 120).splitlines()[0]
+        assert first.startswith("Too few rounds for a verdict")
+    made = with_ratio(0.5)
+    made.runs["cold", "stock"][0] = runner.Run(
+        sample(), residency.CacheState("cold", 1.0, "cachestat")
+    )
+    first = table.render(made, environment(), 120).splitlines()[0]
+    assert first.startswith("No verdict: a run did not find the page cache")
+
+
+def test_the_bar_ends_where_the_time_cap_does():
+    made = progress.Progress(5, 8, 240.0)
+    assert made.expected_rounds(1, 1.0) == 5
+    assert made.expected_rounds(8, 80.0) == 3  # 80 s a round
+    assert made.expected_rounds(17, 170.0) == 3  # in the third already
+    assert made.expected_rounds(3, 600.0) == 1
 
 
 def test_a_load_that_moves_all_bytes_is_also_told_without_the_touch():
@@ -87,7 +140,7 @@ def test_a_load_that_moves_all_bytes_is_also_told_without_the_touch():
     rows = results.to_json(made, environment())["results"]
     assert [row["load_ceiling_fraction"] for row in rows] == [None, 1.0, None, None]
     assert rows[1]["ceiling_fraction"] == 0.5
-    text = table.render(made, environment())
+    text = " ".join(table.render(made, environment()).split())
     assert "patched, cold: the load alone" in text
     assert "100% of the O_DIRECT read" in text
     assert "the load alone" not in table.render(outcome(), environment())
@@ -107,8 +160,8 @@ def test_memory_of_a_device_is_told():
             object.__setattr__(run, "sample", changed)
     made.plan = dataclasses.replace(made.plan, device="cuda")
     text = table.render(made, environment())
-    assert "2000               0         64               900" in text
-    assert max(map(len, text.splitlines())) <= 125
+    assert ["2000", "0", "64", "900"] in [line.split()[-4:] for line in text.splitlines()]
+    assert max(map(len, text.splitlines())) <= 80
     row = results.to_json(made, environment())["results"][0]
     assert row["memory"]["device_used"] == 2 * 10**9
     assert row["parts"] == {"pinning": 1}

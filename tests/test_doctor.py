@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 
@@ -12,21 +13,52 @@ import torch
 from safetensors.torch import save_file
 
 import fastst_patch
-from fastst_patch import cli, doctor, engine
+from fastst_patch import cli, doctor, engine, errors, terminal
 
 
 def test_text_and_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.main(["doctor", str(tmp_path)]) == 0
-    text = capsys.readouterr().out
+    assert cli.main(["doctor", "-v", str(tmp_path)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
     for part in ("safetensors", "native engine: loaded from", "O_DIRECT", "patch() would replace",
                  "safetensors.torch.load_file: yes", "left to stock", "libcuda.so.1"):  # fmt: skip
         assert part in text
+
+
+@pytest.mark.parametrize("columns", ["80", "50"])
+@pytest.mark.parametrize("verbose", [[], ["-v"]])
+def test_the_verdict_comes_first_and_it_fits(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    columns: str,
+    verbose: list[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    folder = tmp_path / ("a long name " * 8) / ("x" * 120)
+    folder.mkdir(parents=True)
+    assert cli.main(["doctor", *verbose, str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("The fast path works here.")
+    assert max(map(len, lines)) <= int(columns)
+    assert verbose or len(lines) < 30
+
+
+def test_marks_are_ascii_where_the_encoding_has_no_others() -> None:
+    with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as stream:
+        for mark in terminal.marks(stream).values():
+            mark.encode("ascii")
+        terminal.say("caf\xe9 \udcff", stream)
+    with io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as stream:
+        assert terminal.marks(stream)["ok"] == "✓"
 
 
 def test_json_is_complete(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     original = safetensors.safe_open
     assert cli.main(["doctor", "--json", str(tmp_path), str(tmp_path / "absent" / "x")]) == 1
     found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == doctor.SCHEMA
+    assert found["verdict"].startswith("The fast path works here, but not")
+    assert found["problems"] == [f"{tmp_path}/absent/x: there is no such file or folder"]
     assert found["native"]["loaded"] == engine.native_file()
     assert found["versions"]["safetensors"] == safetensors.__version__
     assert found["paths"][0]["residency_probe"] in ("cachestat", "preadv2", "mincore", "none")
@@ -35,16 +67,43 @@ def test_json_is_complete(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert safetensors.safe_open is original
 
 
-def test_what_is_in_files_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_what_is_in_files_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     for name, rows in (("a", 3), ("b", 5)):
         save_file({name: torch.zeros(rows, 1000)}, tmp_path / f"{name}.safetensors")
     assert cli.main(["doctor", str(tmp_path), str(tmp_path / "a.safetensors")]) == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert f"{tmp_path}: 2 files, 2 tensors, 0.000 GB" in text
     assert f"{tmp_path}/a.safetensors: 1 tensors, " in text
-    (tmp_path / "b.safetensors").write_bytes(b"nonsense")
-    assert cli.main(["doctor", str(tmp_path)]) == 0
-    assert "b.safetensors: not accelerated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"nonsense", None])
+def test_a_file_that_cannot_be_loaded_fails(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "b.safetensors"
+    save_file({"b": torch.zeros(3, 1000)}, path)
+    path.write_bytes(path.read_bytes()[:-1] if content is None else content)
+    for named in (tmp_path, path):
+        assert cli.main(["doctor", str(named)]) == 1
+        assert "b.safetensors: cannot be loaded" in capsys.readouterr().out
+
+
+def test_what_stock_alone_reads_is_no_failure(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "b.safetensors"
+    save_file({"b": torch.zeros(3, 1000)}, path)
+
+    def doubtful(_: object) -> None:
+        raise errors.Doubt("a dtype of tomorrow")
+
+    monkeypatch.setattr(engine, "read_layout", doubtful)
+    assert cli.main(["doctor", str(path)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "not accelerated, stock reads it: a dtype of tomorrow" in text
 
 
 def test_what_is_not_there_is_told(
@@ -52,9 +111,9 @@ def test_what_is_not_there_is_told(
 ) -> None:
     monkeypatch.setenv("FASTST_TREADS", "3")
     assert cli.main(["doctor", str(tmp_path / "nope")]) == 1
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert f"{tmp_path}/nope: there is no such file or folder" in text
-    assert "no such option, and no effect: FASTST_TREADS" in text
+    assert "no such option, and no effect: FASTST_TREADS; did you mean FASTST_THREADS?" in text
 
 
 def test_absent_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +144,6 @@ def test_bad_environment_is_shown(
 ) -> None:
     monkeypatch.setenv("FASTST_IO", "warp")
     assert doctor.main() == 1
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "FASTST_IO='warp'" in text
     assert "patch() would raise OptionError" in text

@@ -31,7 +31,8 @@ def one_shell(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def shell(one_shell: Any, tmp_path: Path) -> Iterator[Any]:
+def shell(one_shell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("COLUMNS", "300")
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({f"t{i}": torch.arange(1000) + i for i in range(4)}, path)
     one_shell.push({"path": str(path), "safetensors": safetensors})
@@ -43,7 +44,7 @@ def shell(one_shell: Any, tmp_path: Path) -> Iterator[Any]:
 
 def rows(text: str) -> list[list[str]]:
     """Cells of the table's rows, without totals."""
-    lines = text.split("fastst_patch:\n", 1)[1].splitlines()
+    lines = text.split("fastst_patch: ", 1)[1].splitlines()[1:]
     return [line.split() for line in lines[2:] if ".safetensors  " in line]
 
 
@@ -116,7 +117,7 @@ def test_line_alone_is_for_its_cell(shell: Any, capsys: pytest.CaptureFixture[st
     done = shell.run_cell("%fastst_profile\nz = safetensors.torch.load_file(path)\nprint('end')")
     assert done.success
     text = capsys.readouterr().out
-    assert text.index("end\n") < text.index("fastst_patch:")
+    assert text.index("end\n") < text.index("fastst_patch: ")
     assert len(rows(text)) == 1
     shell.run_cell("z = safetensors.torch.load_file(path)")
     assert "fastst_patch:" not in capsys.readouterr().out  # it was for that cell only

@@ -35,10 +35,10 @@ LAYERS = [
     {"dtypes", "tensors", "device", "pattern"},
     {"engine"},
     {"layout", "machine", "stock", "stripes"},
-    {"summary"},
+    {"doctor_text", "summary"},
     {"report"},
     {"config"},
-    {"errors", "interrupts", "locks", "runs"},
+    {"errors", "interrupts", "locks", "runs", "terminal"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

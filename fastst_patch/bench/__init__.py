@@ -1,4 +1,4 @@
-"""`fastst-patch bench`: stock against patched safetensors on this machine, with ceilings."""
+"""`fastst-patch bench`: stock against patched safetensors, and raw reads beside them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,28 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..config import misspelt_variables
+from ..terminal import say, width, wrapped
 from .errors import EXIT_FAILED, EXIT_INTERRUPTED, BenchError, UsageError
+from .stopping import stopping_soon
 
 if TYPE_CHECKING:
     from .files import CheckpointFile
-    from .runner import Outcome
+    from .runner import Outcome, Plan
+
+STDOUT = "-"
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the bench as the command line says; return the exit status."""
-    return guarded("fastst-patch bench", lambda: _bench(args))
+    name = "fastst-patch bench"
+    with stopping_soon(name):
+        return guarded(name, lambda: _bench(args))
 
 
 def guarded(name: str, run: Callable[[], int]) -> int:
@@ -57,7 +64,9 @@ def _bench(args: argparse.Namespace) -> int:
 
     _refuse_early(args)
     if args.plot:
-        plot.require_matplotlib()  # before minutes of measuring, not after
+        _require_chart(args.plot)  # before minutes of measuring, not after
+    for warning in misspelt_variables():
+        say(f"fastst-patch bench: {warning}", sys.stderr)
     caches = _states(args.cache, args.device)
     with _measured_files(args.paths, args.dir) as files:
         _require_cache_possible(files, caches)
@@ -66,12 +75,15 @@ def _bench(args: argparse.Namespace) -> int:
             args.ceilings,
         )  # fmt: skip
         environment = machine.environment(files[0].path)
+        _announce(plan, environment)
         outcome = runner.race(plan)
     first = outcome.runs[caches[0], "stock"][0].sample
     environment |= first.versions
     if args.device != "cpu":
         environment["gpu"] = first.device_name
-    print(table.render(outcome, environment))
+    # Whoever reads JSON from standard output gets nothing else there.
+    human = sys.stderr if args.json == STDOUT else sys.stdout
+    say(table.render(outcome, environment, width(), verbose=args.verbose), human)
     if args.json:
         write_json(args.json, results.to_json(outcome, environment))
     if args.plot:
@@ -79,7 +91,20 @@ def _bench(args: argparse.Namespace) -> int:
     return _verdict(outcome)
 
 
-def patch_options(args: argparse.Namespace) -> dict[str, object]:
+def _announce(plan: Plan, environment: Mapping[str, object]) -> None:
+    """Say on which machine is measured and for how long at most, before that begins."""
+    from . import table
+
+    for line in wrapped(table.conditions(environment).splitlines(), width()):
+        say(line, sys.stderr)
+    rounds = "1 round" if plan.rounds == 1 else f"{plan.rounds} rounds"
+    say(
+        f"{rounds}; none begins that would end after {plan.max_seconds:g} s (--max-seconds)",
+        sys.stderr,
+    )
+
+
+def patch_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments for patch(): -o wins over --io."""
     short = {} if args.io is None else {"io": args.io}
     return {**short, **dict(args.options)}
@@ -100,15 +125,43 @@ def _refuse_early(args: argparse.Namespace) -> None:
             pass  # only to see that it accepts them
     except OptionError as error:
         raise UsageError(str(error)) from error
-    for output in filter(None, (args.json, args.plot)):
-        if not Path(output).absolute().parent.is_dir():
-            raise UsageError(f"{output}: its folder does not exist")
+    for output in (args.json, args.plot):
+        if output and output != STDOUT:
+            _require_writable(Path(output))
     if args.device != "cpu":
         from .job import CHILD, run_json
 
         answer = run_json(CHILD, {"kind": "cuda", "device": args.device}, "asking torch for CUDA")
         if not answer["usable"]:
             raise UsageError(f"--device {args.device}: torch cannot use it: {answer['reason']}")
+
+
+def _require_writable(path: Path) -> None:
+    """Raise where a file cannot be written, by opening it; what is in it stays."""
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path}: its folder does not exist")
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot write: {error.strerror}") from error
+
+
+def _require_chart(file_name: str) -> None:
+    """Raise where matplotlib is missing, or does not know the suffix."""
+    from . import plot
+
+    plot.require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    suffix = Path(file_name).suffix.removeprefix(".").lower()
+    known = FigureCanvasBase.get_supported_filetypes()
+    if file_name == STDOUT or (suffix and suffix not in known):
+        raise UsageError(f"--plot {file_name}: cannot write the chart; allowed are files that end"
+                         f" in {', '.join('.' + name for name in sorted(known))}")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -165,7 +218,10 @@ def _require_cache_possible(files: Sequence[CheckpointFile], caches: Sequence[st
 
 
 def write_json(file_name: str, value: object) -> None:
-    """Write indented JSON, or raise a line that names the file."""
+    """Write indented JSON, to standard output for ``-``; or raise a line that names the file."""
+    if file_name == STDOUT:
+        print(json.dumps(value, indent=2), flush=True)
+        return
     try:
         Path(file_name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
@@ -176,8 +232,8 @@ def _verdict(outcome: Outcome) -> int:
     if outcome.verified is not False:
         return 0
     print(
-        "fastst-patch bench: a run did not find the page cache as it should be, see the table; "
-        "is another program using these files, or is memory short?",
+        "fastst-patch bench: a run did not find the page cache as it should be, see the table. "
+        "Another program may be using these files, or memory may be short.",
         file=sys.stderr,
     )
     return EXIT_FAILED

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from . import machine
 from .errors import BenchError, UsageError
+from .stopping import removed
 
 LARGEST = 1_700_000_000  # bytes; a second or so from a fast disk
 SMALLEST = 64_000_000  # below this, process start-up noise is what one would measure
@@ -209,13 +210,10 @@ def temporary_checkpoint(
     directory: Path, specs: Sequence[TensorSpec], progress: Progress = lambda _: None
 ) -> Iterator[Path]:
     """Hold a file that exists as long as the context does, whatever ends it."""
-    folder = Path(tempfile.mkdtemp(prefix="fastst-bench-", dir=directory))
-    try:
+    with removed(Path(tempfile.mkdtemp(prefix="fastst-bench-", dir=directory))) as folder:
         path = folder / "model.safetensors"
         try:
             write_checkpoint(path, specs, progress)
         except OSError as error:
             raise BenchError(f"{path}: writing the test checkpoint: {error.strerror}") from error
         yield path
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -10,10 +10,12 @@ before that, or the cache state under test would be gone.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import hashlib
 import importlib
 import json
+import signal
 import sys
 import time
 import types
@@ -33,6 +35,7 @@ from .memory import device_memory, process_memory
 
 H2D_BYTES = 256 << 20
 _H2D_REPEATS = 8
+_PR_SET_PDEATHSIG = 1
 _REPLACED = "{} is already replaced as Python starts (a sitecustomize?): there is no stock to time"
 
 Tensors = dict[str, torch.Tensor]
@@ -40,10 +43,20 @@ Tensors = dict[str, torch.Tensor]
 
 def main() -> int:
     """Do the job on stdin and print the answer as one line of JSON."""
+    end_with_parent()
     message = json.loads(sys.stdin.readline())
-    answer = _KINDS[message.pop("kind")](message)
+    try:
+        answer = _KINDS[message.pop("kind")](message)
+    except (safetensors.SafetensorError, OSError, MemoryError) as error:
+        # What a file or the machine can cause is one line; a bug of ours keeps its traceback.
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
     print(json.dumps(answer), flush=True)
     return 0
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the bench is gone, however that ended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 # ---- a timed load -------------------------------------------------------

@@ -82,6 +82,12 @@ def describe(path: Path) -> CheckpointFile:
         raise UsageError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: not a safetensors file: {error}") from error
+    end = _LENGTH_BYTES + header_bytes + max((end for _, end in spans.values()), default=0)
+    if end != file_bytes:
+        raise UsageError(
+            f"{path}: its header describes a file of {end} bytes, and it has {file_bytes}"
+            + (": truncated?" if file_bytes < end else "")
+        )
     if not spans:
         raise UsageError(f"{path}: holds no tensors, so there is nothing to time")
     return CheckpointFile(

@@ -153,5 +153,8 @@ def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
 
 def _failure(label: str, code: int, stderr: str) -> str:
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    tail = "\n".join(f"  | {line}" for line in stderr.strip().splitlines()[-_STDERR_LINES:])
+    lines = stderr.strip().splitlines()[-_STDERR_LINES:]
+    if len(lines) == 1:  # the child has put it in words
+        return f"{label}: its process failed ({how}): {lines[0]}"
+    tail = "\n".join(f"  | {line}" for line in lines)
     return f"{label}: its process failed ({how})" + (f":\n{tail}" if tail else "")

@@ -115,7 +115,7 @@ def _speed_label(row: Row) -> str:
     speed = f"{row.gb_per_s:.2f} GB/s"
     if row.loader == "stock":
         return speed
-    return f"{speed}\n{1 / row.ratio_to_stock.median:.2f}x stock"
+    return f"{speed}\npatched / stock {row.ratio_to_stock.median:.2f}"
 
 
 def _title(row: Row, environment: Mapping[str, object]) -> str:

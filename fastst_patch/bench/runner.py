@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from . import ceilings, residency, settle
 from .ceilings import Ceiling
 from .errors import BenchError
 from .files import CheckpointFile
 from .job import LoadJob, Sample, run_load
+from .progress import Progress
 from .residency import CacheState
 
 LOADERS = ("stock", "patched")
@@ -109,9 +108,8 @@ def race(plan: Plan) -> Outcome:
     outcome = Outcome(plan, runs, [one for group in beside.values() for one in group])
     steps = len(runs) + len(outcome.ceilings)
     begin, longest = time.monotonic(), 0.0
-    # disable=None: no bar where stderr is no terminal.
     with (
-        tqdm(total=plan.rounds * steps, unit="run", disable=None, leave=False) as bar,
+        Progress(plan.rounds, steps, plan.max_seconds) as bar,
         settle.reserve_for(plan.paths) as reserve,
     ):
         for number in range(plan.rounds):
@@ -128,20 +126,20 @@ def _round(
     outcome: Outcome,
     number: int,
     beside: dict[str, list[Ceiling]],
-    bar: tqdm,
+    bar: Progress,
     reserve: settle.Reserve,
 ) -> None:
     # Whoever goes second finds the disk and the allocator as the first left them.
     order = LOADERS if number % 2 == 0 else LOADERS[::-1]
     for cache, measured_beside in beside.items():
         for loader in order:
-            bar.set_description(f"round {number + 1}: {loader}, {cache}")
+            bar.step(f"round {number + 1}: {loader}, {cache}")
             run = _run(outcome.plan, loader, cache, reserve)
             outcome.runs[cache, loader].append(run)
             _require_equal(outcome, run.sample, loader, cache)
             bar.update()
         for ceiling in measured_beside:
-            bar.set_description(f"round {number + 1}: {ceiling.name}")
+            bar.step(f"round {number + 1}: {ceiling.name}")
             ceiling.measure(outcome.plan.paths, reserve)
             bar.update()
 

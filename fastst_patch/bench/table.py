@@ -1,23 +1,27 @@
-"""The table a person reads: plain text, about 120 columns."""
+"""What a person reads: the verdict, the table behind it, and notes, as wide as the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..summary import grid
+from ..summary import fitted
+from ..terminal import width, wrapped
 from . import ceilings, residency, results
 from .results import Row
 from .runner import Outcome
 from .stats import SPREAD, Summary
 
+LEAST_ROUNDS = 3  # for a verdict: one round said 0.82 of stock, and the next 3.30
+_SAME = 0.05  # differences up to this, or up to the spread, are none
+
 _HEADINGS = (
-    "loader", "device", "cache", "files", "tensors", "GB", "load s", "touch s", "GB/s",
-    "time/stock", "of ceiling", "path",
+    "cache", "loader", "s", "load s", "touch s", "GB/s", "patched / stock", "of raw read", "path",
 )  # fmt: skip
+_DROP = ("touch s", "load s", "of raw read", "GB/s", "path")  # for want of columns, in this order
 _MEMORY_HEADINGS = (
-    "loader", "cache", "device MB by driver", "by torch, peak", "pinned MB", "host RSS peak MB",
+    "loader", "cache", "device MB", "torch peak MB", "pinned MB", "RSS peak MB",
 )  # fmt: skip
-_LEFT = {"loader", "device", "cache", "of ceiling", "path"}
+_LEFT = {"loader", "cache", "of raw read", "path"}
 _SHORT = {
     ceilings.DIRECT: "O_DIRECT",
     ceilings.COLD_BUFFERED: "cold buffered",
@@ -26,15 +30,64 @@ _SHORT = {
 }
 
 
-def render(outcome: Outcome, environment: Mapping[str, object]) -> str:
-    """Return conditions, rows, ceilings and notes as one text."""
+def render(
+    outcome: Outcome,
+    environment: Mapping[str, object],
+    columns: int | None = None,
+    *,
+    verbose: bool = False,
+) -> str:
+    """Return the verdict, conditions, rows, raw reads and notes as one text.
+
+    Args:
+        outcome: of a race.
+        environment: of `machine.environment`.
+        columns: of the terminal; those of this one when None.
+        verbose: show every column, however wide that is.
+    """
     rows = results.rows(outcome)
-    parts = [conditions(environment), "", *grid([_HEADINGS, *map(_cells, rows)], _LEFT)]
+    columns = width() if columns is None else columns
+    drop = () if verbose else _DROP
+    first = rows[0]
+    files = "1 file" if first.files == 1 else f"{first.files} files"
+    parts = [
+        verdict(outcome, rows),
+        "",
+        *conditions(environment).splitlines(),
+        f"{first.bytes / 1e9:.2f} GB in {first.tensors} tensors, {files}, to {first.device}",
+    ]
+    text = list(wrapped(parts, columns))
+    text += ["", *fitted([_HEADINGS, *map(_cells, rows)], _LEFT, columns, drop)]
     if outcome.plan.device != "cpu":
-        parts += ["", *grid([_MEMORY_HEADINGS, *map(_memory_cells, rows)], _LEFT)]
+        text += ["", *fitted([_MEMORY_HEADINGS, *map(_memory_cells, rows)], _LEFT, columns, ())]
     if outcome.ceilings:
-        parts += ["", *_ceilings(outcome)]
-    return "\n".join([*parts, "", *_notes(outcome, rows)])
+        text += ["", *wrapped(_raw_reads(outcome), columns)]
+    return "\n".join([*text, "", *wrapped(_notes(outcome, rows), columns)])
+
+
+def verdict(outcome: Outcome, rows: Sequence[Row]) -> str:
+    """Return what the numbers say, in a sentence."""
+    if outcome.verified is False:
+        return "No verdict: a run did not find the page cache in the state that its row names."
+    if outcome.rounds < LEAST_ROUNDS:
+        return (
+            f"Too few rounds for a verdict: {outcome.rounds}, and it takes {LEAST_ROUNDS}"
+            " (--repeat, --max-seconds)."
+        )
+    found = [
+        f"{row.cache.replace(', ', ' with ')} {_compared(row.ratio_to_stock)}"
+        for row in rows
+        if row.loader != "stock"
+    ]
+    return f"Patched against stock: {', '.join(found)}."
+
+
+def _compared(ratio: Summary) -> str:
+    tolerance = max(_SAME, ratio.spread or 0.0)
+    if abs(1 - ratio.median) <= tolerance:
+        return f"the same (±{100 * tolerance:.0f} %)"
+    times, word = (1 / ratio.median, "faster") if ratio.median < 1 else (ratio.median, "slower")
+    return f"{times:.1f}x {word}" if times >= 1.5 else f"{times:.2f}x {word}"
 
 
 def conditions(environment: Mapping[str, object]) -> str:
@@ -67,12 +120,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.ceiling and row.ceiling_fraction is not None:
         fraction = f"{row.ceiling_fraction:4.0%} {_SHORT[row.ceiling]}"
     return (
-        row.loader,
-        row.device,
         row.cache + ("" if row.verified else "?" if row.verified is None else "!"),
-        str(row.files),
-        str(row.tensors),
-        f"{row.bytes / 1e9:.2f}",
+        row.loader,
+        with_spread(row.total_s),
         with_spread(row.load_s),
         with_spread(row.touch_s) if row.touch_s.median else "-",
         f"{row.gb_per_s:.2f}",
@@ -92,8 +142,8 @@ def with_spread(summary: Summary, decimals: int | None = None) -> str:
     return text if summary.spread is None else f"{text} ±{summary.spread:.{decimals}f}"
 
 
-def _ceilings(outcome: Outcome) -> list[str]:
-    lines = ["ceilings, measured in the same rounds:"]
+def _raw_reads(outcome: Outcome) -> list[str]:
+    lines = ["raw reads of the same files, and copies, in the same rounds:"]
     width = max(len(one.name) for one in outcome.ceilings)
     for one in outcome.ceilings:
         name = one.name.ljust(width)
@@ -113,8 +163,8 @@ def _notes(outcome: Outcome, rows: Sequence[Row]) -> list[str]:
     plan = outcome.plan
     notes = [
         f"{_rounds(outcome.rounds)} in fresh processes; GB = 1e9 bytes;",
-        "GB/s = bytes / (load + touch); touch reads every byte once; "
-        "time/stock is the median of the rounds' own ratios.",
+        "s = load + touch, where touch reads every byte once; GB/s = bytes / s; "
+        "patched / stock is the ratio of seconds, the median of the rounds' own.",
     ]
     if any(row.cache == residency.SMALL_PAGES for row in rows):
         notes.append(
@@ -126,7 +176,7 @@ def _notes(outcome: Outcome, rows: Sequence[Row]) -> list[str]:
                      "each run.")  # fmt: skip
     if any((row.ceiling_fraction or 0) > 1 and row.device == "cpu" for row in rows):
         notes.append(
-            "Above 100%: a map copies nothing, and reads ahead in larger pieces than file reads."
+            "Above 100% of the raw read: a map copies nothing, and reads ahead in larger pieces."
         )
     notes += [
         f"{row.loader}, {row.cache}: the load alone, all bytes moved and none touched, came at "

@@ -1,0 +1,57 @@
+"""What an editor, ``help`` and ``inspect`` tell of what is public and of what is swapped."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pydoc
+import typing
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+
+import fastst_patch
+from fastst_patch import Config, engine
+from fastst_patch.config import Options
+
+
+def test_keywords_are_the_options() -> None:
+    hints = typing.get_type_hints(Options)
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    assert hints.keys() == fields.keys()
+    kinds = typing.get_type_hints(Config)
+    for name, hint in hints.items():
+        allowed = set(typing.get_args(hint)) or {hint}
+        if typing.get_origin(hint) is typing.Literal:
+            with fastst_patch.config_context(**{name: typing.get_args(hint)[0]}):
+                pass
+            continue
+        wanted = set(typing.get_args(kinds[name])) or {kinds[name]}
+        literals = {type(arg) for one in allowed for arg in typing.get_args(one)}
+        assert wanted <= allowed | literals, name
+
+
+@pytest.mark.parametrize(
+    "function", [fastst_patch.patch, fastst_patch.patched, fastst_patch.config_context]
+)
+def test_options_are_typed(function: Any) -> None:
+    parameters = inspect.signature(function).parameters
+    assert parameters["options"].annotation == "Unpack[Options]"
+    assert parameters.keys() <= {"targets", "rebind_aliases", "options"}
+
+
+@pytest.mark.skipif(engine.native_error() is not None, reason="no native extension")
+def test_what_is_swapped_looks_as_stock() -> None:
+    names = ("load_file", "load_model")
+    stocks = [getattr(safetensors.torch, name) for name in names] + [safetensors.safe_open]
+    with fastst_patch.patched():
+        ours = [getattr(safetensors.torch, name) for name in names] + [safetensors.safe_open]
+        for stock, swapped in zip(stocks, ours, strict=True):
+            assert swapped is not stock
+            assert inspect.signature(swapped) == inspect.signature(stock)
+            assert inspect.getdoc(swapped) == inspect.getdoc(stock)
+        text = pydoc.plain(pydoc.render_doc(safetensors.torch.load_file))
+    assert "load_file(filename" in text
+    assert "device" in text
