@@ -52,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
                       help="without the rows of transformers and diffusers")  # fmt: skip
 
     report = commands.add_parser("report", help="draw results again, or several together")
-    report.add_argument("folders", nargs="+", metavar="DIR", help="that hold a results.json")
+    report.add_argument("folders", nargs="+", metavar="DIR",
+                        help="with a results.json or a summary.json, or such a file")  # fmt: skip
     report.add_argument("--out", metavar="DIR", help="where to (the folder itself, if it is one)")
 
     ceilings = commands.add_parser("ceilings", help="what this machine can give at most")

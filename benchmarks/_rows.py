@@ -37,7 +37,6 @@ class Job:
     options: Mapping[str, object] = field(default_factory=dict)  # for patch()
     arguments: Mapping[str, object] = field(default_factory=dict)  # for from_pretrained; an Offer's
     variables: Mapping[str, str] = field(default_factory=dict)  # of the environment; an Offer's
-    probe: bool = True  # report the residency just before the clock starts
     rehearse: bool = False  # the device is the CPU in truth: nothing can reach a GPU
 
 
@@ -336,7 +335,7 @@ def run(job: Job) -> Sample:
     settle.forget_peak()
     gc.collect()
     gc.freeze()  # the patched process imported more: neither shall pay for traversing that
-    resident = residency.resident_fraction(job.files)[0] if job.probe else None
+    resident = residency.resident_fraction(job.files)[0]
     parts.clear()
 
     with child.reports_of(job.loader) as reports:

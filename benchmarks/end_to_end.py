@@ -209,7 +209,6 @@ def run_once(
         options=dict(bench.args.options) if loader == "patched" else {},
         arguments=offer.arguments if offer else {},
         variables=offer.variables if offer else {},
-        probe=residency.can_probe(model.files),
         rehearse=row.device == "cuda" and bench.args.rehearse,
     )
     gate = Gate(row.cache, model.files, reserve)

@@ -9,38 +9,18 @@ before the load; pinning is within it, summed over the workers.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from fastst_patch.bench import files, guarded, machine, residency, stats, write_json
+import _harness as harness
+
+from fastst_patch.bench import files, machine, stats, write_json
 from fastst_patch.bench.errors import BenchError
-from fastst_patch.bench.job import LoadJob, Sample, run_load
+from fastst_patch.bench.job import Sample
 from fastst_patch.bench.runner import LOADERS
-from fastst_patch.cli import option
 
 TURNS = ("first", "reload")
 PARTS = ("context", "engine", "pinning")
-
-
-def measure(
-    file: files.CheckpointFile, device: str, rounds: int, options: dict[str, str]
-) -> dict[tuple[str, str], list[Sample]]:
-    found: dict[tuple[str, str], list[Sample]] = {}
-    for number in range(rounds):
-        for loader in LOADERS if number % 2 == 0 else LOADERS[::-1]:
-            if residency.prepare("cold", [file.path]).verified is False:
-                raise BenchError(f"{file.name}: does not leave the page cache")
-            job = LoadJob(
-                loader, device, (file.path,), (file.order,),
-                options if loader == "patched" else {}, touch=False, split=True,
-            )  # fmt: skip
-            for turn in TURNS:
-                found.setdefault((loader, turn), []).append(run_load(job))
-    if len({sample.digests for samples in found.values() for sample in samples}) != 1:
-        raise BenchError(f"{file.name}: the loaders gave different tensors")
-    return found
 
 
 def row(loader: str, turn: str, samples: list[Sample]) -> dict[str, Any]:
@@ -67,16 +47,23 @@ def row(loader: str, turn: str, samples: list[Sample]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.arguments(__doc__, "--device", "-o", rounds=1)
+    parser.set_defaults(device="cuda")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--device", default="cuda", help="cuda[:N], or cpu")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("-o", "--option", type=option, action="append", default=[], dest="options")
-    parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    file = files.describe(args.file.absolute())
-    measured = measure(file, args.device, args.rounds, dict(args.options))
-    rows = [row(*key, samples) for key, samples in measured.items()]
+    file, options = files.describe(args.file.absolute()), dict(args.options)
+
+    def run(loader: str) -> list[Sample]:
+        harness.prepared("cold", [file.path])
+        how = {"touch": False, "split": True}
+        both = [harness.load(loader, [file], args.device, options, **how) for _ in TURNS]
+        if both[0].digests != both[1].digests:
+            raise BenchError(f"{file.name}: {loader} gave other tensors when it loaded again")
+        return both
+
+    measured = harness.race(LOADERS, args.rounds, run, lambda both: both[0].digests)
+    rows = [row(loader, turn, [both[number] for both in some])
+            for loader, some in measured.items() for number, turn in enumerate(TURNS)]  # fmt: skip
     print(f"{file.tensor_bytes / 1e9:.2f} GB in {len(file.order)} tensors to {args.device}")
     for one in rows:
         cached = one["cached_before"]
@@ -87,9 +74,9 @@ def main() -> int:
               f"peak {one['peak_rss'] / 1e6:.0f} MB; path {one['path']}")  # fmt: skip
     if args.json:
         write_json(args.json, {"environment": machine.environment(file.path), "rows": rows,
-                               "rounds": args.rounds, "options": dict(args.options)})  # fmt: skip
+                               "rounds": args.rounds, "options": options})  # fmt: skip
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("first_load", main))
+    harness.script("first_load", main)

@@ -10,20 +10,16 @@ time, when everything is new to it, and the median of the later ones.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from fastst_patch.bench import guarded, machine, stats, write_json
+import _harness as harness
+
+from fastst_patch.bench import machine, stats, write_json
 from fastst_patch.bench.checkpoint import TensorSpec, pick_directory, write_checkpoint
-from fastst_patch.bench.job import run_json
-from fastst_patch.bench.table import with_spread
 
 OURS, RIVAL, STOCK = "fastst_patch", "fastsafetensors", "safetensors"
 KINDS = ("first", "later")
@@ -51,43 +47,22 @@ def opener(loader: str, paths: list[str]) -> Callable[[], int]:
     return open_all
 
 
-def child() -> None:
-    job = json.load(sys.stdin)
+def child(job: dict[str, Any]) -> dict[str, float]:
     open_all = opener(job["loader"], job["paths"])
-    seconds = []
-    for _ in range(1 + job["calls"]):
-        begin = time.perf_counter()
+
+    def opened() -> None:
         names = open_all()
-        seconds.append(time.perf_counter() - begin)
         assert names == job["names"], f"{names} names, not {job['names']}"
-    print(json.dumps({"first": seconds[0], "later": statistics.median(seconds[1:])}))
 
-
-def measure(
-    paths: list[str], names: int, loaders: Sequence[str], rounds: int, calls: int
-) -> dict[str, list[dict[str, float]]]:
-    me = str(Path(__file__).absolute())
-    measured: dict[str, list[dict[str, float]]] = {loader: [] for loader in loaders}
-    for number in range(rounds):
-        for loader in loaders if number % 2 == 0 else loaders[::-1]:
-            job = {"loader": loader, "paths": paths, "names": names, "calls": calls}
-            measured[loader].append(run_json([me, "--child"], job, f"{loader} loader"))
-    return measured
+    return {"first": harness.timed(opened), "later": harness.median_of_calls(opened, job["calls"])}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.arguments(__doc__, "--dir")
     parser.add_argument("--files", type=int, default=40)
     parser.add_argument("--tensors", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--calls", type=int, default=5)
-    parser.add_argument("--dir", help="where to write the files")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        child()
-        return 0
     loaders = [OURS, STOCK]
     if importlib.util.find_spec(RIVAL) is not None:
         loaders.append(RIVAL)
@@ -98,20 +73,24 @@ def main() -> int:
                      for i in range(args.tensors)]  # fmt: skip
             write_checkpoint(Path(path), specs, progress=lambda _: None)
         environment = machine.environment(paths[0])
-        measured = measure(paths, args.files * args.tensors, loaders, args.rounds, args.calls)
+
+        def run(loader: str) -> dict[str, float]:
+            job = {"loader": loader, "paths": paths, "names": args.files * args.tensors,
+                   "calls": args.calls}  # fmt: skip
+            return harness.fresh(__file__, job, f"{loader} loader")
+
+        measured = harness.race(loaders, args.rounds, run)
     print(f"{args.files} files of {args.tensors} tensors, warm, headers only; "
           f"milliseconds, ± {stats.SPREAD}")  # fmt: skip
     results = []
     for kind in KINDS:
         seconds = {loader: [one[kind] for one in measured[loader]] for loader in loaders}
         for loader in loaders:
-            summary = stats.summarize([1e3 * s for s in seconds[loader]])
-            ratio = stats.paired_ratio(seconds[OURS], seconds[loader])
-            print(f"{kind:6} {loader:16} {with_spread(summary)}   "
-                  f"ours/{loader} {with_spread(ratio, 3)}")  # fmt: skip
+            pair = seconds[OURS], seconds[loader]
+            print(f"{kind:6} {loader:16} {harness.shown(seconds[loader], 1e3)}   "
+                  f"ours/{loader} {harness.shown_ratio(*pair, decimals=3)}")  # fmt: skip
             results.append({"kind": kind, "loader": loader, "seconds": seconds[loader],
-                            "ratio_of_ours": ratio.median,
-                            "ratio_of_ours_spread": ratio.spread})  # fmt: skip
+                            **harness.ratio(*pair, "ratio_of_ours")})  # fmt: skip
     if RIVAL not in loaders:
         print(f"{RIVAL} cannot be imported here, and was not timed")
     if args.json:
@@ -121,4 +100,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("open_many", main))
+    harness.script("open_many", main, child)

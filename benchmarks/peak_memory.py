@@ -8,28 +8,21 @@ dropped by the kernel and is shared between processes; anonymous memory cannot a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastst_patch.bench import (
-    files,
-    guarded,
-    machine,
-    residency,
-    synthetic_checkpoint,
-    write_json,
-)
-from fastst_patch.bench.files import CheckpointFile
-from fastst_patch.bench.job import LoadJob, Sample, run_load
+import _harness as harness
 
-CONTENDERS: dict[str, tuple[str, dict[str, str]]] = {
-    "stock": ("stock", {}),
-    "patched": ("patched", {}),
-    "patched, io=direct": ("patched", {"io": "direct"}),
+from fastst_patch.bench import files, machine, residency, synthetic_checkpoint, write_json
+from fastst_patch.bench.job import Sample
+
+CONTENDERS: dict[str, dict[str, object]] = {  # options for patch()
+    "stock": {},
+    "patched": {},
+    "patched, io=direct": {"io": "direct"},
 }
 COLUMNS = {  # key in Sample.memory: heading
     "peak_rss": "peak RSS",
@@ -38,20 +31,6 @@ COLUMNS = {  # key in Sample.memory: heading
     "pss_anonymous": "anonymous",
     "pss_file": "file-mapped",
 }
-
-
-def measure(measured_files: Sequence[CheckpointFile], rounds: int) -> dict[str, list[Sample]]:
-    paths = tuple(file.path for file in measured_files)
-    orders = tuple(file.order for file in measured_files)
-    measured: dict[str, list[Sample]] = {name: [] for name in CONTENDERS}
-    for number in range(rounds):
-        for name in list(CONTENDERS) if number % 2 == 0 else list(CONTENDERS)[::-1]:
-            loader, options = CONTENDERS[name]
-            state = residency.prepare("cold", paths)
-            if state.verified is False:
-                print(f"{name}: the files were {state.fraction:.0%} cached", file=sys.stderr)
-            measured[name].append(run_load(LoadJob(loader, "cpu", paths, orders, options)))
-    return measured
 
 
 def medians(samples: Sequence[Sample]) -> dict[str, float]:
@@ -63,11 +42,8 @@ def medians(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.arguments(__doc__, "--dir", rounds=3)
     parser.add_argument("paths", nargs="*", metavar="PATH")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dir", help="where to write the synthetic checkpoint")
-    parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         paths: list[str] = args.paths
@@ -75,7 +51,14 @@ def main() -> int:
             paths = [str(stack.enter_context(synthetic_checkpoint(args.dir)))]
         measured_files = files.expand(paths)
         environment = machine.environment(Path(measured_files[0].path))
-        measured = measure(measured_files, args.rounds)
+
+        def run(name: str) -> Sample:
+            state = residency.prepare("cold", [file.path for file in measured_files])
+            if state.verified is False:
+                print(f"{name}: the files were {state.fraction:.0%} cached", file=sys.stderr)
+            return harness.load(name, measured_files, options=CONTENDERS[name])
+
+        measured = harness.race([*CONTENDERS], args.rounds, run, lambda one: one.digests)
     total = sum(file.tensor_bytes for file in measured_files)
     added = {name: medians(samples) for name, samples in measured.items()}
     taken = {name: samples[0].path for name, samples in measured.items()}
@@ -91,4 +74,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("peak_memory", main))
+    harness.script("peak_memory", main)

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import shutil
+import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,9 +54,54 @@ def test_results_are_read_back_and_drawn_again(found, tmp_path, capsys) -> None:
     page = (tmp_path / "report.md").read_text()
     assert page.strip() == capsys.readouterr().out.strip()
     assert "| 1 | again |" in page
-    for name in ("speed.png", "first-tensor.png", "memory.png"):
-        assert f"({name})" in page
-        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    assert "(summary.png)" in page
+    assert within_limits(tmp_path / "summary.png")
+
+
+def within_limits(path: Path) -> bool:
+    """A PNG of at most 1,600 x 1,200 pixels, as its header tells."""
+    head = path.read_bytes()[:24]
+    assert head[:4] == b"\x89PNG"
+    width, height = struct.unpack(">II", head[16:])
+    return bool(width <= 1600 and height <= 1200)
+
+
+def test_committed_results_are_small() -> None:
+    files = [path for path in readme.RESULTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 1_000_000
+    charts = [path for path in files if path.suffix == ".png"]
+    assert charts
+    assert all(map(within_limits, charts))
+
+
+def test_chart_has_a_bar_for_each_family(found, tmp_path) -> None:
+    rows = [row for cell in results.cells(found) for row in results.rows(found, *cell)]
+    (panel, *_), families = charts.panels(found, rows), {row.family for row in rows}
+    bars = charts.bars(rows, panel)
+    assert [bar.family for bar in bars] == sorted(families, key=[b.family for b in bars].index)
+    assert bars[0].value == 1.0  # nobody is ours here: the fastest is the measure
+    assert panel.measure(rows[-1]) == pytest.approx(2.0)
+
+
+def test_page_and_readme_are_the_same_from_the_summary(found, tmp_path) -> None:
+    thirds = json.loads(json.dumps(found))
+    for number, run in enumerate(thirds["runs"]):
+        run["sample"]["load_s"] += number / 3e4
+    results.save_summary(thirds, tmp_path)
+    summary = results.read(tmp_path)
+    assert "runs" not in summary
+    assert report.markdown([summary]) == report.markdown([thirds])
+    assert readme.matrix(summary) == readme.matrix(thirds)
+    results.save_summary(summary, tmp_path)
+    assert results.read(tmp_path) == summary
+    with pytest.raises(UsageError, match="no rounds to put together"):
+        results.merge([thirds, summary])
+
+
+def test_committed_report_is_that_of_its_summary() -> None:
+    for folder in readme.folders():
+        page = report.markdown([results.read(folder)], [[readme.CHART]])
+        assert (folder / "report.md").read_text(encoding="utf-8") == page
 
 
 def test_rounds_of_one_machine_are_added_up(found) -> None:
@@ -137,7 +183,7 @@ def test_wrong_loader_has_no_time_and_no_bar(file, fake, tmp_path) -> None:
     row = next(one for one in results.rows(found, "tiny", "warm") if one.loader == "again")
     assert (row.state, row.rank, row.total_s, row.gb_per_s) == ("wrong", None, None, None)
     assert "and 3 more" in row.detail
-    assert charts.draw(found, tmp_path) == ["speed.png", "first-tensor.png", "memory.png"]
+    assert charts.draw(found, tmp_path) == ["summary.png"]
     assert "| 1 | stock-mmap |" in report.markdown([found])
     assert readme.matrix(found)[2:] == ["| tiny, 0.3 MB, warm | **1.50 s** (mmap) |  |"]
     alone = race_of(file, "again", rounds=5)
@@ -184,7 +230,7 @@ def test_readme_is_written_from_the_results(found, tmp_path, monkeypatch) -> Non
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     folder = tmp_path / "results" / "here" / "race"
     folder.mkdir(parents=True)
-    results.save(found, folder)
+    results.save_summary(found, folder)
     before = f"# x\n{readme.BEGIN}\nold\n{readme.END}\ny\n"
     (tmp_path / "README.md").write_text(before)
     assert readme.main(check=True) == 1
@@ -193,7 +239,7 @@ def test_readme_is_written_from_the_results(found, tmp_path, monkeypatch) -> Non
     text = (tmp_path / "README.md").read_text()
     assert "| tiny, 0.3 MB, cold | **0.75 s** (again) |  |" in text
     assert "| tiny, 0.3 MB, warm | **0.75 s** (again) |  |" in text
-    assert "(results/here/race/speed.png)" in text
+    assert "(results/here/race/summary.png)" in text
     assert text.endswith(f"{readme.END}\ny\n")
     assert readme.main(check=True) == 0
     (tmp_path / "README.md").write_text("no markers")

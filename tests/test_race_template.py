@@ -34,7 +34,6 @@ def message(file: Path, loader: str) -> dict[str, object]:
     return {
         "kind": "load", "loader": loader, "module": SOURCE.module, "folder": SOURCE.folder,
         "device": "cpu", "files": [str(file)], "read": [str(file)], "truth": str(path),
-        "probe": False,
     }  # fmt: skip
 
 

@@ -33,7 +33,6 @@ class Job:
     files: tuple[str, ...]
     read: tuple[str, ...]  # the files whose bytes the loader reads; most often the same
     truth: str  # file with the expected tensors
-    probe: bool  # asking for the residency leaves the page cache as it is
 
 
 def main() -> int:
@@ -105,7 +104,7 @@ def load(job: Job, say: Say, gate: Callable[[], None] = _await_gate) -> None:
     gc.freeze()  # who imported more shall not pay for traversing it
     held_before = probes.held(job.device)
     done_before = probes.done()
-    resident = residency.resident_fraction(job.read)[0] if job.probe else None
+    resident = residency.resident_fraction(job.read)[0]
     modules = set(sys.modules)
     first_at: list[float] = []
 

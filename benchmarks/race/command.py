@@ -291,10 +291,12 @@ def _version(loader: Any, installed: dict[str, str | None]) -> str | None:
 
 
 def write_page(sections: Sequence[results.Found], out: Path) -> str:
-    """Write the Markdown page and its charts; return the text."""
+    """Write the Markdown page, its charts, and the summary of a single section; return the text."""
     drawn = [charts.draw(found, out, _suffix(sections, number))
              for number, found in enumerate(sections)]  # fmt: skip
     page = report.markdown(sections, drawn)
+    if len(sections) == 1:
+        results.save_summary(sections[0], out)
     try:
         (out / PAGE).write_text(page, encoding="utf-8")
     except OSError as error:
@@ -321,7 +323,7 @@ def _end_to_end(
 
 
 def redraw(args: argparse.Namespace) -> int:
-    """Draw results again, several together where they were measured alike.
+    """Draw results again, and shrink them; several together where they were measured alike.
 
     Where all of several were, what was put together is written, too.
 
@@ -330,7 +332,8 @@ def redraw(args: argparse.Namespace) -> int:
     """
     charts.require_matplotlib()
     several = [results.read(Path(folder)) for folder in args.folders]
-    out = Path(args.out if args.out else args.folders[0]).absolute()
+    first = Path(args.folders[0])
+    out = Path(args.out or (first if first.is_dir() else first.parent)).absolute()
     if not args.out and len(args.folders) > 1:
         raise UsageError("report: several results are drawn together: say where, with --out DIR")
     out.mkdir(parents=True, exist_ok=True)

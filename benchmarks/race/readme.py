@@ -1,7 +1,7 @@
 """The part of docs/benchmarks.md about the race, from the committed results; never by hand.
 
 `python -m benchmarks readme [--check]` writes it between two markers, for every
-benchmarks/results/*/race/results.json, and the older table (benchmarks/readme_table.py) with it.
+benchmarks/results/*/race/summary.json, and the older table (benchmarks/readme_table.py) with it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastst_patch.bench.errors import UsageError
 
-from . import report, results
+from . import charts, report, results
 from .process import ROOT
 from .results import Found, Row
 
@@ -19,7 +19,7 @@ README = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- race: written by python -m benchmarks readme -->"
 END = "<!-- end of race -->"
-CHART = "speed.png"
+CHART = f"{charts.NAME}.png"
 
 
 def main(check: bool) -> int:
@@ -45,8 +45,12 @@ def main(check: bool) -> int:
 
 def folders() -> list[Path]:
     """Those that hold results of a race, machines without a GPU first."""
-    found = sorted(path.parent for path in RESULTS.glob("*/race/results.json"))
-    return sorted(found, key=lambda folder: results.read(folder)["device"] != "cpu")
+    found = sorted(path.parent for path in RESULTS.glob(f"*/race/{results.SUMMARY_NAME}"))
+    return sorted(found, key=lambda folder: _read(folder)["device"] != "cpu")
+
+
+def _read(folder: Path) -> Found:
+    return results.read(folder / results.SUMMARY_NAME)
 
 
 def with_race(readme: str, text: str) -> str:
@@ -69,7 +73,7 @@ def written(found: list[Path]) -> str:
 
 
 def _section(folder: Path) -> str:
-    found = results.read(folder)
+    found = _read(folder)
     place = folder.relative_to(ROOT).as_posix()
     place = "../" * len(README.parent.relative_to(ROOT).parts) + place
     lines = [
@@ -85,7 +89,7 @@ def _section(folder: Path) -> str:
         "",
         *matrix(found),
         "",
-        f"![GB/s of every loader against the ceiling]({place}/{CHART})",
+        f"![Time, first tensor and memory, a bar for each family of loaders]({place}/{CHART})",
     ]
     return "\n".join(lines)
 

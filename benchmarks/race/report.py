@@ -217,7 +217,7 @@ _LEFT = {
 
 
 def _missing(found: Found) -> str:
-    ran = {run["loader"] for run in found["runs"]}
+    ran = results.ran(found)
     entries = [
         [one["name"], one["version"] or "-", one["note"]]
         for one in found["loaders"]

@@ -1,10 +1,14 @@
-"""results.json: written, read, merged, and made into rows. METHOD.md documents its fields."""
+"""results.json: written, read, merged, and made into rows. METHOD.md documents its fields.
+
+summary.json holds the rows in place of the single loads: all that the page, the charts and the
+README are drawn from, in a few percent of the size.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,11 @@ from fastst_patch.bench.errors import UsageError
 from . import ceilings
 from .plan import LEAST_ROUNDS
 
-SCHEMA = "fastst-race/1"
-FILE_NAME = "results.json"
+SCHEMA, FILE_NAME = "fastst-race/1", "results.json"
+SUMMARY_SCHEMA, SUMMARY_NAME = "fastst-race-summary/1", "summary.json"
 STOCK, OURS = "stock-mmap", "fastst"  # that the others are compared with
 
-Found = dict[str, Any]  # what a results.json holds
+Found = dict[str, Any]  # what a results.json or a summary.json holds
 
 # Same machine and same software: their rounds may stand in one row.
 _SAME = (
@@ -98,7 +102,7 @@ def total(run: Mapping[str, Any]) -> float:
 
 def cells(found: Found) -> list[tuple[str, str]]:
     """Workloads and states of the cache that were raced, in the order of the results."""
-    raced = {(run["workload"], run["cache"]) for run in found["runs"]}
+    raced = {(one["workload"], one["cache"]) for one in _loads(found)}
     return [
         (workload["name"], cache)
         for workload in found["workloads"]
@@ -107,8 +111,30 @@ def cells(found: Found) -> list[tuple[str, str]]:
     ]
 
 
+def ran(found: Found) -> set[str]:
+    """Loaders that were started at least once."""
+    return {one["loader"] for one in _loads(found)}
+
+
+def _loads(found: Found) -> list[dict[str, Any]]:
+    """Entries with a workload, a cache and a loader: single loads, or rows of a summary."""
+    entries: list[dict[str, Any]] = found["rows"] if is_summary(found) else found["runs"]
+    return entries
+
+
+def is_summary(found: Found) -> bool:
+    """Whether it holds rows and no single loads."""
+    return bool(found["schema"] == SUMMARY_SCHEMA)
+
+
 def rows(found: Found, workload: str, cache: str) -> list[Row]:
     """The rows of one cell, the fastest first, those without a rank at the end."""
+    if is_summary(found):
+        return [
+            _row_of(one)
+            for one in found["rows"]
+            if (one["workload"], one["cache"]) == (workload, cache)
+        ]
     runs = [run for run in found["runs"] if (run["workload"], run["cache"]) == (workload, cache)]
     speeds = ceilings.speeds_of(found["ceilings"], workload)
     by_loader: dict[str, list[dict[str, Any]]] = {}
@@ -121,12 +147,8 @@ def rows(found: Found, workload: str, cache: str) -> list[Row]:
     ranked, rank = [], 0
     for row in made:
         rank += row.state == "ok"
-        ranked.append(_replace(row, rank=rank if row.state == "ok" else None))
+        ranked.append(replace(row, rank=rank if row.state == "ok" else None))
     return ranked
-
-
-def _replace(row: Row, **changes: Any) -> Row:
-    return Row(**{**row.__dict__, **changes})
 
 
 def _row(
@@ -160,7 +182,7 @@ def _row(
     assert total_s is not None
     ceiling = ceilings.binding(cache, found["device"], speeds)
     speed = sizes["nbytes"] / total_s.median / 1e9
-    return _replace(
+    return replace(
         row,
         total_s=total_s,
         **{name: quartiles(one[name] for one in samples)
@@ -242,6 +264,74 @@ def _memory(samples: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
 
+# ---- the summary --------------------------------------------------------
+
+_QUARTILES = tuple(name for name, kind in Row.__annotations__.items() if "Quartiles" in kind)
+_END_TO_END = (
+    "title", "cache", "loader", "total_s", "total_ratio_to_stock", "import_s", "rounds",
+)  # fmt: skip
+_UNSHOWN = ("load_s", "touch_s")  # in no table
+_DIGITS = 9  # significant: with 6, one ratio of the committed race was rounded to another
+
+
+def summarize(found: Found) -> Found:
+    """What the page, the charts and the README need: rows in place of loads and orders."""
+    if is_summary(found):
+        return found
+    kept = {name: value for name, value in found.items() if name not in ("runs", "orders")}
+    kept["schema"] = SUMMARY_SCHEMA
+    kept["rows"] = [_entry_of(row) for cell in cells(found) for row in rows(found, *cell)]
+    whole = found["end_to_end"]
+    if whole:
+        kept["end_to_end"] = {
+            "results": [
+                {name: one[name] for name in _END_TO_END if name in one}
+                | {"memory": {"peak_rss": one["memory"].get("peak_rss")}}
+                for one in whole["results"]
+            ],
+            "skipped": whole["skipped"],
+            "errors": whole["errors"],
+        }
+    rounded: Found = _rounded(kept)
+    return rounded
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _entry_of(row: Row) -> dict[str, Any]:
+    known = {name: value for name, value in asdict(row).items() if value not in (None, ())}
+    known |= {name: list(known[name].values()) for name in _QUARTILES if name in known}
+    return {name: value for name, value in known.items() if name not in _UNSHOWN}
+
+
+def _row_of(entry: Mapping[str, Any]) -> Row:
+    quartiles = {name: Quartiles(*entry[name]) for name in _QUARTILES if name in entry}
+    row = Row(**{"detail": None, "rank": None, "version": None, **entry, **quartiles})
+    return replace(row, late_imports=tuple(row.late_imports))
+
+
+def save_summary(found: Found, folder: Path) -> None:
+    """Write summary.json, one line a row.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    lines = []
+    for name, value in summarize(found).items():
+        several = isinstance(value, list) and value and isinstance(value[0], dict)
+        text = json.dumps(value)
+        if several:
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        lines.append(f" {json.dumps(name)}: {text}")
+    _write(folder / SUMMARY_NAME, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
 # ---- files --------------------------------------------------------------
 
 
@@ -251,28 +341,34 @@ def save(found: Found, folder: Path) -> None:
     Raises:
         UsageError: it cannot be written.
     """
-    path = folder / FILE_NAME
+    _write(folder / FILE_NAME, json.dumps(found, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path}: cannot write: {error.strerror}") from error
 
 
 def read(path: Path) -> Found:
-    """Read a results.json, given itself or its folder.
+    """Read a results.json or a summary.json, given itself or its folder.
+
+    Of a folder that holds both, the results.
 
     Raises:
         UsageError: it is not there, or is something else.
     """
     if path.is_dir():
-        path = path / FILE_NAME
+        both = (path / FILE_NAME, path / SUMMARY_NAME)
+        path = next((one for one in both if one.exists()), both[0])
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"{path}: not JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+    if not isinstance(found, dict) or found.get("schema") not in (SCHEMA, SUMMARY_SCHEMA):
         raise UsageError(f"{path}: not results of `python -m benchmarks race` ({SCHEMA})")
     return found
 
@@ -282,7 +378,14 @@ def merge(several: Sequence[Found]) -> list[Found]:
 
     Rounds of the same cells are added up, each paired within its own race. What differs in
     machine, device, versions or in a workload's files is another section.
+
+    Raises:
+        UsageError: one of several is a summary.
     """
+    if len(several) == 1:
+        return list(several)
+    if any(map(is_summary, several)):
+        raise UsageError(f"a {SUMMARY_NAME} holds no rounds to put together: give {FILE_NAME}")
     merged: dict[str, Found] = {}
     for number, found in enumerate(several):
         key = json.dumps([found["device"], *(found["environment"].get(name) for name in _SAME)])

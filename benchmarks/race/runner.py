@@ -315,8 +315,6 @@ def judge(
     inside = sample["resident_before"]
     verdict = residency.weakest(
         [state.verified, None if inside is None else residency.satisfies(cache, inside)]
-        if state.probe_is_harmless
-        else [state.verified]
     )
     if verdict is False:
         seen = state.fraction if inside is None else inside

@@ -9,8 +9,6 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastst_patch.bench import residency
-
 from . import process
 from .entrants import read_by
 
@@ -46,7 +44,6 @@ class Starters:
         self._waiting = [name for name in order for _ in range(2 if name in again else 1)]
         self._started: list[tuple[str, process.Child]] = []
         self._loaders = {loader.name: loader for loader in run.entrants.running}
-        self._probe = residency.can_probe(written.files)
         self._copied = None if afresh else run.template
 
     def __enter__(self) -> Starters:
@@ -99,6 +96,5 @@ class Starters:
             "files": self._written.files,
             "read": read_by(loader, self._written.files),
             "truth": self._written.truth,
-            "probe": self._probe,
         }
         return process.Child(message, run.entrants.environment_of(loader), self._copied)

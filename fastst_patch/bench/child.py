@@ -86,7 +86,7 @@ def run(job: LoadJob) -> Sample:
     gc.collect()
     gc.freeze()  # the patched process imported more: neither shall pay for traversing that
     memory_before = process_memory() | device_memory(job.device)
-    resident = residency.resident_fraction(job.paths)[0] if job.probe else None
+    resident = residency.resident_fraction(job.paths)[0]
 
     with reports_of(job.loader) as reports:
         begin = time.perf_counter()

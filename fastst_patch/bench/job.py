@@ -36,7 +36,6 @@ class LoadJob:
     orders: tuple[tuple[str, ...], ...]  # per file: tensor names by offset
     options: Mapping[str, object] = field(default_factory=dict)  # for patch()
     touch: bool = True  # time reading every byte too (CPU only)
-    probe: bool = True  # report the residency just before the clock starts
     split: bool = False  # start the engine's device before the clock, and time that apart
 
 

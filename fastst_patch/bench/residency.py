@@ -21,9 +21,6 @@ WARM_AT_LEAST = 0.995
 _ATTEMPTS = 4
 _READ_BYTES = 1 << 20
 _PAUSE_S = 0.2
-# Reads that refuse to wait still start read-ahead in kernels since 5.10, so asking
-# spoils a cold cache. Asking cachestat or mincore changes nothing.
-_HARMLESS_PROBES = frozenset({"cachestat", "mincore"})
 _NO_PROBES = frozenset({"none", "unknown", ""})
 
 
@@ -39,11 +36,6 @@ class CacheState:
     def verified(self) -> bool | None:
         """None when the kernel does not tell."""
         return None if self.fraction is None else satisfies(self.cache, self.fraction)
-
-    @property
-    def probe_is_harmless(self) -> bool:
-        """Whether asking again leaves a cold file cold."""
-        return self.probe in _HARMLESS_PROBES
 
 
 def weakest(verdicts: Iterable[bool | None]) -> bool | None:
@@ -73,19 +65,14 @@ def prepare(cache: str, paths: Sequence[str]) -> CacheState:
             break
         # Pages in flight, or on another CPU's list, cannot be evicted just now.
         time.sleep(_PAUSE_S * attempt)
-    if is_cold(cache) and not state.probe_is_harmless:
-        for path in paths:
-            evict(path)
     return state
 
 
-def can_probe(paths: Sequence[str]) -> bool:
-    """Whether asking for the residency of these files leaves the page cache as it is."""
-    return CacheState("", None, resident_fraction(paths)[1]).probe_is_harmless
-
-
 def resident_fraction(paths: Sequence[str]) -> tuple[float | None, str]:
-    """Return the fraction over all files; None as soon as one cannot be probed."""
+    """Return the fraction over all files; None as soon as one cannot be probed.
+
+    Asking changes nothing: both probes, cachestat and mincore, read no file.
+    """
     found = [engine.residency(path) for path in paths]
     probes = sorted({str(one.probe).lower() for one in found if one.total_bytes})
     if not probes or not _NO_PROBES.isdisjoint(probes):

@@ -164,7 +164,6 @@ def _run_once(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> R
         paths=plan.paths,
         orders=tuple(file.order for file in plan.files),
         options=plan.options if loader == "patched" else {},
-        probe=residency.can_probe(plan.paths),
     )
     gate = Gate(cache, plan.paths, reserve)
     sample = run_load(job, gate)
