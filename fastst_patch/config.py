@@ -72,7 +72,7 @@ class Config:
         page_cache: ``auto`` and ``keep`` leave the file cached; ``drop`` leaves it uncached,
             which makes ``io="auto"`` read with O_DIRECT.
         threads: most workers on one load, 1 to 64; 0 chooses by CPUs. For O_DIRECT to the CPU
-            that is twice as many, with half of ``chunk_bytes`` each.
+            that is twice as many, with a quarter of ``chunk_bytes`` each.
         chunk_bytes: bytes one worker handles at a time, 64 KiB to 64 MiB.
         pinned_bytes: most host memory the process pins for copies to devices; None: 256 MiB.
             Pinned as needed, and kept. With less than one chunk, nothing is pinned.
