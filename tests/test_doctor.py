@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastst_patch
-from fastst_patch import cli, doctor, engine, errors, terminal
+from fastst_patch import cli, doctor, doctor_text, engine, errors, targets, terminal
 
 
 def test_text_and_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -147,3 +147,8 @@ def test_bad_environment_is_shown(
     text = " ".join(capsys.readouterr().out.split())
     assert "FASTST_IO='warp'" in text
     assert "patch() would raise OptionError" in text
+
+
+def test_targets_that_come_later_count_as_replaced() -> None:
+    # The text must not import targets, which imports safetensors.
+    assert doctor_text._LATER == targets.LATER
