@@ -18,7 +18,7 @@ import argparse
 import contextlib
 import gc
 import importlib
-import json
+import itertools
 import os
 import sys
 import tempfile
@@ -28,8 +28,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import _harness as harness
+
 from fastst_patch import engine
-from fastst_patch.bench import files, guarded, machine, residency, stats, write_json
+from fastst_patch.bench import files, machine, stats, write_json
 from fastst_patch.bench.checkpoint import (
     TensorSpec,
     moe_specs,
@@ -39,7 +41,6 @@ from fastst_patch.bench.checkpoint import (
     write_checkpoint,
 )
 from fastst_patch.bench.errors import BenchError
-from fastst_patch.bench.job import run_json
 from fastst_patch.bench.table import with_spread
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
@@ -222,36 +223,45 @@ def written(directory: Path, nbytes: int) -> Iterator[dict[str, files.Checkpoint
 
 
 def measure(args: argparse.Namespace, library: Path, made: dict[str, Any]) -> dict[str, Any]:
-    runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases()}
+    dense, by_name = made["dense"], {f"{case.name}, {case.tensors}": case for case in cases()}
+    profiled: set[Case] = set()
     reads: dict[int, list[float]] = {1: [], 0: []}
-    dense = made["dense"]
-    for number in range(args.rounds):
-        for case in cases() if number % 2 == 0 else cases()[::-1]:
-            file = made[case.file]
-            if residency.prepare("warm", [file.path]).verified is False:
-                raise BenchError(f"{file.name}: does not stay in the page cache")
-            message = {
-                "library": str(library),
-                "small": made["small"].path,
-                "path": file.path,
-                "count": len(file.order),
-                "bytes": file.tensor_bytes,
-                "tensors": case.tensors,
-                "threads": case.threads,
-                "warm_slots": args.warm_slots,
-                "profile": str(_profile_file(args, case)) if args.profile and not number else "",
-            }
-            answer = run_json([str(Path(__file__).resolve()), "--child"], message, case.name)
-            if answer["violations"]:
-                raise BenchError(f"{case.name}: the fake driver objects: {answer['violations'][0]}")
-            runs[case].append(answer)
+    turn = itertools.count(1)
+
+    def read() -> None:
         for threads, seconds in reads.items():
             count = threads or machine.cpu_count()
-            read = engine.read_ceiling(
+            nbytes, taken = engine.read_ceiling(
                 dense.path, direct=False, threads=count, chunk_bytes=4 << 20
-            )  # fmt: skip
-            seconds.append(read[0] / read[1] / 1e9)
-    return {"runs": runs, "reads": reads}
+            )
+            seconds.append(nbytes / taken / 1e9)
+
+    def run_case(name: str) -> dict[str, Any]:
+        case = by_name[name]
+        file = made[case.file]
+        harness.prepared("warm", [file.path])
+        profile = bool(args.profile) and case not in profiled
+        profiled.add(case)
+        message = {
+            "library": str(library),
+            "small": made["small"].path,
+            "path": file.path,
+            "count": len(file.order),
+            "bytes": file.tensor_bytes,
+            "tensors": case.tensors,
+            "threads": case.threads,
+            "warm_slots": args.warm_slots,
+            "profile": str(_profile_file(args, case)) if profile else "",
+        }
+        answer = harness.fresh(__file__, message, name)
+        if answer["violations"]:
+            raise BenchError(f"{name}: the fake driver objects: {answer['violations'][0]}")
+        if next(turn) % len(by_name) == 0:  # in every round, as the loads
+            read()
+        return answer
+
+    runs = harness.race([*by_name], args.rounds, run_case)
+    return {"runs": {by_name[name]: some for name, some in runs.items()}, "reads": reads}
 
 
 def report(measured: dict[str, Any], made: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -328,21 +338,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = harness.arguments(__doc__, "--dir", rounds=5)
     parser.add_argument("--gb", type=float, default=1.0, help="size of the dense file")
     parser.add_argument("--warm-slots", action="store_true",
                         help="load the same file once before the clock starts")  # fmt: skip
     parser.add_argument("--profile", metavar="FOLDER", help="write a cProfile of each row there")
-    parser.add_argument("--dir", help="where to write the files")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        print(json.dumps(child(json.load(sys.stdin))), flush=True)
-        return 0
-    return run(args)
+    return run(parser.parse_args())
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("device_overhead", main))
+    harness.script("device_overhead", main, child)

@@ -14,26 +14,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shutil
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import _harness as harness
 import _models
 from _rows import OFFERS, ROWS, Job, Row, Sample, child
-from readahead import read_ahead
 from tqdm import tqdm
 
-from fastst_patch.bench import guarded, machine, residency, settle, stats, table, write_json
+from fastst_patch.bench import machine, residency, settle, stats, table, write_json
 from fastst_patch.bench.checkpoint import budget, pick_directory
 from fastst_patch.bench.errors import EXIT_FAILED, BenchError, UsageError
-from fastst_patch.bench.job import run_json
-from fastst_patch.bench.runner import LOADERS, TRIES, Gate, Run
+from fastst_patch.bench.runner import LOADERS, Gate, Run
 from fastst_patch.bench.table import with_spread
 from fastst_patch.cli import option
 from fastst_patch.summary import grid
@@ -119,7 +115,7 @@ def _make(kind: str, folder: Path) -> None:
 
 
 def _ask(message: dict[str, Any], label: str, gate: Gate | None = None) -> dict[str, Any]:
-    return run_json([str(Path(__file__).absolute()), "--child"], message, label, gate)
+    return harness.fresh(__file__, message, label, gate)
 
 
 # ---- runs ---------------------------------------------------------------
@@ -152,52 +148,26 @@ def measure(bench: Bench, row: Row, bar: tqdm) -> Measured:
         message = {"kind": "pinned copy", "rehearse": bench.args.rehearse,
                    "quick": bench.args.repeat == 1}  # fmt: skip
         bench.pinned_gb_per_s = _ask(message, "copies from pinned memory")["gb_per_s"]
-    loaders = loaders_of(bench, row)
-    measured = Measured(row, model, {name: [] for name in loaders})
-    begin, longest = time.monotonic(), 0.0
+    names = loaders_of(bench, row)
     # A warm load to a device takes no host memory to speak of.
-    fresh = model.file_bytes if row.device == "cpu" else 0
-    with settle.Reserve(fresh) as reserve:
-        for number in range(bench.args.repeat):
-            started = time.monotonic()
-            if number and started - begin + longest > bench.args.max_seconds:
-                bar.update((bench.args.repeat - number) * len(loaders))
-                break
-            # Whoever goes second finds the disk and the allocator as the first left them.
-            first = number % len(loaders)
-            for loader in loaders[first:] + loaders[:first]:
-                bar.set_description(f"{row.name}, round {number + 1}: {loader}")
-                run = run_proven(bench, row, model, loader, reserve)
-                require_equal(measured, run.sample, loader)
-                measured.runs[loader].append(run)
-                bar.update()
-            longest = max(longest, time.monotonic() - started)
-    return measured
+    with settle.Reserve(model.file_bytes if row.device == "cpu" else 0) as reserve:
+
+        def run(loader: str) -> Run:
+            bar.set_description(f"{row.name}: {loader}")
+            found = run_proven(bench, row, model, loader, reserve)
+            bar.update()
+            return found
+
+        runs = harness.race(names, bench.args.repeat, run, lambda one: one.sample.digest,
+                            bench.args.max_seconds)  # fmt: skip
+    bar.update(bench.args.repeat * len(names) - sum(map(len, runs.values())))
+    return Measured(row, model, runs)
 
 
 def run_proven(
     bench: Bench, row: Row, model: _models.Model, loader: str, reserve: settle.Reserve
 ) -> Run:
-    """Prepare the cache and run; again when something else took the cache out of that state.
-
-    Raises:
-        BenchError: it never was in the state that the row names; such a run is no result.
-    """
-    for _ in range(TRIES):
-        run = run_once(bench, row, model, loader, reserve)
-        if run.verified is not False:
-            return run
-    fractions = [run.prepared.fraction, run.sample.resident_before]
-    raise BenchError(
-        f"the {loader} run was to find its files {row.cache} in the page cache, and they were "
-        + " and then ".join(f"{one:.1%}" for one in fractions if one is not None)
-        + " cached; is another program using them, or is memory short?"
-    )
-
-
-def run_once(
-    bench: Bench, row: Row, model: _models.Model, loader: str, reserve: settle.Reserve
-) -> Run:
+    """Run once, in the state of the cache that the row names."""
     on_device = row.device == "cuda" and not bench.args.rehearse
     offer = OFFERS.get(loader)
     job = Job(
@@ -211,21 +181,16 @@ def run_once(
         variables=offer.variables if offer else {},
         rehearse=row.device == "cuda" and bench.args.rehearse,
     )
-    gate = Gate(row.cache, model.files, reserve)
-    answer = _ask({"kind": "run", **asdict(job)}, f"{row.name}, {loader}", gate)
-    answer["fallbacks"] = tuple(answer["fallbacks"])
-    return Run(Sample(**answer), gate.state)
 
+    def run(gate: Gate) -> Sample:
+        answer = _ask({"kind": "run", **asdict(job)}, f"{row.name}, {loader}", gate)
+        answer["fallbacks"] = tuple(answer["fallbacks"])
+        return Sample(**answer)
 
-def require_equal(measured: Measured, sample: Sample, loader: str) -> None:
-    """Compare with the first run of the row. A fast wrong model is worthless."""
-    earlier = [run.sample for runs in measured.runs.values() for run in runs]
-    if earlier and earlier[0].digest != sample.digest:
-        raise BenchError(
-            f"the {loader} run gave tensors that differ from those of the first run (names, "
-            "dtypes, shapes, strides, devices or bytes). Unless the files were changed "
-            "meanwhile, this is a bug: please report it"
-        )
+    sample, gate = harness.proven(
+        row.cache, model.files, reserve, run, lambda one: one.resident_before
+    )
+    return Run(sample, gate.state)
 
 
 def measure_all(bench: Bench, rows: Sequence[Row]) -> None:
@@ -385,29 +350,6 @@ def _version(package: str) -> str | None:
 # ---- command line -------------------------------------------------------
 
 
-@contextlib.contextmanager
-def read_ahead_of(place: Path, kib: int | None) -> Iterator[None]:
-    """Set the disk's read-ahead, if asked to, and put it back whatever happens.
-
-    Raises:
-        UsageError: there is none, or it takes a right that is lacking.
-    """
-    if kib is None:
-        yield
-        return
-    setting = machine.read_ahead_file(place)
-    if setting is None:
-        raise UsageError(f"--read-ahead: {place}: its file system has no such setting")
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(read_ahead(setting, kib))
-        except OSError as error:
-            raise UsageError(
-                f"--read-ahead: {setting}: {error.strerror}; it takes root, outside containers"
-            ) from error
-        yield
-
-
 def row_names(text: str) -> list[str]:
     unknown = [name for name in text.split(",") if name not in ROWS]
     if unknown:
@@ -450,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [ROWS[name] for name in args.rows]
     directory = pick_directory(args.dir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(read_ahead_of(directory, args.read_ahead))
+        stack.enter_context(harness.read_ahead(directory, args.read_ahead))
         bench = Bench(args, stack.enter_context(_models.scratch(directory)), {"cuda": None})
         if any(row.device == "cuda" for row in rows):
             bench.cuda = _ask({"kind": "ask"}, "asking torch for CUDA")
@@ -467,7 +409,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--child"]:
-        print(json.dumps(child(json.loads(sys.stdin.readline()))), flush=True)
-        sys.exit(0)
-    sys.exit(guarded("end_to_end", main))
+    harness.script("end_to_end", main, child)

@@ -12,29 +12,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _harness as harness
+
 from fastst_patch import cli
-from fastst_patch.bench import guarded, machine, synthetic_checkpoint, write_json
-from fastst_patch.bench.errors import EXIT_INTERRUPTED, UsageError
+from fastst_patch.bench import guarded, synthetic_checkpoint, write_json
+from fastst_patch.bench.errors import EXIT_INTERRUPTED
 
 MODES = ("auto", "direct")
-
-
-@contextlib.contextmanager
-def read_ahead(setting: Path, kb: int) -> Iterator[None]:
-    """Change the read-ahead of a device for the duration of a ``with`` block."""
-    before = setting.read_text(encoding="ascii")
-    try:
-        setting.write_text(f"{kb}\n", encoding="ascii")
-        yield
-    finally:
-        setting.write_text(before, encoding="ascii")
 
 
 def bench(path: Path, mode: str, repeat: int, max_seconds: float) -> tuple[int, dict[str, object]]:
@@ -61,13 +50,8 @@ def main() -> int:
     runs: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         path = Path(args.path) if args.path else stack.enter_context(synthetic_checkpoint(args.dir))
-        setting = machine.read_ahead_file(path)
-        if setting is None:
-            raise UsageError(f"{path}: its file system has no read-ahead setting")
-        if not os.access(setting, os.W_OK):
-            raise UsageError(f"{setting}: not writable; run this as root, outside containers")
         for kb in args.kb:
-            with read_ahead(setting, kb):
+            with harness.read_ahead(path, kb):
                 for mode in MODES:
                     print(f"\n=== read-ahead {kb} KiB, io={mode}", flush=True)
                     status, report = bench(path, mode, args.repeat, args.max_seconds)

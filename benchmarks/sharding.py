@@ -29,9 +29,9 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from readahead import read_ahead
+import _harness as harness
 
-from fastst_patch.bench import guarded, machine, settle, stats, write_json
+from fastst_patch.bench import machine, settle, stats, write_json
 from fastst_patch.bench.checkpoint import (
     TensorSpec,
     pick_directory,
@@ -40,7 +40,6 @@ from fastst_patch.bench.checkpoint import (
 )
 from fastst_patch.bench.errors import BenchError, UsageError
 from fastst_patch.bench.table import with_spread
-from fastst_patch.cli import option
 from fastst_patch.summary import grid
 
 LOADERS = ("fastst", "stock", "fastsafetensors")
@@ -211,13 +210,15 @@ def race(
     reserve: settle.Reserve,
 ) -> None:
     for cache in caches:
-        for number in range(rounds):
-            turn = number % len(loaders)
-            for loader in (*loaders[turn:], *loaders[:turn]):
-                found = measure(plan, loader, cache, reserve)
-                plan.done.setdefault((cache, loader), []).append(found)
-                print(f"{cache} {number + 1}/{rounds} {loader}: {found.seconds:.2f} s",
-                      file=sys.stderr)  # fmt: skip
+
+        def run_one(loader: str, cache: str = cache) -> Measurement:
+            found = measure(plan, loader, cache, reserve)
+            done = plan.done.setdefault((cache, loader), [])
+            done.append(found)
+            print(f"{cache} {len(done)}/{rounds} {loader}: {found.seconds:.2f} s", file=sys.stderr)
+            return found
+
+        harness.race(loaders, rounds, run_one)
 
 
 # ---- the table ----------------------------------------------------------
@@ -288,8 +289,7 @@ def _loaders(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = harness.arguments(__doc__, "--dir", "-o", rounds=5)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--gb", type=float, default=1.51)
     parser.add_argument("--cache", nargs="+", choices=CACHES, default=list(CACHES))
@@ -297,9 +297,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", action="store_true", help="from_pretrained(tp_plan='auto')")
     parser.add_argument("--read-ahead", type=int, metavar="KIB", help="of the disk; needs root")
     parser.add_argument("--fastsafetensors", metavar="FOLDER", help="where the package lies")
-    parser.add_argument("--dir", help="where to write the checkpoint")
-    parser.add_argument("-o", "--option", type=option, action="append", default=[], dest="options")
-    parser.add_argument("--json", metavar="FILE")
     return parser.parse_args()
 
 
@@ -312,11 +309,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         files = stack.enter_context(checkpoint(directory, args.ranks, int(args.gb * 1e9),
                                                args.model))  # fmt: skip
-        if args.read_ahead is not None:
-            setting = machine.read_ahead_file(files[0])
-            if setting is None:
-                raise UsageError(f"{directory}: its file system has no read-ahead setting")
-            stack.enter_context(read_ahead(setting, args.read_ahead))
+        stack.enter_context(harness.read_ahead(files[0], args.read_ahead))
         environment = machine.environment(Path(files[0]))
         plan = Plan(files, args.ranks, dict(args.options), args.fastsafetensors, args.model)
         with settle.reserve_for(files) as reserve:
@@ -335,4 +328,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("sharding", main))
+    harness.script("sharding", main)

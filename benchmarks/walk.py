@@ -20,7 +20,6 @@ import codecs
 import contextlib
 import errno
 import gc
-import json
 import os
 import random
 import re
@@ -33,20 +32,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import _harness as harness
 from _memory import STATES, reserve
-from readahead import read_ahead
 from tqdm import tqdm
 
-from fastst_patch.bench import guarded, machine, residency, stats, write_json
+from fastst_patch.bench import machine, residency, stats, write_json
 from fastst_patch.bench.checkpoint import (
     TensorSpec,
     pick_directory,
     transformer_specs,
     write_checkpoint,
 )
-from fastst_patch.bench.errors import BenchError, UsageError
-from fastst_patch.bench.job import READY, run_json
-from fastst_patch.bench.runner import TRIES, Gate
+from fastst_patch.bench.errors import UsageError
+from fastst_patch.bench.job import READY
 from fastst_patch.bench.table import with_spread
 from fastst_patch.cli import option
 from fastst_patch.summary import grid
@@ -93,8 +91,7 @@ def names_in(order: str, keys: list[str], in_file: list[str]) -> list[str]:
     return keys
 
 
-def child() -> None:
-    job = json.loads(sys.stdin.readline())
+def child(job: dict[str, Any]) -> dict[str, Any]:
     import safetensors
     import torch
 
@@ -139,7 +136,7 @@ def child() -> None:
         begin = time.perf_counter()
         _walk(job["order"], safe_open, path, names, take)
         seconds = time.perf_counter() - begin
-    answer = {
+    return {
         "seconds": seconds,
         "read_bytes": read_bytes() - read_before,
         "resident_before": resident,
@@ -149,7 +146,6 @@ def child() -> None:
             name: engine.touch(copy.data_ptr(), copy.nbytes) for name, copy in copies.items()
         },
     }  # fmt: skip
-    print(json.dumps(answer))
 
 
 def _walk(
@@ -192,35 +188,26 @@ def read_bytes() -> int:
 # ---- rounds -------------------------------------------------------------
 
 
-def run_proven(job: dict[str, Any], cache: str, lender: Any) -> dict[str, Any]:
-    """Run once, again where something else took the cache out of its state meanwhile."""
-    for _ in range(TRIES):
-        gate = Gate(cache, [job["path"]], lender)
-        answer = run_json([str(Path(__file__).absolute()), "--child"], job,
-                          f"{job['loader']} loader", gate)  # fmt: skip
-        resident = answer["resident_before"]
-        if resident is None or residency.satisfies(cache, resident):
-            return answer
-    raise BenchError(f"{job['path']}: not {cache} in the page cache, but {resident:.1%} cached")
-
-
 def measure(
     args: argparse.Namespace, job: dict[str, Any], cache: str, lender: Any, bar: tqdm
 ) -> dict[str, list[dict[str, Any]]]:
     variants = ACCESS if args.access else VARIANTS
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
-    first: dict[str, int] | None = None
-    for number in range(args.rounds):
-        turn = number % len(runs)
-        for name in [*runs][turn:] + [*runs][:turn]:
-            options = {} if name == "stock" else dict(args.options)
-            answer = run_proven(job | variants[name] | {"options": options}, cache, lender)
-            sums = answer.pop("sums")
-            first = first or sums
-            if sums != first:
-                raise BenchError(f"the {name} walk gave other bytes than the first: a bug")
-            runs[name].append(answer)
-            bar.update()
+
+    def run(name: str) -> dict[str, Any]:
+        options = {} if name == "stock" else dict(args.options)
+        message = job | variants[name] | {"options": options}
+        answer, _ = harness.proven(
+            cache, [job["path"]], lender,
+            lambda gate: harness.fresh(__file__, message, f"{name} walk", gate),
+            lambda one: one["resident_before"],
+        )  # fmt: skip
+        bar.update()
+        return answer
+
+    runs = harness.race([*variants], args.rounds, run, lambda answer: answer["sums"])
+    for some in runs.values():
+        for answer in some:
+            del answer["sums"]
     return runs
 
 
@@ -254,7 +241,6 @@ def rows(case: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> Iterato
     }
     base, *others = runs
     for name in others:
-        ratio = stats.paired_ratio(seconds[name], seconds[base])
         yield case | {
             "variant": name,
             "seconds": seconds[name],
@@ -262,8 +248,7 @@ def rows(case: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> Iterato
             "base_seconds": seconds[base],
             "read_bytes": read[name],
             "base_read_bytes": read[base],
-            "ratio": ratio.median,
-            "ratio_spread": ratio.spread,
+            **harness.ratio(seconds[name], seconds[base], "ratio"),
             "path": runs[name][0]["path"],
         }
 
@@ -273,7 +258,7 @@ def cells(found: dict[str, Any]) -> tuple[str, ...]:
     return (
         found["variant"], found["order"], found["how"], found["use"], found["cache"],
         found["memory"], str(found["kb"] or "as is"),
-        *(with_spread(stats.summarize(found[key])) for key in ("base_seconds", "seconds")),
+        *(harness.shown(found[key]) for key in ("base_seconds", "seconds")),
         with_spread(stats.Summary(found["ratio"], found["ratio_spread"]), 2),
         " / ".join(f"{nbytes / 1e6:.0f}" for nbytes in read) + " MB",
         found["path"],
@@ -322,9 +307,6 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         directory = pick_directory(args.dir)
         path, known = stack.enter_context(file_of(directory, args.gb, args.layout))
-        setting = machine.read_ahead_file(path)
-        if any(args.kb) and setting is None:
-            raise UsageError(f"{path}: its file system has no read-ahead setting")
         if args.access and os.geteuid() != 0:
             raise UsageError("--access: takes root, to become another user")
         for place in (path, path.parent):  # for another user
@@ -342,7 +324,7 @@ def main() -> int:
                     case = {"order": order, "how": how, "use": use, "cache": cache,
                             "memory": memory, "kb": kb}  # fmt: skip
                     bar.set_description(" ".join(map(str, case.values())))
-                    with read_ahead(setting, kb) if kb and setting else contextlib.nullcontext():
+                    with harness.read_ahead(path, kb):
                         runs = measure(args, known | case, cache, lender, bar)
                     for found in rows(case, runs):
                         results.append(found)
@@ -360,7 +342,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--child"]:
-        child()
-        sys.exit(0)
-    sys.exit(guarded("walk", main))
+    harness.script("walk", main, child)

@@ -115,7 +115,7 @@ def test_two_rows(run, capsys) -> None:
 
 @timed_version
 def test_wrong_byte_is_caught(run, bench, monkeypatch, capsys) -> None:
-    run_once = bench.run_once
+    run_proven = bench.run_proven
 
     def spoiled(made, row, model, loader, reserve):
         if loader == "patched":  # only now: stock has seen the file as it was
@@ -124,9 +124,9 @@ def test_wrong_byte_is_caught(run, bench, monkeypatch, capsys) -> None:
                 byte = file.read(1)
                 file.seek(model.file_bytes // 2)
                 file.write(bytes([byte[0] ^ 1]))
-        return run_once(made, row, model, loader, reserve)
+        return run_proven(made, row, model, loader, reserve)
 
-    monkeypatch.setattr(bench, "run_once", spoiled)
+    monkeypatch.setattr(bench, "run_proven", spoiled)
     status, found = run("--rows", "cpu-warm")
     assert status == 1
     assert not found["results"]
@@ -137,14 +137,14 @@ def test_wrong_byte_is_caught(run, bench, monkeypatch, capsys) -> None:
 @timed_version
 def test_warm_run_called_cold_is_refused(run, bench, monkeypatch) -> None:
     monkeypatch.setattr(residency, "evict", residency.warm)
-    monkeypatch.setattr(bench, "TRIES", 1)
+    monkeypatch.setattr(bench.harness, "TRIES", 1)
     status, found = run("--rows", "cpu-cold")
     if not found["errors"]:
         assert all(one["verified"] is None for one in found["results"])
         pytest.skip("this kernel does not tell what is cached")
     assert status == 1
     assert not found["results"]
-    assert "was to find its files cold" in found["errors"]["cpu-cold"]
+    assert "were to be cold" in found["errors"]["cpu-cold"]
 
 
 @timed_version
@@ -251,15 +251,18 @@ def test_read_ahead_is_put_back(bench, tmp_path, monkeypatch) -> None:
     setting = tmp_path / "read_ahead_kb"
     setting.write_text("8192\n")
     monkeypatch.setattr(machine, "read_ahead_file", lambda path: setting)
-    with pytest.raises(ZeroDivisionError), bench.read_ahead_of(tmp_path, 128):
+    with pytest.raises(ZeroDivisionError), bench.harness.read_ahead(tmp_path, 128):
         assert setting.read_text() == "128\n"
         raise ZeroDivisionError
     assert setting.read_text() == "8192\n"
     monkeypatch.setattr(machine, "read_ahead_file", lambda path: tmp_path)  # cannot be written
-    with pytest.raises(UsageError, match="takes root"), bench.read_ahead_of(tmp_path, 128):
+    with pytest.raises(UsageError, match="takes root"), bench.harness.read_ahead(tmp_path, 128):
         pass
     monkeypatch.setattr(machine, "read_ahead_file", lambda path: None)
-    with pytest.raises(UsageError, match="no such setting"), bench.read_ahead_of(tmp_path, 128):
+    with (
+        pytest.raises(UsageError, match="no read-ahead setting"),
+        bench.harness.read_ahead(tmp_path, 128),
+    ):
         pass
 
 
