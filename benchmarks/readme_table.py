@@ -57,7 +57,7 @@ def results() -> str:
     lines = [
         conditions([*runs, both]),
         "",
-        "| page cache | stock | patched | patched / stock | of the ceiling |",
+        "| page cache | stock | patched | patched / stock | of a raw read |",
         "|---|---|---|---|---|",
         *(row(run, "cold") for run in runs),
         row(both, "warm"),
