@@ -41,13 +41,16 @@ def say(text: str, stream: IO[str] | None = None) -> None:
 
 
 def wrapped(lines: Iterable[str], columns: int) -> Iterator[str]:
-    """Break lines that are too long; what follows a break is indented by four columns more."""
+    """Break lines that are too long; what follows a break is indented by four columns more.
+
+    A word longer than a line stays whole: a path can be copied then.
+    """
     import textwrap
 
     for line in lines:
         indent = " " * (len(line) - len(line.lstrip()) + 4)
         yield from textwrap.wrap(
-            line, columns, subsequent_indent=indent, break_on_hyphens=False,
+            line, columns, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False,
             drop_whitespace=True, replace_whitespace=False,
         ) or [""]  # fmt: skip
 

@@ -37,8 +37,8 @@ STAND_S = 0.02  # how long a thread stands at a place; a fork may have to wait f
 
 SECTIONS = {
     "open": {
-        "layout.py get", "layout.py put", "opened.py __enter__", "opened.py __exit__",
-        "opened.py count", "onhost.py map", "handle.py _report", "report.py emit",
+        "layout.py get", "layout.py put", "report.py __enter__", "report.py __exit__",
+        "opened.py count", "onhost.py map", "report.py emit",
         "report.py totals", "report.py profile", "config.py push", "config.py pop",
         "config.py config",
     },
@@ -50,7 +50,7 @@ SECTIONS = {
     "device": {"ondevice.py _take", "ondevice.py _drop"},
     "loader": {
         "loader/walk.py begin", "loader/walk.py take", "loader/walk.py drop",
-        "loader/local.py close", "loader/local.py _report",
+        "loader/local.py close",
     },
     "stream": {
         "streams.py ask", "streams.py flush", "streams.py take", "streams.py drop",

@@ -396,7 +396,7 @@ def test_a_signal_is_answered_at_once_and_ends_it_soon(tmp_path, number):
 
 def test_what_a_file_causes_is_one_line_of_the_child(tmp_path):
     absent = str(tmp_path / "absent.safetensors")
-    one = job.LoadJob("stock", "cpu", (absent,), ((),), probe=False)
+    one = job.LoadJob("stock", "cpu", (absent,), ((),))
     with pytest.raises(BenchError) as caught:
         job.run_json(job.CHILD, {"kind": "load", **dataclasses.asdict(one)}, "stock loader",
                      contextlib.nullcontext())  # fmt: skip
