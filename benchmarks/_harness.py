@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastst_patch.bench import guarded, machine, residency, stats
-from fastst_patch.bench.errors import BenchError, UsageError
-from fastst_patch.bench.files import CheckpointFile
+from fastst_patch.bench import guarded, hardware, residency, stats
+from fastst_patch.bench.checkpoint_files import CheckpointFile
+from fastst_patch.bench.failures import BenchError, UsageError
 from fastst_patch.bench.job import LoadJob, Sample, run_json, run_load
 from fastst_patch.bench.runner import TRIES, Gate
 from fastst_patch.bench.table import with_spread
-from fastst_patch.cli import option
+from fastst_patch.cli.main import option
 
 Answer = TypeVar("Answer")
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
@@ -184,7 +184,7 @@ def read_ahead(place: str | Path, kib: int | None) -> Iterator[None]:
     if not kib:
         yield
         return
-    setting = machine.read_ahead_file(place)
+    setting = hardware.read_ahead_file(place)
     if setting is None:
         raise UsageError(f"{place}: its file system has no read-ahead setting")
     try:

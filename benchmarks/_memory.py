@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastst_patch.bench.errors import BenchError
+from fastst_patch.bench.failures import BenchError
 from fastst_patch.bench.settle import HUGE, SMALL, Reserve
 
 STATES = ("lent", "huge", "small", "fragmented", "fresh")

@@ -21,9 +21,9 @@ from typing import Any
 from tqdm import tqdm
 
 from fastst_patch.bench.checkpoint import TensorSpec, transformer_specs, write_checkpoint
-from fastst_patch.bench.errors import BenchError
-from fastst_patch.bench.files import INDEX_NAME
-from fastst_patch.bench.files import describe as describe_file
+from fastst_patch.bench.checkpoint_files import INDEX_NAME
+from fastst_patch.bench.checkpoint_files import describe as describe_file
+from fastst_patch.bench.failures import BenchError
 
 SHARD_BYTES = 5_000_000_000  # what the hub's own tools split at
 EXPERTS = 128

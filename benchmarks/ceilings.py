@@ -21,9 +21,9 @@ if __name__ == "__main__":
     sys.path.append(str(ROOT))
 
 from benchmarks.race import ceilings as measured  # noqa: E402
-from fastst_patch.bench import guarded, machine, settle, synthetic_checkpoint, write_json  # noqa: E402
-from fastst_patch.bench.errors import UsageError  # noqa: E402
-from fastst_patch.summary import grid  # noqa: E402
+from fastst_patch.bench import guarded, hardware, settle, synthetic_checkpoint, write_json  # noqa: E402
+from fastst_patch.bench.failures import UsageError  # noqa: E402
+from fastst_patch.report_table import grid  # noqa: E402
 
 _LEFT = {"ceiling", "best", "all tried"}
 
@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError(f"{path}: no such file")
         else:
             path = stack.enter_context(synthetic_checkpoint(args.dir))
-        environment = machine.environment(path)
-        caches = ("warm",) if machine.filesystem(path).in_memory else ("cold", "warm")
+        environment = hardware.environment(path)
+        caches = ("warm",) if hardware.filesystem(path).in_memory else ("cold", "warm")
         board = measured.board(args.device, caches, [str(path)])
         reserve = stack.enter_context(settle.reserve_for([str(path)]))
         for _ in range(args.rounds):

@@ -31,7 +31,7 @@ from typing import Any
 import _harness as harness
 
 from fastst_patch import engine
-from fastst_patch.bench import files, machine, stats, write_json
+from fastst_patch.bench import checkpoint_files, hardware, stats, write_json
 from fastst_patch.bench.checkpoint import (
     TensorSpec,
     moe_specs,
@@ -40,7 +40,7 @@ from fastst_patch.bench.checkpoint import (
     transformer_specs,
     write_checkpoint,
 )
-from fastst_patch.bench.errors import BenchError
+from fastst_patch.bench.failures import BenchError
 from fastst_patch.bench.table import with_spread
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
@@ -204,7 +204,7 @@ def _fake_device() -> Any:
 
 
 @contextlib.contextmanager
-def written(directory: Path, nbytes: int) -> Iterator[dict[str, files.CheckpointFile]]:
+def written(directory: Path, nbytes: int) -> Iterator[dict[str, checkpoint_files.CheckpointFile]]:
     """The files to load, and a small one."""
     specs = {
         "200 B": moe_specs(TENSORS, 1, 100),
@@ -214,11 +214,11 @@ def written(directory: Path, nbytes: int) -> Iterator[dict[str, files.Checkpoint
         "small": [TensorSpec("one", (2048, 2048))],
     }
     with temporary_checkpoint(directory, specs["small"]) as small:
-        found = {"small": files.describe(small)}
+        found = {"small": checkpoint_files.describe(small)}
         for name in ("200 B", "256 B", "dense"):
             path = small.parent / f"{name.replace(' ', '')}.safetensors"
             write_checkpoint(path, specs[name], lambda _: None)
-            found[name] = files.describe(path)
+            found[name] = checkpoint_files.describe(path)
         yield found
 
 
@@ -230,7 +230,7 @@ def measure(args: argparse.Namespace, library: Path, made: dict[str, Any]) -> di
 
     def read() -> None:
         for threads, seconds in reads.items():
-            count = threads or machine.cpu_count()
+            count = threads or hardware.cpu_count()
             nbytes, taken = engine.read_ceiling(
                 dense.path, direct=False, threads=count, chunk_bytes=4 << 20
             )
@@ -270,14 +270,14 @@ def report(measured: dict[str, Any], made: dict[str, Any], rounds: int) -> dict[
         f"{TENSORS} tensors of 200 and of 256 bytes, and {made['dense'].tensor_bytes / 1e9:.2f} GB "
         f"in {len(made['dense'].order)}; warm, over the fake driver with free copies;\n"
         f"medians of {rounds} rounds in fresh processes, ± {stats.SPREAD}; "
-        f"load average {os.getloadavg()[0]:.1f} on {machine.cpu_count()} CPUs"
+        f"load average {os.getloadavg()[0]:.1f} on {hardware.cpu_count()} CPUs"
     )
     print(f"{'file':22} {'tensors':8} {'ms':>14} {'CPU ms':>14} {'µs a tensor':>14} "
           f"{'GB/s':>13} {'GB/s a core':>13} {'copies':>7} {'calls':>7}")  # fmt: skip
     rows = [_row(case, runs, made[case.file]) for case, runs in measured["runs"].items()]
     read = {threads: stats.summarize(rates) for threads, rates in measured["reads"].items()}
     print(f"raw page-cache read into one reused buffer a thread: {with_spread(read[1])} GB/s with "
-          f"1 thread, {with_spread(read[0])} with {machine.cpu_count()}")  # fmt: skip
+          f"1 thread, {with_spread(read[0])} with {hardware.cpu_count()}")  # fmt: skip
     print("µs a tensor: without the stand-in for torch's allocator, which took "
           f"{max(row['allocator_microseconds'] for row in rows):.2f} µs a tensor where each is "
           "owned.\nGB/s a core: bytes over the processor time of the whole process.")  # fmt: skip
@@ -294,7 +294,9 @@ def report(measured: dict[str, Any], made: dict[str, Any], rounds: int) -> dict[
     }
 
 
-def _row(case: Case, runs: list[dict[str, Any]], file: files.CheckpointFile) -> dict[str, Any]:
+def _row(
+    case: Case, runs: list[dict[str, Any]], file: checkpoint_files.CheckpointFile
+) -> dict[str, Any]:
     gb, count, tiny = file.tensor_bytes / 1e9, len(file.order), case.file != "dense"
     found = {
         "ms": [1e3 * one["seconds"] for one in runs],
@@ -330,7 +332,7 @@ def run(args: argparse.Namespace) -> int:
         library = _fake_device().build(Path(folder))
         if library is None:
             raise BenchError("needs a C compiler, to build the fake device driver")
-        environment = machine.environment(made["dense"].path)
+        environment = hardware.environment(made["dense"].path)
         found = report(measure(args, library, made), made, args.rounds)
     if args.json:
         write_json(args.json, {"environment": environment, "rounds": args.rounds} | found)

@@ -26,13 +26,13 @@ import _models
 from _rows import OFFERS, ROWS, Job, Row, Sample, child
 from tqdm import tqdm
 
-from fastst_patch.bench import machine, residency, settle, stats, table, write_json
+from fastst_patch.bench import hardware, residency, settle, stats, table, write_json
 from fastst_patch.bench.checkpoint import budget, pick_directory
-from fastst_patch.bench.errors import EXIT_FAILED, BenchError, UsageError
+from fastst_patch.bench.failures import EXIT_FAILED, BenchError, UsageError
 from fastst_patch.bench.runner import LOADERS, Gate, Run
 from fastst_patch.bench.table import with_spread
-from fastst_patch.cli import option
-from fastst_patch.summary import grid
+from fastst_patch.cli.main import option
+from fastst_patch.report_table import grid
 
 LARGEST_ON_DEVICE = 15_000_000_000
 TRANSFORMERS = 5  # the major version whose _load_pretrained_model is timed
@@ -106,7 +106,7 @@ def _size(bench: Bench, row: Row) -> int:
         return int(bench.args.gb * 1e9)
     if row.device == "cpu" or bench.args.rehearse:
         return budget(bench.place)
-    free = min(machine.memory_available(), shutil.disk_usage(bench.place).free) // 4
+    free = min(hardware.memory_available(), shutil.disk_usage(bench.place).free) // 4
     return min(LARGEST_ON_DEVICE, free, int(bench.cuda["free"]) * 4 // 5)
 
 
@@ -141,7 +141,7 @@ def loaders_of(bench: Bench, row: Row) -> list[str]:
 def measure(bench: Bench, row: Row, bar: tqdm) -> Measured:
     """Run the rounds of one row, or as many as the time cap allows, at least one."""
     model = model_of(bench, row)
-    if row.cache == "warm" and model.file_bytes > machine.memory_available():
+    if row.cache == "warm" and model.file_bytes > hardware.memory_available():
         raise BenchError(f"{model.file_bytes / 1e9:.1f} GB do not fit the memory, to be warm")
     if row.device == "cuda" and bench.pinned_gb_per_s is None:
         bar.set_description("copies from pinned memory")
@@ -398,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench.cuda = _ask({"kind": "ask"}, "asking torch for CUDA")
         if args.offers:
             bench.offers = _ask({"kind": "offers"}, "asking what the libraries offer")
-        environment = machine.environment(bench.place) | {"gpu": bench.cuda["cuda"]}
+        environment = hardware.environment(bench.place) | {"gpu": bench.cuda["cuda"]}
         environment |= {name: _version(name) for name in _LIBRARIES}
         measure_all(bench, rows)
         found = to_json(bench, environment)

@@ -14,8 +14,8 @@ from typing import Any
 
 import _harness as harness
 
-from fastst_patch.bench import files, machine, stats, write_json
-from fastst_patch.bench.errors import BenchError
+from fastst_patch.bench import checkpoint_files, hardware, stats, write_json
+from fastst_patch.bench.failures import BenchError
 from fastst_patch.bench.job import Sample
 from fastst_patch.bench.runner import LOADERS
 
@@ -51,7 +51,7 @@ def main() -> int:
     parser.set_defaults(device="cuda")
     parser.add_argument("file", type=Path)
     args = parser.parse_args()
-    file, options = files.describe(args.file.absolute()), dict(args.options)
+    file, options = checkpoint_files.describe(args.file.absolute()), dict(args.options)
 
     def run(loader: str) -> list[Sample]:
         harness.prepared("cold", [file.path])
@@ -73,7 +73,7 @@ def main() -> int:
               f"device {one['device_used'] / 1e6:.0f}, pinned {one['pinned'] / 1e6:.0f}, host RSS "
               f"peak {one['peak_rss'] / 1e6:.0f} MB; path {one['path']}")  # fmt: skip
     if args.json:
-        write_json(args.json, {"environment": machine.environment(file.path), "rows": rows,
+        write_json(args.json, {"environment": hardware.environment(file.path), "rows": rows,
                                "rounds": args.rounds, "options": options})  # fmt: skip
     return 0
 

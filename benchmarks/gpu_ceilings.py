@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from fastst_patch import engine
-from fastst_patch.bench import guarded, machine, residency, synthetic_checkpoint, write_json
-from fastst_patch.bench.errors import UsageError
+from fastst_patch.bench import guarded, hardware, residency, synthetic_checkpoint, write_json
+from fastst_patch.bench.failures import UsageError
 from fastst_patch.bench.job import run_json
 
 MIB = 1 << 20
@@ -428,7 +428,7 @@ def run(args: argparse.Namespace) -> int:
     found: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         path = Path(args.file) if args.file else stack.enter_context(synthetic_checkpoint(args.dir))
-        environment = machine.environment(path) | gpu.facts()
+        environment = hardware.environment(path) | gpu.facts()
         print(f"{environment['gpu']}; {environment['cpu']}, {environment['cpus']} CPUs; "
               f"{environment['fs']} on {environment['block_device']}", flush=True)  # fmt: skip
         for name, value in sections(gpu, str(path), args):

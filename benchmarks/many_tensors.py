@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import _harness as harness
 
-from fastst_patch.bench import files, machine, stats, write_json
+from fastst_patch.bench import checkpoint_files, hardware, stats, write_json
 from fastst_patch.bench.checkpoint import moe_specs, pick_directory, temporary_checkpoint
 from fastst_patch.bench.job import Sample
 from fastst_patch.bench.runner import LOADERS
@@ -24,7 +24,7 @@ def main() -> int:
     options = dict(args.options)
     specs = moe_specs(args.tensors)
     with temporary_checkpoint(pick_directory(args.dir), specs) as path:
-        environment, file = machine.environment(path), files.describe(path)
+        environment, file = hardware.environment(path), checkpoint_files.describe(path)
 
         def run(loader: str) -> Sample:
             harness.prepared("warm", [file.path])

@@ -18,7 +18,7 @@ from typing import Any
 
 import _harness as harness
 
-from fastst_patch.bench import machine, stats, write_json
+from fastst_patch.bench import hardware, stats, write_json
 from fastst_patch.bench.checkpoint import TensorSpec, pick_directory, write_checkpoint
 
 OURS, RIVAL, STOCK = "fastst_patch", "fastsafetensors", "safetensors"
@@ -72,7 +72,7 @@ def main() -> int:
             specs = [TensorSpec(f"model.layers.{k}.experts.{i}.w", (8, 8))
                      for i in range(args.tensors)]  # fmt: skip
             write_checkpoint(Path(path), specs, progress=lambda _: None)
-        environment = machine.environment(paths[0])
+        environment = hardware.environment(paths[0])
 
         def run(loader: str) -> dict[str, float]:
             job = {"loader": loader, "paths": paths, "names": args.files * args.tensors,

@@ -19,7 +19,7 @@ from typing import Any
 
 import _harness as harness
 
-from fastst_patch.bench import machine, residency, stats, write_json
+from fastst_patch.bench import hardware, residency, stats, write_json
 from fastst_patch.bench.checkpoint import pick_directory, transformer_specs, write_checkpoint
 
 PLAIN, OURS, RIVAL = "load_file", "ParallelLoader", "fastsafetensors"
@@ -82,7 +82,7 @@ def main() -> int:
         for path in paths:
             write_checkpoint(path, transformer_specs(args.file_bytes), progress=lambda _: None)
         write_checkpoint(small, transformer_specs(8_000_000), progress=lambda _: None)
-        environment = machine.environment(paths[0])
+        environment = hardware.environment(paths[0])
         job = {"paths": [str(path) for path in paths], "small": [str(small)],
                "device": args.device, "options": dict(args.options)}  # fmt: skip
 

@@ -16,7 +16,13 @@ from pathlib import Path
 
 import _harness as harness
 
-from fastst_patch.bench import files, machine, residency, synthetic_checkpoint, write_json
+from fastst_patch.bench import (
+    checkpoint_files,
+    hardware,
+    residency,
+    synthetic_checkpoint,
+    write_json,
+)
 from fastst_patch.bench.job import Sample
 
 CONTENDERS: dict[str, dict[str, object]] = {  # options for patch()
@@ -49,8 +55,8 @@ def main() -> int:
         paths: list[str] = args.paths
         if not paths:
             paths = [str(stack.enter_context(synthetic_checkpoint(args.dir)))]
-        measured_files = files.expand(paths)
-        environment = machine.environment(Path(measured_files[0].path))
+        measured_files = checkpoint_files.expand(paths)
+        environment = hardware.environment(Path(measured_files[0].path))
 
         def run(name: str) -> Sample:
             state = residency.prepare("cold", [file.path for file in measured_files])

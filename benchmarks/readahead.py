@@ -19,9 +19,9 @@ from typing import Any
 
 import _harness as harness
 
-from fastst_patch import cli
 from fastst_patch.bench import guarded, synthetic_checkpoint, write_json
-from fastst_patch.bench.errors import EXIT_INTERRUPTED
+from fastst_patch.bench.failures import EXIT_INTERRUPTED
+from fastst_patch.cli.main import main as run_command
 
 MODES = ("auto", "direct")
 
@@ -29,7 +29,7 @@ MODES = ("auto", "direct")
 def bench(path: Path, mode: str, repeat: int, max_seconds: float) -> tuple[int, dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        status = cli.main([
+        status = run_command([
             "bench", str(path), "--cache", "cold", "--io", mode, "--json", str(report),
             "--repeat", str(repeat), "--max-seconds", str(max_seconds),
         ])  # fmt: skip

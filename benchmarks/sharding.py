@@ -31,16 +31,16 @@ from typing import Any
 
 import _harness as harness
 
-from fastst_patch.bench import machine, settle, stats, write_json
+from fastst_patch.bench import hardware, settle, stats, write_json
 from fastst_patch.bench.checkpoint import (
     TensorSpec,
     pick_directory,
     transformer_specs,
     write_checkpoint,
 )
-from fastst_patch.bench.errors import BenchError, UsageError
+from fastst_patch.bench.failures import BenchError, UsageError
 from fastst_patch.bench.table import with_spread
-from fastst_patch.summary import grid
+from fastst_patch.report_table import grid
 
 LOADERS = ("fastst", "stock", "fastsafetensors")
 CACHES = ("cold", "warm")
@@ -310,7 +310,7 @@ def main() -> int:
         files = stack.enter_context(checkpoint(directory, args.ranks, int(args.gb * 1e9),
                                                args.model))  # fmt: skip
         stack.enter_context(harness.read_ahead(files[0], args.read_ahead))
-        environment = machine.environment(Path(files[0]))
+        environment = hardware.environment(Path(files[0]))
         plan = Plan(files, args.ranks, dict(args.options), args.fastsafetensors, args.model)
         with settle.reserve_for(files) as reserve:
             race(plan, loaders, args.cache, args.rounds, reserve)

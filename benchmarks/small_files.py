@@ -15,7 +15,7 @@ from typing import Any
 
 import _harness as harness
 
-from fastst_patch.bench import machine, stats, write_json
+from fastst_patch.bench import hardware, stats, write_json
 from fastst_patch.bench.checkpoint import TensorSpec, write_checkpoint
 from fastst_patch.bench.runner import LOADERS
 
@@ -50,7 +50,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.safetensors"
         write_checkpoint(path, SPECS, progress=lambda _: None)
-        file_bytes, environment = path.stat().st_size, machine.environment(path)
+        file_bytes, environment = path.stat().st_size, hardware.environment(path)
 
         def run(loader: str) -> dict[str, float]:
             job = {"loader": loader, "path": str(path), "calls": args.calls}

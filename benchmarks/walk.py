@@ -36,18 +36,18 @@ import _harness as harness
 from _memory import STATES, reserve
 from tqdm import tqdm
 
-from fastst_patch.bench import machine, residency, stats, write_json
+from fastst_patch.bench import hardware, residency, stats, write_json
 from fastst_patch.bench.checkpoint import (
     TensorSpec,
     pick_directory,
     transformer_specs,
     write_checkpoint,
 )
-from fastst_patch.bench.errors import UsageError
+from fastst_patch.bench.failures import UsageError
 from fastst_patch.bench.job import READY
 from fastst_patch.bench.table import with_spread
-from fastst_patch.cli import option
-from fastst_patch.summary import grid
+from fastst_patch.cli.main import option
+from fastst_patch.report_table import grid
 
 THREADS = 4
 NOBODY = 65534
@@ -311,7 +311,7 @@ def main() -> int:
             raise UsageError("--access: takes root, to become another user")
         for place in (path, path.parent):  # for another user
             place.chmod(0o755 if place.is_dir() else 0o644)
-        environment = machine.environment(path)
+        environment = hardware.environment(path)
         nbytes = path.stat().st_size
         cases = list(product(args.cache, args.kb, args.order, args.how, args.use))
         bar = stack.enter_context(tqdm(total=len(cases) * len(args.memory) * args.rounds

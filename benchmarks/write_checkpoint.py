@@ -12,15 +12,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from fastst_patch.bench import guarded, machine
+from fastst_patch.bench import guarded, hardware
 from fastst_patch.bench.checkpoint import moe_specs, transformer_specs, write_checkpoint
-from fastst_patch.bench.errors import BenchError
+from fastst_patch.bench.failures import BenchError
 
 LARGEST_GB = 16.0
 
 
 def size(wanted: str, folder: Path) -> int:
-    fair = min(machine.memory_available(), shutil.disk_usage(folder).free) // 4
+    fair = min(hardware.memory_available(), shutil.disk_usage(folder).free) // 4
     return min(int((LARGEST_GB if wanted == "auto" else float(wanted)) * 1e9), fair)
 
 

@@ -14,19 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import engine as _engine
 from .config import Config, config, config_context, environment_enabled
-from .errors import (
-    FallbackWarning,
-    FaststError,
-    OptionError,
-    RankError,
-    UntestedVersionWarning,
-)
+from .errors import FallbackWarning, FaststError, OptionError, RankError, UntestedVersionWarning
 from .report import LoadReport, Profile, profile, totals
 from .terminal import is_our_command, say
 
 try:
-    from .handle import load_file, load_model, safe_open
-    from .patcher import (
+    from .dropin.handle import load_file, load_model, safe_open
+    from .patching.patcher import (
         PatchReport,
         TargetStatus,
         get_original,
@@ -49,7 +43,7 @@ if TYPE_CHECKING:
         SafeTensorsFileLoader,
         fastsafe_open,
     )
-    from .parallel_loader import ParallelLoader
+    from .loader.parallel import ParallelLoader
     from .sharding import SingleGroup, load_sharded
 
 __all__ = [
@@ -89,7 +83,7 @@ __all__ = [
 _LAZY = {
     "FastSafetensorsFile": "loader",
     "FilesBufferOnDevice": "loader",
-    "ParallelLoader": "parallel_loader",
+    "ParallelLoader": "loader.parallel",
     "SafeTensorsFileLoader": "loader",
     "SingleGroup": "sharding",
     "fastsafe_open": "loader",
@@ -98,9 +92,11 @@ _LAZY = {
 """Names of the explicit interface, and the module that each comes from when it is asked for."""
 
 _NEED_SAFETENSORS = {
-    **dict.fromkeys(("load_file", "load_model", "safe_open"), "handle"),
-    **dict.fromkeys(("PatchReport", "TargetStatus", "get_original", "is_patched"), "patcher"),
-    **dict.fromkeys(("patch", "patch_map", "patched", "unpatch"), "patcher"),
+    **dict.fromkeys(("load_file", "load_model", "safe_open"), "dropin.handle"),
+    **dict.fromkeys(
+        ("PatchReport", "TargetStatus", "get_original", "is_patched"), "patching.patcher"
+    ),
+    **dict.fromkeys(("patch", "patch_map", "patched", "unpatch"), "patching.patcher"),
 }
 """Names that importing this package could not bind where safetensors or wrapt is missing."""
 
@@ -129,14 +125,14 @@ def stats() -> dict[str, Any]:
 
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext fastst_patch``: patch, and add the magic ``fastst_profile``."""
-    from . import ipython
+    from .patching import ipython
 
     ipython.load(shell)
 
 
 def unload_ipython_extension(shell: Any) -> None:
     """``%unload_ext fastst_patch``: undo what loading it did."""
-    from . import ipython
+    from .patching import ipython
 
     ipython.unload(shell)
 
@@ -145,9 +141,9 @@ def _begin() -> None:
     """Patch where the environment says so."""
     try:
         if environment_enabled():
-            from . import launched
+            from .patching import child_hook
 
-            launched.begin(patch())
+            child_hook.begin(patch())
     except (ImportError, OptionError) as error:
         if not is_our_command():
             raise

@@ -79,7 +79,8 @@ class Config:
         device_memory_budget: most device memory, in bytes, of tensors that a handle reads ahead
             of their use, and the largest block that tensors share; None: 256 MiB. With 0 a
             handle reads nothing ahead. A tensor larger than it gets a block of its own. What
-            integrations move ahead is bounded by it, too; None: see `fastst_patch.streams`.
+            integrations move ahead is bounded by it, too; None: see
+            `fastst_patch.integrations.streams`.
         tensors: ``dlpack`` places tensors in shared arenas, each with storage of its own;
             ``owned`` gives each an allocation of its own from torch; ``auto`` is ``dlpack`` on
             the CPU, as stock maps files, and ``owned`` on a device, as stock allocates there.

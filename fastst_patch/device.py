@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import engine
-from .errors import Doubt
+from .errors import Fallback
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "Device",
     "Runtime",
     "Sample",
-    "Target",
     "parse_device",
     "prove",
     "prove_tensor",
@@ -60,7 +60,7 @@ class Runtime:
                     return "a CUDA graph is being captured"
         return None
 
-    def native(self, ordinal: int) -> engine.Device:
+    def native(self, ordinal: int) -> engine.DeviceHandle:
         """The engine's device, in the primary context that torch uses too."""
         import torch
 
@@ -151,12 +151,12 @@ _sides: dict[int, torch.cuda.Stream] = {}  # by ordinal
 
 _runtime = Runtime()
 # No lock: each update is one operation on one dict, and all that make it say the same.
-_opened: dict[tuple[int, int], engine.Device] = {}  # by runtime and ordinal
+_opened: dict[tuple[int, int], engine.DeviceHandle] = {}  # by runtime and ordinal
 _proved: dict[tuple[int, int], int] = {}  # bytes of the largest sample that was right
 _refused: dict[int, str] = {}  # ordinal -> why, once bytes came out wrong
 
 
-class Target:
+class Device:
     """A device that a load goes to.
 
     Attributes:
@@ -175,9 +175,9 @@ class Target:
         """Doubt unless the device can be used in this process now."""
         why = _refused.get(self.ordinal) or self.runtime.doubt(self.ordinal)
         if why is not None:
-            raise Doubt(why)
+            raise Fallback(why)
 
-    def native(self) -> engine.Device:
+    def native(self) -> engine.DeviceHandle:
         """The engine's device, opened on first use in the process. Doubt when it cannot be."""
         key = (id(self.runtime), self.ordinal)
         found = _opened.get(key)
@@ -225,7 +225,7 @@ class Target:
         except RuntimeError as error:
             if self.runtime.is_out_of_memory(error):
                 raise
-            raise Doubt.alone(error) from None
+            raise Fallback.alone(error) from None
         return result
 
     def destination(self, pinned_bytes: int) -> engine.Destination:
@@ -233,7 +233,7 @@ class Target:
         return engine.Destination(self.native(), self.runtime.stream(self.ordinal), pinned_bytes)
 
 
-def target(device: object) -> Target | None:
+def target(device: object) -> Device | None:
     """The device that a caller's argument means, as stock reads it; None for the CPU.
 
     Raises:
@@ -248,8 +248,8 @@ def target(device: object) -> Target | None:
         named = _NAMED.fullmatch(device)
         ordinal = int(named[1] or 0) if named else None
     if ordinal is None:
-        raise Doubt(f"device {device!r} is not accelerated")
-    found = Target(device, ordinal, _runtime)
+        raise Fallback(f"device {device!r} is not accelerated")
+    found = Device(device, ordinal, _runtime)
     found.check()
     return found
 
@@ -268,7 +268,7 @@ def parse_device(device: object) -> torch.device:
     return torch.device(given)
 
 
-def torch_target(named: torch.device) -> Target | None:
+def torch_target(named: torch.device) -> Device | None:
     """The device that torch's own ``.to`` would move to; None unless it is a CUDA device.
 
     Raises:
@@ -277,8 +277,8 @@ def torch_target(named: torch.device) -> Target | None:
     if named.type != "cuda":
         return None
     if named.index is None:
-        Target("cuda", 0, _runtime).check()  # before asking for the current one makes a context
-    found = Target(named, _runtime.current() if named.index is None else named.index, _runtime)
+        Device("cuda", 0, _runtime).check()  # before asking for the current one makes a context
+    found = Device(named, _runtime.current() if named.index is None else named.index, _runtime)
     found.check()
     return found
 
@@ -296,7 +296,7 @@ class Sample(NamedTuple):
         return self.file_offset + self.nbytes
 
 
-def sample_of(found: Target, segments: array[int]) -> Sample | None:
+def sample_of(found: Device, segments: array[int]) -> Sample | None:
     """What `prove` shall read back: the first whole chunk, or all of the largest segment.
 
     Args:
@@ -315,7 +315,7 @@ def sample_of(found: Target, segments: array[int]) -> Sample | None:
     return Sample(segments[at], nbytes, segments[at + 2])
 
 
-def prove(found: Target, arena: engine.Arena, file: engine.File, sample: Sample | None) -> None:
+def prove(found: Device, arena: engine.Arena, file: engine.File, sample: Sample | None) -> None:
     """After the first load of the process to a device: read a chunk back and compare.
 
     Where that was tiny, the next load that is much larger is proved, too.
@@ -335,7 +335,7 @@ def prove(found: Target, arena: engine.Arena, file: engine.File, sample: Sample 
     _judge(found, sample.nbytes, bool(equal), file.path)
 
 
-def prove_tensor(found: Target, moved: torch.Tensor, source: torch.Tensor) -> None:
+def prove_tensor(found: Device, moved: torch.Tensor, source: torch.Tensor) -> None:
     """The same for a tensor that came from memory, of which it is a contiguous copy.
 
     Of a source with gaps no more is copied than is compared. Raises as `prove`.
@@ -365,7 +365,7 @@ def _first(t: torch.Tensor, count: int) -> torch.Tensor:
     return flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
-def _judge(found: Target, nbytes: int, equal: bool, what: str) -> None:
+def _judge(found: Device, nbytes: int, equal: bool, what: str) -> None:
     if equal:
         _proved[id(found.runtime), found.ordinal] = nbytes
         return
@@ -374,7 +374,7 @@ def _judge(found: Target, nbytes: int, equal: bool, what: str) -> None:
     logging.getLogger("fastst_patch").error(
         "%s: %s; from now on stock loads to this device. Please report this.", what, why
     )
-    raise Doubt(why)
+    raise Fallback(why)
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def warn_caller(text: str, category: type[Warning]) -> None:
     warnings.warn(text, category, stacklevel=level + 1)
 
 
-class Doubt(Exception):  # noqa: N818 - internal control flow, not an error
+class Fallback(Exception):  # noqa: N818 - internal control flow, not an error
     """The fast path cannot be sure to equal stock here: ask stock. Never leaves the package."""
 
     def __init__(self, reason: str) -> None:
@@ -80,13 +80,13 @@ class Doubt(Exception):  # noqa: N818 - internal control flow, not an error
         self.reason = reason
 
     @classmethod
-    def alone(cls, error: Exception) -> Doubt:
+    def alone(cls, error: Exception) -> Fallback:
         """A Doubt, or another exception as one, without what it keeps alive.
 
         Stock is asked after the ``except`` block: memory that we held is free by then, and
         what stock raises has nothing of ours in its context.
         """
-        if isinstance(error, Doubt):
+        if isinstance(error, Fallback):
             doubt = error
         elif isinstance(error, MemoryError):
             doubt = cls(f"not enough memory: {error}")

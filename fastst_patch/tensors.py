@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import engine, stock
 from .dtypes import DTYPE_NAMES, PACKED, TORCH, dtype_named
-from .errors import Doubt, OptionError
+from .errors import Fallback, OptionError
 from .layout import FileLayout, described
 from .locks import shared
 
@@ -112,7 +112,7 @@ class _Dtypes:
             try:
                 if self._import_one(k, entry).dtype == dtype:
                     return entry
-            except Doubt:
+            except Fallback:
                 pass
         return engine.DlDtype(1, 8, True, True)
 
@@ -190,9 +190,9 @@ def check(layout: FileLayout, i: int | None = None) -> None:
     """
     used = layout.dtypes if i is None else 1 << layout.dtype(i)
     if not _dtypes().all_loadable(used):
-        raise Doubt("this torch or this safetensors lacks a dtype of the file")
+        raise Fallback("this torch or this safetensors lacks a dtype of the file")
     if layout.odd_f4 and (i is None or layout.dtype(i) in PACKED):
-        raise Doubt("an F4 tensor has an odd last dimension")
+        raise Fallback("an F4 tensor has an odd last dimension")
 
 
 def import_batch(

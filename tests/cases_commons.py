@@ -20,10 +20,10 @@ from sharded import assert_tensors, load_sharded
 import fastst_patch
 from fastst_patch import engine, sharding
 from fastst_patch.config import current
+from fastst_patch.files.cpu import HostFile
+from fastst_patch.files.readahead import ReadAhead
 from fastst_patch.loader import SafeTensorsFileLoader
-from fastst_patch.onhost import HostFile
-from fastst_patch.readahead import ReadAhead
-from fastst_patch.sharding import commons, exchange
+from fastst_patch.sharding import exchange, shared_buffer
 
 
 def _none(*_: Any) -> Any:
@@ -48,9 +48,9 @@ def trouble(what: str | None) -> Iterator[None]:
         "no pages": lambda: mock.patch.object(os, "posix_fallocate", _none),
         "no room": lambda: mock.patch.object(engine, "memory_headroom", return_value=0),
         "out of reach": lambda: mock.patch.object(os, "readlink", _none),
-        "no map": lambda: mock.patch.object(commons, "_join", return_value=None),
-        "a namesake": lambda: mock.patch.object(commons.Commons, "wish",
-                                                _lie(commons.Commons.wish)),
+        "no map": lambda: mock.patch.object(shared_buffer, "_join", return_value=None),
+        "a namesake": lambda: mock.patch.object(shared_buffer.SharedBuffer, "wish",
+                                                _lie(shared_buffer.SharedBuffer.wish)),
     }  # fmt: skip
     with patches[what]() if what is not None else contextlib.nullcontext():
         yield
@@ -72,7 +72,7 @@ def _slow(seconds: float) -> Iterator[None]:
 @contextlib.contextmanager
 def _seen(counts: dict[str, int]) -> Iterator[None]:
     """Count the files of which units are in common memory, and exchanges by gloo."""
-    share, circle = exchange.Mover.share, exchange.Circle.exchange
+    share, circle = exchange.Exchange.share, exchange.Subgroup.exchange
 
     def shared(self: Any, memory: Any) -> None:
         counts["in common"] += 1
@@ -83,8 +83,8 @@ def _seen(counts: dict[str, int]) -> Iterator[None]:
         return circle(self, *args)
 
     with (
-        mock.patch.object(exchange.Mover, "share", shared),
-        mock.patch.object(exchange.Circle, "exchange", exchanged),
+        mock.patch.object(exchange.Exchange, "share", shared),
+        mock.patch.object(exchange.Subgroup, "exchange", exchanged),
     ):
         yield
 
@@ -136,13 +136,13 @@ def tensor_by_tensor(rank: Any, files: list[str], **way: Any) -> dict[str, Any]:
     full = full_of(files)
     counts = {"in common": 0, "by gloo": 0}
     made: list[int] = []
-    make = commons._make
+    make = shared_buffer._make
 
     def counted(nbytes: int, token: bytes) -> Any:
         made.append(nbytes)
         return make(nbytes, token)
 
-    with _seen(counts), mock.patch.object(commons, "_make", counted):
+    with _seen(counts), mock.patch.object(shared_buffer, "_make", counted):
         loader = SafeTensorsFileLoader(dist.group.WORLD, "cpu", **way)
         loader.add_filenames({0: files})
         buffers = loader.copy_files_to_device()
@@ -172,12 +172,12 @@ def no_memory(rank: Any, files: list[str], bad: int) -> dict[str, Any]:
 
 def _refusing(rank: Any, files: list[str], bad: int, refused: Any) -> None:
     plan, _ = FORMS["columns"](full_of(files), Me(rank.rank, rank.world))
-    allocate = exchange.Mover.allocate
+    allocate = exchange.Exchange.allocate
 
     def allocated(self: Any, **named: Any) -> None:
         (refused if rank.rank == bad and named != {"shared": False} else allocate)(self, **named)
 
-    with mock.patch.object(exchange.Mover, "allocate", allocated):
+    with mock.patch.object(exchange.Exchange, "allocate", allocated):
         load_sharded(files, None, plan, io="direct")
 
 
@@ -191,7 +191,7 @@ class _Interrupted:
 def struck(rank: Any, files: list[str], bad: int, where: str, by_name: bool) -> dict[str, Any]:
     """One rank is interrupted before it exchanges: it goes at once, and the others are told."""
     places = {
-        "preparing": (exchange.Memory, "empty"), "joining": (commons, "_join"),
+        "preparing": (exchange.Memory, "empty"), "joining": (shared_buffer, "_join"),
     }  # fmt: skip
     plan, expect = FORMS["columns"](full_of(files), Me(rank.rank, rank.world))
     name = next(iter(full_of(files).tensors))

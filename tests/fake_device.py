@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastst_patch import device, engine, slices, stock
+from fastst_patch import device, engine, stock
+from fastst_patch.dropin import slices
 
 SOURCES = Path(__file__).resolve().parent.parent / "native" / "tests"
 
@@ -129,7 +130,7 @@ class FakeRuntime(device.Runtime):
     def doubt(self, ordinal: int) -> str | None:
         return None if ordinal < self.devices else f"torch sees no device cuda:{ordinal}"
 
-    def native(self, ordinal: int) -> engine.Device:
+    def native(self, ordinal: int) -> engine.DeviceHandle:
         return engine.open_device(ordinal, kind=self.kind, library=self.driver.path)
 
     def current(self) -> int:

@@ -52,7 +52,7 @@ def moving(monkeypatch: pytest.MonkeyPatch, cuda: Any) -> Iterator[Any]:
     Stock's own conversion is told the CPU where a program says CUDA: given the moved copy it then
     does what it does on the device, a cast or nothing.
     """
-    from fastst_patch.integrations import module_to
+    from fastst_patch.integrations import torch_module
 
     parse = torch._C._nn._parse_to
 
@@ -61,9 +61,9 @@ def moving(monkeypatch: pytest.MonkeyPatch, cuda: Any) -> Iterator[Any]:
         named_cuda = device is not None and device.type == "cuda"
         return (torch.device("cpu") if named_cuda else device, *rest)
 
-    monkeypatch.setattr(module_to, "_parsed", parse)
+    monkeypatch.setattr(torch_module, "_parsed", parse)
     monkeypatch.setattr(torch._C._nn, "_parse_to", parse_for_stock)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, device=None: self)
-    monkeypatch.setattr(module_to, "worth_it", lambda nbytes: True)
+    monkeypatch.setattr(torch_module, "worth_it", lambda nbytes: True)
     with fastst_patch.patched("torch.nn.Module.to", chunk_bytes=65536):
         yield cuda

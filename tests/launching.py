@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fastst_patch import launcher
+from fastst_patch.cli import launcher
 
 LAUNCH = (sys.executable, "-m", "fastst_patch", "run")
 SITE = launcher._site()

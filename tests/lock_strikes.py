@@ -27,7 +27,8 @@ import safetensors.torch
 import torch
 
 import fastst_patch
-from fastst_patch import device, layout, patcher, tensors
+from fastst_patch import device, layout, tensors
+from fastst_patch.patching import patcher
 
 OURS = os.path.dirname(fastst_patch.__file__) + os.sep
 LIMIT_S = 90
@@ -38,29 +39,31 @@ STAND_S = 0.02  # how long a thread stands at a place; a fork may have to wait f
 SECTIONS = {
     "open": {
         "layout.py get", "layout.py put", "report.py __enter__", "report.py __exit__",
-        "opened.py count", "onhost.py map", "report.py emit",
+        "files/base.py count", "files/cpu.py map", "report.py emit",
         "report.py totals", "report.py profile", "config.py push", "config.py pop",
         "config.py config",
     },
     "dtypes": {"tensors.py _try_all", "tensors.py _dtypes"},
     "patch": {
-        "patcher.py _settle", "patcher.py patch", "patcher.py unpatch", "patcher.py __enter__",
-        "patcher.py __exit__", "patcher.py patch_map",
+        "patching/patcher.py _settle", "patching/patcher.py patch",
+        "patching/patcher.py unpatch", "patching/patcher.py __enter__",
+        "patching/patcher.py __exit__", "patching/patcher.py patch_map",
     },
-    "device": {"ondevice.py _take", "ondevice.py _drop"},
+    "device": {"files/cuda.py _take", "files/cuda.py _drop"},
     "loader": {
-        "loader/walk.py begin", "loader/walk.py take", "loader/walk.py drop",
-        "loader/local.py close",
+        "loader/prefetch.py begin", "loader/prefetch.py take", "loader/prefetch.py drop",
+        "loader/local_files.py close",
     },
     "stream": {
-        "streams.py ask", "streams.py flush", "streams.py take", "streams.py drop",
+        "integrations/streams.py ask", "integrations/streams.py flush",
+        "integrations/streams.py take", "integrations/streams.py drop",
     },
     "groups": {"sharding/groups.py of"},
 }  # fmt: skip
 """Functions that take a lock, by scenario."""
 
 NOT_RUN = {
-    "patcher.py imported": "as _settle, where a module is imported",
+    "patching/patcher.py imported": "as _settle, where a module is imported",
     "locks.py _renew": "in every forked child that uses what it inherited",
 }
 
@@ -236,7 +239,7 @@ class Stream(Scenario):
         self.process = os.getpid()
 
     def _through(self, stream: Any) -> None:
-        from fastst_patch.streams import Lane
+        from fastst_patch.integrations.streams import Lane
 
         path = self.paths[0]
         with fastst_patch.config_context(io="buffered"):
@@ -255,14 +258,14 @@ class Stream(Scenario):
             self.same(path, opened.layout.names[i], stream.take(ticket))
 
     def run(self) -> None:
-        from fastst_patch import streams
+        from fastst_patch.integrations import streams
 
         self.kept = streams.Stream(1000)
         self._through(self.kept)
         self.kept.drop()
 
     def again(self) -> None:
-        from fastst_patch import streams
+        from fastst_patch.integrations import streams
 
         forked = self.kept is not None and os.getpid() != self.process
         self._through(self.kept if forked else streams.Stream(1000))

@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 from fastst_patch import engine
-from fastst_patch.bench import machine, residency
+from fastst_patch.bench import hardware, residency
 from fastst_patch.bench.checkpoint import transformer_specs, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ SOURCE = entrants.Source("race_standins", str(Path(__file__).resolve().parent))
 
 @pytest.fixture
 def on_disk(tmp_path):
-    if machine.filesystem(tmp_path).in_memory:
+    if hardware.filesystem(tmp_path).in_memory:
         pytest.skip("the temporary directory is in memory, which is never cold")
 
 

@@ -17,32 +17,33 @@ import pytest
 import torch
 from bench_samples import sample
 
-from fastst_patch import cli, engine
+from fastst_patch import engine
 from fastst_patch.bench import (
     ceilings,
+    checkpoint_files,
     child,
-    files,
+    hardware,
     job,
-    machine,
     residency,
     runner,
     settle,
     stopping,
     table,
 )
-from fastst_patch.bench.errors import BenchError
+from fastst_patch.bench.failures import BenchError
+from fastst_patch.cli.main import main
 
 native = pytest.mark.skipif(engine.native_error() is not None, reason="no native extension")
 
 
 @pytest.fixture
 def on_disk(tmp_path):
-    if machine.filesystem(tmp_path).in_memory:
+    if hardware.filesystem(tmp_path).in_memory:
         pytest.skip("the temporary directory is in memory, which is never cold")
 
 
 def run_cli(*arguments):
-    return cli.main([str(argument) for argument in arguments])
+    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -111,8 +112,8 @@ def test_unknown_residency_is_no_failure(monkeypatch):
 
 
 def test_cold_file_in_memory_is_refused(transformer, monkeypatch, capsys):
-    in_memory = machine.Filesystem("/", "tmpfs", "tmpfs")
-    monkeypatch.setattr(machine, "filesystem", lambda path: in_memory)
+    in_memory = hardware.Filesystem("/", "tmpfs", "tmpfs")
+    monkeypatch.setattr(hardware, "filesystem", lambda path: in_memory)
     monkeypatch.setattr(engine, "native_error", lambda: None)
     assert run_cli("bench", transformer) == 2
     assert "never cold" in capsys.readouterr().err
@@ -283,10 +284,10 @@ def test_without_ceilings(fake_runs, monkeypatch):
     monkeypatch.setattr(
         residency, "prepare", lambda cache, _: residency.CacheState(cache, None, "")
     )
-    described = files.CheckpointFile(__file__, 10**9, 10**9, ())
+    described = checkpoint_files.CheckpointFile(__file__, 10**9, 10**9, ())
     made = runner.race(runner.Plan([described], rounds=1, ceilings=False))
     assert made.ceilings == []
-    assert "ceilings" not in table.render(made, machine.environment(Path(__file__)))
+    assert "ceilings" not in table.render(made, hardware.environment(Path(__file__)))
 
 
 # ---- command line -------------------------------------------------------
@@ -355,7 +356,7 @@ def test_the_machine_is_named_before_measuring(fake_runs, capsys, transformer, m
     monkeypatch.setattr(runner, "race", lambda _: said.append(capsys.readouterr().err) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_cli("bench", transformer, "--max-seconds", 77)
-    assert machine.cpu_model().split()[0] in said[0]
+    assert hardware.cpu_model().split()[0] in said[0]
     assert "none begins that would end after 77 s" in said[0]
 
 
@@ -416,8 +417,8 @@ def test_bad_arguments_exit_with_usage(arguments):
 
 
 def test_mounts_are_told_apart():
-    assert machine.filesystem("/proc/self/status").type == "proc"
-    assert machine.filesystem(os.curdir).type != "unknown"
+    assert hardware.filesystem("/proc/self/status").type == "proc"
+    assert hardware.filesystem(os.curdir).type != "unknown"
 
 
 # ---- everything together ------------------------------------------------
@@ -450,7 +451,7 @@ def test_bench_end_to_end(transformer, on_disk, tmp_path, capsys, monkeypatch, e
 
 @native
 def test_bench_of_a_real_model(minilm, tmp_path, capsys):
-    if machine.filesystem(minilm).in_memory:
+    if hardware.filesystem(minilm).in_memory:
         pytest.skip("the installed model is in memory, which is never cold")
     written = _bench((tmp_path / "report.json", minilm, "--repeat", 1), capsys)
     assert [(row["cache"], row["loader"]) for row in written["results"]] == [

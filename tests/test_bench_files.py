@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastst_patch.bench import checkpoint, files, machine
-from fastst_patch.bench.errors import UsageError
+from fastst_patch.bench import checkpoint, checkpoint_files, hardware
+from fastst_patch.bench.failures import UsageError
 
 # ---- checkpoints --------------------------------------------------------
 
@@ -72,8 +72,8 @@ def test_checkpoint_is_removed_when_writing_is_interrupted(tmp_path):
 
 
 def test_checkpoint_is_never_put_in_memory(tmp_path, monkeypatch):
-    in_memory = machine.Filesystem("/", "tmpfs", "tmpfs")
-    monkeypatch.setattr(machine, "filesystem", lambda path: in_memory)
+    in_memory = hardware.Filesystem("/", "tmpfs", "tmpfs")
+    monkeypatch.setattr(hardware, "filesystem", lambda path: in_memory)
     with pytest.raises(UsageError, match=r"tmpfs is memory.*--dir"):
         checkpoint.pick_directory(None)
     with pytest.raises(UsageError, match=str(tmp_path)):
@@ -81,7 +81,7 @@ def test_checkpoint_is_never_put_in_memory(tmp_path, monkeypatch):
 
 
 def test_too_small_a_machine_is_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "memory_available", lambda: 10**8)
+    monkeypatch.setattr(hardware, "memory_available", lambda: 10**8)
     with pytest.raises(UsageError, match="25 MB"):
         checkpoint.budget(tmp_path)
 
@@ -93,7 +93,7 @@ def test_folder_means_its_safetensors_sorted(transformer):
     shard = transformer.with_name("a.safetensors")
     shard.write_bytes(transformer.read_bytes())
     transformer.with_name("notes.txt").write_text("no")
-    assert [file.name for file in files.expand([str(transformer.parent)])] == [
+    assert [file.name for file in checkpoint_files.expand([str(transformer.parent)])] == [
         "a.safetensors",
         "model.safetensors",
     ]
@@ -102,18 +102,20 @@ def test_folder_means_its_safetensors_sorted(transformer):
 def test_index_decides_what_belongs_to_a_model(transformer):
     transformer.with_name("other.safetensors").write_bytes(transformer.read_bytes())
     index = {"weight_map": {"x": transformer.name, "y": transformer.name}}
-    transformer.with_name(files.INDEX_NAME).write_text(json.dumps(index))
-    assert [file.name for file in files.expand([str(transformer.parent)])] == [transformer.name]
+    transformer.with_name(checkpoint_files.INDEX_NAME).write_text(json.dumps(index))
+    assert [file.name for file in checkpoint_files.expand([str(transformer.parent)])] == [
+        transformer.name
+    ]
 
 
 def test_file_named_twice_counts_once(transformer):
-    assert len(files.expand([str(transformer), str(transformer.parent)])) == 1
+    assert len(checkpoint_files.expand([str(transformer), str(transformer.parent)])) == 1
 
 
 def test_order_is_by_offset(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"b": torch.zeros(4, dtype=torch.int8), "a": torch.zeros(4)}, path)
-    described = files.describe(path)
+    described = checkpoint_files.describe(path)
     assert described.order == ("a", "b")  # the wider dtype lies first
     assert described.tensor_bytes == 20
 
@@ -133,17 +135,17 @@ def test_bad_file_is_named(tmp_path, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UsageError, match=message) as caught:
-        files.expand([str(path)])
+        checkpoint_files.expand([str(path)])
     assert str(path) in str(caught.value)
 
 
 def test_bad_folder_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"no \*\.safetensors"):
-        files.expand([str(tmp_path)])
-    index = tmp_path / files.INDEX_NAME
+        checkpoint_files.expand([str(tmp_path)])
+    index = tmp_path / checkpoint_files.INDEX_NAME
     index.write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
     with pytest.raises(UsageError, match=r"not there: gone\.safetensors"):
-        files.expand([str(tmp_path)])
+        checkpoint_files.expand([str(tmp_path)])
     index.write_text("[]")
     with pytest.raises(UsageError, match="not an index"):
-        files.expand([str(tmp_path)])
+        checkpoint_files.expand([str(tmp_path)])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastst_patch import engine
-from fastst_patch.bench.errors import BenchError
+from fastst_patch.bench.failures import BenchError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

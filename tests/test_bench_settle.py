@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastst_patch.bench import machine, settle
+from fastst_patch.bench import hardware, settle
 
 MIB = 1 << 20
 
@@ -55,7 +55,7 @@ def test_of_each_kind_as_much_is_freed_as_is_used(monkeypatch) -> None:
 
 @pytest.mark.parametrize("available", [0, 40 * MIB, 200 * MIB])
 def test_never_more_than_half_of_what_is_available(monkeypatch, available) -> None:
-    monkeypatch.setattr(machine, "memory_available", lambda: available)
+    monkeypatch.setattr(hardware, "memory_available", lambda: available)
     with settle.Reserve(10**12) as reserve:
         with reserve.lend():
             pass

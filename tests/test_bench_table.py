@@ -11,8 +11,8 @@ from bench_samples import sample
 
 from fastst_patch.bench import (
     ceilings,
-    files,
-    machine,
+    checkpoint_files,
+    hardware,
     plot,
     progress,
     residency,
@@ -21,11 +21,11 @@ from fastst_patch.bench import (
     stats,
     table,
 )
-from fastst_patch.bench.errors import UsageError
+from fastst_patch.bench.failures import UsageError
 
 
 def outcome(rounds=3):
-    described = files.CheckpointFile("/home/someone/model.safetensors", 10**9, 10**9, ())
+    described = checkpoint_files.CheckpointFile("/home/someone/model.safetensors", 10**9, 10**9, ())
     runs = {
         (cache, loader): [
             runner.Run(sample(loader), residency.CacheState(cache, fraction, "cachestat"))
@@ -43,7 +43,7 @@ def outcome(rounds=3):
 
 
 def environment():
-    return machine.environment(Path(__file__))
+    return hardware.environment(Path(__file__))
 
 
 def test_summary_and_paired_ratio():

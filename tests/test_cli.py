@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastst_patch import OptionError, cli, config_context
+from fastst_patch import OptionError, config_context
+from fastst_patch.cli.main import main
 
 COMMAND = [sys.executable, "-m", "fastst_patch"]
 
@@ -38,7 +39,7 @@ def test_usage_is_of_the_command(
     arguments: list[str], usage: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
+        main(arguments)
     text = capsys.readouterr().err
     assert ended.value.code == 2
     assert usage in text.splitlines()[0]
@@ -47,7 +48,7 @@ def test_usage_is_of_the_command(
 
 def test_version_names_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["--version"])
+        main(["--version"])
     assert ended.value.code == 0
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert words == ["fastst-patch", "torch", "safetensors", "engine"]
@@ -91,13 +92,13 @@ def test_doctor_survives_and_says_what_is_missing(tmp_path: Path, missing: str) 
     code = f"""
 import sys
 sys.modules[{missing!r}] = None
-from fastst_patch import cli
+from fastst_patch.cli.main import main
 for command in (["--version"], ["--help"]):
     try:
-        cli.main(command)
+        main(command)
     except SystemExit as ended:
         assert not ended.code
-print(cli.main(["doctor"]))
+print(main(["doctor"]))
 """
     done = run(sys.executable, "-c", code, folder=tmp_path)
     assert done.stderr == ""

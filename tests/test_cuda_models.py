@@ -25,9 +25,9 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _everything_is_worth_it(monkeypatch) -> None:
-    from fastst_patch.integrations import diffusers, module_to
+    from fastst_patch.integrations import diffusers, torch_module
 
-    for module in (diffusers, module_to):
+    for module in (diffusers, torch_module):
         monkeypatch.setattr(module, "worth_it", lambda nbytes: True)
 
 

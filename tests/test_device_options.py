@@ -152,8 +152,8 @@ def test_progress(cuda, model, fast, stock, capsys) -> None:
 @pytest.mark.parametrize("right", [True, False])
 def test_verify(cuda, asked, model, fast, stock, monkeypatch, caplog, right) -> None:
     if not right:
-        monkeypatch.setattr("fastst_patch.decide.same", lambda ours, theirs: False)
-        monkeypatch.setattr("fastst_patch.handle.same", lambda ours, theirs: False)
+        monkeypatch.setattr("fastst_patch.dropin.eligibility.same", lambda ours, theirs: False)
+        monkeypatch.setattr("fastst_patch.dropin.handle.same", lambda ours, theirs: False)
     with fastst_patch.config_context(verify=True):
         fast.load_file(model, device="cuda")
         with fast.safe_open(model, "pt", "cuda") as handle:

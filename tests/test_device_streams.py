@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 import fastst_patch
 from fastst_patch import device, engine
 from fastst_patch.config import current
-from fastst_patch.ondevice import DeviceFile
-from fastst_patch.opened import open_checked
-from fastst_patch.uploads import Upload
+from fastst_patch.files.base import open_checked
+from fastst_patch.files.cuda import DeviceFile
+from fastst_patch.integrations.uploads import Upload
 
 COUNT = 24
 ROWS, COLUMNS = 64, 128

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastst_patch
-from fastst_patch.uploads import Uploads
+from fastst_patch.integrations.uploads import Uploads
 
 loading = pytest.importorskip(
     "diffusers.models.model_loading_utils", reason="needs diffusers (extra: integrations)"

@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 import fastst_patch
-from fastst_patch import cli, doctor, doctor_text, engine, errors, targets, terminal
+from fastst_patch import engine, errors, terminal
+from fastst_patch.cli import doctor, doctor_text
+from fastst_patch.cli.main import main
+from fastst_patch.patching import targets
 
 
 def test_text_and_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.main(["doctor", "-v", str(tmp_path)]) == 0
+    assert main(["doctor", "-v", str(tmp_path)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for part in ("safetensors", "native engine: loaded from", "O_DIRECT", "patch() would replace",
                  "safetensors.torch.load_file: yes", "left to stock", "libcuda.so.1"):  # fmt: skip
@@ -36,7 +39,7 @@ def test_the_verdict_comes_first_and_it_fits(
     monkeypatch.setenv("COLUMNS", columns)
     folder = tmp_path / ("a long name " * 8) / ("x" * 120)
     folder.mkdir(parents=True)
-    assert cli.main(["doctor", *verbose, str(folder)]) == 0
+    assert main(["doctor", *verbose, str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("The fast path works here.")
     # A path that no line can hold stays whole, on a line of its own.
@@ -56,7 +59,7 @@ def test_marks_are_ascii_where_the_encoding_has_no_others() -> None:
 
 def test_json_is_complete(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     original = safetensors.safe_open
-    assert cli.main(["doctor", "--json", str(tmp_path), str(tmp_path / "absent" / "x")]) == 1
+    assert main(["doctor", "--json", str(tmp_path), str(tmp_path / "absent" / "x")]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["schema"] == doctor.SCHEMA
     assert found["verdict"].startswith("The fast path works here, but not")
@@ -75,7 +78,7 @@ def test_what_is_in_files_is_told(
     monkeypatch.setenv("COLUMNS", "300")
     for name, rows in (("a", 3), ("b", 5)):
         save_file({name: torch.zeros(rows, 1000)}, tmp_path / f"{name}.safetensors")
-    assert cli.main(["doctor", str(tmp_path), str(tmp_path / "a.safetensors")]) == 0
+    assert main(["doctor", str(tmp_path), str(tmp_path / "a.safetensors")]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"{tmp_path}: 2 files, 2 tensors, 0.000 GB" in text
     assert f"{tmp_path}/a.safetensors: 1 tensors, " in text
@@ -89,7 +92,7 @@ def test_a_file_that_cannot_be_loaded_fails(
     save_file({"b": torch.zeros(3, 1000)}, path)
     path.write_bytes(path.read_bytes()[:-1] if content is None else content)
     for named in (tmp_path, path):
-        assert cli.main(["doctor", str(named)]) == 1
+        assert main(["doctor", str(named)]) == 1
         assert "b.safetensors: cannot be loaded" in capsys.readouterr().out
 
 
@@ -100,10 +103,10 @@ def test_what_stock_alone_reads_is_no_failure(
     save_file({"b": torch.zeros(3, 1000)}, path)
 
     def doubtful(_: object) -> None:
-        raise errors.Doubt("a dtype of tomorrow")
+        raise errors.Fallback("a dtype of tomorrow")
 
     monkeypatch.setattr(engine, "read_layout", doubtful)
-    assert cli.main(["doctor", str(path)]) == 0
+    assert main(["doctor", str(path)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "not accelerated, stock reads it: a dtype of tomorrow" in text
 
@@ -112,7 +115,7 @@ def test_what_is_not_there_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("FASTST_TREADS", "3")
-    assert cli.main(["doctor", str(tmp_path / "nope")]) == 1
+    assert main(["doctor", str(tmp_path / "nope")]) == 1
     text = " ".join(capsys.readouterr().out.split())
     assert f"{tmp_path}/nope: there is no such file or folder" in text
     assert "no such option, and no effect: FASTST_TREADS; did you mean FASTST_THREADS?" in text

@@ -15,8 +15,8 @@ import torch
 
 import fastst_patch
 from fastst_patch import engine
-from fastst_patch.bench import guarded, machine, residency
-from fastst_patch.bench.errors import UsageError
+from fastst_patch.bench import guarded, hardware, residency
+from fastst_patch.bench.failures import UsageError
 from fastst_patch.report import LoadReport
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -55,7 +55,7 @@ def rows(bench):
 
 @pytest.fixture
 def on_disk(tmp_path):
-    if machine.filesystem(tmp_path).in_memory:
+    if hardware.filesystem(tmp_path).in_memory:
         pytest.skip("the temporary directory is in memory, which is never cold")
 
 
@@ -250,15 +250,15 @@ def test_shards_lose_nothing(rows, tmp_path, monkeypatch) -> None:
 def test_read_ahead_is_put_back(bench, tmp_path, monkeypatch) -> None:
     setting = tmp_path / "read_ahead_kb"
     setting.write_text("8192\n")
-    monkeypatch.setattr(machine, "read_ahead_file", lambda path: setting)
+    monkeypatch.setattr(hardware, "read_ahead_file", lambda path: setting)
     with pytest.raises(ZeroDivisionError), bench.harness.read_ahead(tmp_path, 128):
         assert setting.read_text() == "128\n"
         raise ZeroDivisionError
     assert setting.read_text() == "8192\n"
-    monkeypatch.setattr(machine, "read_ahead_file", lambda path: tmp_path)  # cannot be written
+    monkeypatch.setattr(hardware, "read_ahead_file", lambda path: tmp_path)  # cannot be written
     with pytest.raises(UsageError, match="takes root"), bench.harness.read_ahead(tmp_path, 128):
         pass
-    monkeypatch.setattr(machine, "read_ahead_file", lambda path: None)
+    monkeypatch.setattr(hardware, "read_ahead_file", lambda path: None)
     with (
         pytest.raises(UsageError, match="no read-ahead setting"),
         bench.harness.read_ahead(tmp_path, 128),

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 import fastst_patch
-from fastst_patch import engine, slices, streams
+from fastst_patch import engine
+from fastst_patch.dropin import slices
+from fastst_patch.integrations import streams
 
 transformers = pytest.importorskip("transformers")
 loading = pytest.importorskip(
@@ -363,19 +365,19 @@ def test_stock_finds_room(to_cuda, saved, monkeypatch, name) -> None:
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_errors_hold_no_device_memory(to_cuda, saved, monkeypatch, error) -> None:
     """Not even while they are kept, and without the garbage collector."""
-    from fastst_patch import ondevice
+    from fastst_patch.files import cuda
 
     kind, folder = saved["experts"]
-    take = ondevice.Ahead.take
+    take = cuda.Ahead.take
     taken: list[int] = []
 
-    def broken(self: ondevice.Ahead, i: int) -> torch.Tensor:
+    def broken(self: cuda.Ahead, i: int) -> torch.Tensor:
         taken.append(i)
         if len(taken) == 9:
             raise error(5, "unreadable")
         return take(self, i)
 
-    monkeypatch.setattr(ondevice.Ahead, "take", broken)
+    monkeypatch.setattr(cuda.Ahead, "take", broken)
     gc.collect()
     gc.disable()
     try:
@@ -435,7 +437,7 @@ def test_other_signatures_are_left_alone(monkeypatch) -> None:
         """Of another version."""
 
     monkeypatch.setattr(loading, "spawn_materialize", spawn_materialize)
-    from fastst_patch import patcher
+    from fastst_patch.patching import patcher
 
     target = patcher._TARGETS[TARGET]
     fresh = type(target)(

@@ -12,9 +12,10 @@ import pytest
 from torch import nn
 
 import fastst_patch
-from fastst_patch import UntestedVersionWarning, patcher, targets
+from fastst_patch import UntestedVersionWarning
 from fastst_patch.config import current
 from fastst_patch.integrations import Hook
+from fastst_patch.patching import patcher, targets
 
 TO = "torch.nn.Module.to"
 STOCK_TO = nn.Module.to
@@ -46,7 +47,9 @@ def module(monkeypatch) -> types.ModuleType:
 
     made.name = name  # type: ignore[attr-defined]
     hook = Hook("pytest", "fast_one", "name", lambda f, args, kwargs: ("fast", *args), ("x",))
-    target = targets.Target("fast_one.name", "", (targets.Place(hook),), ("pytest", "0", "999"))
+    target = targets.PatchTarget(
+        "fast_one.name", "", (targets.PatchPoint(hook),), ("pytest", "0", "999")
+    )
     monkeypatch.setitem(patcher._TARGETS, target.name, target)
     monkeypatch.setitem(sys.modules, "fast_one", made)
     return made

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fastst_patch import engine
-from fastst_patch.errors import Doubt
+from fastst_patch.errors import Fallback
 
 pytestmark = pytest.mark.skipif(
     engine.native_error() is not None, reason=str(engine.native_error())
@@ -86,7 +86,7 @@ def test_a_pipes_writer_goes_on_waiting(tmp_path: Path) -> None:
     writer = threading.Thread(target=lambda: opened.append(os.open(path, os.O_WRONLY)))
     writer.start()
     for _ in range(200):  # some of them find it waiting
-        with pytest.raises(Doubt, match="not a regular file"):
+        with pytest.raises(Fallback, match="not a regular file"):
             engine.open_file(path)
         writer.join(0.001)
     assert writer.is_alive()
@@ -100,7 +100,7 @@ def test_a_pipes_writer_goes_on_waiting(tmp_path: Path) -> None:
 def test_neither_is_a_socket_opened(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
-        with pytest.raises(Doubt, match="not a regular file"):
+        with pytest.raises(Fallback, match="not a regular file"):
             engine.open_file(str(tmp_path / "socket"))
 
 

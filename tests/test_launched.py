@@ -16,7 +16,7 @@ import torch
 from launching import LAUNCH, SITE, Runner
 
 from fastst_patch import engine
-from fastst_patch.summary import NOTHING
+from fastst_patch.report_table import NOTHING
 
 needs_engine = pytest.mark.skipif(
     engine.native_error() is not None, reason=str(engine.native_error())

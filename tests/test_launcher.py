@@ -19,9 +19,11 @@ from pathlib import Path
 import pytest
 from launching import LAUNCH, LOOK, SITE, Runner
 
-from fastst_patch import OptionError, cli, launcher
+from fastst_patch import OptionError
+from fastst_patch.cli import launcher
+from fastst_patch.cli.main import main
 from fastst_patch.config import child_environment
-from fastst_patch.summary import NOTHING
+from fastst_patch.report_table import NOTHING
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def run(tmp_path: Path) -> Runner:
     ],
 )
 def test_arguments_are_divided(given: list[str], target: list[str]) -> None:
-    ours, theirs = cli._split(["run", *given])
+    ours, theirs = main._split(["run", *given])
     assert theirs == target
     assert [*ours, *theirs] == ["run", *given]
 
@@ -87,14 +89,14 @@ def test_wrong_use_says_so(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["run", *arguments])
+        main(["run", *arguments])
     assert exit_.value.code == 2
     assert words in capsys.readouterr().err
 
 
 def test_a_misspelt_command_is_no_script(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["benhc"])
+        main(["benhc"])
     assert "invalid choice: 'benhc'" in capsys.readouterr().err
 
 

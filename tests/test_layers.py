@@ -15,30 +15,21 @@ PACKAGE = Path(importlib.util.find_spec("fastst_patch").origin).parent
 
 # From the top down; modules of one row may import each other.
 LAYERS = [
-    {"__main__"},
-    {"cli"},
-    {"doctor", "bench", "launcher"},
-    {"_site"},
+    {"__main__", "_site", "cli"},
+    {"bench"},
     {"__init__"},
-    {"ipython", "launched"},
-    {"patcher"},
-    {"targets"},
+    {"patching"},
     {"integrations"},
-    {"parallel_loader"},
     {"loader"},
-    {"handle", "sharding"},
-    {"slices"},
-    {"uploads"},
-    {"decide"},
-    {"onhost", "ondevice", "readahead", "streams", "windows"},
-    {"opened"},
-    {"dtypes", "tensors", "device", "pattern"},
+    {"sharding"},
+    {"dropin"},
+    {"files"},
+    {"device", "dtypes", "tensors"},
     {"engine"},
-    {"layout", "machine", "stock", "stripes"},
-    {"doctor_text", "summary"},
-    {"report"},
-    {"config"},
-    {"errors", "interrupts", "locks", "runs", "terminal"},
+    {
+        *("config", "errors", "interrupts", "layout", "locks", "machine"),
+        *("report", "report_table", "runs", "stock", "terminal"),
+    },
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

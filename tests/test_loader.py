@@ -432,7 +432,7 @@ def test_torch_modes(sample, stock) -> None:
 
 
 def test_verify(sample, stock, monkeypatch) -> None:
-    import fastst_patch.loader.local as local
+    import fastst_patch.loader.local_files as local
 
     with fastst_patch.config_context(verify=True):
         with fastsafe_open(sample) as opened:
@@ -451,7 +451,7 @@ def test_progress(sample, capsys) -> None:
 
 
 def test_what_is_open_is_reported_at_the_end(sample) -> None:
-    from fastst_patch.handle import report_open_handles
+    from fastst_patch.dropin.handle import report_open_handles
 
     opened = fastsafe_open(sample)
     opened.get_tensor("w")

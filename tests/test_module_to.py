@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 import fastst_patch
-from fastst_patch import uploads
-from fastst_patch.errors import Doubt
-from fastst_patch.integrations import module_to
+from fastst_patch.errors import Fallback
+from fastst_patch.integrations import torch_module, uploads
 
 TARGET = "torch.nn.Module.to"
 STOCK_TO, STOCK_APPLY = nn.Module.to, nn.Module._apply
@@ -354,14 +353,14 @@ def test_exceptions_are_stocks_alone(moving, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     def refused(named: Any) -> None:
-        raise Doubt("refused")
+        raise Fallback("refused")
 
     monkeypatch.setattr(torch.Tensor, "to", conversion)
     moving.refuse_from = 1
     with fastst_patch.config_context(fallback="error"):
         with pytest.raises(KeyboardInterrupt):
             nn.Linear(70, 70).to("cuda")
-        monkeypatch.setattr(module_to, "torch_target", refused)
+        monkeypatch.setattr(torch_module, "torch_target", refused)
         with pytest.raises(KeyboardInterrupt) as error:
             nn.Linear(70, 70).to("cuda")
     assert error.value.__context__ is None

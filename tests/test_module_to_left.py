@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import fastst_patch
-from fastst_patch import engine, uploads
-from fastst_patch.integrations import module_to
+from fastst_patch import engine
+from fastst_patch.integrations import torch_module, uploads
 
 TARGET = "torch.nn.Module.to"
 STOCK_TO, STOCK_APPLY = nn.Module.to, nn.Module._apply
@@ -26,7 +26,7 @@ def test_a_second_move_finds_nothing_to_do(moving) -> None:
     calls = moving.driver.calls("cuMemcpyHtoDAsync_v2")
     # The fake's tensors are the CPU's; real ones are on the device, as these pretend.
     with pytest.MonkeyPatch.context() as patch, fastst_patch.profile() as seen:
-        patch.setattr(module_to, "ordinary", lambda candidates: [])
+        patch.setattr(torch_module, "ordinary", lambda candidates: [])
         module.to("cuda")
     assert seen.reports == []
     assert moving.driver.calls("cuMemcpyHtoDAsync_v2") == calls
@@ -108,7 +108,7 @@ def test_wrong_bytes_are_noticed(moving, monkeypatch) -> None:
 
 
 def test_small_modules_are_left_alone(monkeypatch, moving) -> None:
-    monkeypatch.setattr(module_to, "worth_it", uploads.worth_it)
+    monkeypatch.setattr(torch_module, "worth_it", uploads.worth_it)
     with fastst_patch.profile() as seen:
         nn.Linear(70, 70).to("cuda")
     assert seen.reports == []
@@ -176,7 +176,7 @@ def test_real_runtime_without_a_device() -> None:
     with pytest.raises((AssertionError, RuntimeError)) as stock_error:
         STOCK_TO(copy.deepcopy(module), "cuda")
     with fastst_patch.patched(TARGET), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module_to, "worth_it", lambda nbytes: True)
+        patch.setattr(torch_module, "worth_it", lambda nbytes: True)
         with pytest.raises((AssertionError, RuntimeError)) as our_error:
             module.to("cuda")
     assert (type(our_error.value), str(our_error.value)) == (

@@ -11,8 +11,8 @@ import torch
 import fastst_patch
 from fastst_patch import engine
 from fastst_patch.config import current
-from fastst_patch.onhost import HostFile
-from fastst_patch.opened import open_checked
+from fastst_patch.files.base import open_checked
+from fastst_patch.files.cpu import HostFile
 
 COUNT = 6
 COPIED = [{"io": "buffered"}, {"io": "direct"}, {"tensors": "owned"}]

@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 import fastst_patch
-from fastst_patch import OptionError, engine, handle, machine, onhost, stock
+from fastst_patch import OptionError, engine, machine, stock
 from fastst_patch.config import current, pop, push
+from fastst_patch.dropin import handle
+from fastst_patch.files import cpu
 
 MIB = 1 << 20
 
@@ -324,14 +326,14 @@ def test_verify_compares_with_stock(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _load(checkpoint, verify=True)
-    right = onhost.HostFile.all_tensors
+    right = cpu.HostFile.all_tensors
 
-    def wrong(self: onhost.HostFile) -> dict[str, torch.Tensor]:
+    def wrong(self: cpu.HostFile) -> dict[str, torch.Tensor]:
         found = right(self)
         found["w2"][5, 5] += 1
         return found
 
-    monkeypatch.setattr(onhost.HostFile, "all_tensors", wrong)
+    monkeypatch.setattr(cpu.HostFile, "all_tensors", wrong)
     with caplog.at_level(logging.ERROR, "fastst_patch"):
         _load(checkpoint, verify=True)  # stock's tensors are handed out
     assert "w2" in caplog.text

@@ -87,7 +87,7 @@ def test_reading_ahead_ends_with_the_last_tensor(model: Path) -> None:
 
 
 def test_reading_ahead_leaves_memory_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastst_patch.readahead.RESERVE", 1 << 60)
+    monkeypatch.setattr("fastst_patch.files.readahead.RESERVE", 1 << 60)
     monkeypatch.setattr(engine, "memory_headroom", lambda: 1 << 62)  # a tenth is still too much
     with fastst_patch.config_context(progress=True):  # waits for the job
         loaded = fastst_patch.load_file(model)

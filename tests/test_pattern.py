@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastst_patch import engine
+from fastst_patch.files.pattern import AccessPattern
 from fastst_patch.layout import FileLayout
-from fastst_patch.pattern import AccessPattern
 
 
 def layout_of(names: Sequence[str]) -> FileLayout:

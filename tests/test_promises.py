@@ -24,14 +24,14 @@ loading = pytest.importorskip(
     "transformers.core_model_loading", reason="transformers before 5 loads in another way"
 )
 
-from fastst_patch.integrations.promise import Promise  # noqa: E402
+from fastst_patch.integrations.lazy_future import LazyFuture  # noqa: E402
 from fastst_patch.integrations.transformers import _here, _Load  # noqa: E402
 
 NAMES = [f"w{i}" for i in range(6)]
 
 
 @pytest.fixture
-def promised(cuda, raw) -> Iterator[tuple[dict[str, Promise], dict[str, torch.Tensor]]]:
+def promised(cuda, raw) -> Iterator[tuple[dict[str, LazyFuture], dict[str, torch.Tensor]]]:
     """Promises of the tensors of a file, on their way to a device; and the tensors."""
     expected = {name: torch.randn(50, 30 + i) for i, name in enumerate(NAMES)}
     path = str(raw.tensors(expected))
@@ -43,7 +43,7 @@ def promised(cuda, raw) -> Iterator[tuple[dict[str, Promise], dict[str, torch.Te
                     name: loading.spawn_materialize(pool, handle.get_slice(name), "cuda:0", None)
                     for name in NAMES
                 }
-                assert {type(promise) for promise in promises.values()} == {Promise}
+                assert {type(promise) for promise in promises.values()} == {LazyFuture}
                 with fastst_patch.profile() as seen:
                     yield promises, expected
                     kept = [n for n, promise in promises.items() if promise._take is None]
@@ -56,26 +56,26 @@ def promised(cuda, raw) -> Iterator[tuple[dict[str, Promise], dict[str, torch.Te
                 _here.load = None
 
 
-def _poll(promises: list[Promise]) -> None:
+def _poll(promises: list[LazyFuture]) -> None:
     unanswered = [promise for promise in promises if not promise.done()]
     assert unanswered == []  # whoever polls would do so for ever
 
 
-def _await(promises: list[Promise]) -> None:
+def _await(promises: list[LazyFuture]) -> None:
     async def gather() -> None:
         await asyncio.gather(*map(asyncio.wrap_future, promises))
 
     asyncio.run(gather())
 
 
-def _call_back(promises: list[Promise]) -> None:
+def _call_back(promises: list[LazyFuture]) -> None:
     called: list[Any] = []
     for promise in promises:
         promise.add_done_callback(called.append)
     assert called == promises
 
 
-ASKING: dict[str, Callable[[list[Promise]], Any]] = {
+ASKING: dict[str, Callable[[list[LazyFuture]], Any]] = {
     "wait": concurrent.futures.wait,
     "wait for the first": lambda promises: concurrent.futures.wait(
         promises, return_when=concurrent.futures.FIRST_COMPLETED
@@ -124,7 +124,7 @@ def test_from_many_threads() -> None:
 
 def _ask_from_many_threads() -> None:
     taken: list[int] = []
-    promises = [Promise(lambda i=i: taken.append(i) or i) for i in range(8)]
+    promises = [LazyFuture(lambda i=i: taken.append(i) or i) for i in range(8)]
     asked: list[Any] = []
     ways: list[Callable[[], Any]] = [
         lambda: asked.append([promise.result() for promise in promises]),
@@ -156,15 +156,15 @@ def test_an_error_is_everybodys_and_in_no_cycle() -> None:
     gc.collect()
     gc.disable()
     try:
-        for ask in (Promise.result, Promise.exception):
-            promise = Promise(fails)
+        for ask in (LazyFuture.result, LazyFuture.exception):
+            promise = LazyFuture(fails)
             with contextlib.suppress(ValueError):
                 ask(promise)
             del promise
     finally:
         gc.enable()
     assert [reference() for reference in alive] == [None, None]
-    promise = Promise(fails)
+    promise = LazyFuture(fails)
     assert concurrent.futures.wait([promise]).done == {promise}
     assert str(promise.exception()) == "no"
     with pytest.raises(ValueError, match="no"):

@@ -22,7 +22,7 @@ from torch import nn
 from twice import data_bytes, tensor_bytes, twice, weights_in
 
 import fastst_patch
-from fastst_patch import streams
+from fastst_patch.integrations import streams
 
 pytest.importorskip("accelerate", reason="quantizers of transformers need accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")

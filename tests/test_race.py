@@ -36,8 +36,8 @@ from race_harness import (
 )
 
 from fastst_patch import engine
-from fastst_patch.bench import machine, residency
-from fastst_patch.bench.errors import UsageError
+from fastst_patch.bench import hardware, residency
+from fastst_patch.bench.failures import UsageError
 
 # ---- with processes: who is wrong, and who fails ------------------------
 

@@ -23,7 +23,7 @@ import torch
 
 import fastst_patch
 from fastst_patch import engine
-from fastst_patch.bench import machine
+from fastst_patch.bench import hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -218,7 +218,7 @@ def test_to_cuda(name, tmp_path, checkpoints):
 
 def _assert_fast(name, paths, tmp_path):
     wanted = {"fastst-buffered": "buffered", "fastst-direct": "direct"}.get(name, "mmap")
-    if wanted == "direct" and machine.filesystem(tmp_path).in_memory:
+    if wanted == "direct" and hardware.filesystem(tmp_path).in_memory:
         wanted = "buffered"
     assert paths
     assert {path.partition("+")[0] for path, _ in paths} == {wanted}, paths

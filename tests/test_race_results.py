@@ -41,7 +41,7 @@ from race_harness import (
 
 from fastst_patch.bench import guarded
 from fastst_patch.bench.checkpoint import transformer_specs, write_checkpoint
-from fastst_patch.bench.errors import UsageError
+from fastst_patch.bench.failures import UsageError
 
 # ---- results, reports, charts -------------------------------------------
 

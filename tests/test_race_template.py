@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from race_harness import SOURCE, file, process, race_of, runner, truth
 
-from fastst_patch.bench.errors import BenchError
+from fastst_patch.bench.failures import BenchError
 
 PATIENCE_S = 120.0
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fastst_patch.bench.errors import BenchError, UsageError
-from fastst_patch.bench.files import describe
+from fastst_patch.bench.checkpoint_files import describe
+from fastst_patch.bench.failures import BenchError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 

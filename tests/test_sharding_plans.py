@@ -15,7 +15,7 @@ import torch
 from ranks import Case, Ran
 
 from fastst_patch import engine, sharding
-from fastst_patch.sharding.rules import take_of
+from fastst_patch.sharding.spec import take_of
 
 pytestmark = pytest.mark.skipif(
     engine.native_error() is not None, reason=str(engine.native_error())

@@ -20,15 +20,8 @@ from hypothesis import strategies as st
 from fastst_patch.layout import ARENA_ALIGNMENT
 from fastst_patch.runs import Runs
 from fastst_patch.sharding import SKIP, Owner
-from fastst_patch.sharding.rules import chunk, take_of
-from fastst_patch.sharding.schedule import (
-    Extent,
-    pack,
-    part_bytes,
-    ranges_of,
-    segments,
-    split,
-)
+from fastst_patch.sharding.schedule import Extent, pack, part_bytes, ranges_of, segments, split
+from fastst_patch.sharding.spec import chunk, take_of
 
 few = settings(max_examples=60)
 

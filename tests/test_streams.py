@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastst_patch import streams
-from fastst_patch.streams import Lane, Stream
+from fastst_patch.integrations import streams
+from fastst_patch.integrations.streams import Lane, Stream
 
 
 class _Mover:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastst_patch import LoadReport, launched, report, summary
+from fastst_patch import LoadReport, report, report_table
+from fastst_patch.patching import child_hook
 
 
 def load(file: str = "a.safetensors", **changed: object) -> LoadReport:
@@ -22,11 +23,13 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_nothing() -> None:
-    assert summary.render([]) == summary.NOTHING
+    assert report_table.render([]) == report_table.NOTHING
 
 
 def test_equal_loads_share_a_row() -> None:
-    text = summary.render([(1, load()), (1, load(seconds=1.5)), (1, load("b", path="mmap"))], 120)
+    text = report_table.render(
+        [(1, load()), (1, load(seconds=1.5)), (1, load("b", path="mmap"))], 120
+    )
     lines = cells(text)
     assert lines[0][1:4] == ["all", "3", "loads"]
     assert lines[1][0] == "file"  # one process: no need to name it
@@ -39,14 +42,14 @@ def test_equal_loads_share_a_row() -> None:
 
 
 def test_processes_are_told_apart() -> None:
-    text = summary.render([(11, load()), (12, load())], 120)
+    text = report_table.render([(11, load()), (12, load())], 120)
     assert [line[0] for line in cells(text)[3:5]] == ["11", "12"]
     assert "mapped" not in text
 
 
 def test_fallbacks_with_reasons() -> None:
     stock = {"path": "stock", "bytes": 0, "seconds": 0.0}
-    text = summary.render(
+    text = report_table.render(
         [
             (1, load("a", **stock, fallback_reason="why not")),
             (1, load("b", **stock, fallback_reason="why not")),
@@ -65,7 +68,7 @@ def test_long_lists_are_cut_and_totals_kept() -> None:
         (1, load(f"file{i}", bytes=(i + 1) * 10**6, fallback_reason=f"reason {i}"))
         for i in range(100)
     ]
-    text = summary.render(loads, 120)
+    text = report_table.render(loads, 120)
     lines = cells(text)
     shown = [line[0] for line in lines if line[0].startswith("file") and line[0] != "file"]
     assert shown == [f"file{i}" for i in range(61, 100)]  # the largest, in their order
@@ -75,7 +78,7 @@ def test_long_lists_are_cut_and_totals_kept() -> None:
 
 
 def test_long_and_odd_names() -> None:
-    text = summary.render([(1, load("/x" * 100 + "/end")), (1, load("bad\udcff"))], 120)
+    text = report_table.render([(1, load("/x" * 100 + "/end")), (1, load("bad\udcff"))], 120)
     assert "x/end " in text
     assert max(map(len, text.splitlines())) <= 120
     text.encode()
@@ -89,17 +92,17 @@ def test_the_table_fits_the_terminal(columns: int) -> None:
                    fallback_reason="for a reason that takes a whole sentence, or two, to say"))
         for i in range(9) for pid in (123456, 234567)
     ]  # fmt: skip
-    text = summary.render(loads, columns)
+    text = report_table.render(loads, columns)
     assert max(map(len, text.splitlines())) <= columns
     assert "-of-00009.safetensors" in text or columns < 80
-    full = summary.render(loads, columns, verbose=True)
+    full = report_table.render(loads, columns, verbose=True)
     heading = next(line for line in full.splitlines() if line.startswith("   pid"))
-    assert heading.split() == list(summary._HEADINGS)
+    assert heading.split() == list(report_table._HEADINGS)
     assert "/models/some/where/model-00001-of-00009.safetensors" in full
 
 
 def test_a_file_mapped_cold_and_warm_is_one_row() -> None:
-    text = summary.render([(1, load(path="mmap")), (1, load(path="mmap+readahead"))], 120)
+    text = report_table.render([(1, load(path="mmap")), (1, load(path="mmap+readahead"))], 120)
     assert ["a.safetensors", "load_file", "cpu", "mmap+readahead", "2", "6", "2.000", "1.0000",
             "-"] in cells(text)  # fmt: skip
 
@@ -108,9 +111,9 @@ def test_it_ends_with_the_command_that_compares(tmp_path: Path) -> None:
     one, two = tmp_path / "a model.safetensors", tmp_path / "b.safetensors"
     for path in (one, two):
         path.write_bytes(b"")
-    text = summary.render([(1, load(str(one)))], 80)
+    text = report_table.render([(1, load(str(one)))], 80)
     assert text.endswith(f"\ncompare with stock: fastst-patch bench '{one}'")
-    text = summary.render([(1, load(str(one))), (1, load(str(two)))], 80)
+    text = report_table.render([(1, load(str(one))), (1, load(str(two)))], 80)
     assert text.endswith(f"\ncompare with stock: fastst-patch bench {tmp_path}")
 
 
@@ -123,20 +126,20 @@ def test_records_survive_what_happens_to_files(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "records"
-    launched._append(str(path), load())
+    child_hook._append(str(path), load())
     assert not path.exists()  # whoever would have printed it is gone
     path.write_bytes(b"")
-    launched._append(str(path), load("bad\udcff", resident=0.5))
+    child_hook._append(str(path), load("bad\udcff", resident=0.5))
     with path.open("ab") as file:
         file.write(b'\n{"pid": 3, "cut"')
         file.write(b'\n{"pid": 3, "file": "of another version"}\n7')
-    launched._append(str(path), load("b"))
+    child_hook._append(str(path), load("b"))
     record = json.loads(path.read_bytes().splitlines()[1])
     assert (record["pid"], record["file"]) == (os.getpid(), "bad\udcff")
-    launched.print_table(str(path))
+    child_hook.print_table(str(path))
     assert "total, 2 files" in capfd.readouterr().err
     assert not path.exists()
-    launched.print_table(str(path))
+    child_hook.print_table(str(path))
     assert capfd.readouterr().err == ""
 
 

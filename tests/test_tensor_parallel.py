@@ -20,7 +20,7 @@ from tiny import Saved  # noqa: E402 - which needs transformers, too
 from twice import FAST, weights_in  # noqa: E402
 
 from fastst_patch import engine  # noqa: E402
-from fastst_patch.stripes import LAG, STRIPE, in_turn  # noqa: E402
+from fastst_patch.files.readahead_share import LAG, STRIPE, in_turn  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(engine.native_error() is not None, reason=str(engine.native_error())),

@@ -18,9 +18,10 @@ from fake_device import on_device
 from safetensors.torch import save_file
 
 import fastst_patch
-from fastst_patch import engine, stripes
+from fastst_patch import engine
+from fastst_patch.files import readahead_share
+from fastst_patch.files.readahead import WORKERS_FROM, ReadAhead
 from fastst_patch.layout import FileLayout
-from fastst_patch.readahead import WORKERS_FROM, ReadAhead
 from fastst_patch.runs import Runs
 
 loading = pytest.importorskip("transformers.core_model_loading", reason="needs transformers 5")
@@ -122,7 +123,7 @@ def ask(pool: Any, handle: Any, name: str, op: Any, dtype: Any = None) -> Any:
 
 
 def is_ours(future: Any) -> bool:
-    return type(future).__name__ == "Promise"
+    return type(future).__name__ == "LazyFuture"
 
 
 def stocks(file: Path, name: str, op: Any, dtype: Any = None) -> torch.Tensor | None:
@@ -366,13 +367,13 @@ def extents(file: Path, *names: str) -> list[tuple[int, int]]:
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each call of `in_turn` was given; every file counts as not cached."""
     plans: list[dict[str, Any]] = []
-    plan = stripes.in_turn
+    plan = readahead_share.in_turn
 
     def watched(alone: Any, shared: Any, turn: int, turns: int) -> Any:
         plans.append({"turn": (turn, turns), "alone": list(alone), "shared": list(shared)})
         return plan(alone, shared, turn, turns)
 
-    monkeypatch.setattr(stripes, "in_turn", watched)
+    monkeypatch.setattr(readahead_share, "in_turn", watched)
     monkeypatch.setattr(ReadAhead, "cold", lambda self: True)
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 
 import fastst_patch
-from fastst_patch import engine, handle
+from fastst_patch import engine
+from fastst_patch.dropin import handle
 
 pytestmark = pytest.mark.skipif(
     engine.native_error() is not None, reason=str(engine.native_error())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastst_patch import engine
-from fastst_patch.errors import Doubt, FaststError
+from fastst_patch.errors import Fallback, FaststError
 from fastst_patch.layout import ARENA_ALIGNMENT
 
 pytestmark = pytest.mark.skipif(
@@ -132,7 +132,7 @@ def test_what_is_given_up_is_over(cuda, nothing_left, how) -> None:
 @pytest.mark.parametrize("first", [1, 3])
 def test_a_driver_that_fails_is_a_doubt(cuda, nothing_left, name, first) -> None:
     cuda.driver.fail(name, first, 1 << 40)
-    with pytest.raises(Doubt, match="719"):
+    with pytest.raises(Fallback, match="719"):
         _start(cuda, _sources())[0].wait()
     gc.collect()
     assert cuda.driver.live().blocks == 0

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastst_patch import device, engine, uploads
+from fastst_patch import device, engine
 from fastst_patch.config import current
-from fastst_patch.errors import Doubt
+from fastst_patch.errors import Fallback
+from fastst_patch.integrations import uploads
 
 pytestmark = pytest.mark.skipif(
     engine.native_error() is not None, reason=str(engine.native_error())
@@ -168,7 +169,7 @@ def test_wrong_bytes_of_a_view_are_noticed(cuda) -> None:
     upload = _start([view])
     upload._job.wait()
     upload._made[id(view)][1][50, 3] ^= 1
-    with pytest.raises(Doubt, match="differed"):
+    with pytest.raises(Fallback, match="differed"):
         upload.take(view)
-    with pytest.raises(Doubt, match="differed"):
+    with pytest.raises(Fallback, match="differed"):
         device.target("cuda")

@@ -12,8 +12,8 @@ import pytest
 from twice import Same, weights_in
 
 import fastst_patch
-from fastst_patch import targets
 from fastst_patch.integrations import INTEGRATIONS
+from fastst_patch.patching import targets
 
 RANGES = {(package, *tested) for package, tested in targets.TESTED.items()}
 RANGES |= {integration.tested for integration in INTEGRATIONS}

@@ -26,11 +26,12 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as their_logging
 
 import fastst_patch
-from fastst_patch import engine, stripes
+from fastst_patch import engine
 from fastst_patch.bench import residency
-from fastst_patch.integrations import shards
-from fastst_patch.readahead import ReadAhead
-from fastst_patch.stripes import STRIPE
+from fastst_patch.files import readahead_share
+from fastst_patch.files.readahead import ReadAhead
+from fastst_patch.files.readahead_share import STRIPE
+from fastst_patch.integrations import tensor_parallel
 
 MEETING_S = 20.0  # what a rank waits for another, in a program's own collectives
 
@@ -93,18 +94,18 @@ def same(folder: str, options: dict[str, Any], load_options: dict[str, Any]) -> 
     """Stock, patched, and stock again."""
     theirs = load(folder, **load_options)
     promised = []
-    by_us = shards.Shards.local
+    by_us = tensor_parallel.Shards.local
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         promised.append(by_us(*args, **kwargs))
         return promised[-1]
 
-    shards.Shards.local = watched
+    tensor_parallel.Shards.local = watched
     try:
         with fastst_patch.patched(**options), fastst_patch.profile() as seen:
             ours = load(folder, **load_options)
     finally:
-        shards.Shards.local = by_us
+        tensor_parallel.Shards.local = by_us
     mapped = options.get("io") != "buffered" and options.get("tensors") != "owned"
     sharded = assert_same(ours, theirs, mapped)
     with fastst_patch.profile() as after:
@@ -135,7 +136,7 @@ def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, 
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, was)
     plans = []
-    plan, looked = stripes.in_turn, ReadAhead.cold
+    plan, looked = readahead_share.in_turn, ReadAhead.cold
 
     def watched(alone: Any, shared: Any, turn: int, turns: int) -> Any:
         result = plan(alone, shared, turn, turns)
@@ -144,7 +145,7 @@ def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, 
                       "extents": extents})  # fmt: skip
         return result
 
-    stripes.in_turn = watched
+    readahead_share.in_turn = watched
     if force:  # whatever the file system keeps
         ReadAhead.cold = lambda self: True
     before, counted = io(), engine.counters()
@@ -153,7 +154,7 @@ def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, 
             model = load(folder, **load_options)
             total = sum(local(tensor).double().sum() for tensor in model.state_dict().values())
     finally:
-        stripes.in_turn, ReadAhead.cold = plan, looked
+        readahead_share.in_turn, ReadAhead.cold = plan, looked
     after, count = io(), engine.counters()
     return {
         "evicted": all(told), "plans": plans, "stripe": STRIPE, "sum": float(total),

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastst_patch.bench import machine, settle
+from fastst_patch.bench import hardware, settle
 from fastst_patch.bench.ceilings import COLD_BUFFERED, DIRECT, PAGE_CACHE, Ceiling, Variant
-from fastst_patch.bench.errors import BenchError
+from fastst_patch.bench.failures import BenchError
 
 from . import process
 
@@ -125,7 +125,7 @@ def _entry(
 
 def board(device: str, caches: Sequence[str], files: Sequence[str]) -> Board:
     """What can bind a load of these files to this device."""
-    cpus = machine.cpu_count()
+    cpus = hardware.cpu_count()
     reads: dict[str, list[Ceiling]] = {}
     if "cold" in caches:
         reads["cold"] = [

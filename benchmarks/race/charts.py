@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastst_patch.bench.errors import UsageError
+from fastst_patch.bench.failures import UsageError
 
 from . import report, results
 from .results import OURS, Found, Row

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from benchmarks._models import scratch
 from fastst_patch import engine
-from fastst_patch.bench import machine
+from fastst_patch.bench import hardware
 from fastst_patch.bench.checkpoint import pick_directory
-from fastst_patch.bench.errors import EXIT_FAILED, BenchError, UsageError
+from fastst_patch.bench.failures import EXIT_FAILED, BenchError, UsageError
 
 from . import charts, entrants, probes, process, report, results, runner, truth, whole
 from .entrants import Entrants, Source, scrub
@@ -123,7 +123,7 @@ def _suite(
 ) -> tuple[list[Workload], dict[str, str]]:
     """The workloads asked for, and those that cannot be had here."""
     module = importlib.import_module(_WORKLOADS)
-    memory = min(machine.memory_available(), facts.get("device_free", sys.maxsize))
+    memory = min(hardware.memory_available(), facts.get("device_free", sys.maxsize))
     free = shutil.disk_usage(place).free
     suite: list[Workload] = module.suite(args.suite, args.device, free, memory)
     absent: dict[str, str] = getattr(module, "absent", lambda _: {})(args.suite)
@@ -174,7 +174,7 @@ def _plan(
 def _at_once(facts: dict[str, Any]) -> int:
     """How many processes get ready together: one a core, and not all of a device's memory."""
     fitting = facts.get("device_memory", sys.maxsize) // DEVICE_BYTES_EACH
-    return int(max(1, min(machine.cpu_count(), MOST_AT_ONCE, fitting)))
+    return int(max(1, min(hardware.cpu_count(), MOST_AT_ONCE, fitting)))
 
 
 @contextlib.contextmanager
@@ -234,7 +234,7 @@ class _Rest:
         self.args = args
         self.absent = absent
         self.end_to_end: dict[str, Any] | None = None
-        self.environment = machine.environment(place) | probes.host_facts()
+        self.environment = hardware.environment(place) | probes.host_facts()
         self.environment |= {key: value for key, value in facts.items() if key != "uuid"}
 
 

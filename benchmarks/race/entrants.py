@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastst_patch.bench.errors import UsageError
+from fastst_patch.bench.failures import UsageError
 
 if TYPE_CHECKING:
     from .loaders import Loader

@@ -173,7 +173,7 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def host_facts() -> dict[str, Any]:
-    """Facts beside fastst_patch.bench.machine's that decide what a load time means."""
+    """Facts beside fastst_patch.bench.hardware's that decide what a load time means."""
     facts: dict[str, Any] = {"glibc": os.confstr("CS_GNU_LIBC_VERSION")}
     for name, path in {
         "transparent_hugepage": "/sys/kernel/mm/transparent_hugepage/enabled",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fastst_patch.bench.errors import UsageError
+from fastst_patch.bench.failures import UsageError
 
 from . import charts, report, results
 from .process import ROOT

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastst_patch.bench import residency, stats
-from fastst_patch.bench.errors import UsageError
+from fastst_patch.bench.failures import UsageError
 
 from . import ceilings
 from .plan import LEAST_ROUNDS

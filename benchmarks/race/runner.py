@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastst_patch.bench import residency, settle
-from fastst_patch.bench.errors import BenchError
+from fastst_patch.bench.failures import BenchError
 
 from . import process, starters
 from .ceilings import Board, board

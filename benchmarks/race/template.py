@@ -95,7 +95,7 @@ class Template:
             return self._copy(environment, errors)
         except OSError:  # killed, for its memory perhaps: once is no reason to give up
             self.close()
-        from fastst_patch.bench.errors import BenchError
+        from fastst_patch.bench.failures import BenchError
 
         try:
             return self._copy(environment, errors)

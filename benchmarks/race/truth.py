@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastst_patch.bench.errors import BenchError
+from fastst_patch.bench.failures import BenchError
 
 # As str(torch.dtype) ends. What is not here keeps its own name, and so equals nothing.
 DTYPES = {

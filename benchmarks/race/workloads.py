@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastst_patch.bench.checkpoint import TensorSpec, write_checkpoint
-from fastst_patch.bench.errors import BenchError, UsageError
-from fastst_patch.bench.files import describe
+from fastst_patch.bench.checkpoint_files import describe
+from fastst_patch.bench.failures import BenchError, UsageError
 
 from . import shapes
 

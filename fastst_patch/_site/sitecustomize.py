@@ -23,8 +23,8 @@ _TRUE = ("1", "true", "yes", "on")  # as in fastst_patch.config
 _PRINT = """
 import sys
 sys.path[:] = filter(None, sys.path)  # whatever lies in the current folder
-from fastst_patch import launched
-launched.print_table(sys.argv[1])
+from fastst_patch.patching import child_hook
+child_hook.print_table(sys.argv[1])
 """
 
 
@@ -109,9 +109,9 @@ def _print_at_end() -> None:
     def finish() -> None:
         if os.getpid() != ours:  # a forked child
             return
-        launched = sys.modules.get("fastst_patch.launched")
-        if launched is not None:
-            launched.finish(path)
+        hook = sys.modules.get("fastst_patch.patching.child_hook")
+        if hook is not None:
+            hook.finish(path)
             return
         # Not imported now: what runs an exec() of text, as dataclasses do, makes Python forget
         # that it was interrupted, and so end with status 1 instead of by SIGINT.

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import misspelt_variables
 from ..terminal import say, width, wrapped
-from .errors import EXIT_FAILED, EXIT_INTERRUPTED, BenchError, UsageError
+from .failures import EXIT_FAILED, EXIT_INTERRUPTED, BenchError, UsageError
 from .stopping import stopping_soon
 
 if TYPE_CHECKING:
-    from .files import CheckpointFile
+    from .checkpoint_files import CheckpointFile
     from .runner import Outcome, Plan
 
 STDOUT = "-"
@@ -60,7 +60,7 @@ def ending_on_signals() -> Iterator[None]:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from . import machine, plot, results, runner, table
+    from . import hardware, plot, results, runner, table
 
     _refuse_early(args)
     if args.plot:
@@ -74,7 +74,7 @@ def _bench(args: argparse.Namespace) -> int:
             files, args.device, caches, args.repeat, args.max_seconds, patch_options(args),
             args.ceilings,
         )  # fmt: skip
-        environment = machine.environment(files[0].path)
+        environment = hardware.environment(files[0].path)
         _announce(plan, environment)
         outcome = runner.race(plan)
     first = outcome.runs[caches[0], "stock"][0].sample
@@ -166,13 +166,13 @@ def _require_chart(file_name: str) -> None:
 
 @contextlib.contextmanager
 def _measured_files(paths: Sequence[str], directory: str | None) -> Iterator[list[CheckpointFile]]:
-    from . import files
+    from . import checkpoint_files
 
     if paths:
-        yield files.expand(paths)
+        yield checkpoint_files.expand(paths)
         return
     with synthetic_checkpoint(directory) as path:
-        yield [files.describe(path)]
+        yield [checkpoint_files.describe(path)]
 
 
 @contextlib.contextmanager
@@ -202,14 +202,14 @@ def _states(cache: str, device: str) -> tuple[str, ...]:
 
 
 def _require_cache_possible(files: Sequence[CheckpointFile], caches: Sequence[str]) -> None:
-    from . import machine
+    from . import hardware
 
     for file in files:
-        held_by = machine.filesystem(file.path)
+        held_by = hardware.filesystem(file.path)
         if held_by.in_memory and "cold" in caches:
             raise UsageError(f"{file.path}: lies on {held_by.type}, which is memory and never "
                              "cold: use --cache warm, or a copy on a disk")  # fmt: skip
-    total, available = sum(file.file_bytes for file in files), machine.memory_available()
+    total, available = sum(file.file_bytes for file in files), hardware.memory_available()
     if "warm" in caches and total > available:
         raise UsageError(
             f"{total / 1e9:.1f} GB of files do not fit the {available / 1e9:.1f} GB of memory "

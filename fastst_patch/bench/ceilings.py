@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from fastst_patch import engine
 
-from . import job, machine, residency, settle
-from .errors import BenchError
+from . import hardware, job, residency, settle
+from .failures import BenchError
 from .job import run_json
 
 DIRECT = "O_DIRECT read"
@@ -112,7 +112,7 @@ def plan(caches: Sequence[str], device: str, direct_wanted: bool) -> dict[str, l
         variants = [Variant(True, depth, mib << 20) for mib in (4, 1) for depth in (8, 16)]
         beside[caches[0]].append(Ceiling(DIRECT, "cold", variants))
     if "warm" in beside:
-        variants = [Variant(False, min(machine.cpu_count(), _THREADS_MAX), 512 << 10)]
+        variants = [Variant(False, min(hardware.cpu_count(), _THREADS_MAX), 512 << 10)]
         beside["warm"].append(Ceiling(PAGE_CACHE, "warm", variants))
     if device != "cpu":
         beside[caches[0]].append(BusCeiling(HOST_TO_DEVICE, "", [], device=device))

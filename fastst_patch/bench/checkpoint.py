@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from math import isqrt, prod
 from pathlib import Path
 
-from . import machine
-from .errors import BenchError, UsageError
+from . import hardware
+from .failures import BenchError, UsageError
 from .stopping import removed
 
 LARGEST = 1_700_000_000  # bytes; a second or so from a fast disk
@@ -186,7 +186,7 @@ def _refusal(directory: Path) -> str | None:
         return "not a directory"
     if not os.access(directory, os.W_OK | os.X_OK):
         return "not writable"
-    held_by = machine.filesystem(directory)
+    held_by = hardware.filesystem(directory)
     if held_by.in_memory:
         return f"{held_by.type} is memory, not a disk"
     if shutil.disk_usage(directory).free // 4 < SMALLEST:
@@ -196,7 +196,7 @@ def _refusal(directory: Path) -> str | None:
 
 def budget(directory: Path) -> int:
     """Return the bytes for a checkpoint that fills neither the memory nor the disk."""
-    fair = min(LARGEST, machine.memory_available() // 4, shutil.disk_usage(directory).free // 4)
+    fair = min(LARGEST, hardware.memory_available() // 4, shutil.disk_usage(directory).free // 4)
     if fair < SMALLEST:
         raise UsageError(
             f"{directory}: a quarter of the free memory and disk is {fair / 1e6:.0f} MB, and "

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config import undecided_environment
 from . import settle
-from .errors import BenchError
+from .failures import BenchError
 
 CHILD = ("-m", "fastst_patch.bench.child")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ceilings, results
 from .ceilings import Ceiling
-from .errors import UsageError
+from .failures import UsageError
 from .results import Row
 from .runner import Outcome
 

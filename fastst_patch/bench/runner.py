@@ -9,8 +9,8 @@ from typing import Any
 
 from . import ceilings, residency, settle
 from .ceilings import Ceiling
-from .errors import BenchError
-from .files import CheckpointFile
+from .checkpoint_files import CheckpointFile
+from .failures import BenchError
 from .job import LoadJob, Sample, run_load
 from .progress import Progress
 from .residency import CacheState

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from . import machine
+from . import hardware
 
 BLOCK = 32 << 20
 PAGE = 4096  # the smallest there is; where pages are larger each is touched more than once
@@ -125,7 +125,7 @@ class Reserve:
         self._taken = {kind: len(held) for kind, held in self._held.items()}
 
     def _take(self) -> None:
-        allowed = (machine.memory_available() + self.held) // 2
+        allowed = (hardware.memory_available() + self.held) // 2
         with contextlib.suppress(OSError):  # no room: what there is has to do
             for kind, held in self._held.items():
                 while len(held) * BLOCK < self._wanted[kind] and self.held + BLOCK <= allowed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..summary import fitted
+from ..report_table import fitted
 from ..terminal import width, wrapped
 from . import ceilings, residency, results
 from .results import Row

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from ._lib import native_error, native_file
 from .arenas import Arena, adopt_arena, alloc_arena, borrow_arena, map_arena
-from .devices import Device, DeviceInfo, compare, device_info, open_device
+from .devices import DeviceHandle, DeviceInfo, compare, device_info, open_device
 from .faults import clear_faults, fault_calls, set_fault
-from .files import (
+from .importing import DlDtype, dl_table, dtype_bits, dtype_names, import_tensors, set_dl_dtype
+from .jobs import Destination, Job, JobStats, prefetch, read, upload
+from .open_file import (
     File,
     Residency,
     header_of,
@@ -20,21 +22,12 @@ from .files import (
     read_layout,
     residency,
 )
-from .importing import (
-    DlDtype,
-    dl_table,
-    dtype_bits,
-    dtype_names,
-    import_tensors,
-    set_dl_dtype,
-)
-from .jobs import Destination, Job, JobStats, prefetch, read, upload
-from .machine import counters, memory_headroom, read_ceiling, shutdown, touch
+from .system import counters, memory_headroom, read_ceiling, shutdown, touch
 
 __all__ = [
     "Arena",
     "Destination",
-    "Device",
+    "DeviceHandle",
     "DeviceInfo",
     "DlDtype",
     "File",

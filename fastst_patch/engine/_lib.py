@@ -3,8 +3,8 @@
 =====================  =====================================================================
 native code            Python
 =====================  =====================================================================
-FST_DOUBT              `Doubt`: the caller asks stock
-FST_E_DEVICE           `Doubt`: stock meets the same device and says it in torch's words
+FST_DOUBT              `Fallback`: the caller asks stock
+FST_E_DEVICE           `Fallback`: stock meets the same device and says it in torch's words
 FST_E_SYS              OSError with errno, file and offset (a cancelled load: see `Job.wait`)
 FST_E_NOMEM            MemoryError
 FST_E_TRUNCATED        safetensors.SafetensorError
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import Doubt, FaststError
+from ..errors import Fallback, FaststError
 
 __all__ = ["ffi", "lib", "native_error", "native_file", "place_for", "raise_"]
 
@@ -63,7 +63,7 @@ def raise_(err: Any, filename: str | None = None) -> None:
     """Raise what a filled-in ``fst_error`` means, by the table at the top."""
     code, message = err.code, ffi.string(err.message).decode("utf-8", "replace")
     if code in (lib.FST_DOUBT, lib.FST_E_DEVICE):
-        raise Doubt(message)
+        raise Fallback(message)
     if code == lib.FST_E_SYS:
         raise OSError(err.sys_errno, message, filename)
     if code == lib.FST_E_NOMEM:

@@ -10,10 +10,10 @@ from typing import Any
 
 from ._lib import ffi, lib, raise_
 from .arenas import Arena
-from .files import File
+from .open_file import File
 
 
-class Device:
+class DeviceHandle:
     """One device, in its primary context. Lives as long as the process.
 
     Attributes:
@@ -39,7 +39,7 @@ class DeviceInfo:
     total_bytes: int
 
 
-def open_device(ordinal: int, *, kind: str = "cuda", library: str | None = None) -> Device:
+def open_device(ordinal: int, *, kind: str = "cuda", library: str | None = None) -> DeviceHandle:
     """Retain a device's primary context; the first call starts the driver.
 
     Args:
@@ -56,7 +56,7 @@ def open_device(ordinal: int, *, kind: str = "cuda", library: str | None = None)
     if lib.fst_device_open(kinds[kind], path, ordinal, out, err):
         raise_(err)
     _quiesce_at_exit()
-    return Device(out[0], kind, ordinal)
+    return DeviceHandle(out[0], kind, ordinal)
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def _quiesce_at_exit() -> None:
     atexit.register(lib.fst_device_quiesce)
 
 
-def device_info(device: Device) -> DeviceInfo:
+def device_info(device: DeviceHandle) -> DeviceInfo:
     """What the driver says of a device now.
 
     Raises:
@@ -78,7 +78,13 @@ def device_info(device: Device) -> DeviceInfo:
 
 
 def compare(
-    device: Device, arena: Arena, file: File, *, arena_offset: int, file_offset: int, nbytes: int
+    device: DeviceHandle,
+    arena: Arena,
+    file: File,
+    *,
+    arena_offset: int,
+    file_offset: int,
+    nbytes: int,
 ) -> bool:
     """Read landed bytes back from a device: whether they equal the file's.
 

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import Doubt
+from ..errors import Fallback
 from ..layout import FileLayout
 from ._lib import ffi, lib, native_error, raise_
 from .arenas import Arena
@@ -98,7 +98,7 @@ def import_tensors(
         err,
     )
     if code == lib.FST_E_PYTHON:
-        raise Doubt(ffi.string(err.message).decode("utf-8", "replace"))
+        raise Fallback(ffi.string(err.message).decode("utf-8", "replace"))
     if code:
         raise_(err)
     return result

@@ -9,8 +9,8 @@ from typing import Any
 
 from ._lib import ffi, lib, place_for, raise_
 from .arenas import Arena, segments_of
-from .devices import Device
-from .files import File
+from .devices import DeviceHandle
+from .open_file import File
 
 _WAIT_MS = 100
 """A wait returns to Python this often, so that Ctrl-C is seen."""
@@ -160,7 +160,7 @@ class Destination:
         pinned_bytes: most host memory that the process may have pinned for copies.
     """
 
-    device: Device
+    device: DeviceHandle
     stream: int
     pinned_bytes: int
 

@@ -8,13 +8,13 @@ original gives; whatever is out of the ordinary it hands to the original untouch
 
 from __future__ import annotations
 
-from . import diffusers, module_to, transformers
+from . import diffusers, torch_module, transformers
 from .hook import Hook, Integration
 
 __all__ = ["INTEGRATIONS", "Hook", "Integration"]
 
 INTEGRATIONS: tuple[Integration, ...] = (
-    module_to.INTEGRATION,
+    torch_module.INTEGRATION,
     transformers.INTEGRATION,
     diffusers.INTEGRATION,
 )

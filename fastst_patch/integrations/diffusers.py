@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..config import current
-from ..decide import check_move, fell_back, report_stock
-from ..device import Target, parse_device, torch_target
-from ..errors import Doubt, FaststError
-from ..uploads import Uploads, ordinary, worth_it
+from ..device import Device, parse_device, torch_target
+from ..dropin.eligibility import check_move, fell_back, report_stock
+from ..errors import Fallback, FaststError
 from .hook import Hook, Integration
+from .uploads import Uploads, ordinary, worth_it
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def _ahead(
         place = sys.modules[_MODULE]._determine_param_device
         expected = model.state_dict()  # what is not in it is skipped
         wanted: dict[str, list[torch.Tensor]] = {}
-        targets: dict[str, Target] = {}
+        targets: dict[str, Device] = {}
         for tensor_name, tensor in state_dict.items():
             named = place(tensor_name, device_map) if tensor_name in expected else "cpu"
             if named in ("disk", "cpu"):
@@ -89,7 +89,7 @@ def _ahead(
             return None
         for target in targets.values():
             target.native()
-    except Doubt as doubt:
+    except Fallback as doubt:
         report_stock("diffusers", name, "cuda", doubt)
         fell_back(config, "diffusers", name, doubt)
         return None

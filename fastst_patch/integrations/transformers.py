@@ -32,20 +32,20 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import tensors
-from ..decide import check_move, fell_back
-from ..device import Target, parse_device, torch_target
-from ..errors import Doubt, FaststError
+from ..device import Device, parse_device, torch_target
+from ..dropin.eligibility import check_move, fell_back
+from ..dropin.slices import behind
+from ..errors import Fallback, FaststError
+from ..files.base import OpenedFile
+from ..files.cuda import DeviceFile
+from ..files.windows import Ahead, RowsAhead
 from ..layout import plan_rows
-from ..ondevice import DeviceFile
-from ..opened import OpenedFile
-from ..slices import behind
 from ..stock import SafetensorError
-from ..streams import Lane, Stream, Ticket
-from ..uploads import Upload
-from ..windows import Ahead, RowsAhead
 from .hook import Hook, Integration
-from .promise import AtOnce, Promise, by_stock
-from .shards import Shards, cut_of, rows_of
+from .lazy_future import AtOnce, LazyFuture, by_stock
+from .streams import Lane, Stream, Ticket
+from .tensor_parallel import Shards, cut_of, rows_of
+from .uploads import Upload
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def _spawn_materialize(original: Any, args: Any, kwargs: Any) -> Any:
         except FaststError:  # fallback="error"
             raise
         except Exception as error:  # nothing was handed out yet
-            load.failed(Doubt.alone(error))
+            load.failed(Fallback.alone(error))
     return original(*args, **kwargs) if promised is None else promised
 
 
@@ -131,7 +131,7 @@ def _promised(  # noqa: PLR0917 - spawn_materialize's own
     if thread_pool is not None and _is_cpu(device):
         load.shards.whole(opened, i)
     if thread_pool is not None and _is_at_once(opened, i, device, dtype):
-        return Promise(functools.partial(load.whole, tensor))
+        return LazyFuture(functools.partial(load.whole, tensor))
     file = load.file(opened, device)
     if file is None:
         return None
@@ -139,7 +139,7 @@ def _promised(  # noqa: PLR0917 - spawn_materialize's own
     if thread_pool is None:
         return functools.partial(load.now, file, i, dtype, passing, stock)
     ticket = load.ask(file, i, passing)
-    return Promise(functools.partial(load.take, file, ticket, dtype, stock))
+    return LazyFuture(functools.partial(load.take, file, ticket, dtype, stock))
 
 
 def _sharded(  # noqa: PLR0917 - spawn_materialize's own
@@ -172,7 +172,7 @@ def _sharded(  # noqa: PLR0917 - spawn_materialize's own
         opened, i, sharding_op,
         tensor_idx=tensor_idx, cast=_is_cast(opened, i, dtype), materialize=materialize,
     )  # fmt: skip
-    return _left(load, stock) if take is None else Promise(take)
+    return _left(load, stock) if take is None else LazyFuture(take)
 
 
 def _sharded_to(  # noqa: PLR0917 - as above
@@ -195,11 +195,11 @@ def _sharded_to(  # noqa: PLR0917 - as above
     rows = rows_of(cut, opened.layout.shape(i))
     if rows is not None:
         ticket = load.ask_rows(file, (i, *rows), passing)
-        return Promise(functools.partial(load.take, file, ticket, dtype, stock))
+        return LazyFuture(functools.partial(load.take, file, ticket, dtype, stock))
     view = load.shards.view(opened, i, sharding_op.device_mesh, cut)
     if view is not None:
         ticket = load.ask_view(file, view, passing)
-        return Promise(functools.partial(load.take, file, ticket, dtype, stock))
+        return LazyFuture(functools.partial(load.take, file, ticket, dtype, stock))
     return _left(load, stock)
 
 
@@ -207,7 +207,7 @@ def _left(load: _Load, stock: Callable[[], Any]) -> Any:
     """A future of stock's that starts reading ahead when taken, where there is something to."""
     if not load.shards.waiting:
         return None
-    return Promise(functools.partial(load.result, stock()))
+    return LazyFuture(functools.partial(load.result, stock()))
 
 
 def _is_cpu(device: Any) -> bool:
@@ -237,7 +237,7 @@ def _is_cast(opened: OpenedFile, i: int, dtype: torch.dtype | None) -> bool:
 class _File:
     """A file of the checkpoint on its way to one device."""
 
-    def __init__(self, opened: OpenedFile, target: Target) -> None:
+    def __init__(self, opened: OpenedFile, target: Device) -> None:
         self.opened = opened  # as the handle has it; also keeps its id from being used again
         self.moving = DeviceFile(opened.file, opened.layout, opened.config, target)
         self.target = target
@@ -328,7 +328,7 @@ class _Load:
             check_move(opened.config)  # transformers' threads are in no mode: then all is theirs
             target.native()
             return _File(opened, target)
-        except Doubt as doubt:
+        except Fallback as doubt:
             opened.account.note = doubt.reason
             fell_back(opened.config, "from_pretrained", opened.file.path, doubt)
         except (RuntimeError, TypeError):  # no device that torch knows: stock's to say
@@ -392,7 +392,7 @@ class _Load:
         except (OSError, SafetensorError):
             raise  # its bytes cannot be read
         except Exception as error:
-            doubt = Doubt.alone(error)
+            doubt = Fallback.alone(error)
         del tensor
         file.moving.account.note = file.moving.account.note or doubt.reason
         try:
@@ -407,7 +407,7 @@ class _Load:
         fell_back(file.moving.config, "from_pretrained", file.moving.file.path, doubt)
         return result
 
-    def failed(self, doubt: Doubt) -> None:
+    def failed(self, doubt: Fallback) -> None:
         """Something of ours broke before anything was handed out: tell, once."""
         if not self._failed:
             self._failed = True

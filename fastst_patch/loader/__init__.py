@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 from .buffer import FilesBufferOnDevice
+from .compat_tensor import WrappedTensor
 from .files_loader import SafeTensorsFileLoader, fastsafe_open
 from .mapping import FastSafetensorsFile, TensorInfo
-from .wrapped import WrappedTensor
 
 __all__ = [
     "FastSafetensorsFile",

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import KIB, MIB, Config, current, with_options
-from ..device import Target, parse_device, torch_target
-from ..errors import Doubt, OptionError
+from ..device import Device, parse_device, torch_target
+from ..errors import Fallback, OptionError
 from ..machine import gds_obstacle
 
 if TYPE_CHECKING:
@@ -68,22 +68,22 @@ class Settings:
                 f"framework={framework!r}: allowed are {', '.join(_FRAMEWORKS)};"
                 " other frameworks are fastsafetensors' own"
             )
-        self.doubt: Doubt | None = None
-        self.target: Target | None = None
+        self.doubt: Fallback | None = None
+        self.target: Device | None = None
         self.note: str | None = None
         named = device_named(device)
         self.device = str(named)
         if named.type == "cuda":
             self._find_target(named)
         elif named.type != "cpu":
-            self.doubt = Doubt(f"device {self.device!r} is not accelerated")
+            self.doubt = Fallback(f"device {self.device!r} is not accelerated")
         self.config = self._config(bbuf_size_kb, max_threads, nogds, use_fgds, options or {})
 
     def _find_target(self, named: torch.device) -> None:
         try:
             self.target = torch_target(named)
-        except Doubt as error:
-            self.doubt = Doubt.alone(error)
+        except Fallback as error:
+            self.doubt = Fallback.alone(error)
         if self.target is not None:
             self.device = self.target.name
             return

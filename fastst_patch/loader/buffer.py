@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ..tensors import dtype_wanted
-from .wrapped import WrappedTensor, moved
+from .compat_tensor import WrappedTensor, moved
 
 if TYPE_CHECKING:
     import torch

@@ -26,9 +26,9 @@ from .arguments import (
     with_copy_block,
 )
 from .buffer import FilesBufferOnDevice
-from .entries import Entry, open_entries
-from .local import LocalFiles, bar_of
-from .wrapped import WrappedTensor
+from .compat_tensor import WrappedTensor
+from .headers import Entry, open_entries
+from .local_files import LocalFiles, bar_of
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..dtypes import DTYPE_NAMES
 from .arguments import Settings, one_path
 from .buffer import _unknown
-from .entries import open_entries
-from .local import LocalFiles
+from .headers import open_entries
+from .local_files import LocalFiles
 
 if TYPE_CHECKING:
     import torch

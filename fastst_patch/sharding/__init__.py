@@ -7,11 +7,11 @@ placements (`plans`).
 
 from __future__ import annotations
 
-from .files import ShardedFiles
 from .groups import Group, SingleGroup
 from .load import load_sharded
 from .plans import plan_from_placements, plan_from_tp_plan
-from .rules import SKIP, Owner, Packed, Plan, Rule
+from .sharded_files import ShardedFiles
+from .spec import SKIP, Owner, Packed, Plan, Rule
 
 __all__ = [
     "SKIP",

@@ -37,17 +37,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import device, engine
-from ..device import Target
+from ..device import Device
 from .channel import Pending
-from .groups import Elsewhere, Flag, Group
-from .rules import Part
+from .groups import Flag, Group, PeerFailed
 from .schedule import Key, Unit, part_bytes, segments
 from .source import Source
+from .spec import Region
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["COMMON_UNIT", "Circle", "Memory", "Step", "move"]
+__all__ = ["COMMON_UNIT", "Memory", "Step", "Subgroup", "move"]
 
 AHEAD = 2
 """Steps whose reads are under way while one is exchanged."""
@@ -61,7 +61,7 @@ ahead 0.69 to 0.77, 32 MiB and 2 ahead 0.78 to 0.82."""
 class Memory:
     """Where tensors go: a device's memory, or the host's."""
 
-    def __init__(self, target: Target | None) -> None:
+    def __init__(self, target: Device | None) -> None:
         self.target = target
 
     def empty(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
@@ -84,7 +84,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Circle:
+class Subgroup:
     """The ranks that exchange a file's units.
 
     Attributes:
@@ -158,7 +158,7 @@ def _borrowed(tensor: torch.Tensor, owner: object) -> engine.Arena:
     return engine.Arena.over([(tensor.data_ptr(), tensor.nbytes)], owner)[0]
 
 
-class Mover:
+class Exchange:
     """Moves one file's steps; see the page above.
 
     Args:
@@ -174,18 +174,18 @@ class Mover:
     def __init__(
         self,
         source: Source,
-        circle: Circle,
+        circle: Subgroup,
         memory: Memory,
         steps: Sequence[Step],
         *,
-        parts: Mapping[Key, Part],
+        parts: Mapping[Key, Region],
         results: Mapping[Key, torch.Tensor],
     ) -> None:
         self._source = source
         self._circle = circle
         self._memory = memory
         self._steps = steps
-        self._of: dict[int, list[tuple[Part, torch.Tensor]]] = {}
+        self._of: dict[int, list[tuple[Region, torch.Tensor]]] = {}
         for key, part in parts.items():
             self._of.setdefault(key[0], []).append((part, results[key]))
         self._readings: dict[int, _Reading | None] = {}
@@ -357,12 +357,12 @@ def _place(
     dtype: torch.dtype,
     span: tuple[int, int],
     *,
-    part: Part,
+    part: Region,
     result: torch.Tensor,
 ) -> None:
     """Copy from rows first..last of a tensor, as bytes, what a part has of them."""
     if not shape:
-        shape, part, result = (1,), Part((1,), ((0, 1, 1),)), result.view(1)
+        shape, part, result = (1,), Region((1,), ((0, 1, 1),)), result.view(1)
     first, last = span
     found = part.within(first, last)
     if found is None:
@@ -382,7 +382,7 @@ def _carrier(dtype: torch.dtype) -> torch.dtype:
     return sizes.get(dtype.itemsize, dtype)
 
 
-def move(mover: Mover, count: int, group: Group) -> None:
+def move(mover: Exchange, count: int, group: Group) -> None:
     """Take ``count`` steps, the same number on all ranks. Collective.
 
     Raises:
@@ -431,7 +431,7 @@ def move(mover: Mover, count: int, group: Group) -> None:
     if failure:
         raise failure[0]
     if flagged:
-        raise Elsewhere
+        raise PeerFailed
 
 
 def _arrive(pending: list[Pending]) -> None:

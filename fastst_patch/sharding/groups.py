@@ -26,7 +26,7 @@ from .channel import Channel, Pending
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Elsewhere", "Flag", "Group", "Phase", "SingleGroup", "is_told"]
+__all__ = ["Flag", "Group", "PeerFailed", "Phase", "SingleGroup", "is_told"]
 
 
 def is_told(error: BaseException) -> bool:
@@ -34,7 +34,7 @@ def is_told(error: BaseException) -> bool:
     return isinstance(error, RankError) or getattr(error, "_fastst_told", False)
 
 
-class Elsewhere(Exception):  # noqa: N818 - control flow; never leaves the package
+class PeerFailed(Exception):  # noqa: N818 - control flow; never leaves the package
     """Another rank has failed, and tells how when all agree; what came is not complete."""
 
 
@@ -99,7 +99,7 @@ class Phase:
         if error is not None and is_told(error):
             return
         try:
-            ours = None if isinstance(error, Elsewhere) else error
+            ours = None if isinstance(error, PeerFailed) else error
             self.told = self._group.agree(ours, self.value)
         finally:
             ours = None

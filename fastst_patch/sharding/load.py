@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import current, pop, push
 from ..tensors import dtype_wanted
-from .files import ShardedFiles
 from .groups import Group
-from .rules import Plan
+from .sharded_files import ShardedFiles
+from .spec import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def load_sharded(
     Args:
         files: a file, several, a folder of them, or a ``*.index.json``; the same on all ranks.
         group: a torch ProcessGroup; None: the default group, or without one this process alone.
-        plan: name -> rule (see `fastst_patch.sharding.rules`), where names left out are whole; or
+        plan: name -> rule (see `fastst_patch.sharding.spec`), where names left out are whole; or
             a function of name, shape and dtype that returns a rule; None: everything whole. A
             rule is None or ``"replicate"``, a dimension, slices, ``Owner(ranks)`` or ``SKIP``.
             Ranks may have different plans.

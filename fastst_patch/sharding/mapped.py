@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from .. import tensors
 from ..dtypes import PACKED, header_shape
+from ..files.cpu import HostFile
+from ..files.readahead_share import STRIPE
 from ..layout import described
-from ..onhost import HostFile
 from ..runs import Runs
-from ..stripes import STRIPE
-from .rules import Part
 from .schedule import Extent, Key, Rows, ranges_of
+from .spec import Region
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ def take_all(opened: HostFile) -> list[torch.Tensor]:
 
 
 def take(
-    opened: HostFile, extents: Sequence[Extent], parts: Mapping[Key, Part], contiguous: bool
+    opened: HostFile, extents: Sequence[Extent], parts: Mapping[Key, Region], contiguous: bool
 ) -> dict[Key, torch.Tensor]:
     """Parts of tensors of a mapped file.
 
@@ -112,7 +112,7 @@ def take(
 
 
 def _straight(
-    opened: HostFile, extents: Sequence[Extent], parts: dict[Key, Part]
+    opened: HostFile, extents: Sequence[Extent], parts: dict[Key, Region]
 ) -> dict[Key, torch.Tensor]:
     """Complete rows, as tensors over the map made in one call."""
     if not parts:

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from .. import engine, tensors
 from ..config import Config
-from ..device import Target, parse_device, torch_target
-from ..errors import Doubt, NameClashError, RankError
-from ..ondevice import DeviceFile
-from ..onhost import HostFile
-from ..opened import OpenedFile, open_checked
+from ..device import Device, parse_device, torch_target
+from ..errors import Fallback, NameClashError, RankError
+from ..files.base import OpenedFile, open_checked
+from ..files.cpu import HostFile
+from ..files.cuda import DeviceFile
 from .groups import Group
 from .source import Source
 
@@ -59,7 +59,7 @@ class Opening:
     sources: list[Source]
     where: dict[str, tuple[int, int]]
     device: torch.device
-    target: Target | None
+    target: Device | None
     refused: str | None
     mapped: bool
     unit_bytes: int
@@ -121,7 +121,7 @@ def open_together(
         ValueError: an argument is wrong on all ranks, or they load to devices of several kinds.
     """
     opened: list[OpenedFile | None] = []
-    target: Target | None = None
+    target: Device | None = None
     refused: str | None = None
     with group.phase() as phase:
         if read_once not in ("node", "job"):
@@ -129,9 +129,9 @@ def open_together(
         where = parse_device(device)
         try:
             if where.type not in ("cpu", "cuda"):
-                raise Doubt(f"device {str(where)!r} is not accelerated")
+                raise Fallback(f"device {str(where)!r} is not accelerated")
             target = torch_target(where)
-        except Doubt as doubt:
+        except Fallback as doubt:
             refused = doubt.reason
         paths = None if isinstance(files, FileNotFoundError) else _in_turn(files)
         find = functools.partial(_open_all, config, target, opened)
@@ -179,7 +179,7 @@ def _unit_bytes(config: Config) -> int:
 
 def _open_all(
     config: Config,
-    target: Target | None,
+    target: Device | None,
     opened: list[OpenedFile | None],
     paths: Sequence[str],
 ) -> list[_Seen]:
@@ -192,7 +192,7 @@ def _open_all(
     return found
 
 
-def _open(path: str, config: Config, target: Target | None) -> tuple[OpenedFile | None, _Seen]:
+def _open(path: str, config: Config, target: Device | None) -> tuple[OpenedFile | None, _Seen]:
     if engine.native_error() is not None:
         os.stat(path)
         return None, _Seen(doubt=engine.native_error())
@@ -205,8 +205,8 @@ def _open(path: str, config: Config, target: Target | None) -> tuple[OpenedFile 
         )
         tensors.check(layout)
         if not tensors.ordinary_mode():
-            raise Doubt("a torch mode or default device is in force")
-    except Doubt as doubt:
+            raise Fallback("a torch mode or default device is in force")
+    except Fallback as doubt:
         return None, _Seen(doubt=doubt.reason)
     except OSError as error:
         if error.errno in _UNSEEN:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .rules import Owner, Packed, Rule, chunk
+from .spec import Owner, Packed, Rule, chunk
 
 if TYPE_CHECKING:
     import torch

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import stock, tensors
+from ..files.base import OpenedFile
 from ..layout import FileLayout
 from ..locks import once
-from ..opened import OpenedFile
 from ..report import Account
 from .schedule import Extent
 

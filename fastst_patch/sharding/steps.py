@@ -5,26 +5,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
-from .exchange import Circle, Step
+from .exchange import Step, Subgroup
 from .groups import Group
-from .rules import Part
+from .requests import Request, cast
 from .schedule import Key, Rows, pack, split
 from .source import Source
-from .taking import Request, cast
+from .spec import Region
 
 __all__ = ["circle_of", "steps_of"]
 
 
-def circle_of(source: Source, group: Group, read_once: str) -> Circle:
+def circle_of(source: Source, group: Group, read_once: str) -> Subgroup:
     """Who exchanges a file: our node, or everybody where a node cannot see it or that is wanted."""
     nodes = {group.nodes[rank] for rank in source.readers}
     everybody = read_once == "job" or len(nodes) < len(set(group.nodes))
     ranks = list(range(group.size)) if everybody else group.node_ranks
-    return Circle(group, ranks, [rank for rank in source.readers if rank in ranks])
+    return Subgroup(group, ranks, [rank for rank in source.readers if rank in ranks])
 
 
 def steps_of(
-    source: Source, circle: Circle, request: Request, parts: Mapping[Key, Part], size: int
+    source: Source, circle: Subgroup, request: Request, parts: Mapping[Key, Region], size: int
 ) -> tuple[list[Step], bool]:
     """This rank's steps, in their order; the shared ones are the same on all of the circle.
 

@@ -1,0 +1,338 @@
+"""``fastst-patch doctor``: what there is here, what ``patch()`` would do, and what not, and why.
+
+CUDA is looked at in a child process, because initialising it would break children that this
+process forks later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import engine
+from ..config import config, unknown_variables
+from ..errors import Fallback, OptionError
+from ..machine import NETWORKED, cpu_limit, io_threads
+from ..terminal import marks, say, width
+from .doctor_text import diagnose, render
+
+# What imports safetensors is imported within functions: without it the rest is still told.
+if TYPE_CHECKING:
+    from ..integrations import Hook
+
+__all__ = ["SCHEMA", "examine", "main"]
+
+SCHEMA = 1
+"""Version of the JSON; grows when a key goes or changes its meaning."""
+
+_REQUIRED = ("safetensors", "torch", "wrapt", "numpy", "tqdm", "_cffi_backend")
+
+_PACKAGES = (
+    "fastst-patch", "safetensors", "torch", "wrapt", "cffi", "numpy", "transformers",
+    "diffusers", "accelerate", "sentence-transformers", "peft", "huggingface-hub",
+)  # fmt: skip
+
+_FILE_SYSTEMS = {
+    0xEF53: "ext2/3/4", 0x58465342: "xfs", 0x9123683E: "btrfs", 0x01021994: "tmpfs",
+    0x6969: "nfs", 0x65735546: "fuse", 0x0BD00BD0: "lustre", 0x794C7630: "overlayfs",
+    0x2FC12FC1: "zfs", 0xFF534D42: "cifs", 0xFE534D42: "smb2", 0xF2F52010: "f2fs",
+}  # fmt: skip
+_LIBRARIES = ("libcuda.so.1", "libcufile.so.0", "libamdhip64.so")
+
+_PROBE = """
+import ctypes, json, sys
+found = {}
+for name in sys.argv[1:]:
+    try:
+        ctypes.CDLL(name)
+        found[name] = None
+    except OSError as error:
+        found[name] = str(error)
+gpus = []
+def engine(i):
+    try:
+        from fastst_patch import device, engine
+        info = engine.device_info(device.Runtime().native(i))
+        return f"ready, {info.free_bytes / 2**30:.1f} GiB free, NUMA node {info.numa_node}"
+    except Exception as error:
+        return f"cannot use it: {error}"
+try:
+    import torch
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            gpus.append({"name": p.name, "memory_bytes": p.total_memory, "engine": engine(i)})
+    reason = None if gpus else (
+        "this torch is built without CUDA" if torch.version.cuda is None and not torch.version.hip
+        else "torch sees no usable GPU")
+except Exception as error:
+    reason = f"torch cannot tell: {error}"
+print(json.dumps({"libraries": found, "gpus": gpus, "gpu_reason": reason}))
+"""
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _missing() -> dict[str, str]:
+    """Packages that the fast path needs and that cannot be imported here, and why."""
+    found: dict[str, str] = {}
+    for module in _REQUIRED:
+        package = "cffi" if module == "_cffi_backend" else module
+        try:
+            if importlib.util.find_spec(module) is None:
+                found[package] = "not installed"
+            elif module != "torch":  # which takes a second or two; `_accelerators` imports it
+                importlib.import_module(module)
+        except Exception as error:  # whatever a broken installation raises
+            found[package] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _accelerators() -> dict[str, Any]:
+    command = [sys.executable, "-c", _PROBE, *_LIBRARIES]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        return {"libraries": {}, "gpus": [], "gpu_reason": f"the probe failed: {error}"}
+    return result
+
+
+def _huge_pages() -> str:
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+    except OSError:
+        return "not offered by this kernel"
+    return text[text.index("[") + 1 : text.index("]")] if "[" in text else text.strip()
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "cpus_usable": round(cpu_limit(), 2),
+        "workers_per_load": io_threads(0),
+        "memory_headroom_bytes": engine.memory_headroom() if engine.native_file() else None,
+        "transparent_huge_pages": _huge_pages(),
+    }
+
+
+def _file_system(path: str) -> dict[str, Any]:
+    """What can be done with a file, or with those in a folder; reads headers, and no data."""
+    result: dict[str, Any] = {"path": path}
+    if not os.path.exists(path):
+        result["error"] = "there is no such file or folder"
+        return result
+    files = [path] if os.path.isfile(path) else _model_files(path)
+    try:
+        if files:
+            result.update(_probe_file(files[0]))
+            result.update(_contents(files))
+            return result
+        with tempfile.NamedTemporaryFile(dir=path) as scratch:
+            scratch.write(b"\0" * 8192)
+            scratch.flush()
+            result.update(_probe_file(scratch.name))
+    except (OSError, Fallback) as error:
+        result["error"] = f"{getattr(error, 'strerror', None) or error}; name a model file of it"
+    return result
+
+
+def _model_files(folder: str) -> list[str]:
+    return sorted(str(path) for path in Path(folder).glob("*.safetensors") if path.is_file())
+
+
+def _contents(files: Sequence[str]) -> dict[str, Any]:
+    """What is in safetensors files, how much of them is cached, and which stock has to read."""
+    tensors = nbytes = cached = 0
+    left: dict[str, str] = {}
+    bad: list[str] = []
+    for path in files:
+        try:
+            file = engine.open_file(path)
+            nbytes += file.size
+            cached += file.residency(0, file.size)[0]
+            tensors += len(engine.read_layout(file).names)
+        except (OSError, Fallback) as error:
+            left[os.path.basename(path)] = str(error)
+            bad += [os.path.basename(path)] if _refused_by_stock(path) else []
+    return {
+        "files": len(files),
+        "tensors": tensors,
+        "bytes": nbytes,
+        "cached_bytes": cached,
+        "left_to_stock": left,
+        "refused_by_stock": bad,
+    }
+
+
+def _refused_by_stock(path: str) -> bool:
+    """Whether stock cannot open the file either: truncated, or not of safetensors at all."""
+    from .. import stock
+
+    try:
+        with stock.safe_open(path, "np"):
+            return False
+    except Exception:  # of several classes, one of which is stock's own
+        return True
+
+
+def _probe_file(path: str) -> dict[str, Any]:
+    file = engine.open_file(path)
+    magic = file.fs_magic
+    kind = _FILE_SYSTEMS.get(magic, f"type {magic:#x}")
+    resident, probe = file.residency(0, file.size)
+    try:
+        os.close(os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0)))
+        direct: str | None = None
+    except OSError as error:
+        direct = os.strerror(error.errno or 0)
+    return {
+        "file_system": kind,
+        "networked": magic in NETWORKED,
+        "bytes": file.size,
+        "cached_bytes": resident,
+        "residency_probe": probe,
+        "o_direct": "works" if direct is None else f"refused: {direct}",
+    }
+
+
+def _hooks() -> list[Hook]:
+    """Of integrations whose package is installed."""
+    from ..integrations import INTEGRATIONS
+
+    return [
+        hook
+        for integration in INTEGRATIONS
+        for hook in integration.hooks
+        if importlib.util.find_spec(hook.package) is not None
+    ]
+
+
+def _tested() -> dict[str, list[str]]:
+    from ..integrations import INTEGRATIONS
+    from ..patching.targets import TESTED
+
+    ranges = {name: list(bounds) for name, bounds in TESTED.items()}
+    for integration in INTEGRATIONS:
+        package, *bounds = integration.tested
+        ranges.setdefault(package, bounds)
+    return ranges
+
+
+def _patching() -> dict[str, Any]:
+    """What ``patch()`` would replace. Patches for a moment, and puts everything back."""
+    from ..integrations import INTEGRATIONS
+    from ..patching import patcher
+
+    # Targets can be looked at only once they are imported.
+    for module in ("safetensors.torch", *(hook.module for hook in _hooks())):
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+    with patcher.patched() as report:
+        targets = [dataclasses.asdict(status) for status in report.targets.values()]
+    absent = {
+        integration.name: integration.tested[0]
+        for integration in INTEGRATIONS
+        if importlib.util.find_spec(integration.hooks[0].package) is None
+    }
+    for target in targets:
+        if target["name"] in absent:
+            target["reason"] = f"{absent[target['name']]} is not installed"
+    small = config().small_file_bytes
+    return {
+        "possible": report.reason is None,
+        "reason": report.reason,
+        "targets": targets,
+        "left_to_stock": {
+            "device other than cpu and cuda": "torch and stock know how",
+            "framework other than torch": "numpy, tf, jax, mlx, paddle: stock does it",
+            'backend="pread"': "stock's stricter indexing and copies are kept",
+            "safetensors.torch.load(bytes)": "no file is read",
+            **({f"files up to {small} bytes": "small_file_bytes says so"} if small else {}),
+            "a torch mode, default device or inference mode": "tensors must come out its way",
+        },
+    }
+
+
+def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything ``doctor`` knows, as data.
+
+    Args:
+        paths: files or folders whose file systems are of interest; the current folder and
+            the temporary one when empty.
+    """
+    native = {"loaded": engine.native_file(), "reason": engine.native_error()}
+    missing = _missing()
+    try:
+        options: dict[str, Any] = dataclasses.asdict(config())
+    except OptionError as error:
+        options = {"error": str(error)}
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "missing": missing,
+        "native": native,
+        "options": options,
+        "unknown_variables": unknown_variables(),
+        "machine": _machine(),
+        **_accelerators(),
+    }
+    importable = not missing.keys() & {"safetensors", "wrapt"}
+    if importable:
+        from .. import stock
+
+        result["tested"] = _tested()
+        result["safetensors_module"] = str(stock.safe_open.__module__)
+    if native["reason"] is None and importable:
+        chosen = list(paths) or [os.getcwd(), tempfile.gettempdir()]
+        result["paths"] = [{**_file_system(path), "named": path in paths} for path in chosen]
+        if "error" not in options and not missing:
+            result["patch"] = _patching()
+    else:
+        result["paths"] = [
+            {"path": path, "named": True, "error": "there is no such file or folder"}
+            for path in paths
+            if not os.path.exists(path)
+        ]
+    verdict = diagnose(result)
+    result["verdict"], result["problems"] = verdict.text, verdict.problems
+    return result
+
+
+def main(paths: Sequence[str] = (), as_json: bool = False, *, verbose: bool = False) -> int:
+    """Print what `examine` found.
+
+    Returns:
+        0 when the fast path can be taken here, and every path that was named can be loaded;
+        else 1.
+    """
+    found = examine(paths)
+    if as_json:
+        print(json.dumps(found, indent=2), flush=True)
+    else:
+        say("\n".join(render(found, marks(), width(), verbose=verbose)))
+    return 1 if found["problems"] else 0

@@ -1,0 +1,1 @@
+"""safe_open, load_file and load_model: what programs get in place of the originals."""

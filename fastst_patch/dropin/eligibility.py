@@ -1,0 +1,204 @@
+"""When the fast path may be taken, what happens when it may not, and checking it.
+
+A `Fallback` raised here or below means: stock does it. Whoever catches it calls stock with the
+caller's own arguments, then `fell_back` and `report_stock`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from .. import engine, tensors
+from ..config import Config
+from ..device import Device
+from ..device import target as find_target
+from ..errors import Fallback, FallbackWarning, FaststError, warn_caller
+from ..files.base import OpenedFile, open_checked
+from ..files.cpu import HostFile
+from ..files.cuda import DeviceFile
+from ..layout import FileLayout
+from ..report import Account
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "SmallFile",
+    "check_call",
+    "check_descriptors",
+    "check_move",
+    "check_size",
+    "complain",
+    "fell_back",
+    "open_fast",
+    "opened_for",
+    "path_of",
+    "report_stock",
+    "same",
+    "verified",
+]
+
+_TORCH = ("pt", "torch", "pytorch")
+
+
+def path_of(filename: object) -> str:
+    """The path that a caller's file name means; Doubt when it is none that we know."""
+    if type(filename) is str:
+        return filename
+    try:
+        path = os.fspath(filename)  # type: ignore[call-overload]
+    except TypeError:
+        path = None
+    if not isinstance(path, str):
+        raise Fallback("the file name is no str")
+    return path
+
+
+def check_call(framework: object, device: object, backend: object) -> Device | None:
+    """Doubt unless the call is for torch tensors, made now, from a map; the device, if any."""
+    error = engine.native_error()
+    if error is not None:
+        raise Fallback(error)
+    if framework not in _TORCH:
+        raise Fallback(f"framework {framework!r} is not accelerated")
+    if backend != "mmap":
+        raise Fallback(f"backend {backend!r} is not accelerated")
+    target = find_target(device)
+    if not tensors.ordinary_mode():
+        raise Fallback("a torch mode or default device is in force")
+    return target
+
+
+def check_descriptors() -> None:
+    """Doubt when our handles already hold a quarter of the descriptors allowed.
+
+    Stock's hold none once they are open, and programs rely on that: they open every shard of
+    a model and close none.
+    """
+    import resource  # Unix only, as everything behind it
+
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed != resource.RLIM_INFINITY and engine.open_files() >= allowed // 4:
+        raise Fallback("very many handles are open")
+
+
+def check_move(config: Config) -> None:
+    """Doubt unless an integration may move tensors to a device in its library's place."""
+    if config.verify:
+        raise Fallback("verify is on, and moves to a device are then stock's")
+    if not tensors.ordinary_mode():
+        raise Fallback("a torch mode or default device is in force")
+
+
+class SmallFile(Fallback):
+    """Stock is faster on a file this small: not a shortcoming, so never warned about."""
+
+
+def open_fast(path: str, config: Config, target: Device | None) -> OpenedFile:
+    """Open a file whose header is certainly fine; Doubt on everything else.
+
+    Args:
+        path: of the file.
+        config: in force for it from now on.
+        target: the device its tensors go to; None for the CPU.
+    """
+    check_size(path, config)
+    try:
+        file, layout = open_checked(path)
+    except (OSError, MemoryError) as error:
+        raise Fallback(f"opening failed: {error}") from error
+    return opened_for(file, layout, config, target)
+
+
+def check_size(path: str, config: Config) -> None:
+    """Doubt when a file is so small that it goes to stock."""
+    limit = config.small_file_bytes
+    if limit:
+        try:
+            size = os.stat(path).st_size
+        except (OSError, ValueError) as error:
+            raise Fallback("the file cannot be looked at") from error
+        if size <= limit:
+            raise SmallFile("the file is small")
+
+
+def opened_for(
+    file: engine.File, layout: FileLayout, config: Config, target: Device | None
+) -> OpenedFile:
+    """An open file on its way to where a target says, with an account of its own.
+
+    Raises:
+        Doubt: the options leave it to stock.
+    """
+    if target is None:
+        return HostFile(file, layout, config)
+    return DeviceFile(file, layout, config, target)
+
+
+def fell_back(config: Config, call: str, path: str, reason: Fallback) -> None:
+    """Warn or raise as the ``fallback`` option says. Stock has accepted the call by now."""
+    if isinstance(reason, SmallFile) or config.fallback == "auto":
+        return
+    text = f"{call} of {path} was left to stock safetensors: {reason.reason}"
+    if config.fallback == "error":
+        raise FaststError(text)
+    warn_caller(text, FallbackWarning)
+
+
+def report_stock(call: str, file: object, device: object, reason: Fallback, **counts: Any) -> None:
+    """Report a call that stock did. Counts are ``bytes``, ``tensors`` and ``seconds``."""
+    account = Account("stock", note=reason.reason, **counts)
+    account.emit(call, str(file), str("cpu" if device is None else device))
+
+
+# ---- verify ----
+
+
+def verified(
+    config: Config,
+    path: str,
+    ours: dict[str, torch.Tensor],
+    theirs: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Our result when it equals stock's in every byte, else stock's."""
+    # Empty tensors share an offset, and stock orders equal offsets at random.
+    order = [[name for name, t in found.items() if t.numel()] for found in (ours, theirs)]
+    wrong = (
+        [] if order[0] == order[1] and len(ours) == len(theirs) else ["the names or their order"]
+    )
+    wrong += [name for name, tensor in theirs.items() if not same(ours.get(name), tensor)]
+    if not wrong:
+        return ours
+    complain(config, path, wrong[0])
+    return theirs
+
+
+def complain(config: Config, path: str, what: str) -> None:
+    """Log that a result differed from stock's, or raise with ``fallback="error"``."""
+    text = f"verify: {path}: {what} differs from stock's; stock's is used. Please report this."
+    if config.fallback == "error":
+        raise FaststError(text)
+    logging.getLogger("fastst_patch").error(text)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    flat = tensor.reshape(-1)
+    if not flat.is_contiguous() or flat.stride(0) != 1:  # of one element any stride is contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
+
+
+def same(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    import torch
+
+    if ours is None or ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    if theirs.numel() == 0:
+        return True
+    raw = [_bytes(tensor) for tensor in (ours, theirs)]
+    return torch.equal(raw[0], raw[1])

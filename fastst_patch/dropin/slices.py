@@ -1,0 +1,146 @@
+"""A stock-compatible slice, and the stock handle over a file that is open here.
+
+As everywhere, what is not certainly stock's outcome is stock's to give: through the descriptor
+we hold, so that it sees the very file that was opened, even when the path means another by now.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from typing import TYPE_CHECKING, Any
+
+from .. import stock
+from ..dtypes import DTYPE_NAMES
+from ..errors import Fallback
+from ..files.base import OpenedFile
+from .eligibility import complain, fell_back, same
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FastSlice", "behind", "leading_rows", "repr_as", "stock_handle", "stock_over"]
+
+
+def stock_over(opened: OpenedFile, stock_class: Any = stock.safe_open) -> Any:
+    """A stock handle over the very file that is open here."""
+    link = f"/proc/self/fd/{opened.file.fd}"
+    path = link if os.path.exists(link) else opened.file.path
+    return stock_handle(stock_class, path, opened.device_argument)
+
+
+def stock_handle(stock_class: Any, path: str, device: object = "cpu") -> Any:
+    """A stock handle over a path; `stock_class` is ``safe_open`` or ``_safe_open_handle``."""
+    if stock_class is not stock.safe_open_handle:
+        return stock_class(path, "pt", device)
+    with open(path, "rb") as file:
+        return stock_class(file, "pt", device)
+
+
+def repr_as(self: object, stock_class: Any) -> str:
+    """What stock's class would show at our object's address."""
+    return f"<{stock_class.__module__}.{stock_class.__qualname__} object at {id(self):#x}>"
+
+
+class FastSlice:
+    """Answers like stock's slice: the shape, the dtype, and reading when indexed.
+
+    Stays valid when its handle is closed.
+    """
+
+    __slots__ = ("_i", "_opened")
+
+    def __init__(self, opened: OpenedFile, i: int) -> None:
+        self._opened = opened
+        self._i = i
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return stock.slice_class()
+
+    def __repr__(self) -> str:
+        """As stock's, with our address."""
+        return repr_as(self, stock.slice_class())
+
+    def _stock(self) -> Any:
+        return stock_over(self._opened).get_slice(self._opened.layout.names[self._i])
+
+    def __getattr__(self, name: str) -> Any:
+        if name in FastSlice.__slots__:  # not set yet: see FastHandle
+            raise AttributeError(name)
+        return getattr(self._stock(), name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Slices cannot be pickled; stock says so in its own words."""
+        return self._stock().__reduce_ex__(protocol)
+
+    def get_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """Shape of the whole tensor."""
+        if args or kwargs:
+            return self._stock().get_shape(*args, **kwargs)
+        return self._opened.layout.shape(self._i)
+
+    def get_dtype(self, *args: Any, **kwargs: Any) -> Any:
+        """Safetensors name of the dtype, such as ``BF16``."""
+        if args or kwargs:
+            return self._stock().get_dtype(*args, **kwargs)
+        return DTYPE_NAMES[self._opened.layout.dtype(self._i)]
+
+    def __getitem__(self, index: Any) -> Any:
+        """Index as torch does."""
+        opened = self._opened
+        try:
+            with opened.account:
+                result = self._indexed(opened, index)
+        except (Fallback, MemoryError) as error:
+            doubt = Fallback.alone(error)
+        else:
+            return self._verified(result, index) if opened.config.verify else result
+        return self._left_to_stock(doubt, index)
+
+    def _indexed(self, opened: OpenedFile, index: Any) -> torch.Tensor:
+        shape = opened.layout.shape(self._i)
+        rows = leading_rows(index, shape)
+        if rows is None:
+            return opened.part(self._i, index)
+        start, stop, rest = rows
+        if not opened.mapped:
+            return opened.index(opened.rows(self._i, start, stop), rest)
+        some = (start, stop) if stop - start < shape[0] else None
+        return opened.part(self._i, index, some)
+
+    def _verified(self, ours: torch.Tensor, index: Any) -> Any:
+        theirs = self._stock()[index]
+        if same(ours, theirs):
+            return ours
+        name = self._opened.layout.names[self._i]
+        complain(self._opened.config, self._opened.file.path, f"a slice of {name!r}")
+        return theirs
+
+    def _left_to_stock(self, doubt: Fallback, index: Any) -> Any:
+        opened = self._opened
+        result = self._stock()[index]
+        opened.account.note = doubt.reason
+        fell_back(opened.config, "get_slice", opened.file.path, doubt)
+        return result
+
+
+def behind(found: Any) -> tuple[OpenedFile, int] | None:
+    """The file and the number of the tensor that a slice of ours stands for; None for others'."""
+    # Not isinstance: ours call themselves stock's class. No attribute of ours: nor do they show.
+    return (found._opened, found._i) if type(found) is FastSlice else None
+
+
+def leading_rows(index: Any, shape: list[int]) -> tuple[int, int, Any] | None:
+    """Rows that an index with a leading plain slice needs, and what is left to index."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    if not isinstance(first, slice) or not shape:
+        return None
+    try:
+        start, stop, step = first.indices(shape[0])
+        if step <= 0 or (first.step is not None and operator.index(first.step) != 1):
+            return None
+    except (TypeError, ValueError):
+        return None
+    rest = (slice(None), *index[1:]) if isinstance(index, tuple) else slice(None)
+    return start, max(start, stop), rest

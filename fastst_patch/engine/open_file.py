@@ -1,0 +1,184 @@
+"""Open files, their headers, and how much of them is in the page cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from typing import Any
+
+from ..errors import Fallback
+from ..layout import FileLayout, LayoutCache
+from ._lib import ffi, lib, place_for, raise_
+
+_PROBES = ("none", "cachestat", "mincore")
+
+
+class File:
+    """An open regular file, its header and its size.
+
+    Attributes:
+        path: as given to `open_file`.
+        size: bytes.
+        fd: descriptor, valid as long as this object.
+        fs_magic: the file system's type as in statfs(2).
+    """
+
+    __slots__ = ("_at", "fd", "fs_magic", "handle", "key", "path", "size")
+
+    def __init__(self, path: str, at: Any, info: Any) -> None:
+        self.path = path
+        self._at = at
+        self.handle = at[0]
+        self.size: int = info.size
+        self.fd: int = info.fd
+        self.fs_magic: int = info.fs_magic
+        self.key = (info.dev, info.ino, info.size)
+
+    def residency(self, offset: int, nbytes: int) -> tuple[int, str]:
+        """Bytes of an extent in the page cache, and the probe that told (or ``"none"``)."""
+        resident, probe = ffi.new("uint64_t *"), ffi.new("int *")
+        lib.fst_file_residency(self.handle, offset, nbytes, resident, probe)
+        return resident[0], _PROBES[probe[0]]
+
+    def read_exactly(self) -> None:
+        """Keep jobs that read through the page cache from bringing in what lies behind."""
+        lib.fst_file_read_exactly(self.handle)
+
+
+def open_files() -> int:
+    """Descriptors held now by handles, slices and running jobs."""
+    return int(lib.fst_open_files())
+
+
+def open_file(path: str) -> File:
+    """Open a regular file for reading.
+
+    Raises:
+        Doubt: it is not a regular file, or its path is not UTF-8.
+        OSError: it cannot be opened.
+    """
+    out, info, err = place_for("file"), ffi.new("fst_file_info *"), ffi.new("fst_error *")
+    try:
+        encoded = path.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Fallback("the path is not UTF-8") from None
+    if b"\0" in encoded:
+        raise Fallback("the path holds a NUL")
+    if lib.fst_file_open(encoded, out, info, err):
+        raise_(err, path)
+    return File(path, out, info)
+
+
+_layouts = LayoutCache()
+
+
+def read_layout(file: File) -> FileLayout:
+    """Read, parse and validate a file's header.
+
+    Raises:
+        Doubt: stock might see it differently; ask stock.
+        OSError, MemoryError: reading it failed.
+    """
+    cached = _layouts.get(file.key)
+    known: Any = cached.owner[0] if cached is not None else ffi.NULL
+    out, view, err = place_for("layout"), ffi.new("fst_layout_view *"), ffi.new("fst_error *")
+    code = lib.fst_layout_read(file.handle, known, out, view, err)
+    if code == lib.FST_PENDING and cached is not None:
+        return cached
+    if code != lib.FST_OK:
+        raise_(err, file.path)
+    layout = _file_layout(out, view, file.size)
+    _layouts.put(file.key, layout)
+    return layout
+
+
+def _file_layout(owner: Any, view: Any, file_bytes: int) -> FileLayout:
+    count = view.count
+    names: tuple[str, ...] = ()
+    records, dims = memoryview(b"").cast("Q"), memoryview(b"").cast("q")
+    if count:
+        text = bytes(ffi.buffer(view.names, view.names_bytes)).decode("utf-8")
+        names = tuple(text.split("\0")[:count])
+        record_bytes = ffi.sizeof("fst_tensor") * count
+        records = memoryview(ffi.buffer(view.tensors, record_bytes)).cast("Q")
+        if view.dims_count:
+            dims = memoryview(ffi.buffer(view.dims, 8 * view.dims_count)).cast("q")
+    index = dict(zip(names, range(count), strict=True))
+    if len(index) != count:
+        raise Fallback("a tensor name occurs twice in the header")
+    find_metadata = None
+    if view.metadata != ffi.NULL:
+        find_metadata = functools.partial(_decoded, owner, view.metadata, view.metadata_bytes)
+    return FileLayout(
+        names=names,
+        index=index,
+        data_begin=view.data_begin,
+        data_bytes=file_bytes - view.data_begin,
+        find_metadata=find_metadata,
+        dtypes=view.dtypes,
+        odd_f4=bool(view.odd_f4),
+        owner=owner,
+        _records=records,
+        _dims=dims,
+        view=view,
+    )
+
+
+def header_of(layout: FileLayout) -> bytes:
+    """The header, without its length, that a layout was parsed from."""
+    return bytes(ffi.buffer(layout.view.header, layout.view.header_bytes))
+
+
+def _decoded(owner: Any, text: Any, nbytes: int) -> dict[str, str]:
+    """The metadata, which the header's parser knows to be an object of strings to strings.
+
+    It accepts no escape, character or surrogate that stock refuses, so this cannot fail.
+
+    Args:
+        owner: keeps the text.
+        text: where it is.
+        nbytes: its length.
+    """
+    found: dict[str, str] = json.loads(bytes(ffi.buffer(text, nbytes)))
+    return found
+
+
+def parse_header(header: bytes, file_bytes: int) -> FileLayout:
+    """Parse a header that is already in memory, without its length (probes and tests).
+
+    Raises:
+        Doubt: stock might see it differently.
+    """
+    out, view, err = place_for("layout"), ffi.new("fst_layout_view *"), ffi.new("fst_error *")
+    if lib.fst_layout_parse(header, len(header), file_bytes, out, view, err):
+        raise_(err)
+    return _file_layout(out, view, file_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Residency:
+    """How much of a file is in the page cache.
+
+    Attributes:
+        resident_bytes: cached.
+        total_bytes: the file's size.
+        probe: ``cachestat``, ``mincore``, or ``none``: nothing could tell.
+    """
+
+    resident_bytes: int
+    total_bytes: int
+    probe: str
+
+
+def residency(path: str) -> Residency:
+    """Look how much of a file is in the page cache, without reading it.
+
+    Raises:
+        OSError: the file cannot be opened.
+        Doubt: it is not a regular file.
+    """
+    file = open_file(os.fspath(path))
+    resident, probe = file.residency(0, file.size)
+    return Residency(resident, file.size, probe)

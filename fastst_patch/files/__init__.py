@@ -1,0 +1,1 @@
+"""One open safetensors file: its tensors by maps, by reads, and on CUDA devices."""

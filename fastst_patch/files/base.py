@@ -1,0 +1,200 @@
+"""One opened file on its way to tensors: what the CPU's and a device's ways have in common."""
+
+from __future__ import annotations
+
+import abc
+import os
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .. import engine, tensors
+from ..config import Config
+from ..errors import Fallback
+from ..interrupts import uninterrupted
+from ..layout import FileLayout
+from ..locks import shared
+from ..report import Account
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "OpenedFile",
+    "TensorFile",
+    "UnderWay",
+    "open_checked",
+    "places_in_arena",
+    "progress_bar",
+]
+
+
+def open_checked(path: str) -> tuple[engine.File, FileLayout]:
+    """Open a file and validate its header.
+
+    Raises:
+        Doubt: stock must look at it.
+        OSError, MemoryError: it cannot be read; stock says so in its own words.
+    """
+    file = engine.open_file(path)
+    layout = engine.read_layout(file)
+    if not tensors.known_to_stock(layout.dtypes):
+        raise Fallback("this safetensors lacks a dtype of the file")
+    return file, layout
+
+
+class UnderWay(Protocol):
+    """Tensors on their way, each to be taken as often as it was asked for.
+
+    Dropping it cancels the rest.
+    """
+
+    def take(self, item: int, /) -> torch.Tensor:
+        """A tensor by its number, usable at once. Raises as `OpenedFile.tensor`."""
+
+
+class TensorFile(abc.ABC):
+    """Tensors of one file, by number. The engine reads it, or stock does. Usable from any thread.
+
+    Attributes:
+        layout: of the file.
+        config: in force when it was opened.
+        account: what was moved so far.
+        device: where the tensors are.
+    """
+
+    device = "cpu"
+
+    def __init__(self, layout: FileLayout, config: Config) -> None:
+        self.layout = layout
+        self.config = config
+        self.account = Account()
+
+    @abc.abstractmethod
+    def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
+        """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
+
+        Raises:
+            Doubt: stock must do it.
+            OSError, MemoryError, SafetensorError: its bytes could not be read.
+        """
+
+    @abc.abstractmethod
+    def ahead(self, numbers: Sequence[int]) -> UnderWay:
+        """Start moving tensors that will be asked for, each as often as its number is given.
+
+        Raises as `tensor`.
+        """
+
+    def count(self, made: int, nbytes: int) -> None:
+        """Add tensors handed out to the account."""
+        with shared:  # threads share a handle
+            self.account.tensors += made
+            self.account.bytes += nbytes
+
+
+class OpenedFile(TensorFile):
+    """A file that the engine reads: state shared by a handle and its slices.
+
+    Holds the descriptor; tensors handed out hold their memory themselves and outlive this
+    object.
+
+    Attributes:
+        file: open for reading.
+        device_argument: how the caller named the device.
+        mapped: whether tensors are views of the file's map.
+    """
+
+    device_argument: object = "cpu"
+    mapped = False
+
+    def __init__(self, file: engine.File, layout: FileLayout, config: Config) -> None:
+        super().__init__(layout, config)
+        self.file = file
+
+    @property
+    def owned(self) -> bool:
+        """Whether each tensor has an allocation of its own from torch, else shared memory.
+
+        ``auto``: as stock has it. It maps files for the CPU; on a device only memory of its own
+        can be shared with other processes and resized, and heeds ``record_stream``.
+        """
+        kind = self.config.tensors
+        return kind == "owned" or (kind == "auto" and self.device != "cpu")
+
+    @abc.abstractmethod
+    def all_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name, in offset order. Raises as `tensor`."""
+
+    @abc.abstractmethod
+    def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of tensor i's first dimension, read alone; not for mapped files.
+
+        Raises as `tensor`.
+        """
+
+    @abc.abstractmethod
+    def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
+        """Start reading extents into memory where the tensors go; not for mapped files.
+
+        Args:
+            arena: the memory.
+            segments: flat 64-bit triples (file offset, bytes, arena offset), by file offset.
+
+        Raises:
+            Doubt: the device's driver failed.
+        """
+
+    @abc.abstractmethod
+    def note(self, job: engine.Job) -> None:
+        """Put how a finished job came by its bytes into the account."""
+
+    def part(self, i: int, index: Any, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """What stock's slice gives for an index into tensor i, of which it takes some rows.
+
+        Raises as `tensor`.
+        """
+        return self.index(self.tensor(i, for_slice=True), index)
+
+    def index(self, whole: torch.Tensor, index: Any) -> torch.Tensor:
+        """What stock's slice gives for an index into a tensor, or into some rows of it."""
+        result: torch.Tensor = whole[index]
+        return result
+
+
+def places_in_arena(
+    places: Sequence[tuple[int, int, torch.Tensor]],
+) -> tuple[engine.Arena, array[int]]:
+    """One arena over tensors that exist, and the segments to read into it.
+
+    Args:
+        places: (file offset, bytes, tensor), by file offset.
+    """
+    found = [(begin, nbytes, tensor.data_ptr()) for begin, nbytes, tensor in places if nbytes]
+    arena, base = engine.Arena.over([(at, nbytes) for _, nbytes, at in found], places)
+    segments = array("Q")
+    for begin, nbytes, at in found:
+        segments.extend((begin, nbytes, at - base))
+    return arena, segments
+
+
+@contextmanager
+def progress_bar(path: str, nbytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar with GB/s for one load; it is told how many bytes are there by now."""
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def advance(done: int) -> None:
+        with uninterrupted():
+            bar.update(done - bar.n)
+
+    try:
+        with uninterrupted():
+            bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc=os.path.basename(path))
+        yield advance
+    finally:
+        if bar is not None:
+            with uninterrupted():
+                bar.close()

@@ -1,0 +1,297 @@
+"""One opened file on its way to CPU tensors.
+
+=================  ==========================================================================
+path               what happens
+=================  ==========================================================================
+mmap               private zero-copy map; nothing is copied
+mmap+readahead     the same, and workers pull what is not cached, in the order of use
+buffered, direct   parallel reads into one huge-page arena, tensors at 256-byte boundaries
+owned              parallel reads into one torch allocation per tensor
+=================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import engine, tensors
+from ..config import Config
+from ..errors import Fallback
+from ..layout import FileLayout, plan_arena, plan_rows
+from ..locks import once, shared
+from ..machine import io_threads
+from .base import OpenedFile, places_in_arena, progress_bar
+from .readahead import HUGE_PAGE, ReadAhead
+from .windows import HostAhead
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["HostFile"]
+
+MIB = 1 << 20
+CHUNK_MIN = 64 << 10
+"""The least that ``chunk_bytes`` may be."""
+
+LOOK_EVERY = 64 * MIB
+"""Bytes taken for reads from one look at the memory that is left to the next (some 0.1 ms)."""
+
+
+class HostFile(OpenedFile):
+    """An open file whose tensors are the CPU's. Usable from any thread.
+
+    Holds the descriptor and, from the first tensor on, the map; tensors handed out hold the
+    map themselves and outlive this object.
+    """
+
+    _taken = 0  # by all files since the last look; a race only looks sooner or later
+
+    def __init__(self, file: engine.File, layout: FileLayout, config: Config) -> None:
+        super().__init__(file, layout, config)
+        self.account.path = self._path_name()
+        self._map: engine.Arena | None = None
+        self._storage: torch.UntypedStorage | None = None  # of the whole map
+
+    @once
+    def ahead_of(self) -> ReadAhead:
+        """What is read ahead of it. Made late: of many files only the header is looked at."""
+        return ReadAhead(self.file, self.layout, self.config, self.account)
+
+    # ---- which path ----
+
+    def _path_name(self) -> str:
+        config = self.config
+        if self.owned:
+            return "owned"
+        if config.io in ("buffered", "direct"):
+            return config.io
+        return "direct" if config.page_cache == "drop" else "mmap"
+
+    @property
+    def mapped(self) -> bool:  # type: ignore[override]
+        """Whether tensors are views of the file's map."""
+        return self.account.path.startswith("mmap")
+
+    @property
+    def _direct(self) -> bool:
+        return self.config.io == "direct" or (
+            self.config.io == "auto" and self.config.page_cache == "drop"
+        )
+
+    # ---- tensors ----
+
+    def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
+        """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
+
+        Raises:
+            Doubt: stock must do it.
+            OSError, MemoryError, SafetensorError: its bytes could not be read.
+        """
+        result = self._made(i, for_slice)
+        self.count(1, self.layout.nbytes(i))
+        return result
+
+    def part(
+        self, i: int, index: Any, rows: tuple[int, int] | None = None, *, ahead: bool = True
+    ) -> torch.Tensor:
+        """What stock's slice gives for an index into tensor i. Raises as `tensor`.
+
+        Args:
+            i: number of the tensor.
+            index: as torch takes it.
+            rows: the first row that it takes and the one behind the last; None: all.
+            ahead: whether to read ahead where the file is mapped.
+        """
+        whole = self._made(i, for_slice=True, ahead=ahead, rows=rows)
+        result = self.index(whole, index)
+        self.count(1, result.nbytes if self.mapped else whole.nbytes)
+        return result
+
+    def _made(
+        self, i: int, for_slice: bool, ahead: bool = True, rows: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        tensors.check(self.layout, i)
+        if not tensors.ordinary_mode():
+            return self._in_mode(i, for_slice)
+        if not self.mapped:
+            return self._read([i])[0]
+        if ahead:
+            self.ahead_of.request(self.map(), i, rows)
+        return tensors.import_batch(self.map(), self.layout, array("Q", (i,)))[0]
+
+    def all_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name, in offset order. Raises as `tensor`."""
+        layout = self.layout
+        tensors.check(layout)
+        if not layout.names:
+            return {}
+        if not tensors.ordinary_mode():
+            return {name: self.tensor(i) for i, name in enumerate(layout.names)}
+        if self.mapped:
+            arena = self.map()
+            self.ahead_of.everything(arena)
+            made = tensors.import_batch(arena, layout)
+        else:
+            made = self._read(range(len(layout.names)))
+        self.count(len(made), layout.data_bytes)
+        return dict(zip(layout.names, made, strict=True))
+
+    def ahead(self, numbers: Sequence[int]) -> HostAhead:
+        """Start bringing in tensors that will be asked for, each as often as its number is given.
+
+        Mapped ones are made at once, and workers read ahead what is not cached of them.
+
+        Raises:
+            Doubt: stock must do it, or a torch mode is in force: then they are made one by one.
+            OSError, MemoryError: there is no map, or no memory.
+        """
+        tensors.check(self.layout)
+        if not tensors.ordinary_mode():
+            raise Fallback("a torch mode or default device is in force")
+        asked = Counter(numbers)
+        wanted = array("Q", sorted(asked))
+        job = None
+        if self.mapped:
+            arena = self.map()
+            made = tensors.import_batch(arena, self.layout, wanted)
+            self.ahead_of.tensors(arena, wanted)
+        else:
+            self._require_room(sum(map(self.layout.nbytes, wanted)))
+            made, arena, segments, _ = self._places(wanted)
+            job = self.read_into(arena, segments)
+        return HostAhead(self, dict(zip(wanted, made, strict=True)), job, asked)
+
+    def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of tensor i's first dimension, read alone; not for mapped files."""
+        tensors.check(self.layout, i)
+        first, last = plan_rows(self.layout, i, start, stop)
+        self._require_room(last - first)
+        result = tensors.empty(self.layout, i, stop - start)
+        begin = self.layout.extent(i)[0] + first
+        self._run(*places_in_arena([(begin, last - first, result)]), last - first)
+        self.count(1, last - first)
+        return result
+
+    def _in_mode(self, i: int, for_slice: bool) -> torch.Tensor:
+        """Tensor i the way stock makes it, for torch modes to see.
+
+        Over our own map, so that what was changed in place through earlier tensors is there.
+        """
+        if not self.mapped:
+            raise Fallback("a torch mode or default device is in force")
+        if self._storage is None:
+            self._storage = tensors.whole_storage(self.map())
+        return tensors.by_stocks_recipe(self._storage, self.layout, i, for_slice)
+
+    # ---- mapped ----
+
+    def map(self) -> engine.Arena:
+        """The file's private map, made on first use.
+
+        Raises:
+            MemoryError, OSError: the map was refused.
+        """
+        found = self._map
+        if found is None:
+            with shared:
+                if self._map is None:
+                    made = engine.map_arena(self.file)
+                    if self._map is None:  # a signal handler may have made one meanwhile
+                        self._map = made
+                found = self._map
+        return found
+
+    def keep_to(self, wanted: array[int]) -> None:
+        """Keep the kernel from reading what nobody wants of a mapped file, before it is used.
+
+        Args:
+            wanted: flat triples (file offset, bytes, ignored) of all that is wanted, by offset.
+        """
+        if self.config.io != "mmap":  # that is how the kernel reads by itself
+            self.map().keep_to(wanted)
+
+    # ---- read into memory of our own ----
+
+    def _require_room(self, nbytes: int) -> None:
+        """Leave to stock, whose map takes no memory, what would not fit.
+
+        Linux hands out memory that is not there, and kills whoever then writes to it.
+        """
+        taken = HostFile._taken = HostFile._taken + nbytes
+        if taken < LOOK_EVERY:
+            return
+        headroom = engine.memory_headroom()
+        threads, chunk_bytes = self._workers()
+        if headroom is not None and nbytes + threads * max(chunk_bytes, HUGE_PAGE) > headroom:
+            raise Fallback(f"{nbytes} bytes do not fit the memory that is left ({headroom})")
+        HostFile._taken = 0
+
+    def _read(self, wanted: Iterable[int]) -> list[torch.Tensor]:
+        chosen = array("Q", wanted)
+        self._require_room(sum(map(self.layout.nbytes, chosen)))
+        made, arena, segments, nbytes = self._places(chosen)
+        self._run(arena, segments, nbytes)
+        return made
+
+    def _places(
+        self, wanted: array[int]
+    ) -> tuple[list[torch.Tensor], engine.Arena, array[int], int]:
+        """Tensors over memory that is yet to be filled, and what goes where in it."""
+        if self.owned:
+            made = [tensors.empty(self.layout, i) for i in wanted]
+            places = [
+                (self.layout.extent(i)[0], self.layout.nbytes(i), tensor)
+                for i, tensor in zip(wanted, made, strict=True)
+            ]
+            return made, *places_in_arena(places), sum(nbytes for _, nbytes, _ in places)
+        plan = plan_arena(self.layout, wanted)
+        arena = engine.alloc_arena(plan.arena_bytes)
+        made = tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
+        return made, arena, plan.segments, plan.data_bytes
+
+    def _run(self, arena: engine.Arena, segments: array[int], nbytes: int) -> None:
+        if not nbytes:
+            return
+        job = self.read_into(arena, segments)
+        if self.config.progress:
+            with progress_bar(self.file.path, nbytes) as advance:
+                job.wait(lambda stats: advance(stats.bytes_done))
+        else:
+            job.wait()
+        self.note(job)
+
+    def _workers(self) -> tuple[int, int]:
+        """Most workers on a read, and the bytes that each handles at a time.
+
+        With O_DIRECT a worker that copies what it has read keeps no request at the disk; so there
+        are more of them, each with so little that all their buffers stay in the cache.
+        """
+        threads, chunk_bytes = io_threads(self.config.threads), self.config.chunk_bytes
+        if not self._direct or self.config.threads:
+            return threads, chunk_bytes
+        return 2 * threads, max(chunk_bytes // 4, CHUNK_MIN)
+
+    def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
+        """Start reading extents into memory of the host's."""
+        threads, chunk_bytes = self._workers()
+        return engine.read(
+            self.file,
+            arena,
+            segments,
+            threads=threads,
+            chunk_bytes=chunk_bytes,
+            mode="direct" if self._direct else "buffered",
+            drop_cache=self.config.page_cache == "drop",
+        )
+
+    def note(self, job: engine.Job) -> None:
+        """Put how a finished job came by its bytes into the account."""
+        refused = job.stats().direct_errno
+        if self._direct and refused:
+            if self.account.path == "direct":
+                self.account.path = "buffered"
+            self.account.note = f"O_DIRECT was refused ({os.strerror(refused)})"

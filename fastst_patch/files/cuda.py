@@ -1,0 +1,459 @@
+"""One opened file on its way to a device: arenas, streaming ahead, and who holds what.
+
+==================  =========================================================================
+path                what happens
+==================  =========================================================================
+ring                parallel reads through the page cache into pinned slots, copied from there
+ring+direct         the same with O_DIRECT
+gds                 cuFile into staging blocks on the device, copied from there; by nvidia-fs or,
+                    where that is not loaded, in cuFile's compatibility mode
+==================  =========================================================================
+
+Each tensor has an allocation of its own, exactly as stock's; with ``tensors="dlpack"`` they lie
+in arenas of torch's memory, at 256-byte boundaries. A tensor is handed out when its own bytes have
+landed, and is usable from any stream then; one that is a copy, such as a slice, when its copy has
+run. Its memory is used again behind the work of the stream that was current when it was asked for.
+
+Memory: `OpenedFile.all_tensors` takes the tensors and nothing else. A handle that is walked in
+file order also holds windows, arenas of tensors read ahead of their use, up to the budget.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import device, engine, tensors
+from ..config import Config
+from ..errors import Fallback, FaststError
+from ..layout import ARENA_ALIGNMENT, FileLayout, LoadPlan, plan_arena, plan_rows
+from ..locks import Guard, here, interrupted
+from ..machine import NETWORKED, io_threads
+from ..stock import SafetensorError
+from .base import OpenedFile, places_in_arena, progress_bar
+from .windows import Ahead, Failing, RowsAhead, Window, runs_of
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DeviceFile"]
+
+MIB = 1 << 20
+ARENA = 256 * MIB
+"""Bytes of one arena, unless a tensor is larger. One tensor that survives keeps its arena."""
+
+BUDGET = 256 * MIB
+"""Default of ``device_memory_budget``: bytes read ahead of their use."""
+
+PINNED = 256 * MIB
+"""Default of ``pinned_bytes``. Slots are pinned as workers need them: 16 of 4 MiB for 8."""
+
+
+_PATHS = {
+    "buffered": "ring",
+    "direct": "ring+direct",
+    "direct-if-cold": "ring+direct",
+    "gds": "gds",
+}
+
+
+class DeviceFile(OpenedFile):
+    """An open file whose tensors go to a device. Usable from any thread.
+
+    Holds the descriptor and what was read ahead; tensors handed out outlive this object.
+    """
+
+    def __init__(
+        self, file: engine.File, layout: FileLayout, config: Config, target: device.Device
+    ) -> None:
+        super().__init__(file, layout, config)
+        self.device = target.name
+        self.device_argument = target.argument
+        self._target = target
+        self._guard = Guard()  # of the windows
+        self._windows: deque[Window] = deque()
+        # Where the last requests ended: threads that share a walk come slightly out of order.
+        self._recent: deque[int] = deque(maxlen=8)
+        self._mode = self._read_mode()
+        self.account.path = _PATHS[self._mode]
+
+    # ---- which path ----
+
+    def _read_mode(self) -> str:
+        config = self.config
+        if config.io == "mmap":
+            raise Fallback("io='mmap' copies to a device from the map, which is what stock does")
+        if config.io != "auto":
+            return config.io
+        if config.page_cache == "drop":
+            return "direct"
+        headroom = engine.memory_headroom()
+        if config.page_cache == "keep" or headroom is None or self.file.fs_magic in NETWORKED:
+            return "buffered"
+        # Caching it would push out half of what there is.
+        return "direct-if-cold" if self.file.size > headroom // 2 else "buffered"
+
+    @property
+    def _budget(self) -> int:
+        given = self.config.device_memory_budget
+        return BUDGET if given is None else given
+
+    # ---- tensors ----
+
+    def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
+        """Tensor i on the device, usable on any stream.
+
+        Raises:
+            Doubt: stock must do it.
+            OSError, MemoryError, SafetensorError: its bytes could not be read.
+        """
+        self.check(i)
+        with Failing(self):
+            result = self._take(i)
+        self.count(1, self.layout.nbytes(i))
+        return result
+
+    def _take(self, i: int) -> torch.Tensor:
+        if interrupted():
+            window = self._start([i])
+            return self._arrived(window, i, window.waiting.pop(i))
+        with self._guard.lock(self._let_go):
+            here.inside = True
+            try:
+                window = self._window_with(i)
+                result = window.waiting.pop(i)
+                self._drop_used()
+            finally:
+                here.inside = False
+        return self._arrived(window, i, result)
+
+    def _arrived(self, window: Window, i: int, result: torch.Tensor) -> torch.Tensor:
+        end = self.layout.extent(i)[1]
+        try:
+            self._landed(window, end)
+            window.hand_over(self._target, result)
+            return result
+        except BaseException as error:
+            self._drop(window)  # other tensors that wait there are read anew
+            unread = isinstance(error, (OSError, SafetensorError, FaststError))
+            if len(window.plan.tensors) == 1 or not unread:
+                raise
+        # The error may be that of a tensor nobody has asked for.
+        alone = self._start([i])
+        self._landed(alone, end)
+        return alone.waiting[i]
+
+    def all_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name, in offset order. Raises as `tensor`."""
+        self.check()
+        with Failing(self):
+            result = self._take_all()
+        self.count(len(result), self.layout.data_bytes)
+        return result
+
+    def _take_all(self) -> dict[str, torch.Tensor]:
+        names = self.layout.names
+        windows: list[Window] = []
+        made: list[torch.Tensor] = []
+        for numbers in self._groups(range(len(names)), max(min(ARENA, self._budget), 1)):
+            windows.append(self._start(numbers))
+            made += windows[-1].waiting.values()
+        self._finish(windows)
+        return dict(zip(names, made, strict=True))
+
+    def ahead(self, numbers: Sequence[int], *, owned: bool | None = None) -> Ahead:
+        """Start moving tensors that will be asked for, each as often as it is named.
+
+        Args:
+            numbers: of the tensors.
+            owned: whether each has an allocation of its own; None: see the attribute.
+
+        Raises as `tensor`.
+        """
+        self.check()
+        asked = Counter(numbers)
+        with Failing(self):
+            return Ahead(self, self._start(sorted(asked), owned), asked)
+
+    def rows_ahead(self, wanted: Sequence[tuple[int, int, int]]) -> RowsAhead:
+        """Start moving rows that will be asked for, each into an allocation of its own.
+
+        Args:
+            wanted: number of the tensor, the first row, and the row behind the last; repeatedly,
+                and overlapping, too.
+
+        Raises as `tensor`.
+        """
+        self.check()
+        with Failing(self):
+            return self._start_rows(wanted)
+
+    def _start_rows(self, wanted: Sequence[tuple[int, int, int]]) -> RowsAhead:
+        runs, places = runs_of(wanted), []
+        for run in runs:
+            first, last = plan_rows(self.layout, run.i, run.start, run.stop)
+            run.tensor = self._empty(run.i, run.stop - run.start)
+            places.append((self.layout.extent(run.i)[0] + first, last - first, run.tensor))
+        places.sort(key=lambda place: place[0])
+        return RowsAhead(self, self._start_places(places), runs)
+
+    def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of tensor i's first dimension, read alone. Raises as `tensor`."""
+        self.check(i)
+        first, last = plan_rows(self.layout, i, start, stop)
+        begin = self.layout.extent(i)[0] + first
+        with Failing(self):
+            result = self._filled(i, stop - start, begin, last - first)
+        self.count(1, last - first)
+        return result
+
+    def _filled(self, i: int, rows: int, begin: int, nbytes: int) -> torch.Tensor:
+        result = self._empty(i, rows)
+        if nbytes:
+            arena, segments = places_in_arena([(begin, nbytes, result)])
+            job = self.read_into(arena, segments)
+            job.wait()
+            self.note(job)
+            device.prove(self._target, arena, self.file, device.sample_of(self._target, segments))
+        return result
+
+    def index(self, whole: torch.Tensor, index: Any) -> torch.Tensor:
+        """What stock's slice gives: the index taken, and a tensor that is all its own."""
+        if not _plain(index):
+            raise Fallback("an index of tensors or lists")
+        result = whole[index]
+        # A view of nothing may still begin somewhere, as no copy does.
+        if result.numel() == whole.numel() > 0:
+            return result
+        with Failing(self):
+            return self._target.copy(result)
+
+    def check(self, i: int | None = None) -> None:
+        """Doubt unless tensor i, or any, may be moved now."""
+        self._target.check()
+        tensors.check(self.layout, i)
+        if not tensors.ordinary_mode():
+            raise Fallback("a torch mode or default device is in force")
+
+    def failed(self, error: BaseException, trace: Any) -> None:
+        """Let go of the device's memory; being out of it is a Doubt.
+
+        Stock loads tensor by tensor, which may still fit; if not, the exception is torch's own.
+        """
+        # A traceback keeps frames, and these the memory; users and shells keep tracebacks.
+        traceback.clear_frames(trace)
+        out_of_memory = self._target.runtime.is_out_of_memory(error)
+        if out_of_memory or not isinstance(error, Exception):  # an interrupt ends it all
+            self._drop()
+        if out_of_memory:
+            raise Fallback(f"not enough memory on {self.device} for arenas") from None
+
+    # ---- windows ----
+
+    def _window_with(self, i: int) -> Window:
+        """The window that tensor i waits in; a new one, and those behind it, if there is none."""
+        sequential = self._follows_another(i)
+        for window in self._windows:
+            if i in window.waiting:
+                if window is self._windows[-1]:
+                    self._stream_on(window)
+                return window
+        if not sequential:
+            return self._start([i])
+        numbers = next(self._groups(range(i, len(self.layout.names)), self._window_bytes))
+        self._make_room(numbers)
+        found = self._start(numbers)
+        self._windows.append(found)
+        self._stream_on(found)
+        return found
+
+    def _follows_another(self, i: int) -> bool:
+        """Note a request for tensor i: whether it begins where a recent one ended."""
+        begin, end = self.layout.extent(i)
+        sequential = begin in self._recent
+        self._recent.append(end)
+        return sequential
+
+    @property
+    def _window_bytes(self) -> int:
+        # A third of the budget: what is being used, what comes next, and what threads that
+        # share the walk have not quite finished with.
+        return max(min(ARENA, self._budget) // 3, 1)
+
+    def _stream_on(self, last: Window) -> None:
+        """Read the tensors behind the last window ahead, if the budget has room for them."""
+        following = range(int(last.plan.tensors[-1]) + 1, len(self.layout.names))
+        numbers = next(self._groups(following, self._window_bytes), None)
+        if numbers is None:
+            return
+        if not self._make_room(numbers, last):
+            return
+        try:
+            self._windows.append(self._start(numbers))
+        except Exception as error:  # what is asked for comes without it
+            if not self._target.runtime.is_out_of_memory(error):
+                raise
+
+    def _make_room(self, numbers: list[int], last: Window | None = None) -> bool:
+        """Drop windows before the last until some tensors fit the budget; whether they do."""
+        wanted = sum(self._padded(i) for i in numbers)
+        while self._held + wanted > self._budget:
+            if not self._windows or self._windows[0] is last:
+                return False
+            self._windows.popleft()
+        return True
+
+    @property
+    def _held(self) -> int:
+        return sum(window.plan.arena_bytes for window in self._windows)
+
+    def _drop_used(self) -> None:
+        for used in [window for window in self._windows if not window.waiting]:
+            self._windows.remove(used)
+
+    def _drop(self, window: Window | None = None) -> None:
+        """Forget a window, or all. Nested code has used none: see `_take`."""
+        if interrupted():
+            return
+        with self._guard.lock(self._let_go):
+            here.inside = True
+            try:
+                if window is None:
+                    self._windows.clear()
+                elif window in self._windows:
+                    self._windows.remove(window)
+            finally:
+                here.inside = False
+
+    def _let_go(self) -> object:
+        old, self._windows = self._windows, deque()
+        return old
+
+    def _padded(self, i: int) -> int:
+        return -(-self.layout.nbytes(i) // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
+
+    def _groups(self, numbers: range, size: int) -> Iterator[list[int]]:
+        """Runs of tensors of about so many bytes together, at least one tensor each."""
+        group: list[int] = []
+        held = 0
+        for i in numbers:
+            nbytes = self._padded(i)
+            if group and held + nbytes > size:
+                yield group
+                group, held = [], 0
+            group.append(i)
+            held += nbytes
+        if group:
+            yield group
+
+    # ---- moving ----
+
+    def _start(self, numbers: list[int], owned: bool | None = None) -> Window:
+        """Start reading tensors into one allocation each, or into an arena of their own."""
+        if self.owned if owned is None else owned:
+            return self._start_owned(numbers)
+        plan = plan_arena(self.layout, numbers)
+        stream = self._target.stream()
+        arena = self._target.runtime.arena(plan.arena_bytes, self._target.ordinal)
+        job = self.read_into(arena, plan.segments)
+        made = tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
+        waiting = dict(zip(plan.tensors, made, strict=True))
+        sample = device.sample_of(self._target, plan.segments)
+        return Window(plan, arena, job, sample, stream, arena.keep, waiting)
+
+    def _start_owned(self, numbers: list[int]) -> Window:
+        layout = self.layout
+        made = {i: self._empty(i) for i in numbers}
+        places = []
+        for i, tensor in made.items():
+            begin, end = layout.extent(i)
+            places.append((begin, end - begin, tensor))
+        window = self._start_places(places)
+        window.plan.tensors.extend(numbers)
+        window.waiting.update(made)
+        return window
+
+    def _start_places(self, places: list[tuple[int, int, torch.Tensor]]) -> Window:
+        """Start reading (file offset, bytes), in that order, into tensors made just now."""
+        arena, segments = places_in_arena(places)
+        nbytes = sum(segments[1::3])
+        plan = LoadPlan(array("Q"), array("Q"), segments, max(nbytes, 1), nbytes)
+        job = self.read_into(arena, segments)
+        sample = device.sample_of(self._target, segments)
+        return Window(plan, arena, job, sample, self._target.stream())
+
+    def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
+        """Start reading extents into memory of the device, allocated just now by this thread.
+
+        Or used since on no other stream than the one on which torch would allocate now.
+
+        Raises:
+            Doubt: the device's driver failed.
+        """
+        pinned = PINNED if self.config.pinned_bytes is None else self.config.pinned_bytes
+        return engine.read(
+            self.file,
+            arena,
+            segments,
+            threads=io_threads(self.config.threads),
+            chunk_bytes=self.config.chunk_bytes,
+            mode=self._mode,
+            drop_cache=self.config.page_cache == "drop",
+            to=self._target.destination(pinned),
+        )
+
+    def _empty(self, i: int, rows: int | None = None) -> torch.Tensor:
+        shape, dtype = tensors.shape_and_dtype(self.layout, i, rows)
+        return self._target.runtime.empty(shape, dtype, self._target.ordinal)
+
+    def _landed(self, window: Window, end: int) -> None:
+        sample = window.sample
+        if sample is not None and self._target.wants(sample.nbytes):
+            end = max(end, sample.end)  # nothing is handed out unproved
+        window.job.wait_until(end)
+        self.note(window.job)
+        device.prove(self._target, window.arena, self.file, sample)
+
+    def _finish(self, windows: list[Window]) -> None:
+        """Wait for everything, in order, with a progress bar if one is wanted."""
+        if not self.config.progress:
+            for window in windows:
+                window.job.wait()
+        else:
+            done = 0
+            with progress_bar(self.file.path, self.layout.data_bytes) as advance:
+                for window in windows:
+
+                    def tell(stats: engine.JobStats, before: int = done) -> None:
+                        advance(before + stats.bytes_done)
+
+                    window.job.wait(tell)
+                    done += window.plan.data_bytes
+        for window in windows:
+            self.note(window.job)
+        samples = [(w.sample.nbytes, w) for w in windows if w.sample is not None]
+        if samples:
+            window = max(samples, key=lambda pair: pair[0])[1]
+            device.prove(self._target, window.arena, self.file, window.sample)
+
+    def note(self, job: engine.Job) -> None:
+        """Put how a finished job came by its bytes into the account."""
+        stats = job.stats()
+        if stats.gds_refused:
+            self.account.path = "ring+direct" if stats.bytes_direct else "ring"
+            self.account.note = f"cuFile gave way: {stats.gds_note}"
+        elif stats.bytes_gds:
+            self.account.path = f"gds ({stats.gds_note})"
+        if stats.direct_errno:
+            self.account.path = "ring"
+            self.account.note = f"O_DIRECT was refused ({os.strerror(stats.direct_errno)})"
+
+
+def _plain(index: Any) -> bool:
+    """Whether an index means the same on the device as on the CPU, where stock takes it."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or type(part) in (slice, int) for part in parts)

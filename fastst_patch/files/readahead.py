@@ -1,0 +1,307 @@
+"""What is read ahead of a mapped file, when, and how far: all of it, what is named, or foreseen.
+
+Workers bring extents into the page cache beside the reader, in the order of use. Nothing here is
+waited for. What is cached already is left alone, as far as a probe tells; else workers find out.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from .. import engine
+from ..config import Config
+from ..layout import FileLayout, plan_rows
+from ..machine import io_threads
+from ..report import Account
+from ..runs import Runs
+from .base import progress_bar
+from .pattern import AccessPattern, Walk
+
+__all__ = ["AHEAD", "HUGE_PAGE", "WORKERS_FROM", "ReadAhead"]
+
+MIB = 1 << 20
+WORKERS_FROM = 1 * MIB
+"""Bytes from which a load is worth waking workers for; a thread costs about 30 us."""
+
+HUGE_PAGE = 2 * MIB
+
+AHEAD = 64 * MIB
+"""How far read-ahead runs in front of a handle that is walked in an order that it has learnt."""
+
+PROBED_WHOLE = 64 * MIB
+"""Extents up to this size are looked at page by page: 12 us for 19 MB in large folios, where
+waking a worker and finding out how much memory is free take some 300 us a file."""
+
+RESERVE = 512 * MIB
+"""Read-ahead stops when less memory than this (or a tenth of what was free) is left."""
+
+SOME_ROWS, WHOLE = 1, 2  # what of a tensor was read ahead, or found cached
+
+LOOKS_AT = 3
+"""The request with which a handle looks whether the file is cached. Few take one tensor or two."""
+
+Part = tuple[int, int, int] | None
+"""Rows of a tensor's first dimension, and how many it has; None: all of it."""
+
+
+def _rows_part(layout: FileLayout, i: int, rows: tuple[int, int] | None) -> Part:
+    if rows is None:
+        return None
+    return rows[0], rows[1], layout.shape(i)[0]
+
+
+class ReadAhead:
+    """Of one mapped file; its map is given to every call. Usable from any thread.
+
+    Takes no lock: threads that meet read something ahead twice, which the page cache does once, or
+    leave it to the kernel.
+    """
+
+    def __init__(
+        self, file: engine.File, layout: FileLayout, config: Config, account: Account
+    ) -> None:
+        self._file = file
+        self._layout = layout
+        self._config = config
+        self._account = account
+        self._pattern = AccessPattern(layout)
+        self._started = bytearray(len(layout.names))  # by tensor: 0, SOME_ROWS or WHOLE
+        self._asked = 0  # requests
+        self._alone = 0  # bytes of those that nothing had foreseen
+        self._all_ahead = False  # everything was
+        self._calm: bool | None = None  # everything seems to be cached; None: not looked yet
+        self._all_cached = False  # certainly
+        self._resident: float | None = None  # what a look at the whole file found last
+        self._looked = False  # whether the report knows what was cached at first
+        self._reserve: int | None = None  # bytes of memory that read-ahead leaves
+
+    def everything(self, arena: engine.Arena) -> None:
+        """Start reading ahead what is not cached of a mapped file, in its order."""
+        layout = self._layout
+        if self._config.io == "mmap" or layout.data_bytes < WORKERS_FROM:
+            return
+        job = None
+        cached = self._note_residency(layout.data_begin, layout.data_bytes)
+        if not cached:
+            # Where samples find everything cached, one worker makes sure of the rest.
+            threads = 1 if self._resident == 1.0 else io_threads(self._config.threads)
+            whole = layout.data_begin, layout.data_begin + layout.data_bytes
+            job = self._start(arena, Runs([whole]), threads)
+        self._all_ahead = True
+        if self._config.progress and (cached or job is not None):
+            with progress_bar(self._file.path, layout.data_bytes) as advance:
+                if job is not None:
+                    job.wait(lambda stats: advance(stats.bytes_done))
+                advance(layout.data_bytes)
+
+    def tensors(self, arena: engine.Arena, wanted: array[int]) -> None:
+        """Start reading ahead some tensors; workers look what is not cached of them."""
+        if self._config.io == "mmap":
+            return
+        runs = Runs(map(self._layout.extent, wanted))
+        if runs.nbytes < WORKERS_FROM:
+            return
+        if self._account.resident is None:
+            whole = self._layout.data_begin, self._layout.data_bytes
+            self._all_cached = self._note_residency(*whole)
+        if self._all_cached:
+            return
+        # Where samples find everything cached, one worker makes sure of the rest.
+        threads = 1 if self._account.resident == 1.0 else io_threads(self._config.threads)
+        self._start(arena, runs, threads)
+
+    def extents(self, arena: engine.Arena, extents: Runs, threads: int) -> None:
+        """Start reading ahead extents that others do not; it runs on by itself.
+
+        Args:
+            arena: the file's map.
+            extents: in the order of use.
+            threads: most workers.
+        """
+        self._all_ahead = True
+        if self._config.io == "mmap" or extents.nbytes < WORKERS_FROM:
+            return
+        if self._note_residency(self._layout.data_begin, self._layout.data_bytes):
+            return
+        # Where samples find everything cached, one worker makes sure of the rest.
+        self._start(arena, extents, 1 if self._resident == 1.0 else threads)
+
+    def cold(self) -> bool:
+        """Whether a look at a mapped file tells that reading it ahead is worth while."""
+        layout = self._layout
+        if self._config.io == "mmap" or layout.data_bytes < WORKERS_FROM:
+            return False
+        self._note_residency(layout.data_begin, layout.data_bytes)
+        return self._resident != 1.0
+
+    def _note_residency(self, begin: int, nbytes: int) -> bool:
+        """Look how much is cached, for the report; whether it is certain that everything is.
+
+        Large extents are sampled; workers look at every chunk themselves. The report is told
+        what was found first: later there is what was read ahead.
+        """
+        self._resident = self._sampled(begin, nbytes)
+        if self._resident is None:
+            return False
+        if not self._looked:
+            self._looked = True
+            self._account.resident = self._resident
+        if self._resident < 1.0:
+            self._account.path = "mmap+readahead"
+        return self._resident == 1.0 and nbytes <= PROBED_WHOLE
+
+    def _sampled(self, begin: int, nbytes: int) -> float | None:
+        """How much of an extent is cached, by samples where it is large; None: nothing tells."""
+        samples, size = 16, min(nbytes, 256 << 10)
+        if nbytes <= PROBED_WHOLE:
+            samples, size = 1, nbytes
+        step = max((nbytes - size) // max(samples - 1, 1), 1)
+        resident = looked = 0
+        for k in range(samples):
+            found, probe = self._file.residency(min(begin + k * step, begin + nbytes - size), size)
+            if probe == "none":
+                return None
+            resident, looked = resident + found, looked + size
+        return resident / looked
+
+    def _start(
+        self,
+        arena: engine.Arena,
+        extents: Runs,
+        threads: int,
+        chunk_bytes: int | None = None,
+    ) -> engine.Job | None:
+        """Start read-ahead; it runs on by itself, whatever becomes of the job.
+
+        None when there is no memory for it: the kernel then reads on demand, as for stock.
+        """
+        if self._reserve is None:  # once: asking costs more than starting
+            headroom = engine.memory_headroom()
+            self._reserve = min(RESERVE, headroom // 10) if headroom is not None else 0
+        try:
+            return engine.prefetch(
+                self._file,
+                arena,
+                extents.flat,
+                threads=threads,
+                chunk_bytes=chunk_bytes or self._config.chunk_bytes,
+                reserve_bytes=self._reserve,
+            )
+        except MemoryError:
+            return None
+
+    def request(self, arena: engine.Arena, i: int, rows: tuple[int, int] | None = None) -> None:
+        """Bring in tensor i, or some rows of it, and what is foreseen to be asked for next.
+
+        Nothing here is waited for, and no lock is taken: threads that meet read something ahead
+        twice, which the page cache does once, or leave it to the kernel.
+        """
+        if self._config.io == "mmap" or self._all_ahead:
+            return
+        part = _rows_part(self._layout, i, rows)
+        begin, end = self._wanted(i, part)
+        self._asked += 1
+        if self._asked == LOOKS_AT and self._calm is None:
+            self._look()
+        if self._calm and (end - begin < WORKERS_FROM or self._is_cached(begin, end)):
+            return
+        walk = self._pattern.request(i)
+        if walk is not None and walk.nbytes <= AHEAD // 2:
+            self._follow(arena, walk, i, part)
+        elif walk is None and self._started[i] != WHOLE and end - begin >= WORKERS_FROM:
+            # Less is a few faults, which the kernel serves.
+            self._read_alone(arena, i, part, begin, end)
+
+    def _read_alone(self, arena: engine.Arena, i: int, part: Part, begin: int, end: int) -> None:
+        """Read ahead what was asked for of tensor i, which nothing had foreseen."""
+        if self._started[i]:  # other rows before: whoever takes it in pieces takes the rest
+            part, end = None, self._layout.extent(i)[1]
+        self._started[i] = SOME_ROWS if part else WHOLE
+        self._alone += end - begin
+        if part is None and self._alone > self._layout.data_bytes // 4:
+            begin, end = self._with_neighbours(i, begin)
+            self._bring(arena, [(begin, end)])
+        else:
+            self._bring(arena, [(begin, end)], min(self._config.chunk_bytes, HUGE_PAGE))
+
+    def _with_neighbours(self, i: int, begin: int) -> tuple[int, int]:
+        """Tensor i and those behind it that were not read: who jumps about reads all in the end."""
+        end, last = self._layout.extent(i)[1], begin + AHEAD // 2
+        for j in range(i + 1, len(self._started)):
+            if self._started[j] or end >= last:
+                break
+            self._started[j] = WHOLE
+            end = self._layout.extent(j)[1]
+        return self._by_huge_pages(begin, end)
+
+    def _by_huge_pages(self, begin: int, end: int) -> tuple[int, int]:
+        """An extent and what else is in its huge pages."""
+        return begin - begin % HUGE_PAGE, min(-(-end // HUGE_PAGE) * HUGE_PAGE, self._file.size)
+
+    def _follow(self, arena: engine.Arena, walk: Walk, i: int, part: Part) -> None:
+        """Read ahead what a walk foresees behind tensor i, which is asked for now."""
+        extents: list[tuple[int, int]] = []
+        started, j = self._started, i
+        while True:
+            begin, end = self._wanted(j, part)
+            nbytes = 0 if started[j] else end - begin
+            if nbytes:
+                started[j] = SOME_ROWS if part else WHOLE
+                if walk.dense and part is None:  # what else is in them is asked for soon
+                    begin, end = self._by_huge_pages(begin, end)
+                extents.append((begin, end))
+            if j != i:
+                walk.add(j, nbytes)
+            following = walk.foresee() if walk.nbytes < AHEAD else None
+            if following is None:
+                break
+            j = following
+        self._bring(arena, Runs(extents).ranges)
+
+    def _wanted(self, i: int, part: Part) -> tuple[int, int]:
+        """The extent of tensor i, or of the rows that a part of it has."""
+        begin, end = self._layout.extent(i)
+        if part is None:
+            return begin, end
+        rows = self._layout.shape(i)[:1]
+        if not rows or rows[0] * part[0] % part[2] or rows[0] * part[1] % part[2]:
+            return begin, end
+        first, last = plan_rows(
+            self._layout, i, rows[0] * part[0] // part[2], rows[0] * part[1] // part[2]
+        )
+        return begin + first, begin + last
+
+    def _is_cached(self, begin: int, end: int) -> bool:
+        return self._file.residency(begin, end - begin)[0] == end - begin
+
+    def _bring(
+        self,
+        arena: engine.Arena,
+        extents: list[tuple[int, int]],
+        chunk_bytes: int | None = None,
+    ) -> None:
+        """Start reading ahead what is not cached of some extents, in their order."""
+        missing = []
+        resident = total = 0
+        for begin, end in extents:
+            found, probe = self._file.residency(begin, end - begin)
+            resident, total = resident + found, total + end - begin
+            if found < end - begin:
+                missing.append((begin, end))
+        if not total:
+            return
+        if self._account.resident is None and probe != "none":
+            self._account.resident = resident / total
+        if missing:
+            self._calm = False
+            self._account.path = "mmap+readahead"
+            self._start(arena, Runs(missing), io_threads(self._config.threads), chunk_bytes)
+        elif self._calm is None:
+            self._look()
+
+    def _look(self) -> None:
+        """Whether all seems to be cached: then nothing is foreseen, until something is not."""
+        found = self._sampled(self._layout.data_begin, self._layout.data_bytes)
+        self._calm = found == 1.0
+        if self._account.resident is None:
+            self._account.resident = found

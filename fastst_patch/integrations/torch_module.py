@@ -1,0 +1,215 @@
+"""``torch.nn.Module.to`` and ``.cuda``: CPU tensors go to CUDA through the pinned ring.
+
+Stock copies tensor by tensor from pageable memory, in one thread, at about a fifth of what the
+bus gives. Here the conversion that ``Module._apply`` is handed is wrapped: ordinary tensors of
+the module are moved ahead of it, in the order in which it will come to them, and stock's own
+conversion is given the moved copy; casts and memory formats thus are its own, done on the device.
+Identity, ``requires_grad``, gradients, tied weights, hooks and subclasses are what ``_apply``
+makes of it, as ever.
+
+Left to stock: tensors that are not plain, strided, contiguous, in ordinary CPU memory, or that
+overlap; those below a module with an ``_apply`` of its own, which may change them before it hands
+them on; modules with little to move; torch modes in force; everything that is no move to CUDA.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..config import current
+from ..device import parse_device, torch_target
+from ..dropin.eligibility import check_move, fell_back, report_stock
+from ..errors import Fallback
+from .hook import Hook, Integration
+from .uploads import Uploads, ordinary, worth_it
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["INTEGRATION"]
+
+_log = logging.getLogger("fastst_patch")
+_expected = threading.local()  # .move: what the next `_apply` of this thread shall wrap
+
+
+# ---- the calls ----
+
+
+def _to(original: Any, args: Any, kwargs: Any) -> Any:
+    import torch
+
+    if torch.compiler.is_compiling():
+        return original(*args, **kwargs)
+    try:
+        parsed = _parsed(*args[1:], **kwargs)
+    except Exception:  # stock's to say
+        return original(*args, **kwargs)
+    return _moving(parsed[0], parsed[1], original, args, kwargs)
+
+
+def _parsed(*args: Any, **kwargs: Any) -> Any:
+    """Device, dtype and so on, as the original reads them from its arguments."""
+    import torch
+
+    return torch._C._nn._parse_to(*args, **kwargs)
+
+
+def _cuda(original: Any, args: Any, kwargs: Any) -> Any:
+    import torch
+
+    if torch.compiler.is_compiling():
+        return original(*args, **kwargs)
+    try:
+        named = kwargs.get("device", args[1] if len(args) > 1 else None)
+        found = parse_device(named if type(named) is int else named or "cuda")
+    except Exception:  # stock's to say
+        return original(*args, **kwargs)
+    return _moving(found, None, original, args, kwargs)
+
+
+def _moving(
+    named: torch.device | None, dtype: torch.dtype | None, original: Any, args: Any, kwargs: Any
+) -> Any:
+    """Call the original, and let the `_apply` that it is about to call wrap its conversion."""
+    before = getattr(_expected, "move", None)
+    if named is None or named.type != "cuda":
+        if before is None:
+            return original(*args, **kwargs)
+        move = None  # called by an `_apply` on the way to ours: another move than that one
+    else:
+        move = (named, dtype)
+    try:
+        _expected.move = move
+        return original(*args, **kwargs)
+    finally:
+        _expected.move = before
+
+
+def _apply(original: Any, args: Any, kwargs: Any) -> Any:
+    move = getattr(_expected, "move", None)
+    if move is None:
+        return original(*args, **kwargs)
+    try:
+        module, fn, recurse = _arguments(*args, **kwargs)
+    except TypeError:  # stock's to say
+        return original(*args, **kwargs)
+    if not _is_conversion(fn):
+        return original(*args, **kwargs)
+    _expected.move = None  # the modules below are handed the wrapped conversion
+    doubt: Fallback | None = None
+    uploads: Uploads | None = None
+    try:
+        uploads = _uploads(module, recurse, *move)
+    except Fallback as found:
+        doubt = found
+    except Exception as error:  # before anything was handed out: stock does it all
+        _log.warning("Module.to: left to torch: %s: %s", type(error).__name__, error)
+    if uploads is None:
+        result = original(*args, **kwargs)
+        if doubt is not None:
+            report_stock("Module.to", type(module).__name__, move[0], doubt)
+            fell_back(current(), "Module.to", type(module).__name__, doubt)
+        return result
+    with uploads:
+        return original(module, _ahead_of(fn, uploads), recurse)
+
+
+def _arguments(module: Any, fn: Any, recurse: Any = True) -> tuple[Any, Any, Any]:
+    return module, fn, recurse
+
+
+def _is_conversion(fn: Any) -> bool:
+    """Whether it is what ``to`` or ``cuda`` gives to ``_apply``.
+
+    An ``_apply`` that somebody wrote may call others with other functions on the way.
+    """
+    return (getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)) in _CONVERSIONS
+
+
+# ---- the conversion ----
+
+
+def _uploads(
+    module: torch.nn.Module, recurse: bool, named: torch.device, dtype: torch.dtype | None
+) -> Uploads | None:
+    """The tensors of a module on their way; None where there is too little to move.
+
+    Raises:
+        Doubt: stock does better alone.
+    """
+    config = current()
+    check_move(config)
+    found = ordinary(_in_order(module, recurse))
+    if not found or not worth_it(sum(tensor.nbytes for tensor in found)):
+        return None
+    target = torch_target(named)
+    assert target is not None
+    target.native()
+    uploads = Uploads("Module.to", type(module).__name__, target, config)
+    uploads.expect_all(found, dtype)
+    return uploads
+
+
+def _ahead_of(
+    fn: Callable[[torch.Tensor], torch.Tensor], uploads: Uploads
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Stock's conversion over tensors moved ahead of it."""
+    import torch
+
+    def conversion(t: torch.Tensor) -> torch.Tensor:
+        # Where autograd would record the move it has to see it: a buffer that is a parameter.
+        moved = None if t.requires_grad and torch.is_grad_enabled() else uploads.moved(t)
+        try:
+            result = fn(t if moved is None else moved)
+        except Exception as error:
+            if not uploads.makes_room(error):
+                raise
+        else:
+            if moved is not None and result is not moved:
+                uploads.worked_on()
+            return result
+        del moved
+        return fn(t)  # alone, as stock has it; and what it raises is its own
+
+    return conversion
+
+
+def _in_order(module: torch.nn.Module, recurse: bool) -> Iterator[torch.Tensor | None]:
+    """Tensors of a module in the order in which ``_apply`` comes to them, maybe repeatedly."""
+    if recurse:
+        for child in module.children():
+            if _applies_as_stock(child):
+                yield from _in_order(child, True)
+    for parameter in module._parameters.values():
+        yield parameter
+        if parameter is not None:
+            yield parameter.grad
+    yield from module._buffers.values()
+
+
+def _applies_as_stock(module: torch.nn.Module) -> bool:
+    """Whether no code of others runs between our look at a module's tensors and its turn.
+
+    FSDP exchanges its parameters in there, for one. torch's own layers are known: recurrent
+    ones forget a list of weights and make it anew.
+    """
+    found = getattr(type(module)._apply, "__module__", None) or ""
+    return "_apply" not in module.__dict__ and found.startswith("torch.nn.modules.")
+
+
+_MODULE = "torch.nn.modules.module"
+_CONVERSIONS = {(_MODULE, "Module.to.<locals>.convert"), (_MODULE, "Module.cuda.<locals>.<lambda>")}
+
+INTEGRATION = Integration(
+    "torch.nn.Module.to",
+    "CPU tensors of a module go to CUDA through the pinned ring, in parallel",
+    ("torch", "2.4.0", "2.15.0"),
+    (
+        Hook("torch", _MODULE, "Module.to", _to, ("self",)),
+        Hook("torch", _MODULE, "Module.cuda", _cuda, ("self", "device")),
+        Hook("torch", _MODULE, "Module._apply", _apply, ("self", "fn")),
+    ),
+)

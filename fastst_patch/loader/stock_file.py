@@ -1,0 +1,82 @@
+"""A file that stock safetensors reads, behind the same interface as ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import stock
+from ..config import Config
+from ..dropin import slices
+from ..dtypes import DTYPE_NAMES
+from ..errors import Fallback
+from ..files.base import TensorFile, UnderWay
+from ..layout import FileLayout, described
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["StockFile", "layout_of"]
+
+
+class StockFile(TensorFile):
+    """A file whose tensors stock makes, because of a doubt.
+
+    Attributes:
+        path: of the file.
+    """
+
+    def __init__(
+        self, path: str, layout: FileLayout, config: Config, device: str, doubt: Fallback
+    ) -> None:
+        super().__init__(layout, config)
+        self.path = path
+        self.device = device
+        self.account.path = "stock"
+        self.account.note = doubt.reason
+        self._doubt = doubt
+        self._handle = slices.stock_handle(stock.safe_open, path, device)
+
+    def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
+        """Tensor i, by stock; raises what stock raises."""
+        result: torch.Tensor = self._handle.get_tensor(self.layout.names[i])
+        self.count(1, self.layout.nbytes(i))
+        return result
+
+    def slice(self, i: int) -> Any:
+        """Stock's slice of tensor i."""
+        return self._handle.get_slice(self.layout.names[i])
+
+    def ahead(self, numbers: Sequence[int]) -> UnderWay:
+        """Stock reads nothing ahead: always a Doubt."""
+        raise Fallback(self._doubt.reason)
+
+
+def layout_of(path: str) -> FileLayout:
+    """What the header of a file says that stock has accepted, which therefore is sound.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", None)
+    found = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    return described(
+        [
+            (name, _kind(entry["dtype"]), entry["shape"], end - begin)
+            for name, entry in found
+            for begin, end in [entry["data_offsets"]]
+        ],
+        data_begin=8 + length,
+        metadata=metadata,
+    )
+
+
+def _kind(dtype: str) -> int:
+    try:
+        return DTYPE_NAMES.index(dtype)
+    except ValueError:
+        raise NotImplementedError(f"dtype {dtype!r} is not known to this version") from None

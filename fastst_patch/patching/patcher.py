@@ -1,0 +1,438 @@
+"""What is replaced and put back: which targets there are, and nesting.
+
+A target is a name in safetensors, or an integration, which may replace several names; how is in
+`targets`. Putting back restores only what is still ours.
+
+Activity is counted, not stacked: ``patch()`` marks its targets until ``unpatch()``, and every
+``patched()`` marks its own for as long as it lasts, in any thread and any order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import wrapt
+
+from .. import engine
+from ..config import Options, environment_enabled, environment_targets, pop, push
+from ..dropin import handle
+from ..errors import FallbackWarning, OptionError, warn_caller
+from ..integrations import INTEGRATIONS, Hook
+from ..locks import carried, interrupted
+from .targets import LATER, TESTED, PatchPoint, PatchTarget, sweep, warn_of_untested
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = [
+    "PatchReport",
+    "TargetStatus",
+    "get_original",
+    "is_patched",
+    "patch",
+    "patch_map",
+    "patched",
+    "unpatch",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetStatus:
+    """Where a target stands.
+
+    Attributes:
+        name: dotted name.
+        patched: whether calls reach the fast version now.
+        reason: why not, when they do not.
+        aliases: other names in imported modules that were rebound, as ``module.name``.
+        summary: what the fast version does.
+    """
+
+    name: str
+    patched: bool
+    reason: str | None
+    aliases: tuple[str, ...]
+    summary: str
+
+    @property
+    def later(self) -> bool:
+        """Whether it is patched as soon as its module is imported."""
+        return self.reason is not None and self.reason.endswith(LATER)
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchReport:
+    """What one ``patch()`` did.
+
+    Attributes:
+        targets: status of every known target afterwards, by name.
+        reason: why nothing could be patched at all, or None.
+    """
+
+    targets: Mapping[str, TargetStatus]
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        """One line per target."""
+        if self.reason is not None:
+            return f"fastst_patch: nothing patched: {self.reason}"
+        lines = ["fastst_patch:"]
+        for status in self.targets.values():
+            state = "patched" if status.patched else f"not patched ({status.reason})"
+            if status.later:
+                state = f"when it is imported ({str(status.reason).partition(' ')[0]})"
+            count = len(status.aliases)
+            aliases = f", and under {count} other name{'s'[: count > 1]}" if count else ""
+            lines.append(f"  {status.name}: {state}{aliases}")
+        return "\n".join(lines)
+
+
+def _safetensors(module: str, name: str, summary: str, fast: Any) -> PatchTarget:
+    def settled(original: Any, args: Any, kwargs: Any) -> Any:
+        if _unsettled and not interrupted():
+            _settle()
+        return fast(original, args, kwargs)
+
+    hook = Hook("safetensors", module, name, settled)
+    return PatchTarget(f"{module}.{name}", summary, (PatchPoint(hook),))
+
+
+_TARGETS = {
+    target.name: target
+    for target in (
+        _safetensors(
+            "safetensors",
+            "safe_open",
+            "CPU: zero-copy map, batched tensors, parallel read-ahead; CUDA: pinned ring",
+            lambda original, args, kwargs: handle.safe_open(*args, **kwargs),
+        ),
+        _safetensors(
+            "safetensors",
+            "_safe_open_handle",
+            "the same for file objects",
+            lambda original, args, kwargs: handle.open_handle(
+                original, handle.path_of_file_object, args, kwargs
+            ),
+        ),
+        _safetensors(
+            "safetensors.torch",
+            "load_file",
+            "whole files in one batch, to the CPU or a CUDA device",
+            lambda original, args, kwargs: handle.load_file(*args, **kwargs),
+        ),
+        _safetensors(
+            "safetensors.torch",
+            "load_model",
+            "stock's own code over the fast load_file",
+            lambda original, args, kwargs: handle.load_model(*args, **kwargs),
+        ),
+        *(
+            PatchTarget(
+                found.name, found.summary, tuple(map(PatchPoint, found.hooks)), found.tested
+            )
+            for found in INTEGRATIONS
+        ),
+    )
+}
+
+_lock = carried()
+_permanent: set[str] = set()
+_permanent_options: list[object] = []
+_hooked: set[str] = set()
+_unsettled: set[str] = set()
+_log = logging.getLogger("fastst_patch")
+
+
+def _hook(module_name: str) -> None:
+    """Patch a module's targets when it is imported; hooks stay, so they ask first."""
+    if module_name in _hooked:
+        return
+    _hooked.add(module_name)
+
+    def imported(module: Any) -> None:
+        with _lock:
+            found = [t for t in _TARGETS.values() if t.uses and module_name in t.modules]
+            _install_quietly(found)
+
+    wrapt.register_post_import_hook(imported, module_name)
+
+
+def _install(targets: Sequence[PatchTarget], rebind_aliases: bool) -> None:
+    for target in targets:
+        for module_name in target.modules:
+            if module_name not in sys.modules:
+                _hook(module_name)
+        target.install()
+        if target.unsettled:
+            _unsettled.add(target.name)
+    if rebind_aliases:
+        sweep(place for target in targets if target.missing is None for place in target.places)
+    sweep((place for t in targets if t.missing is not None for place in t.places), back=True)
+
+
+def _install_quietly(targets: Sequence[PatchTarget]) -> None:
+    """Inside an import or a load of the program's, which is not to fail of it."""
+    for target in targets:
+        try:
+            _install([target], True)
+        except Exception as error:  # a warning that is an error here
+            target.missing = f"{type(error).__name__}: {error}"
+            target.remove()
+            sweep(target.places, back=True)
+            _log.warning("%s: not patched: %s", target.name, target.missing)
+
+
+def _settle() -> None:
+    """Patch what was just being imported when it was to be patched, if that is over."""
+    with _lock:
+        names = set(_unsettled)
+        _unsettled.clear()
+        _install_quietly([_TARGETS[name] for name in names if _TARGETS[name].uses])
+
+
+# ---- many ----
+
+
+def _chosen(targets: str | Iterable[str] | None) -> list[str]:
+    source = ""
+    if targets is None:
+        targets, source = environment_targets(), " in FASTST_TARGETS"
+    if targets is None:
+        return list(_TARGETS)
+    if not isinstance(targets, Iterable):
+        raise OptionError(f"option targets={targets!r}: allowed are {', '.join(_TARGETS)}")
+    names = [targets] if isinstance(targets, str) else list(targets)
+    for name in names:
+        if not isinstance(name, str) or name not in _TARGETS:
+            raise OptionError(f"unknown target {name!r}{source}: allowed are {', '.join(_TARGETS)}")
+    return list(dict.fromkeys(names))
+
+
+def _use(names: Iterable[str], rebind_aliases: bool) -> None:
+    used = []
+    try:
+        for name in names:
+            _TARGETS[name].uses += 1
+            used.append(name)
+        _install([_TARGETS[name] for name in used], rebind_aliases)
+    except BaseException:  # a warning that is an error here, or Ctrl-C
+        _drop(used)
+        raise
+
+
+def _drop(names: Iterable[str]) -> None:
+    gone = []
+    for name in names:
+        target = _TARGETS[name]
+        target.uses -= 1
+        if target.uses == 0:
+            target.remove()
+            gone.append(target)
+    sweep((place for target in gone for place in target.places), back=True)
+
+
+def _impossible() -> str | None:
+    if environment_enabled() is False:
+        return "FASTST_ENABLED is 0"
+    return engine.native_error()
+
+
+@functools.cache
+def _say_impossible(reason: str) -> None:
+    if engine.native_error() is not None:  # FASTST_ENABLED=0 is the user's own word
+        warn_caller(f"fastst_patch patches nothing: {reason}", FallbackWarning)
+
+
+def _warn_of_untested_versions() -> None:
+    for package, (oldest, newest) in TESTED.items():
+        warn_of_untested(package, oldest, newest)
+
+
+# ---- public ----
+
+
+def patch(
+    targets: str | Iterable[str] | None = None,
+    *,
+    rebind_aliases: bool = True,
+    **options: Unpack[Options],
+) -> PatchReport:
+    """Make programs that read safetensors use the fast versions, from now on.
+
+    Calling it again adds targets and puts options on top; ``unpatch()`` ends all of it.
+
+    Args:
+        targets: names from ``patch_map()``; all, or those in ``FASTST_TARGETS``, when None.
+        rebind_aliases: also rebind names that modules have imported already.
+        **options: as in ``Config``; in force until ``unpatch()``.
+
+    Raises:
+        OptionError: unknown target, or a bad option; nothing has changed then.
+    """
+    names = _chosen(targets)
+    with _lock:
+        token = push(options)
+        reason = _impossible()
+        if reason is not None:
+            pop(token)
+            _say_impossible(reason)
+            return PatchReport(patch_map(), reason)
+        fresh = [name for name in names if name not in _permanent]
+        try:
+            _warn_of_untested_versions()
+            _use(fresh, rebind_aliases)
+        except BaseException:
+            pop(token)
+            raise
+        _permanent_options.append(token)
+        _permanent.update(fresh)
+        return PatchReport(patch_map())
+
+
+def unpatch() -> None:
+    """End what ``patch()`` did; ``patched()`` blocks still running keep theirs."""
+    with _lock:
+        _drop(_permanent)
+        _permanent.clear()
+        while _permanent_options:
+            pop(_permanent_options.pop())
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: with patched()
+    """Patch for the duration of a ``with`` block, or of a decorated function.
+
+    Process-wide, like ``patch()``; blocks may nest and overlap in any threads. Takes the
+    arguments of ``patch()``, and entering raises what ``patch()`` raises. A decorated coroutine
+    function or generator is patched while its body runs, not only while it is called.
+    """
+
+    def __new__(
+        cls, targets: Any = None, *, rebind_aliases: bool = True, **options: Unpack[Options]
+    ) -> Any:
+        """``@patched`` without parentheses decorates as ``@patched()`` does."""
+        return cls()(targets) if callable(targets) else super().__new__(cls)
+
+    def __init__(
+        self,
+        targets: str | Iterable[str] | None = None,
+        *,
+        rebind_aliases: bool = True,
+        **options: Unpack[Options],
+    ) -> None:
+        self._arguments = (targets, rebind_aliases, options)
+        self._entered: list[tuple[list[str], object]] = []
+
+    def _recreate_cm(self) -> patched:
+        targets, rebind_aliases, options = self._arguments
+        return patched(targets, rebind_aliases=rebind_aliases, **options)
+
+    def __call__(self, function: _F) -> _F:
+        """Decorate a function.
+
+        Raises:
+            TypeError: it is an asynchronous generator; use ``with`` inside it.
+        """
+        if inspect.isasyncgenfunction(function):
+            raise TypeError(f"patched() cannot decorate {function!r}: use `with` inside it")
+        inner: Any
+        if inspect.iscoroutinefunction(function):
+
+            async def inner(*args: Any, **kwargs: Any) -> Any:
+                with self._recreate_cm():
+                    return await function(*args, **kwargs)
+
+        elif inspect.isgeneratorfunction(function):
+
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                with self._recreate_cm():
+                    return (yield from function(*args, **kwargs))
+
+        else:
+            return super().__call__(function)
+        decorated: Any = functools.wraps(function)(inner)
+        return cast(_F, decorated)
+
+    def __enter__(self) -> PatchReport:
+        """Patch; returns what was done."""
+        targets, rebind_aliases, options = self._arguments
+        names = _chosen(targets)
+        with _lock:
+            token = push(options)
+            try:
+                reason = _impossible()
+                if reason is not None:
+                    names = []
+                    _say_impossible(reason)
+                else:
+                    _warn_of_untested_versions()
+                _use(names, rebind_aliases)
+            except BaseException:
+                pop(token)
+                raise
+            self._entered.append((names, token))
+            return PatchReport(patch_map(), reason)
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Put back what this block alone had patched."""
+        with _lock:
+            names, token = self._entered.pop()
+            _drop(names)
+            pop(token)
+
+
+def is_patched(target: str | None = None) -> bool:
+    """Whether a target (any, when None) reaches the fast version now.
+
+    Raises:
+        OptionError: unknown target.
+    """
+    return any(patch_map()[name].patched for name in _chosen_or_all(target))
+
+
+def _chosen_or_all(target: str | None) -> list[str]:
+    return list(_TARGETS) if target is None else _chosen(target)
+
+
+def _status(target: PatchTarget) -> TargetStatus:
+    reason = _reason(target)
+    aliases = tuple(
+        f"{module.__name__}.{name}"
+        for module, name in target.rebound
+        if f"{module.__name__}.{name}" != target.name
+    )
+    return TargetStatus(target.name, reason is None, reason, aliases, target.summary)
+
+
+def _reason(target: PatchTarget) -> str | None:
+    if not target.uses:
+        return _impossible() or "not asked for"
+    return target.why_not()
+
+
+def patch_map() -> Mapping[str, TargetStatus]:
+    """Every target there is, by name, and where it stands."""
+    with _lock:
+        _settle()
+        return types.MappingProxyType({name: _status(target) for name, target in _TARGETS.items()})
+
+
+def get_original(target: str) -> Any:
+    """Stock's own object behind a target, patched or not.
+
+    Raises:
+        OptionError: unknown target.
+        AttributeError: the installed safetensors does not have it.
+    """
+    (name,) = _chosen(target)
+    return _TARGETS[name].original()
