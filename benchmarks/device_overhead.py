@@ -43,7 +43,7 @@ from fastst_patch.bench.checkpoint import (
 from fastst_patch.bench.failures import BenchError
 from fastst_patch.bench.table import with_spread
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+TESTS = Path(__file__).resolve().parent.parent / "tests" / "support"
 TENSORS = 18_867
 
 TARGET_MICROSECONDS = 5.0

@@ -168,7 +168,7 @@ checkpoints() {
 }
 
 fake_driver() {
-    (cd "$root/tests" && "$python" -c '
+    (cd "$root/tests/support" && "$python" -c '
 import sys, pathlib, fake_device
 assert fake_device.build(pathlib.Path(sys.argv[1])), "no compiler"' "$work")
 }
@@ -228,7 +228,7 @@ only_saved=$only only=.
 step checkpoints 300 bash -c checkpoints || exit 1
 only=$only_saved
 if [ "$mode" = rehearse ]; then
-    export REHEARSAL_DRIVER=$work/libfake_cuda.so PYTHONPATH=$root/tests/rehearsal
+    export REHEARSAL_DRIVER=$work/libfake_cuda.so PYTHONPATH=$root/tests/support/rehearsal
 fi
 
 bench dense-dlpack-auto 600 dense -o tensors=dlpack

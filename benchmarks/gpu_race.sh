@@ -86,10 +86,10 @@ f"gpu_race.sh: torch {torch.__version__} sees no usable GPU")' || exit 2
 else
     results=${out:-$work/results}
     say "fake driver"
-    (cd "$root/tests" && "$python" -c '
+    (cd "$root/tests/support" && "$python" -c '
 import sys, pathlib, fake_device
 assert fake_device.build(pathlib.Path(sys.argv[1])), "no compiler"' "$work") || exit 1
-    export REHEARSAL_DRIVER=$work/libfake_cuda.so PYTHONPATH=$root/tests/rehearsal
+    export REHEARSAL_DRIVER=$work/libfake_cuda.so PYTHONPATH=$root/tests/support/rehearsal
 fi
 
 # The race plans with what is left, and keeps a minute for drawing and for being wrong.

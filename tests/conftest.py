@@ -26,6 +26,7 @@ import safetensors
 import safetensors.torch
 import torch
 from fake_fixtures import cuda, fake_driver, moving, pretrained_to_cuda  # noqa: F401 - fixtures
+from places import ROOT
 from ranks import nursery  # noqa: F401 - a fixture
 
 import fastst_patch
@@ -140,8 +141,7 @@ def _installed_copy() -> None:
     assert isinstance(_STOCK.safe_open, type)
     assert _STOCK.safe_open.__name__ == "safe_open"
     if os.environ.get("CI"):
-        checkout = Path(__file__).resolve().parent.parent
-        assert not Path(fastst_patch.__file__).resolve().is_relative_to(checkout)
+        assert not Path(fastst_patch.__file__).resolve().is_relative_to(ROOT)
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from places import ROOT
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(importlib.util.find_spec("fastst_patch").origin).parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from loader_files import of_all_dtypes
 from lock_strikes import LIMIT_S, NOT_RUN, SECTIONS
+from places import SUPPORT
 
 import fastst_patch
 from fastst_patch import engine
@@ -74,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("mode", ["signal", "fork"])
 @pytest.mark.parametrize("scenario", SECTIONS)
 def test_struck_under_every_lock(scenario, mode, folder, fake_driver, tmp_path) -> None:
-    program = Path(__file__).with_name("lock_strikes.py")
+    program = SUPPORT / "lock_strikes.py"
     done = subprocess.run(
         [sys.executable, program, mode, scenario, folder, fake_driver.path],
         capture_output=True,

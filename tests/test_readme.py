@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from places import BENCHMARKS
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "readme_table.py"
+SCRIPT = BENCHMARKS / "readme_table.py"
 
 
 @pytest.fixture(scope="module")

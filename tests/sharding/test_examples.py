@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sharded
 import torch
+from places import EXAMPLES
 
 from fastst_patch import engine
 
@@ -26,7 +27,6 @@ pytestmark = [
     ),
 ]
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 LIMIT_S = 120
 
 

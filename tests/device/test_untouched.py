@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import SUPPORT
 
 # The names under which the engine looks for drivers.
 LIBRARIES = ("libcuda.so.1", "libcufile.so.0", "libamdhip64.so")
@@ -87,5 +88,5 @@ def test_nothing_but_a_device_load_opens_a_driver(
 def test_a_context_only_on_the_device_asked_for(
     fake_driver: Any, sample: str, tmp_path: Path
 ) -> None:
-    here = str(Path(__file__).resolve().parent)
+    here = str(SUPPORT)
     _run(ONE_DEVICE, fake_driver.path, sample, cwd=tmp_path, PYTHONPATH=here)

@@ -171,7 +171,7 @@ def test_patched_before_torch_is_imported(tmp_path) -> None:
 
 def test_real_runtime_without_a_device() -> None:
     if torch.cuda.is_available():
-        pytest.skip("this machine has a device: tests/test_cuda.py")
+        pytest.skip("this machine has a device: tests/device/test_real.py")
     module = nn.Linear(3, 3)
     with pytest.raises((AssertionError, RuntimeError)) as stock_error:
         STOCK_TO(copy.deepcopy(module), "cuda")

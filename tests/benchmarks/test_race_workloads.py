@@ -8,14 +8,12 @@ import json
 import sys
 from collections import Counter
 from math import prod
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from fastst_patch.bench.checkpoint_files import describe
 from fastst_patch.bench.failures import BenchError, UsageError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 if not (ROOT / "benchmarks" / "race").is_dir():
     pytest.skip("no benchmarks beside these tests", allow_module_level=True)

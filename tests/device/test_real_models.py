@@ -1,7 +1,7 @@
 """Models on a real device, through the integrations, against stock's.
 
-Run by ``pytest -m cuda`` where torch sees a GPU, and skipped elsewhere; test_module_to.py,
-test_from_pretrained.py and test_diffusers_device.py prove the logic over the fake driver.
+Run by ``pytest -m cuda`` where torch sees a GPU, and skipped elsewhere; the tests of
+integrations prove the logic over the fake driver.
 """
 
 from __future__ import annotations

@@ -20,11 +20,10 @@ from typing import Any
 
 import pytest
 import torch
+from places import NATIVE_TESTS
 
 from fastst_patch import device, engine, stock
 from fastst_patch.dropin import slices
-
-SOURCES = Path(__file__).resolve().parent.parent / "native" / "tests"
 
 
 def build(folder: Path) -> Path | None:
@@ -34,7 +33,7 @@ def build(folder: Path) -> Path | None:
         return None
     library = folder / "libfake_cuda.so"
     flags = ["-std=c11", "-g", "-O1", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden"]
-    sources = sorted(str(path) for path in SOURCES.glob("fake_*.c"))
+    sources = sorted(str(path) for path in NATIVE_TESTS.glob("fake_*.c"))
     subprocess.run([compiler, *flags, *sources, "-o", str(library)], check=True)
     return library
 

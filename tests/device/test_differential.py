@@ -13,9 +13,9 @@ from typing import Any
 import fake_device
 import pytest
 import torch
+from generated_files import BITS, LOADABLE, File, files
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_differential import BITS, LOADABLE, File, files
 
 import fastst_patch
 from fastst_patch import engine

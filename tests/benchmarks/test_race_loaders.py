@@ -20,12 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 import fastst_patch
 from fastst_patch import engine
 from fastst_patch.bench import hardware
-
-ROOT = Path(__file__).resolve().parent.parent
 
 if not (ROOT / "benchmarks" / "race").is_dir():
     pytest.skip("no benchmarks beside these tests", allow_module_level=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import SUPPORT
 from safetensors.torch import save_file
 
 from fastst_patch import engine
@@ -37,7 +38,7 @@ def test_the_fake_driver_takes_part_in_every_process(tmp_path: Path, first: str)
         pytest.skip("needs a C compiler, to build the fake device driver")
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.arange(3)}, path)
-    folder = Path(__file__).resolve().parent / "rehearsal"
+    folder = SUPPORT / "rehearsal"
     told = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(first=first), str(path)],
         env=os.environ | {"PYTHONPATH": str(folder), "REHEARSAL_DRIVER": str(library)},

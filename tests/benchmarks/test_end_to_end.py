@@ -12,14 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from places import BENCHMARKS
 
 import fastst_patch
 from fastst_patch import engine
 from fastst_patch.bench import guarded, hardware, residency
 from fastst_patch.bench.failures import UsageError
 from fastst_patch.report import LoadReport
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 if engine.native_error() is not None:
     pytest.skip("no native extension", allow_module_level=True)

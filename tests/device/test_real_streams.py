@@ -1,4 +1,4 @@
-"""Several streams, and graphs, on a real device: what test_device_streams.py shows over the fake.
+"""Several streams, and graphs, on a real device: what test_streams.py shows over the fake.
 
 Run by ``pytest -m cuda`` where torch sees a GPU, and skipped elsewhere. The current stream is kept
 busy by a kernel that only waits, so that what nobody waits for is certain to come too late.

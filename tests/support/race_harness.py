@@ -10,12 +10,11 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+from places import ROOT
 
 from fastst_patch import engine
 from fastst_patch.bench import hardware, residency
 from fastst_patch.bench.checkpoint import transformer_specs, write_checkpoint
-
-ROOT = Path(__file__).resolve().parent.parent
 
 if engine.native_error() is not None:
     pytest.skip("no native extension", allow_module_level=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import SUPPORT
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
 
@@ -31,7 +32,7 @@ pytestmark = [
 ]
 
 WORLD = 2
-RANKS = Path(__file__).resolve().with_name("tp_ranks.py")
+RANKS = SUPPORT / "tp_ranks.py"
 
 EXPERTS = {"tp_plan": "auto", "tp_size": 2, "enable_expert_parallel": True}
 

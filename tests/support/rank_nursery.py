@@ -1,7 +1,7 @@
 """Ranks of a process group that start in milliseconds: forks of a process that imported torch.
 
-``python tests/rank_nursery.py`` reads one job as a line of JSON from stdin, forks its ranks, waits
-for them until a deadline and prints what they did as a line of JSON. A rank runs a list of cases,
+``python rank_nursery.py`` reads one job as a line of JSON from stdin, forks its ranks, waits for
+them until a deadline and prints what they did as a line of JSON. A rank runs a list of cases,
 functions ``case(rank, **arguments)`` of the modules ``cases_*``; what they return or raise is
 judged by pytest, whose side of this is ranks.py. Nothing of the engine or of gloo is started
 before the fork.

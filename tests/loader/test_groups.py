@@ -7,13 +7,13 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from loader_files import bits
+from places import SUPPORT
 
 from fastst_patch import ParallelLoader, SafeTensorsFileLoader, fastsafe_open, sharding
 from fastst_patch.config import Config
@@ -285,7 +285,7 @@ def test_two_ranks(tmp_path, raw) -> None:
     script.write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc-per-node", "2", str(script), *paths]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
     )

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import fake_device
 import pytest
 import torch
+from places import SUPPORT
 
 import fastst_patch
 from fastst_patch import engine
@@ -221,7 +221,7 @@ raise ValueError""",
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_end_of_the_process(fake_driver, path, tmp_path, ending, kind) -> None:
     script = _SCRIPT.format(
-        tests=str(Path(__file__).parent),
+        tests=str(SUPPORT),
         library=fake_driver.path,
         kind=kind,
         path=path,
