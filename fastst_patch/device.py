@@ -43,7 +43,7 @@ _MORE = 16  # Bytes that were right say little of so many times more.
 class Runtime:
     """CUDA, or ROCm behind the same names, through torch. Nothing is touched before it is used."""
 
-    def doubt(self, ordinal: int) -> str | None:
+    def fallback(self, ordinal: int) -> str | None:
         """Why a device cannot be used in this process now; None when it can."""
         import torch
 
@@ -172,13 +172,17 @@ class Device:
         self.runtime = runtime
 
     def check(self) -> None:
-        """Doubt unless the device can be used in this process now."""
-        why = _refused.get(self.ordinal) or self.runtime.doubt(self.ordinal)
+        """Raise Fallback unless the device can be used in this process now."""
+        why = _refused.get(self.ordinal) or self.runtime.fallback(self.ordinal)
         if why is not None:
             raise Fallback(why)
 
     def native(self) -> engine.DeviceHandle:
-        """The engine's device, opened on first use in the process. Doubt when it cannot be."""
+        """The engine's device, opened on first use in the process.
+
+        Raises:
+            Fallback: it cannot be opened.
+        """
         key = (id(self.runtime), self.ordinal)
         found = _opened.get(key)
         if found is None:
@@ -216,7 +220,7 @@ class Device:
 
         Raises:
             torch.OutOfMemoryError: there is no memory for it.
-            Doubt: the device's driver failed.
+            Fallback: the device's driver failed.
         """
         try:
             result = self.runtime.copy(view, self.ordinal)
@@ -237,7 +241,7 @@ def target(device: object) -> Device | None:
     """The device that a caller's argument means, as stock reads it; None for the CPU.
 
     Raises:
-        Doubt: it is another kind of device, cannot be used now, or stock must say what is wrong.
+        Fallback: it is another kind of device, cannot be used now, or stock must say what is wrong.
     """
     if device is None or (type(device) is str and device == "cpu"):
         return None
@@ -272,7 +276,7 @@ def torch_target(named: torch.device) -> Device | None:
     """The device that torch's own ``.to`` would move to; None unless it is a CUDA device.
 
     Raises:
-        Doubt: it cannot be used now.
+        Fallback: it cannot be used now.
     """
     if named.type != "cuda":
         return None
@@ -327,7 +331,7 @@ def prove(found: Device, arena: engine.Arena, file: engine.File, sample: Sample 
         sample: of the load.
 
     Raises:
-        Doubt: it differs. From then on everything for that device goes to stock.
+        Fallback: it differs. From then on everything for that device goes to stock.
     """
     if sample is None or not found.wants(sample.nbytes):
         return

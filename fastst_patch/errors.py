@@ -81,16 +81,16 @@ class Fallback(Exception):  # noqa: N818 - internal control flow, not an error
 
     @classmethod
     def alone(cls, error: Exception) -> Fallback:
-        """A Doubt, or another exception as one, without what it keeps alive.
+        """A Fallback, or another exception as one, without what it keeps alive.
 
         Stock is asked after the ``except`` block: memory that we held is free by then, and
         what stock raises has nothing of ours in its context.
         """
         if isinstance(error, Fallback):
-            doubt = error
+            fallback = error
         elif isinstance(error, MemoryError):
-            doubt = cls(f"not enough memory: {error}")
+            fallback = cls(f"not enough memory: {error}")
         else:
-            doubt = cls(f"{type(error).__name__}: {error}")
-        doubt.__cause__ = doubt.__context__ = None
-        return doubt.with_traceback(None)
+            fallback = cls(f"{type(error).__name__}: {error}")
+        fallback.__cause__ = fallback.__context__ = None
+        return fallback.with_traceback(None)

@@ -186,7 +186,7 @@ def check(layout: FileLayout, i: int | None = None) -> None:
     """Make sure that this torch can hold tensor i, or every tensor of a file.
 
     Raises:
-        Doubt: it cannot, or stock refuses the tensor.
+        Fallback: it cannot, or stock refuses the tensor.
     """
     used = layout.dtypes if i is None else 1 << layout.dtype(i)
     if not _dtypes().all_loadable(used):
@@ -213,7 +213,7 @@ def import_batch(
         offsets: where each begins in the arena; at its file offset when None.
 
     Raises:
-        Doubt: torch refused one.
+        Fallback: torch refused one.
     """
     dtypes = _dtypes()
     result: list[torch.Tensor] = engine.import_tensors(

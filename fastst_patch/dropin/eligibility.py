@@ -44,7 +44,7 @@ _TORCH = ("pt", "torch", "pytorch")
 
 
 def path_of(filename: object) -> str:
-    """The path that a caller's file name means; Doubt when it is none that we know."""
+    """The path that a caller's file name means; Raise Fallback when it is none that we know."""
     if type(filename) is str:
         return filename
     try:
@@ -57,7 +57,11 @@ def path_of(filename: object) -> str:
 
 
 def check_call(framework: object, device: object, backend: object) -> Device | None:
-    """Doubt unless the call is for torch tensors, made now, from a map; the device, if any."""
+    """The device that a call for torch tensors names, if any.
+
+    Raises:
+        Fallback: the call wants something else, or a torch mode is in force.
+    """
     error = engine.native_error()
     if error is not None:
         raise Fallback(error)
@@ -72,7 +76,7 @@ def check_call(framework: object, device: object, backend: object) -> Device | N
 
 
 def check_descriptors() -> None:
-    """Doubt when our handles already hold a quarter of the descriptors allowed.
+    """Raise Fallback when our handles already hold a quarter of the descriptors allowed.
 
     Stock's hold none once they are open, and programs rely on that: they open every shard of
     a model and close none.
@@ -85,7 +89,7 @@ def check_descriptors() -> None:
 
 
 def check_move(config: Config) -> None:
-    """Doubt unless an integration may move tensors to a device in its library's place."""
+    """Raise Fallback unless an integration may move tensors to a device in its library's place."""
     if config.verify:
         raise Fallback("verify is on, and moves to a device are then stock's")
     if not tensors.ordinary_mode():
@@ -97,7 +101,7 @@ class SmallFile(Fallback):
 
 
 def open_fast(path: str, config: Config, target: Device | None) -> OpenedFile:
-    """Open a file whose header is certainly fine; Doubt on everything else.
+    """Open a file whose header is certainly fine; Raise Fallback on everything else.
 
     Args:
         path: of the file.
@@ -113,7 +117,7 @@ def open_fast(path: str, config: Config, target: Device | None) -> OpenedFile:
 
 
 def check_size(path: str, config: Config) -> None:
-    """Doubt when a file is so small that it goes to stock."""
+    """Raise Fallback when a file is so small that it goes to stock."""
     limit = config.small_file_bytes
     if limit:
         try:
@@ -130,7 +134,7 @@ def opened_for(
     """An open file on its way to where a target says, with an account of its own.
 
     Raises:
-        Doubt: the options leave it to stock.
+        Fallback: the options leave it to stock.
     """
     if target is None:
         return HostFile(file, layout, config)

@@ -61,14 +61,14 @@ def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     try:
         path, opened, result = _fast_load_file(config, args, kwargs)
     except Fallback as error:
-        doubt = Fallback.alone(error)
+        fallback = Fallback.alone(error)
     else:
         opened.account.seconds = time.perf_counter() - started
         opened.account.emit("load_file", path, opened.device)
         if config.verify:
             return verified(config, path, result, stock.load_file(*args, **kwargs))
         return result
-    return _stock_load_file(config, started, doubt, args, kwargs)
+    return _stock_load_file(config, started, fallback, args, kwargs)
 
 
 def _fast_load_file(
@@ -96,16 +96,16 @@ def _load_opened(opened: OpenedFile) -> dict[str, torch.Tensor]:
 
 
 def _stock_load_file(
-    config: Config, started: float, doubt: Fallback, args: Any, kwargs: Any
+    config: Config, started: float, fallback: Fallback, args: Any, kwargs: Any
 ) -> dict[str, torch.Tensor]:
     result: dict[str, torch.Tensor] = stock.load_file(*args, **kwargs)
     filename = args[0] if args else kwargs.get("filename")
-    fell_back(config, "load_file", str(filename), doubt)
+    fell_back(config, "load_file", str(filename), fallback)
     device = args[1] if len(args) > 1 else kwargs.get("device", "cpu")
-    nbytes = 0 if isinstance(doubt, SmallFile) else sum(t.nbytes for t in result.values())
+    nbytes = 0 if isinstance(fallback, SmallFile) else sum(t.nbytes for t in result.values())
     seconds = time.perf_counter() - started
     report_stock(
-        "load_file", filename, device, doubt, bytes=nbytes, tensors=len(result), seconds=seconds
+        "load_file", filename, device, fallback, bytes=nbytes, tensors=len(result), seconds=seconds
     )
     return result
 
@@ -129,7 +129,7 @@ def open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any
     """A fast handle where it equals stock's, else stock's own.
 
     Args:
-        stock_class: ``safe_open`` or ``_safe_open_handle``, called on any doubt.
+        stock_class: ``safe_open`` or ``_safe_open_handle``, called for a fallback.
         find_path: from their first argument to a path.
         args: as the caller gave them.
         kwargs: as the caller gave them.
@@ -149,10 +149,10 @@ def open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any
         check_descriptors()
         return FastHandle(stock_class, open_fast(path, config, target), started)
     except Fallback as error:
-        doubt = Fallback.alone(error)
+        fallback = Fallback.alone(error)
     handle = stock.call(stock_class, args, kwargs)
-    fell_back(config, "safe_open", str(filename), doubt)
-    report_stock("safe_open", filename, device, doubt, seconds=time.perf_counter() - started)
+    fell_back(config, "safe_open", str(filename), fallback)
+    report_stock("safe_open", filename, device, fallback, seconds=time.perf_counter() - started)
     return handle
 
 
@@ -245,12 +245,12 @@ class FastHandle:
             with opened.account:
                 result = opened.tensor(i)
         except (Fallback, MemoryError) as error:
-            doubt = Fallback.alone(error)
+            fallback = Fallback.alone(error)
         else:
             if opened.config.verify:
                 return self._verified_tensor(opened, result, args, kwargs)
             return result
-        return self._left_to_stock("get_tensor", doubt, args, kwargs)
+        return self._left_to_stock("get_tensor", fallback, args, kwargs)
 
     def get_slice(self, *args: Any, **kwargs: Any) -> Any:
         """A view that reads when indexed."""
@@ -282,12 +282,12 @@ class FastHandle:
         if opened is not None:
             opened.account.emit("safe_open", opened.file.path, opened.device)
 
-    def _left_to_stock(self, method: str, doubt: Fallback, args: Any, kwargs: Any) -> Any:
+    def _left_to_stock(self, method: str, fallback: Fallback, args: Any, kwargs: Any) -> Any:
         opened = self._opened
         result = getattr(self._stock(), method)(*args, **kwargs)
         if opened is not None:
-            opened.account.note = doubt.reason
-            fell_back(opened.config, method, opened.file.path, doubt)
+            opened.account.note = fallback.reason
+            fell_back(opened.config, method, opened.file.path, fallback)
         return result
 
     def _verified_tensor(self, opened: OpenedFile, ours: Any, args: Any, kwargs: Any) -> Any:
@@ -333,13 +333,13 @@ def _get_tensors(self: FastHandle, *args: Any, **kwargs: Any) -> Any:
         with opened.account:
             result = opened.all_tensors()
     except (Fallback, MemoryError) as error:
-        doubt = Fallback.alone(error)
+        fallback = Fallback.alone(error)
     else:
         if not opened.config.verify:
             return result
         theirs = self._stock().get_tensors(*args, **kwargs)
         return verified(opened.config, opened.file.path, result, theirs)
-    return self._left_to_stock("get_tensors", doubt, args, kwargs)
+    return self._left_to_stock("get_tensors", fallback, args, kwargs)
 
 
 # Methods that came with later versions exist on our handle when they exist on stock's.

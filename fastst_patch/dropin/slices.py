@@ -93,10 +93,10 @@ class FastSlice:
             with opened.account:
                 result = self._indexed(opened, index)
         except (Fallback, MemoryError) as error:
-            doubt = Fallback.alone(error)
+            fallback = Fallback.alone(error)
         else:
             return self._verified(result, index) if opened.config.verify else result
-        return self._left_to_stock(doubt, index)
+        return self._left_to_stock(fallback, index)
 
     def _indexed(self, opened: OpenedFile, index: Any) -> torch.Tensor:
         shape = opened.layout.shape(self._i)
@@ -117,11 +117,11 @@ class FastSlice:
         complain(self._opened.config, self._opened.file.path, f"a slice of {name!r}")
         return theirs
 
-    def _left_to_stock(self, doubt: Fallback, index: Any) -> Any:
+    def _left_to_stock(self, fallback: Fallback, index: Any) -> Any:
         opened = self._opened
         result = self._stock()[index]
-        opened.account.note = doubt.reason
-        fell_back(opened.config, "get_slice", opened.file.path, doubt)
+        opened.account.note = fallback.reason
+        fell_back(opened.config, "get_slice", opened.file.path, fallback)
         return result
 
 

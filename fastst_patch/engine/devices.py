@@ -48,7 +48,7 @@ def open_device(ordinal: int, *, kind: str = "cuda", library: str | None = None)
         library: path of a driver library; the usual one when None.
 
     Raises:
-        Doubt: there is no such library or device, or the process has forked since.
+        Fallback: there is no such library or device, or the process has forked since.
     """
     kinds = {"cuda": lib.FST_GPU_CUDA, "hip": lib.FST_GPU_HIP}
     out, err = ffi.new("fst_device **"), ffi.new("fst_error *")
@@ -69,7 +69,7 @@ def device_info(device: DeviceHandle) -> DeviceInfo:
     """What the driver says of a device now.
 
     Raises:
-        Doubt: the driver failed.
+        Fallback: the driver failed.
     """
     out, err = ffi.new("fst_device_info *"), ffi.new("fst_error *")
     if lib.fst_device_get_info(device.handle, out, err):
@@ -89,7 +89,7 @@ def compare(
     """Read landed bytes back from a device: whether they equal the file's.
 
     Raises:
-        Doubt: the driver failed.
+        Fallback: the driver failed.
         OSError, MemoryError, SafetensorError: the file could not be read.
     """
     equal, err = ffi.new("int32_t *"), ffi.new("fst_error *")

@@ -79,7 +79,7 @@ def import_tensors(
         offsets: where each begins in the arena; as in the file when None.
 
     Raises:
-        Doubt: this torch cannot hold one of the dtypes.
+        Fallback: this torch cannot hold one of the dtypes.
         MemoryError: no memory to describe them.
     """
     result: list[Any] = []

@@ -194,7 +194,7 @@ def read(
         to: the device whose memory the arena is; None when it is the host's.
 
     Raises:
-        Doubt: the device's driver failed.
+        Fallback: the device's driver failed.
     """
     options = ffi.new(
         "fst_job_options *",
@@ -232,7 +232,7 @@ def upload(
         keep: who owns the memory, which must not change meanwhile; kept as long as the job.
 
     Raises:
-        Doubt: the device's driver failed.
+        Fallback: the device's driver failed.
     """
     options = ffi.new(
         "fst_job_options *", [ffi.sizeof("fst_job_options"), threads, chunk_bytes, 0, 0, 0]

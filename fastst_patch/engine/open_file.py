@@ -56,7 +56,7 @@ def open_file(path: str) -> File:
     """Open a regular file for reading.
 
     Raises:
-        Doubt: it is not a regular file, or its path is not UTF-8.
+        Fallback: it is not a regular file, or its path is not UTF-8.
         OSError: it cannot be opened.
     """
     out, info, err = place_for("file"), ffi.new("fst_file_info *"), ffi.new("fst_error *")
@@ -78,7 +78,7 @@ def read_layout(file: File) -> FileLayout:
     """Read, parse and validate a file's header.
 
     Raises:
-        Doubt: stock might see it differently; ask stock.
+        Fallback: stock might see it differently; ask stock.
         OSError, MemoryError: reading it failed.
     """
     cached = _layouts.get(file.key)
@@ -149,7 +149,7 @@ def parse_header(header: bytes, file_bytes: int) -> FileLayout:
     """Parse a header that is already in memory, without its length (probes and tests).
 
     Raises:
-        Doubt: stock might see it differently.
+        Fallback: stock might see it differently.
     """
     out, view, err = place_for("layout"), ffi.new("fst_layout_view *"), ffi.new("fst_error *")
     if lib.fst_layout_parse(header, len(header), file_bytes, out, view, err):
@@ -177,7 +177,7 @@ def residency(path: str) -> Residency:
 
     Raises:
         OSError: the file cannot be opened.
-        Doubt: it is not a regular file.
+        Fallback: it is not a regular file.
     """
     file = open_file(os.fspath(path))
     resident, probe = file.residency(0, file.size)

@@ -34,7 +34,7 @@ def open_checked(path: str) -> tuple[engine.File, FileLayout]:
     """Open a file and validate its header.
 
     Raises:
-        Doubt: stock must look at it.
+        Fallback: stock must look at it.
         OSError, MemoryError: it cannot be read; stock says so in its own words.
     """
     file = engine.open_file(path)
@@ -76,7 +76,7 @@ class TensorFile(abc.ABC):
         """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
 
         Raises:
-            Doubt: stock must do it.
+            Fallback: stock must do it.
             OSError, MemoryError, SafetensorError: its bytes could not be read.
         """
 
@@ -143,7 +143,7 @@ class OpenedFile(TensorFile):
             segments: flat 64-bit triples (file offset, bytes, arena offset), by file offset.
 
         Raises:
-            Doubt: the device's driver failed.
+            Fallback: the device's driver failed.
         """
 
     @abc.abstractmethod

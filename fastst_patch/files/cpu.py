@@ -88,7 +88,7 @@ class HostFile(OpenedFile):
         """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
 
         Raises:
-            Doubt: stock must do it.
+            Fallback: stock must do it.
             OSError, MemoryError, SafetensorError: its bytes could not be read.
         """
         result = self._made(i, for_slice)
@@ -146,7 +146,7 @@ class HostFile(OpenedFile):
         Mapped ones are made at once, and workers read ahead what is not cached of them.
 
         Raises:
-            Doubt: stock must do it, or a torch mode is in force: then they are made one by one.
+            Fallback: stock must do it, or a torch mode is in force: then they are made one by one.
             OSError, MemoryError: there is no map, or no memory.
         """
         tensors.check(self.layout)

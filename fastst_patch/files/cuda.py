@@ -108,7 +108,7 @@ class DeviceFile(OpenedFile):
         """Tensor i on the device, usable on any stream.
 
         Raises:
-            Doubt: stock must do it.
+            Fallback: stock must do it.
             OSError, MemoryError, SafetensorError: its bytes could not be read.
         """
         self.check(i)
@@ -233,14 +233,14 @@ class DeviceFile(OpenedFile):
             return self._target.copy(result)
 
     def check(self, i: int | None = None) -> None:
-        """Doubt unless tensor i, or any, may be moved now."""
+        """Raise Fallback unless tensor i, or any, may be moved now."""
         self._target.check()
         tensors.check(self.layout, i)
         if not tensors.ordinary_mode():
             raise Fallback("a torch mode or default device is in force")
 
     def failed(self, error: BaseException, trace: Any) -> None:
-        """Let go of the device's memory; being out of it is a Doubt.
+        """Let go of the device's memory; being out of it is a Fallback.
 
         Stock loads tensor by tensor, which may still fit; if not, the exception is torch's own.
         """
@@ -392,7 +392,7 @@ class DeviceFile(OpenedFile):
         Or used since on no other stream than the one on which torch would allocate now.
 
         Raises:
-            Doubt: the device's driver failed.
+            Fallback: the device's driver failed.
         """
         pinned = PINNED if self.config.pinned_bytes is None else self.config.pinned_bytes
         return engine.read(

@@ -89,9 +89,9 @@ def _ahead(
             return None
         for target in targets.values():
             target.native()
-    except Fallback as doubt:
-        report_stock("diffusers", name, "cuda", doubt)
-        fell_back(config, "diffusers", name, doubt)
+    except Fallback as fallback:
+        report_stock("diffusers", name, "cuda", fallback)
+        fell_back(config, "diffusers", name, fallback)
         return None
     ahead = _Ahead(state_dict)
     for device, found in wanted.items():

@@ -121,7 +121,7 @@ class Shards:
             transformers' threads make it.
 
         Raises:
-            Doubt: this torch or stock lacks the dtype.
+            Fallback: this torch or stock lacks the dtype.
             MemoryError, OSError: the map was refused.
         """
         if not (_is_mapped(opened) and tensors.ordinary_mode()):

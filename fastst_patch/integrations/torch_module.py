@@ -99,19 +99,19 @@ def _apply(original: Any, args: Any, kwargs: Any) -> Any:
     if not _is_conversion(fn):
         return original(*args, **kwargs)
     _expected.move = None  # the modules below are handed the wrapped conversion
-    doubt: Fallback | None = None
+    fallback: Fallback | None = None
     uploads: Uploads | None = None
     try:
         uploads = _uploads(module, recurse, *move)
     except Fallback as found:
-        doubt = found
+        fallback = found
     except Exception as error:  # before anything was handed out: stock does it all
         _log.warning("Module.to: left to torch: %s: %s", type(error).__name__, error)
     if uploads is None:
         result = original(*args, **kwargs)
-        if doubt is not None:
-            report_stock("Module.to", type(module).__name__, move[0], doubt)
-            fell_back(current(), "Module.to", type(module).__name__, doubt)
+        if fallback is not None:
+            report_stock("Module.to", type(module).__name__, move[0], fallback)
+            fell_back(current(), "Module.to", type(module).__name__, fallback)
         return result
     with uploads:
         return original(module, _ahead_of(fn, uploads), recurse)
@@ -138,7 +138,7 @@ def _uploads(
     """The tensors of a module on their way; None where there is too little to move.
 
     Raises:
-        Doubt: stock does better alone.
+        Fallback: stock does better alone.
     """
     config = current()
     check_move(config)

@@ -328,9 +328,9 @@ class _Load:
             check_move(opened.config)  # transformers' threads are in no mode: then all is theirs
             target.native()
             return _File(opened, target)
-        except Fallback as doubt:
-            opened.account.note = doubt.reason
-            fell_back(opened.config, "from_pretrained", opened.file.path, doubt)
+        except Fallback as fallback:
+            opened.account.note = fallback.reason
+            fell_back(opened.config, "from_pretrained", opened.file.path, fallback)
         except (RuntimeError, TypeError):  # no device that torch knows: stock's to say
             pass
         return None
@@ -392,9 +392,9 @@ class _Load:
         except (OSError, SafetensorError):
             raise  # its bytes cannot be read
         except Exception as error:
-            doubt = Fallback.alone(error)
+            fallback = Fallback.alone(error)
         del tensor
-        file.moving.account.note = file.moving.account.note or doubt.reason
+        file.moving.account.note = file.moving.account.note or fallback.reason
         try:
             result = by_stock(stock)
         except Exception as error:
@@ -404,14 +404,14 @@ class _Load:
         if result is None:  # what was read ahead may be what is in the way
             make_room()
             result = by_stock(stock)
-        fell_back(file.moving.config, "from_pretrained", file.moving.file.path, doubt)
+        fell_back(file.moving.config, "from_pretrained", file.moving.file.path, fallback)
         return result
 
-    def failed(self, doubt: Fallback) -> None:
+    def failed(self, fallback: Fallback) -> None:
         """Something of ours broke before anything was handed out: tell, once."""
         if not self._failed:
             self._failed = True
-            _log.warning("from_pretrained: left to transformers: %s", doubt.reason)
+            _log.warning("from_pretrained: left to transformers: %s", fallback.reason)
 
     def end(self, failed: bool) -> None:
         """Let go of what was not taken, and tell.

@@ -113,7 +113,7 @@ class Uploads:
         self._config = config
         self._started = time.perf_counter()
         self._account = Account()
-        self._doubt: Fallback | None = None
+        self._fallback: Fallback | None = None
         self._stream = Stream(config.device_memory_budget)
         start = functools.partial(Upload, target=target, config=config)
         self._lanes = [Lane(cast, start, passing=cast) for cast in (False, True)]
@@ -150,8 +150,8 @@ class Uploads:
         try:
             moved = self._stream.take(ticket)
         except Exception as error:
-            doubt = Fallback.alone(error)  # always: its traceback holds what we held
-            self._doubt = self._doubt or doubt
+            fallback = Fallback.alone(error)  # always: its traceback holds what we held
+            self._fallback = self._fallback or fallback
             return None
         self._account.tensors += 1
         self._account.bytes += moved.nbytes
@@ -165,7 +165,9 @@ class Uploads:
         if not self._target.runtime.is_out_of_memory(error):
             return False
         traceback.clear_frames(error.__traceback__)  # they hold what was moved
-        self._doubt = self._doubt or Fallback(f"not enough memory on {self._target.name} beside it")
+        self._fallback = self._fallback or Fallback(
+            f"not enough memory on {self._target.name} beside it"
+        )
         self.drop()
         return True
 
@@ -197,10 +199,10 @@ class Uploads:
         account = self._account
         account.path = "upload" if account.tensors else "stock"
         account.seconds = time.perf_counter() - self._started
-        account.note = self._doubt.reason if self._doubt else None
+        account.note = self._fallback.reason if self._fallback else None
         account.emit(self._call, self._name, self._target.name)
-        if self._doubt is not None and error is None:  # else stock's error is what matters
-            fell_back(self._config, self._call, self._name, self._doubt)
+        if self._fallback is not None and error is None:  # else stock's error is what matters
+            fell_back(self._config, self._call, self._name, self._fallback)
 
 
 def _run_of(t: torch.Tensor) -> tuple[int, list[tuple[int, int]]]:
@@ -264,7 +266,7 @@ class Upload:
         config: for threads, chunks and pinned memory.
 
     Raises:
-        Doubt: the device has not enough memory, or its driver failed.
+        Fallback: the device has not enough memory, or its driver failed.
     """
 
     def __init__(
@@ -309,7 +311,7 @@ class Upload:
         """The copy of a source, usable on any stream.
 
         Raises:
-            Doubt: the device failed, or bytes came out wrong.
+            Fallback: the device failed, or bytes came out wrong.
         """
         _, result = self._made.pop(id(source))
         self._job.wait_until(_end(source))

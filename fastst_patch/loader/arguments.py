@@ -47,7 +47,7 @@ class Settings:
     Attributes:
         device: where tensors go, as torch names it; a CUDA device with its number.
         target: the same for the engine; None for the CPU, and where stock has to do it.
-        doubt: why stock has to do it.
+        fallback: why stock has to do it.
         config: options for the files.
         note: what was asked for and cannot be had.
     """
@@ -68,7 +68,7 @@ class Settings:
                 f"framework={framework!r}: allowed are {', '.join(_FRAMEWORKS)};"
                 " other frameworks are fastsafetensors' own"
             )
-        self.doubt: Fallback | None = None
+        self.fallback: Fallback | None = None
         self.target: Device | None = None
         self.note: str | None = None
         named = device_named(device)
@@ -76,14 +76,14 @@ class Settings:
         if named.type == "cuda":
             self._find_target(named)
         elif named.type != "cpu":
-            self.doubt = Fallback(f"device {self.device!r} is not accelerated")
+            self.fallback = Fallback(f"device {self.device!r} is not accelerated")
         self.config = self._config(bbuf_size_kb, max_threads, nogds, use_fgds, options or {})
 
     def _find_target(self, named: torch.device) -> None:
         try:
             self.target = torch_target(named)
         except Fallback as error:
-            self.doubt = Fallback.alone(error)
+            self.fallback = Fallback.alone(error)
         if self.target is not None:
             self.device = self.target.name
             return

@@ -35,14 +35,14 @@ class Entry:
         rank: that reads it.
         layout: what is in it.
         file: open; None when stock has to read it.
-        doubt: why.
+        fallback: why.
     """
 
     path: str
     rank: int
     layout: FileLayout
     file: engine.File | None
-    doubt: Fallback | None
+    fallback: Fallback | None
 
     def opened(
         self, call: str, config: Config, target: Device | None, device: str, note: str | None
@@ -56,20 +56,20 @@ class Entry:
             device: for stock.
             note: for its report.
         """
-        doubt = self.doubt
+        fallback = self.fallback
         if self.file is not None:
             try:
                 made = opened_for(self.file, self.layout, config, target)
                 made.account.note = note
                 return made
             except Fallback as error:
-                doubt = Fallback.alone(error)
-        assert doubt is not None
+                fallback = Fallback.alone(error)
+        assert fallback is not None
         try:
-            left = StockFile(self.path, self.layout, config, device, doubt)
+            left = StockFile(self.path, self.layout, config, device, fallback)
         except Exception as error:
             raise explained(error, self.path) from error
-        fell_back(config, call, self.path, doubt)
+        fell_back(config, call, self.path, fallback)
         return left
 
 
@@ -91,8 +91,8 @@ def open_entries(wanted: Sequence[tuple[str, int]], settings: Settings) -> list[
 
 
 def _open(path: str, rank: int, settings: Settings) -> Entry:
-    doubt = settings.doubt
-    if doubt is None:
+    fallback = settings.fallback
+    if fallback is None:
         try:
             error = engine.native_error()
             if error is not None:
@@ -102,9 +102,9 @@ def _open(path: str, rank: int, settings: Settings) -> Entry:
             file, layout = open_checked(path)
             return Entry(path, rank, layout, file, None)
         except (OSError, MemoryError, Fallback) as error:
-            doubt = Fallback.alone(error)
+            fallback = Fallback.alone(error)
     try:
         with stock.safe_open(path, "pt", "cpu"):  # its own words for what is wrong
-            return Entry(path, rank, layout_of(path), None, doubt)
+            return Entry(path, rank, layout_of(path), None, fallback)
     except Exception as error:
         raise explained(error, path) from error

@@ -188,13 +188,13 @@ class LocalFiles:
         try:
             ours = walk.take(k, i)
         except (Fallback, MemoryError) as error:
-            doubt = Fallback.alone(error)
+            fallback = Fallback.alone(error)
         else:
             return self._verified(opened, k, i, ours) if self._config.verify else ours
         walk.drop()  # what was read ahead may be the memory that is missing
         result: torch.Tensor = self._stock(opened, k).get_tensor(opened.layout.names[i])
-        opened.account.note = doubt.reason
-        fell_back(self._config, self._call, self._paths[k], doubt)
+        opened.account.note = fallback.reason
+        fell_back(self._config, self._call, self._paths[k], fallback)
         return result
 
     def slice(self, name: str) -> Any:

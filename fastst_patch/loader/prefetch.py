@@ -129,7 +129,7 @@ class Walk:
         """Tensor i of file k, usable at once.
 
         Raises:
-            Doubt: stock must do it.
+            Fallback: stock must do it.
             OSError, MemoryError, SafetensorError: its bytes could not be read.
         """
         if not tensors.ordinary_mode():

@@ -21,21 +21,21 @@ __all__ = ["StockFile", "layout_of"]
 
 
 class StockFile(TensorFile):
-    """A file whose tensors stock makes, because of a doubt.
+    """A file whose tensors stock makes.
 
     Attributes:
         path: of the file.
     """
 
     def __init__(
-        self, path: str, layout: FileLayout, config: Config, device: str, doubt: Fallback
+        self, path: str, layout: FileLayout, config: Config, device: str, fallback: Fallback
     ) -> None:
         super().__init__(layout, config)
         self.path = path
         self.device = device
         self.account.path = "stock"
-        self.account.note = doubt.reason
-        self._doubt = doubt
+        self.account.note = fallback.reason
+        self._fallback = fallback
         self._handle = slices.stock_handle(stock.safe_open, path, device)
 
     def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
@@ -49,8 +49,8 @@ class StockFile(TensorFile):
         return self._handle.get_slice(self.layout.names[i])
 
     def ahead(self, numbers: Sequence[int]) -> UnderWay:
-        """Stock reads nothing ahead: always a Doubt."""
-        raise Fallback(self._doubt.reason)
+        """Stock reads nothing ahead: always a Fallback."""
+        raise Fallback(self._fallback.reason)
 
 
 def layout_of(path: str) -> FileLayout:

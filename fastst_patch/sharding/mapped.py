@@ -84,7 +84,7 @@ def take(
         contiguous: make views contiguous, with storage of their own.
 
     Raises:
-        Doubt: stock must do it.
+        Fallback: stock must do it.
         MemoryError, OSError: the map was refused.
         RuntimeError: there is no memory for a copy.
     """

@@ -76,7 +76,7 @@ class _Seen:
         size: of the file.
         digest: of its header.
         mapped: whether tensors come from its map.
-        doubt: why stock must read it.
+        fallback: why stock must read it.
     """
 
     error: int = 0
@@ -84,7 +84,7 @@ class _Seen:
     size: int = 0
     digest: str = ""
     mapped: bool = True
-    doubt: str | None = None
+    fallback: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +131,8 @@ def open_together(
             if where.type not in ("cpu", "cuda"):
                 raise Fallback(f"device {str(where)!r} is not accelerated")
             target = torch_target(where)
-        except Fallback as doubt:
-            refused = doubt.reason
+        except Fallback as fallback:
+            refused = fallback.reason
         paths = None if isinstance(files, FileNotFoundError) else _in_turn(files)
         find = functools.partial(_open_all, config, target, opened)
         seen = find(paths or ())
@@ -195,7 +195,7 @@ def _open_all(
 def _open(path: str, config: Config, target: Device | None) -> tuple[OpenedFile | None, _Seen]:
     if engine.native_error() is not None:
         os.stat(path)
-        return None, _Seen(doubt=engine.native_error())
+        return None, _Seen(fallback=engine.native_error())
     try:
         file, layout = open_checked(path)
         opened: OpenedFile = (
@@ -206,8 +206,8 @@ def _open(path: str, config: Config, target: Device | None) -> tuple[OpenedFile 
         tensors.check(layout)
         if not tensors.ordinary_mode():
             raise Fallback("a torch mode or default device is in force")
-    except Fallback as doubt:
-        return None, _Seen(doubt=doubt.reason)
+    except Fallback as fallback:
+        return None, _Seen(fallback=fallback.reason)
     except OSError as error:
         if error.errno in _UNSEEN:
             return None, _Seen(error=error.errno, text=os.strerror(error.errno))
@@ -244,7 +244,7 @@ def _by_hearsay(
 def _compared(
     told: Sequence[_Said], opened: Sequence[OpenedFile | None], group: Group
 ) -> tuple[list[Source], bool]:
-    """The files, and whether every rank takes from their maps. Collective if one is doubtful."""
+    """The files, and whether every rank takes from their maps. Collective if stock reads one."""
     paths = told[group.rank].paths or []
     _compare_names([one.paths or [] for one in told])
     mapped = True
@@ -252,13 +252,15 @@ def _compared(
     for number, path in enumerate(paths):
         views = [one.seen[number] for one in told]
         _compare(path, views)
-        doubt = next((f"rank {r}: {v.doubt}" for r, v in enumerate(views) if v.doubt), None)
+        fallback = next(
+            (f"rank {r}: {v.fallback}" for r, v in enumerate(views) if v.fallback), None
+        )
         readers = [rank for rank, view in enumerate(views) if not view.error]
-        one = opened[number] if doubt is None else None
+        one = opened[number] if fallback is None else None
         layout = one.layout if one is not None else None
         names = layout.names if layout is not None else ()
-        sources.append(Source(path, names, readers, one, doubt, layout))
-        if doubt is None:
+        sources.append(Source(path, names, readers, one, fallback, layout))
+        if fallback is None:
             mapped = mapped and all(view.mapped for view in views)
             if len(readers) < group.size:
                 lacking.append(number)
@@ -268,17 +270,17 @@ def _compared(
 
 
 def _ask_stock(sources: Sequence[Source], group: Group) -> None:
-    """Open what is doubtful by stock. Collective if there is any."""
-    doubtful = [source for source in sources if source.doubt is not None]
-    if not doubtful:
+    """Open by stock what the engine does not read. Collective if there is any."""
+    by_stock = [source for source in sources if source.fallback is not None]
+    if not by_stock:
         return
     with group.phase():
-        for source in doubtful:
+        for source in by_stock:
             source.ask_stock()
 
 
 def _index(sources: Sequence[Source], group: Group) -> dict[str, tuple[int, int]]:
-    """Where each name is. Collective if a file is doubtful: its headers were not compared.
+    """Where each name is. Collective if stock reads a file: its headers were not compared.
 
     Raises:
         NameClashError: a name is in two files.
@@ -294,7 +296,7 @@ def _index(sources: Sequence[Source], group: Group) -> dict[str, tuple[int, int]
                     f" {source.path}; names must be unique"
                 )
             where[name] = number, i
-    if any(source.doubt is not None for source in sources):
+    if any(source.fallback is not None for source in sources):
         group.agree(clash)
     if clash is not None:
         raise clash
@@ -321,7 +323,7 @@ def _compare(path: str, views: Sequence[_Seen]) -> None:
         unseen = OSError(views[0].error, views[0].text, path)
         raise RankError(0, f"{type(unseen).__name__}: {unseen}") from unseen
     first, reference = able[0]
-    if any(view.doubt for _, view in able):
+    if any(view.fallback for _, view in able):
         return
     for rank, view in able:
         if (view.size, view.digest) != (reference.size, reference.digest):

@@ -74,7 +74,7 @@ def everything(source: Source) -> dict[int, Shard]:
 
 def flat(source: Source, takes: Mapping[int, Shard] | None) -> Any:
     """Rows that a rank needs of every tensor of a file, in pairs; none where it needs all."""
-    if source.doubt is not None or takes is None:
+    if source.fallback is not None or takes is None:
         return array("q")
     pairs = array("q", bytes(16 * len(source.names)))
     for i, take in takes.items():
@@ -120,7 +120,7 @@ def part_bytes(source: Source, takes: Mapping[int, Shard] | None) -> int:
     return total
 
 
-# ---- where the fast path is in doubt, and to compare with ----
+# ---- where stock reads, and to compare with ----
 
 
 def by_stock(

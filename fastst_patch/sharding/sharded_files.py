@@ -127,7 +127,7 @@ class ShardedFiles:
         target = self._memory.target
         for source in self.sources:
             account = source.account
-            if self._refused is not None and source.doubt is None:
+            if self._refused is not None and source.fallback is None:
                 account.path, account.note, account.resident = "stock", self._refused, None
             if account.seconds:
                 account.emit(self._call, source.path, "cpu" if target is None else target.name)
@@ -150,7 +150,7 @@ class ShardedFiles:
         return self._is_local(self.sources[number])
 
     def _is_local(self, source: Source) -> bool:
-        return self.group.size == 1 or (source.doubt is None and self._from_map(source))
+        return self.group.size == 1 or (source.fallback is None and self._from_map(source))
 
     def take(self, name: str, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
         """This rank's part of a tensor. Collective unless it is `local`.
@@ -279,7 +279,7 @@ class ShardedFiles:
                     problem = error
                     result.clear()
                 result.update((source.names[i], found[i]) for i in sorted(found))
-                unsettled += SETTLED if source.doubt is not None else source.layout.data_bytes
+                unsettled += SETTLED if source.fallback is not None else source.layout.data_bytes
                 if self._must_settle(number, unsettled):
                     unsettled = 0
                     try:
@@ -348,15 +348,15 @@ class ShardedFiles:
         return result
 
     def _taken(self, source: Source, request: Request) -> dict[int, torch.Tensor]:
-        doubt = source.doubt or self._refused
+        fallback = source.fallback or self._refused
         takes, dtype = request.takes, request.dtype
-        if takes is None and doubt is None and dtype is None and self._from_map(source):
+        if takes is None and fallback is None and dtype is None and self._from_map(source):
             result = dict(enumerate(mapped.take_all(_host(source))))
         else:
             takes = everything(source) if takes is None else takes
             found = self._parts(source, request, parts_of(takes))
             result = {i: joined(found, i, take) for i, take in takes.items()}
-        if self.config.verify and doubt is None and source.opened is not None:
+        if self.config.verify and fallback is None and source.opened is not None:
             takes = everything(source) if takes is None else takes
             verify(source, takes, result, dtype, device=self._device, config=self.config)
         return result
@@ -364,10 +364,10 @@ class ShardedFiles:
     def _parts(
         self, source: Source, request: Request, parts: dict[Key, Region]
     ) -> dict[Key, torch.Tensor]:
-        doubt = source.doubt or self._refused
-        if doubt is not None:
+        fallback = source.fallback or self._refused
+        if fallback is not None:
             found = by_stock(source, parts, request.dtype, self._device)
-            fell_back(self.config, self._call, source.path, Fallback(doubt))
+            fell_back(self.config, self._call, source.path, Fallback(fallback))
             return found
         if not self._from_map(source):
             return self._moved(source, request, parts)
@@ -385,7 +385,7 @@ class ShardedFiles:
         return seen and self._mapped_everywhere and not by_network
 
     def _reads_ahead(self, source: Source) -> bool:
-        return source.doubt is None and self._refused is None and self._from_map(source)
+        return source.fallback is None and self._refused is None and self._from_map(source)
 
     def _read_ahead(self, number: int, request: Request, cold: bool) -> None:
         """Start reading ahead this rank's share of what the node wants of a file.

@@ -28,22 +28,22 @@ class Source:
         names: of its tensors, in file order.
         readers: ranks that can read it.
         opened: the file; None where this rank cannot see it, or stock reads it.
-        doubt: why stock reads it, on all ranks; None when it does not.
+        fallback: why stock reads it, on all ranks; None when it does not.
     """
 
     path: str
     names: tuple[str, ...]
     readers: list[int]
     opened: OpenedFile | None
-    doubt: str | None
+    fallback: str | None
     _layout: FileLayout | None
     _stock: Any = None  # a handle
 
     @once
     def account(self) -> Account:
         """What was taken of it so far."""
-        if self.doubt is not None:
-            return Account("stock", note=self.doubt)
+        if self.fallback is not None:
+            return Account("stock", note=self.fallback)
         return Account("exchange") if self.opened is None else self.opened.account
 
     def ask_stock(self) -> None:
@@ -70,7 +70,7 @@ class Source:
 
     def metadata(self) -> Mapping[str, str] | None:
         """The header's free-form metadata, or None."""
-        if self.doubt is None:
+        if self.fallback is None:
             return self.layout.metadata
         with stock.safe_open(self.path, "pt") as handle:
             found: Mapping[str, str] | None = handle.metadata()

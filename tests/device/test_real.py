@@ -473,7 +473,7 @@ def test_not_while_a_graph_is_captured(counted) -> None:
     graph, x = torch.cuda.CUDAGraph(), torch.zeros(8, device="cuda")
     with torch.cuda.graph(graph):
         x += 1
-        doubt = device.Runtime().doubt(0)
-    assert doubt is not None
-    assert device.Runtime().doubt(0) is None
+        fallback = device.Runtime().fallback(0)
+    assert fallback is not None
+    assert device.Runtime().fallback(0) is None
     del graph

@@ -130,7 +130,7 @@ def test_what_is_given_up_is_over(cuda, nothing_left, how) -> None:
 
 @pytest.mark.parametrize("name", ["cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventSynchronize"])
 @pytest.mark.parametrize("first", [1, 3])
-def test_a_driver_that_fails_is_a_doubt(cuda, nothing_left, name, first) -> None:
+def test_a_driver_that_fails_is_a_fallback(cuda, nothing_left, name, first) -> None:
     cuda.driver.fail(name, first, 1 << 40)
     with pytest.raises(Fallback, match="719"):
         _start(cuda, _sources())[0].wait()

@@ -397,7 +397,7 @@ def test_unknown_names(sample) -> None:
 # ---------------------------------------------------------------- stock, reports
 
 
-def test_what_we_doubt_is_read_by_stock(raw, stock, watch) -> None:
+def test_a_fallback_is_read_by_stock(raw, stock, watch) -> None:
     header = '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},' + (
         '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
     )

@@ -126,7 +126,7 @@ class FakeRuntime(device.Runtime):
         self.recorded = 0  # calls of `record`
         self._here = threading.local()  # .streams: those current in a thread, by ordinal
 
-    def doubt(self, ordinal: int) -> str | None:
+    def fallback(self, ordinal: int) -> str | None:
         return None if ordinal < self.devices else f"torch sees no device cuda:{ordinal}"
 
     def native(self, ordinal: int) -> engine.DeviceHandle:

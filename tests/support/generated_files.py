@@ -50,7 +50,7 @@ class File:
 
     content: bytes
     tensors: dict[str, tuple[str, list[int], int, int]]
-    odd: bool  # a header whose reading may be left to stock ("on any doubt call the original")
+    odd: bool  # a header whose reading may be left to stock
 
     def __repr__(self) -> str:
         return f"File({self.content[:2000]!r}, {len(self.content)} bytes)"
