@@ -2,7 +2,9 @@
 #include "fst_fill_mode.h"
 #include "fst_base.h"
 
-#define SUSPECT_NANOSECONDS_PER_MIB 6000000u /* of a worker, of eight; 3.5 ms with memory there */
+/* Of a worker, of eight. Huge pages take 3.5 ms a MiB where the host has the memory. */
+#define SUSPECT_GROWING 6000000u
+#define SUSPECT_SINGLE 9000000u
 #define JUDGED_BYTES (16u << 20)
 #define SKIPPED_BYTES (32u << 20) /* of a trial: beside what is in flight of the other mode */
 #define AGAIN_BYTES (1u << 30)    /* how long small pages are kept without a new measurement */
@@ -34,10 +36,10 @@ static int quicker_mode(uint64_t huge_cost, uint64_t small_cost) {
     return huge_cost > small_cost + small_cost / 4 ? FST_FILL_SMALL : FST_FILL_HUGE;
 }
 
-static int after_huge(uint64_t cost) {
+static int after_huge(uint64_t cost, bool growing) {
     uint64_t small_cost = atomic_load(&state.small_cost);
     atomic_store(&state.huge_cost, cost);
-    if (cost <= SUSPECT_NANOSECONDS_PER_MIB) return FST_FILL_HUGE;
+    if (cost <= (growing ? SUSPECT_GROWING : SUSPECT_SINGLE)) return FST_FILL_HUGE;
     return small_cost == 0 ? FST_FILL_TRIAL : quicker_mode(cost, small_cost);
 }
 
@@ -46,7 +48,7 @@ static int after_trial(uint64_t cost) {
     return quicker_mode(atomic_load(&state.huge_cost), cost);
 }
 
-void fst_fill_mode_note(int mode, uint64_t bytes, uint64_t nanoseconds) {
+void fst_fill_mode_note(int mode, bool growing, uint64_t bytes, uint64_t nanoseconds) {
     uint64_t skipped = mode == FST_FILL_TRIAL ? SKIPPED_BYTES : 0;
     uint64_t enough = mode == FST_FILL_SMALL ? AGAIN_BYTES : JUDGED_BYTES;
     if (fst_fill_mode_get() != mode || bytes < FST_HUGE_PAGE) return;
@@ -57,7 +59,7 @@ void fst_fill_mode_note(int mode, uint64_t bytes, uint64_t nanoseconds) {
     if (judged < enough) return;
     uint64_t cost = spent / (judged >> 20);
     if (mode == FST_FILL_HUGE)
-        change(mode, after_huge(cost));
+        change(mode, after_huge(cost, growing));
     else
         change(mode, mode == FST_FILL_TRIAL ? after_trial(cost) : FST_FILL_HUGE);
 }

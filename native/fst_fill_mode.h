@@ -7,6 +7,7 @@
  */
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
 
 enum fst_fill_mode {
@@ -16,7 +17,9 @@ enum fst_fill_mode {
 };
 
 int fst_fill_mode_get(void);
-/* Records how long a worker took to read a chunk of cold bytes in a mode. */
-void fst_fill_mode_note(int mode, uint64_t bytes, uint64_t nanoseconds);
+/* Records how long a worker took to read a chunk of cold bytes in a mode. `growing`: small pages
+ * are folios of the read-ahead window's size here. Single pages, which a large window leaves, are
+ * tried later, because they gain less. */
+void fst_fill_mode_note(int mode, bool growing, uint64_t bytes, uint64_t nanoseconds);
 /* Forgets what was measured. For tests, and for a mode that turns out to be impossible. */
 void fst_fill_mode_set(int mode);

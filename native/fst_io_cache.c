@@ -20,6 +20,7 @@
 #include <errno.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/uio.h>
 #include <time.h>
 
 #include "fst_fill_mode.h"
@@ -181,6 +182,77 @@ static int read_by_faults(const fst_io_context *io, file_range part) {
     return code;
 }
 
+/* Where the read-ahead window is large, the kernel's own windows grow within a chunk: a read beside
+ * the last one of the same open file description starts the first window, and a touch of the page
+ * that the kernel marked starts the next one, of larger folios. A window is four times the last one
+ * below a sixteenth of the largest, then twice (Linux 2.6.23); kernels that align its end make it
+ * smaller, so cachestat tells. */
+#define FIRST_READ (16u << 10)
+
+static ssize_t touch_ahead(int fd, uint64_t offset, size_t bytes, int flags) {
+    unsigned char read[FIRST_READ];
+    struct iovec to = {read, bytes};
+    return FST_SYS->preadv2(fd, &to, 1, (off_t)offset, flags);
+}
+
+/* How far from begin reads were started, of at most so many bytes; 0 where only guesses tell. */
+static uint64_t started(const fst_io_context *io, uint64_t begin, uint64_t most) {
+    uint64_t resident = 0;
+    int probe = FST_PROBE_NONE;
+    (void)fst_file_residency((fst_file *)(uintptr_t)io->file, begin, most, &resident, &probe);
+    return probe == FST_PROBE_CACHESTAT ? resident : 0;
+}
+
+/* Starts reading a cold chunk by growing windows, as far as they end within it. */
+static void queue_growing(const fst_io_context *io, uint64_t largest) {
+    uint64_t window = 4 * FIRST_READ, page = fst_page(), begin = fst_align_up(io->begin + 1, page);
+    uint64_t mark = begin + FIRST_READ;
+    int fd = begin + window <= io->end && window <= largest ? fst_file_open_again(io->file) : -1;
+    if (fd < 0) return;
+    /* The first page is asked for without read-ahead, which would go by the pages before it. */
+    bool first = FST_SYS->readahead(fd, (off_t)io->begin, page) == 0 &&
+                 touch_ahead(fd, begin - 1, 1, 0) == 1;
+    if (first) (void)touch_ahead(fd, begin, FIRST_READ, RWF_NOWAIT);
+    while (first && (window = started(io, begin, window)) > 0) {
+        begin += window;
+        window *= window < largest / 16 ? 4 : 2;
+        if (window > largest || begin + window > io->end) break;
+        (void)touch_ahead(fd, mark, 1, RWF_NOWAIT); /* starts reads, waits for none */
+        mark = begin;
+    }
+    (void)close(fd);
+}
+
+/* Reads a chunk by requests, and waits for the last page of each, through a map of its own: faults
+ * of the tensors' map on a page that is marked would read on behind the chunk. Enters nothing in
+ * the tensors' page table. 1.7 GB, 8 MiB read-ahead, only small pages free: 1.3 s, where single
+ * pages took 1.5 to 2.2 s. Returns 0 or an errno. */
+static int read_by_requests(const fst_io_context *io, bool cold) {
+    uint64_t first = fst_align_down(io->begin, fst_page());
+    size_t bytes = (size_t)(fst_align_up(io->end, fst_page()) - first);
+    int code = 0;
+    void *base = FST_SYS->mmap(NULL, bytes, PROT_READ, MAP_SHARED, io->file->fd, (off_t)first);
+    if (base == MAP_FAILED) return errno;
+    mapped map = {base, first};
+    (void)advise(map, io->begin, io->end, MADV_RANDOM);
+    if (cold && !atomic_load(&io->file->exactly))
+        queue_growing(io, fst_file_window((fst_file *)(uintptr_t)io->file));
+    queue_reads(io, io->begin, io->end); /* what is left; the rest is asked for already */
+    for (uint64_t at = io->begin; at < io->end && code == 0; at += READAHEAD_BYTES) {
+        uint64_t end = fst_min(at + READAHEAD_BYTES, io->end);
+        code = populate(io, map, end - 1, end);
+    }
+    (void)munmap(base, bytes);
+    return code;
+}
+
+/* Whether both ends of the chunk are cached. It reads nothing. */
+static bool ends_cached(const fst_io_context *io) {
+    fst_file *file = (fst_file *)(uintptr_t)io->file;
+    return fst_file_has_page(file, fst_align_down(io->begin, fst_page())) &&
+           fst_file_has_page(file, fst_align_down(io->end - 1, fst_page()));
+}
+
 /* Brings the chunk into the page cache, or on its way there. */
 static void fill(const fst_io_context *io, mapped huge, huge_range part) {
     if (read_huge(io, huge, part)) {
@@ -251,19 +323,20 @@ static int read_chunk(const fst_io_context *io, uint64_t *cold_bytes) {
 
 int fst_io_prefetch(const fst_io_context *io, uint64_t *cold_bytes) {
     file_range faulted = faulted_part(io);
-    bool told = probed(io, cold_bytes);
+    bool growing = faulted.begin < faulted.end, told = probed(io, cold_bytes);
     /* Faulting in what is cached is cheap, and only if it is used. */
     if (told && *cold_bytes == 0) return 0;
-    int mode = faulted.begin < faulted.end ? fst_fill_mode_get() : FST_FILL_HUGE, code;
-    uint64_t begun = fst_nanoseconds(CLOCK_MONOTONIC), before = major_faults();
+    int mode = fst_fill_mode_get(), code;
+    uint64_t begun = fst_nanoseconds(CLOCK_MONOTONIC);
     if (mode != FST_FILL_HUGE) {
-        code = read_by_faults(io, faulted);
-        if (!told && major_faults() == before) *cold_bytes = 0;
+        if (!told && ends_cached(io)) *cold_bytes = 0;
+        bool cold = told && *cold_bytes == io->end - io->begin;
+        code = growing ? read_by_faults(io, faulted) : read_by_requests(io, cold);
         if (code != 0 && code != ECANCELED) fst_fill_mode_set(mode = FST_FILL_HUGE);
     }
     if (mode == FST_FILL_HUGE) code = read_chunk(io, cold_bytes);
-    if (code == 0 && *cold_bytes == io->end - io->begin && faulted.begin < faulted.end)
-        fst_fill_mode_note(mode, *cold_bytes, fst_nanoseconds(CLOCK_MONOTONIC) - begun);
+    if (code == 0 && *cold_bytes == io->end - io->begin)
+        fst_fill_mode_note(mode, growing, *cold_bytes, fst_nanoseconds(CLOCK_MONOTONIC) - begun);
     if (code != EINVAL) return code;
     return io->slot == NULL ? ENOBUFS : fst_io_read_through(io);
 }

@@ -6,10 +6,12 @@
 #define MIB (1u << 20)
 #define CHUNK (8u << 20)
 
+static bool growing = true;
+
 /* Records chunks that take so many milliseconds a MiB, until the mode changes or `most` are. */
 static int chunks_until_change(int mode, int most, double milliseconds) {
     for (int i = 1; i <= most; i++) {
-        fst_fill_mode_note(mode, CHUNK, (uint64_t)(milliseconds * 1e6 * (CHUNK / MIB)));
+        fst_fill_mode_note(mode, growing, CHUNK, (uint64_t)(milliseconds * 1e6 * (CHUNK / MIB)));
         if (fst_fill_mode_get() != mode) return i;
     }
     return 0;
@@ -42,11 +44,25 @@ static void test_slow_storage(void) {
     CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 12), 0); /* and none again */
 }
 
+/* Single pages have to gain more before they are tried. */
+static void test_single_pages(void) {
+    growing = false;
+    fst_fill_mode_set(FST_FILL_HUGE);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 8), 0);
+    growing = true;
+    fst_fill_mode_set(FST_FILL_HUGE);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 8), 2);
+    growing = false;
+    fst_fill_mode_set(FST_FILL_HUGE);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 12), 2);
+    growing = true;
+}
+
 static void test_ignored(void) {
     fst_fill_mode_set(FST_FILL_HUGE);
     for (int i = 0; i < 1000; i++) {
-        fst_fill_mode_note(FST_FILL_HUGE, MIB, UINT64_MAX / 4096);    /* too small a chunk */
-        fst_fill_mode_note(FST_FILL_SMALL, CHUNK, UINT64_MAX / 4096); /* of another mode */
+        fst_fill_mode_note(FST_FILL_HUGE, true, MIB, UINT64_MAX / 4096);    /* too small a chunk */
+        fst_fill_mode_note(FST_FILL_SMALL, true, CHUNK, UINT64_MAX / 4096); /* of another mode */
     }
     CHECK_EQ(fst_fill_mode_get(), FST_FILL_HUGE);
 }
@@ -55,6 +71,7 @@ int main(void) {
     RUN(test_quick_huge_pages);
     RUN(test_slow_huge_pages);
     RUN(test_slow_storage);
+    RUN(test_single_pages);
     RUN(test_ignored);
     return test_result();
 }

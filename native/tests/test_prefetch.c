@@ -313,37 +313,50 @@ static void test_read_by_faults(void) {
     test_remove(&file);
 }
 
-/* Of one chunk in the middle of a file, no byte of its neighbours is read. */
+/* In small pages no byte of a chunk's neighbours is read, by faults or by requests. */
 static void test_no_more_than_wanted(void) {
     const uint64_t mib = 1 << 20, size = 32 * mib, begin = 8 * mib, bytes = 8 * mib;
     test_file file = test_create(size, 5);
-    fst_file *opened = test_open(&file);
-    fst_job_options options = options_for(0);
-    fst_arena *map = NULL;
-    fst_job *job = NULL;
-    fst_error err = {0};
-    fst_segment wanted = {begin, bytes, 0};
-    uint64_t before = 0, after = 0, inside = 0;
-    int probe = FST_PROBE_NONE;
-    MUST(fsync(opened->fd) == 0);
-    MUST(posix_fadvise(opened->fd, 0, 0, POSIX_FADV_DONTNEED) == 0);
-    MUST(fst_arena_map(opened, &map, &err) == FST_OK);
-    options.chunk_bytes = bytes;
-    fst_fill_mode_set(FST_FILL_SMALL);
-    CHECK_EQ(fst_job_prefetch(opened, map, &wanted, 1, &options, &job, &err), FST_OK);
-    CHECK_EQ(wait_for(job, &err), FST_OK);
-    fst_job_release(job);
-    MUST(fst_file_residency(opened, 0, begin, &before, &probe) == FST_OK);
-    MUST(fst_file_residency(opened, begin + bytes, size - begin - bytes, &after, &probe) == FST_OK);
-    MUST(fst_file_residency(opened, begin, bytes, &inside, &probe) == FST_OK);
-    if (probe != FST_PROBE_NONE) {
-        CHECK_EQ(inside, bytes);
-        CHECK_EQ(before, 0);
-        CHECK_EQ(after, 0);
+    fst_file *whole = test_open(&file);
+    for (int large = 0; large <= 1; large++) {
+        fst_file *opened = test_open(&file);
+        fst_job_options options = options_for(0);
+        fst_arena *map = NULL;
+        fst_job *job = NULL;
+        fst_error err = {0};
+        fst_segment wanted = {begin, bytes, 0};
+        uint64_t before = 0, after = 0, inside = 0;
+        int probe = FST_PROBE_NONE;
+        if (large) atomic_store(&opened->window, bytes);
+        CHECK_EQ(fst_fault_set("preadv2", 1, 0, EIO, 0), 0); /* counts them */
+        MUST(fsync(opened->fd) == 0);
+        MUST(posix_fadvise(opened->fd, 0, 0, POSIX_FADV_DONTNEED) == 0);
+        MUST(fst_arena_map(opened, &map, &err) == FST_OK);
+        options.chunk_bytes = bytes;
+        fst_fill_mode_set(FST_FILL_SMALL);
+        CHECK_EQ(fst_job_prefetch(opened, map, &wanted, 1, &options, &job, &err), FST_OK);
+        CHECK_EQ(wait_for(job, &err), FST_OK);
+        CHECK_EQ(fst_fill_mode_get(), FST_FILL_SMALL);
+        fst_job_release(job);
+        uint64_t touched = fst_fault_calls("preadv2");
+        fst_fault_clear();
+        MUST(fst_file_residency(opened, 0, begin, &before, &probe) == FST_OK);
+        MUST(fst_file_residency(opened, begin + bytes, size - begin - bytes, &after, &probe) ==
+             FST_OK);
+        MUST(fst_file_residency(opened, begin, bytes, &inside, &probe) == FST_OK);
+        if (probe != FST_PROBE_NONE) {
+            CHECK_EQ(inside, bytes);
+            CHECK_EQ(before, 0);
+            CHECK_EQ(after, 0);
+        }
+        /* The first page, the first window, and a touch of at least one mark. */
+        if (large && probe == FST_PROBE_CACHESTAT && fst_file_window(whole) >= bytes)
+            CHECK(touched >= 3);
+        fst_arena_release(map);
+        fst_file_release(opened);
     }
     fst_fill_mode_set(FST_FILL_HUGE);
-    fst_arena_release(map);
-    fst_file_release(opened);
+    fst_file_release(whole);
     test_remove(&file);
 }
 
