@@ -54,8 +54,8 @@ class build_ext(_build_ext):
             return
         glue = Path(self.build_temp) / "fst_glue.c"
         emit_glue(glue)
-        ext.sources = [str(glue), *sorted(str(path) for path in NATIVE.glob("fst_*.c"))]
-        ext.depends = [str(path) for kind in ("*.h", "*.def") for path in NATIVE.glob(kind)]
+        ext.sources = [str(glue), *sorted(str(path) for path in NATIVE.rglob("fst_*.c"))]
+        ext.depends = [str(path) for kind in ("h", "def") for path in NATIVE.rglob(f"fst*.{kind}")]
         ext.include_dirs = [str(NATIVE)]
         ext.py_limited_api = True
         ext.define_macros = [

@@ -22,10 +22,10 @@ lock             what it is for
                  a thread which the child lacks may have left half updated
 ===============  ===========================================================================
 
-The native mutexes (``native/fst_{queue,ring,gds,gpu}.c``) need none of this. No Python code runs
-while one is held: deleters of torch's, which may run any, are called outside (`fst_arena_release`,
-`fst_batch_drop`), and workers have all signals blocked and never take the GIL. They are made anew
-in a forked child (``pthread_atfork``, by each file for its own).
+The native mutexes (in ``native/job/fst_queue.c`` and ``native/device/fst_{ring,gds,gpu}.c``) need
+none of this. No Python code runs while one is held: torch's deleters, which may run any, are called
+outside (`fst_arena_release`, `fst_batch_drop`), and workers have all signals blocked and never take
+the GIL. In a forked child each file makes its own mutex anew (``pthread_atfork``).
 """
 
 from __future__ import annotations

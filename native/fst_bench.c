@@ -14,8 +14,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "fst_pages.h"
-#include "fst_sys.h"
+#include "base/fst_pages.h"
+#include "base/fst_sys.h"
 
 /* ---- touch -------------------------------------------------------------- */
 

@@ -1,7 +1,7 @@
 /* fst_engine.c - the engine as a whole: what it holds, and how it lets go of it. */
 #include <string.h>
 
-#include "fst_pool.h"
+#include "job/fst_pool.h"
 
 void fst_pool_get_stats(fst_pool_stats *stats) {
     memset(stats, 0, sizeof *stats);

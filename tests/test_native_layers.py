@@ -12,27 +12,23 @@ NATIVE = next(
     folder / "native" for folder in Path(__file__).parents if (folder / "native").is_dir()
 )
 
-# From the top down, without "fst_"; what a file calls and includes is in its own row or below.
-LAYERS = (
-    ("bench", "engine", "python"),
-    ("job",),
-    ("pool",),
-    ("chunk",),
-    ("queue",),
-    ("transfer",),
-    ("gds", "ring"),
-    ("gpu",),
-    ("batch", "io_buffered", "io_cache", "io_direct", "io_memory"),
-    ("header", "pieces"),
-    ("arena", "file", "numa"),
-    ("fill_mode", "header_lex", "memory", "pages"),
-    ("base", "sys"),
-)
+# Folders and their rows from the top down, files without "fst_"; what a file calls and includes is
+# in its own row or below.
+FOLDERS = {
+    ".": (("bench", "engine"),),
+    "job": (("job",), ("pool",), ("chunk",), ("queue",), ("numa",)),
+    "device": (("transfer",), ("gds", "ring"), ("gpu",)),
+    "io": (("io_buffered", "io_direct", "io_memory"), ("io_cache",), ("fill_mode", "pieces")),
+    "tensor": (("python",), ("batch",), ("arena",)),
+    "file": (("header",), ("file", "header_lex")),
+    "base": (("memory", "pages"), ("base", "sys")),
+}
+LAYERS = tuple(row for rows in FOLDERS.values() for row in rows)
 
 _NO_CODE = re.compile(
     r"""/\*.*?\*/ | //[^\n]* | "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])*'""", re.DOTALL | re.VERBOSE
 )
-_INCLUDE = re.compile(r'^\s*#\s*include\s+"fst_(\w+)\.h"', re.MULTILINE)
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"(?:\w+/)?fst_(\w+)\.h"', re.MULTILINE)
 _DIRECTIVE = re.compile(r"^[ \t]*#(?:\\\n|[^\n])*", re.MULTILINE)
 _DEFINED = re.compile(r"\b(\w+)\s*\([^;]*\)\s*$")
 
@@ -81,6 +77,11 @@ def upward(graph: dict[str, dict[str, str]], layers: tuple[tuple[str, ...], ...]
     ]
 
 
+def files_of(folder: str) -> list[str]:
+    """The files of a folder, from the top down."""
+    return [file for row in FOLDERS[folder] for file in row]
+
+
 @pytest.fixture(scope="module")
 def sources() -> dict[str, str]:
     """Each C file with its own header, since what a header includes comes along."""
@@ -90,12 +91,13 @@ def sources() -> dict[str, str]:
             for part in (path, path.with_suffix(".h"))
             if part.exists()
         )
-        for path in NATIVE.glob("*.c")
+        for path in NATIVE.rglob("fst_*.c")
     }
 
 
-def test_every_file_is_in_one_row(sources):
-    assert sorted(file for row in LAYERS for file in row) == sorted(sources)
+def test_every_file_is_in_one_row_of_its_folder():
+    listed = [NATIVE / folder / f"fst_{file}.c" for folder in FOLDERS for file in files_of(folder)]
+    assert sorted(listed) == sorted(NATIVE.rglob("fst_*.c"))
 
 
 def test_no_file_uses_a_layer_above_its_own(sources):
@@ -124,7 +126,7 @@ def test_external_functions_are_found(text, expected):
 
 
 def test_upward_uses_are_found():
-    top = '#include "fst_low.h"\nint fst_top(void) { return fst_low(); }'
+    top = '#include "below/fst_low.h"\nint fst_top(void) { return fst_low(); }'
     assert upward(uses({"top": top, "low": "int fst_low(void) {}"}), (("top",), ("low",))) == []
     low = "int fst_low(void) { return fst_top(); }"
     graph = uses({"top": top, "low": low})

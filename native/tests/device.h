@@ -11,9 +11,9 @@
 
 #include <pthread.h>
 
+#include "device/fst_gpu.h"
 #include "fake_open.h"
-#include "fst_arena.h"
-#include "fst_gpu.h"
+#include "tensor/fst_arena.h"
 
 enum {
     DEVICES = 3,

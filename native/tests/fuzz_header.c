@@ -6,8 +6,8 @@
  */
 #include "test.h"
 
-#include "fst_batch.h"
-#include "fst_header.h"
+#include "file/fst_header.h"
+#include "tensor/fst_batch.h"
 
 static void check_tensor(const fst_layout_view *view, const fst_tensor *tensor) {
     static const unsigned bits[FST_DTYPES] = {8,  4,  6,  6,  8,  8,  8,  8,  8,  8,  8,

@@ -12,7 +12,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
-#include "fst_sys.h"
+#include "base/fst_sys.h"
 
 enum {
     CHUNK = 64 << 10,

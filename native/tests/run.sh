@@ -62,9 +62,7 @@ build_fake() { # variant
 compile() { # variant
     mkdir "$build/$1"
     # shellcheck disable=SC2016 # the inner shell expands it
-    for source in "$native"/fst_*.c "$here"/test_*.c "$here"/fuzz_*.c; do
-        [ "$(basename "$source")" = fst_python.c ] || echo "$source"
-    done | FLAGS="-std=c11 -g -pthread -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-}" \
+    find "$native" -name '*.c' ! -name fst_python.c ! -name 'fake_*.c' | FLAGS="-std=c11 -g -pthread -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-}" \
         CC=$CC OUT="$build/$1" NATIVE=$native \
         xargs -P "$jobs" -I '{}' sh -c '$CC $FLAGS -I"$NATIVE" -c "$1" -o "$OUT/$(basename "$1" .c).o"' sh '{}' ||
         return 1
@@ -101,7 +99,7 @@ run_one() { # variant, program, runner
 build_mutant() { # variant, rule
     mkdir "$build/$2"
     cp "$build/$1"/fst_*.o "$build/$2"
-    grep -l FST_KEEPS "$native"/fst_*.c | while read -r source; do
+    grep -rl --include='fst_*.c' FST_KEEPS "$native" | while read -r source; do
         # shellcheck disable=SC2046,SC2086
         $CC -std=c11 -g -pthread -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-} \
             "-DFST_OMIT=FST_RULE_$2" -I"$native" -c "$source" \

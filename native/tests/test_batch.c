@@ -3,7 +3,7 @@
 
 #include <pthread.h>
 
-#include "fst_batch.h"
+#include "tensor/fst_batch.h"
 
 static fst_dl_dtype table[FST_DTYPES];
 

@@ -6,7 +6,7 @@
 
 #include <sys/mman.h>
 
-#include "fst_sys.h"
+#include "base/fst_sys.h"
 
 enum {
     PIECES = 300,

@@ -4,7 +4,7 @@
 
 #include <pthread.h>
 
-#include "fst_dlpack.h"
+#include "tensor/fst_dlpack.h"
 
 static dl_managed *block_new(uint64_t bytes, uintptr_t stream) {
     void *managed = NULL;

@@ -1,7 +1,7 @@
 /* test_fill_mode.c - huge pages are left for small ones where those are quicker, and only there. */
 #include "test.h"
 
-#include "../fst_fill_mode.h"
+#include "io/fst_fill_mode.h"
 
 #define MIB (1u << 20)
 #define CHUNK (8u << 20)

@@ -6,7 +6,7 @@
 
 #include <pthread.h>
 
-#include "fst_batch.h"
+#include "tensor/fst_batch.h"
 
 void *__real_malloc(size_t bytes);
 void *__real_calloc(size_t count, size_t bytes);

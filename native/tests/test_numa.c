@@ -6,7 +6,7 @@
 #include <sched.h>
 #include <sys/sysmacros.h>
 
-#include "fst_pool.h"
+#include "job/fst_pool.h"
 
 static char root[PATH_MAX - 128];
 static int cpus[2]; /* of this process; cpus[k] is on node k */

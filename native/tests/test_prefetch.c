@@ -3,8 +3,8 @@
  */
 #include "plan.h"
 
-#include "../fst_file.h"
-#include "../fst_fill_mode.h"
+#include "file/fst_file.h"
+#include "io/fst_fill_mode.h"
 
 static fst_job_stats prefetch(const test_file *file, fst_file *opened, const plan *p,
                               uint64_t reserve, bool check) {

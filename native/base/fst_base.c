@@ -1,0 +1,18 @@
+/* fst_base.c - errors and counters. */
+#include "base/fst_base.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+
+fst_counters fst_counts;
+
+int fst_fail(fst_error *err, int code, int sys_errno, const char *format, ...) {
+    va_list arguments;
+    err->code = code;
+    err->sys_errno = sys_errno;
+    va_start(arguments, format);
+    int written = vsnprintf(err->message, sizeof err->message, format, arguments);
+    va_end(arguments);
+    if (written < 0) err->message[0] = '\0';
+    return code;
+}
