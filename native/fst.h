@@ -26,13 +26,13 @@
  *                     arena until the last chunk in flight is finished, whatever its
  *                     owner does.
  *
- * Every create/open pairs with two releases, which accept NULL. The one named "_at" takes the
- * address of the pointer and clears it: a caller can register it before the object exists, so that
- * no interrupt in between leaks the object. Functions return an
- * fst_code and, on anything but FST_OK or FST_PENDING, fill *err (never NULL).
- * Thread safety: all functions may be called from any thread; one fst_layout is
- * read-only after parsing. After fork() the child sees its jobs as cancelled and
- * starts a pool of its own on first use.
+ * Every create/open pairs with a release. It takes the address of the pointer and clears it, and
+ * accepts the address of NULL: a caller can register it before the object exists, so that no
+ * interrupt in between leaks the object.
+ *
+ * Functions return an fst_code and, on anything but FST_OK or FST_PENDING, fill *err (never NULL).
+ * All functions may be called from any thread; an fst_layout is read-only after parsing. After
+ * fork() the child sees its jobs as cancelled and starts a pool of its own on first use.
  */
 #pragma once
 
@@ -77,8 +77,7 @@ typedef struct fst_file_info {
 /* Opens a regular file read-only. Anything else (a directory, a pipe, an absent
  * file) is FST_DOUBT or FST_E_SYS, and nothing stays open. */
 int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err);
-void fst_file_release(fst_file *file);
-void fst_file_release_at(fst_file **file);
+void fst_file_release(fst_file **file);
 /* From now on jobs that read the file through the page cache read the wanted bytes and nothing
  * behind them. They use smaller pages, which takes more processor time. For files of which only
  * parts are loaded. */
@@ -165,8 +164,7 @@ int fst_layout_parse(const char *header, uint64_t header_bytes, uint64_t file_si
  * (may be NULL), which then is its layout; else parses it into *out, FST_OK. */
 int fst_layout_read(fst_file *file, fst_layout *cached, fst_layout **out, fst_layout_view *view,
                     fst_error *err);
-void fst_layout_release(fst_layout *layout);
-void fst_layout_release_at(fst_layout **layout);
+void fst_layout_release(fst_layout **layout);
 
 /* ---- arenas ------------------------------------------------------------- */
 
@@ -181,8 +179,7 @@ int fst_arena_borrow(void *base, uint64_t bytes, fst_arena **out, fst_error *err
 void *fst_arena_data(fst_arena *arena);
 uint64_t fst_arena_bytes(fst_arena *arena);
 /* Gives up the creator's reference. Read-ahead on a map stops with its last user. */
-void fst_arena_release(fst_arena *arena);
-void fst_arena_release_at(fst_arena **arena);
+void fst_arena_release(fst_arena **arena);
 
 /* Memory that a DLManagedTensor (unversioned, contiguous, on any device) describes, as torch
  * exports it. The arena takes the struct over: its deleter is called once, after the last
@@ -301,8 +298,7 @@ int fst_job_wait(fst_job *job, int timeout_ms, fst_error *err);
 int fst_job_wait_until(fst_job *job, uint64_t file_offset, int timeout_ms, fst_error *err);
 void fst_job_cancel(fst_job *job);
 void fst_job_get_stats(fst_job *job, fst_job_stats *stats);
-void fst_job_release(fst_job *job);
-void fst_job_release_at(fst_job **job);
+void fst_job_release(fst_job **job);
 
 /* ---- tensors ------------------------------------------------------------ */
 

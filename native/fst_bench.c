@@ -3,19 +3,14 @@
  * cache, can give at most.
  */
 #include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdatomic.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "base/fst_pages.h"
 #include "base/fst_sys.h"
+#include "file/fst_file.h"
 
 /* ---- touch -------------------------------------------------------------- */
 
@@ -82,8 +77,7 @@ enum {
 };
 
 typedef struct fst_ceiling {
-    const char *path;
-    uint64_t size;
+    fst_file *file;
     uint64_t chunk_bytes;
     bool direct;
     atomic_ullong next_chunk;
@@ -101,24 +95,25 @@ typedef struct fst_ceiling_reader {
 
 static int ceiling_read_chunk(fst_ceiling_reader *reader, uint64_t at, uint64_t end) {
     const fst_ceiling *shared = reader->shared;
+    const fst_file *file = shared->file;
     while (at < end) {
         /* O_DIRECT moves whole blocks: the last request reaches past the end of the file. */
         uint64_t want = shared->direct ? fst_align_up(end - at, FST_DIRECT_ALIGN) : end - at;
         ssize_t got = FST_SYS->pread(reader->fd, reader->slot, (size_t)want, (off_t)at);
         if (got < 0) {
-            int code = errno;
-            if (code == EINTR) continue;
-            return fst_fail(&reader->error, FST_E_SYS, code,
-                            "%s: %sreading %llu bytes at offset %llu: %s", shared->path,
+            if (errno == EINTR) continue;
+            return fst_fail(&reader->error, FST_E_SYS, errno,
+                            "%s: %sreading %llu bytes at offset %llu: %s", file->path,
                             shared->direct ? "O_DIRECT: " : "", (unsigned long long)want,
-                            (unsigned long long)at, strerror(code));
+                            (unsigned long long)at, strerror(errno));
         }
         uint64_t reached = at + (uint64_t)got;
         if (shared->direct && reached < end) reached = fst_align_down(reached, FST_DIRECT_ALIGN);
         if (reached == at)
             return fst_fail(&reader->error, FST_E_TRUNCATED, 0,
                             "%s: the file ends near offset %llu, but had %llu bytes when opened",
-                            shared->path, (unsigned long long)at, (unsigned long long)shared->size);
+                            file->path, (unsigned long long)at,
+                            (unsigned long long)file->info.size);
         reached = fst_min(reached, end);
         reader->bytes += reached - at;
         at = reached;
@@ -129,67 +124,37 @@ static int ceiling_read_chunk(fst_ceiling_reader *reader, uint64_t at, uint64_t 
 static void *ceiling_run(void *argument) {
     fst_ceiling_reader *reader = argument;
     fst_ceiling *shared = reader->shared;
+    uint64_t size = shared->file->info.size;
     while (!atomic_load_explicit(&shared->stop, memory_order_relaxed)) {
         uint64_t chunk = atomic_fetch_add_explicit(&shared->next_chunk, 1, memory_order_relaxed);
         uint64_t begin = chunk * shared->chunk_bytes;
-        if (begin >= shared->size) break;
-        uint64_t end = fst_min(begin + shared->chunk_bytes, shared->size);
+        if (begin >= size) break;
+        uint64_t end = fst_min(begin + shared->chunk_bytes, size);
         if (ceiling_read_chunk(reader, begin, end) != FST_OK) atomic_store(&shared->stop, true);
     }
     return NULL;
 }
 
-static int ceiling_open(const char *path, bool direct, int *fd, uint64_t *size, fst_error *err) {
-    struct stat status;
-    int opened = FST_SYS->open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | (direct ? O_DIRECT : 0));
-    if (opened < 0) {
-        int code = errno;
-        return fst_fail(err, FST_E_SYS, code, "%s: open%s failed: %s", path,
-                        direct ? " with O_DIRECT" : "", strerror(code));
-    }
-    if (FST_SYS->fstat(opened, &status) != 0) {
-        int code = errno;
-        (void)close(opened); /* read-only: a failure loses nothing */
-        return fst_fail(err, FST_E_SYS, code, "%s: fstat failed: %s", path, strerror(code));
-    }
-    if (!S_ISREG(status.st_mode)) {
-        (void)close(opened);
-        return fst_fail(err, FST_E_INVALID, 0, "%s: not a regular file", path);
-    }
-    *fd = opened;
-    *size = (uint64_t)status.st_size;
-    return FST_OK;
-}
-
-/* Starts `threads` readers, waits for all that started, whatever happens. The workers
- * inherit a full signal mask, so that Ctrl-C is delivered to a thread of Python's. */
+/* Starts `threads` readers and waits for all that started. They inherit a full signal mask, so that
+ * Ctrl-C is delivered to a thread of Python's. */
 static int ceiling_race(fst_ceiling_reader *readers, int threads, double *seconds, fst_error *err) {
+    fst_ceiling *shared = readers[0].shared;
     sigset_t all, before;
     int started = 0, result = FST_OK;
-    (void)sigfillset(&all); /* cannot fail with a valid pointer */
-    int masked = pthread_sigmask(SIG_SETMASK, &all, &before);
+    (void)sigfillset(&all);
+    (void)pthread_sigmask(SIG_SETMASK, &all, &before);
     uint64_t begin = fst_nanoseconds(CLOCK_MONOTONIC);
-    for (; masked == 0 && started < threads; started++) {
+    for (; started < threads; started++) {
         fst_ceiling_reader *reader = &readers[started];
         int code = FST_SYS->pthread_create(&reader->thread, NULL, ceiling_run, reader);
-        if (code != 0) {
-            atomic_store(&reader->shared->stop, true);
-            result = fst_fail(err, FST_E_SYS, code, "%s: starting thread %d of %d: %s",
-                              reader->shared->path, started + 1, threads, strerror(code));
-            break;
-        }
+        if (code == 0) continue;
+        atomic_store(&shared->stop, true);
+        result = fst_fail(err, FST_E_SYS, code, "%s: starting thread %d of %d: %s",
+                          shared->file->path, started + 1, threads, strerror(code));
+        break;
     }
-    if (masked != 0)
-        result = fst_fail(err, FST_E_SYS, masked, "%s: blocking signals: %s",
-                          readers[0].shared->path, strerror(masked));
-    else
-        (void)pthread_sigmask(SIG_SETMASK, &before, NULL); /* a mask the kernel gave us */
-    for (int i = 0; i < started; i++) {
-        int code = pthread_join(readers[i].thread, NULL);
-        if (code != 0 && result == FST_OK)
-            result = fst_fail(err, FST_E_SYS, code, "%s: joining thread %d: %s",
-                              readers[i].shared->path, i + 1, strerror(code));
-    }
+    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    for (int i = 0; i < started; i++) (void)pthread_join(readers[i].thread, NULL);
     *seconds = 1e-9 * (double)(fst_nanoseconds(CLOCK_MONOTONIC) - begin);
     for (int i = 0; i < started && result == FST_OK; i++) {
         if (readers[i].error.code == FST_OK) continue;
@@ -206,15 +171,23 @@ static int ceiling_prepare(fst_ceiling *shared, fst_ceiling_reader *readers, int
         fst_ceiling_reader *reader = &readers[i];
         reader->shared = shared;
         reader->slot = slots + (uint64_t)i * shared->chunk_bytes;
-        uint64_t size = 0;
-        if (ceiling_open(shared->path, shared->direct, &reader->fd, &size, err) != FST_OK) return i;
-        if (i == 0) shared->size = size;
+        reader->fd =
+            shared->direct ? fst_file_open_direct(shared->file) : fst_file_open_again(shared->file);
+        if (reader->fd >= 0) continue;
+        (void)fst_fail_call(err, shared->file->path, shared->direct ? "open with O_DIRECT" : "open",
+                            errno);
+        return i;
     }
     return threads;
 }
 
 int fst_read_ceiling(const char *path, int direct, int threads, uint64_t chunk_bytes,
                      uint64_t *bytes, double *seconds, fst_error *err) {
+    fst_ceiling shared = {.chunk_bytes = fst_align_up(chunk_bytes, FST_DIRECT_ALIGN),
+                          .direct = direct != 0};
+    fst_file_info info;
+    fst_pages slots = {0};
+    int opened = 0, result;
     *bytes = 0;
     *seconds = 0.0;
     if (threads < 1 || threads > CEILING_THREADS_MAX || chunk_bytes < CEILING_CHUNK_MIN ||
@@ -223,12 +196,8 @@ int fst_read_ceiling(const char *path, int direct, int threads, uint64_t chunk_b
                         "%s: %d threads of %llu bytes: 1..%d threads of %d..%d bytes are possible",
                         path, threads, (unsigned long long)chunk_bytes, CEILING_THREADS_MAX,
                         CEILING_CHUNK_MIN, CEILING_CHUNK_MAX);
-    fst_ceiling shared = {.path = path,
-                          .chunk_bytes = fst_align_up(chunk_bytes, FST_DIRECT_ALIGN),
-                          .direct = direct != 0};
+    if (fst_file_open(path, &shared.file, &info, err) != FST_OK) return err->code;
     fst_ceiling_reader *readers = calloc((size_t)threads, sizeof *readers);
-    fst_pages slots = {0};
-    int opened = 0, result;
     if (readers == NULL || fst_pages_map(&slots, (uint64_t)threads * shared.chunk_bytes) != 0) {
         result = fst_fail(err, FST_E_NOMEM, ENOMEM, "%s: no memory for %d buffers of %llu bytes",
                           path, threads, (unsigned long long)shared.chunk_bytes);
@@ -243,5 +212,6 @@ out:
     for (int i = 0; i < opened; i++) (void)close(readers[i].fd);
     fst_pages_unmap(&slots);
     free(readers);
+    fst_file_release(&shared.file);
     return result;
 }

@@ -56,7 +56,7 @@ def place_for(kind: str) -> Any:
     What is there is given back with this place. So nothing is lost where a signal's handler
     raises between the call and the next line of Python.
     """
-    return ffi.gc(ffi.new(f"fst_{kind} **"), getattr(lib, f"fst_{kind}_release_at"))
+    return ffi.gc(ffi.new(f"fst_{kind} **"), getattr(lib, f"fst_{kind}_release"))
 
 
 def raise_(err: Any, filename: str | None = None) -> None:

@@ -3,6 +3,7 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 
 fst_counters fst_counts;
 
@@ -15,4 +16,9 @@ int fst_fail(fst_error *err, int code, int sys_errno, const char *format, ...) {
     va_end(arguments);
     if (written < 0) err->message[0] = '\0';
     return code;
+}
+
+int fst_fail_call(fst_error *err, const char *path, const char *call, int sys_errno) {
+    return fst_fail(err, FST_E_SYS, sys_errno, "%s: %s failed: %s", path, call,
+                    strerror(sys_errno));
 }

@@ -24,6 +24,8 @@
 /* Fill *err and return its code. */
 __attribute__((format(printf, 4, 5))) int fst_fail(fst_error *err, int code, int sys_errno,
                                                    const char *format, ...);
+/* FST_E_SYS for a system call that failed with sys_errno on a path. */
+int fst_fail_call(fst_error *err, const char *path, const char *call, int sys_errno);
 
 typedef struct fst_counters { /* of the process, shown by fst_pool_get_stats */
     atomic_ullong arenas;

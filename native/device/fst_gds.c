@@ -71,6 +71,11 @@ static file_status open_driver(void) {
     return status;
 }
 
+static int refused(fst_error *err, const char *what, file_status status) {
+    return fst_fail(err, FST_E_INVALID, 0, "%s (%d, CUDA %d)", what, status.error,
+                    status.driver_error);
+}
+
 /* With the lock held, once in a process. */
 static int open_library(const fst_device *device, fst_error *err) {
     const char *given = device->gpu->library; /* a test's fake has everything in one */
@@ -87,10 +92,7 @@ static int open_library(const fst_device *device, fst_error *err) {
         !fst_gpu_find(library, "cuFileRead", &gds.read))
         return fst_fail(err, FST_E_INVALID, 0, "libcufile lacks a function");
     file_status status = open_driver();
-    if (status.error != 0)
-        return fst_fail(err, FST_E_INVALID, 0, "cuFile's driver did not open (%d, CUDA %d)",
-                        status.error, status.driver_error);
-    return FST_OK;
+    return status.error == 0 ? FST_OK : refused(err, "cuFile's driver did not open", status);
 }
 
 int fst_gds_register(fst_device *device, int fd, void **handle, fst_error *err) {
@@ -107,9 +109,7 @@ int fst_gds_register(fst_device *device, int fd, void **handle, fst_error *err) 
     (void)pthread_mutex_unlock(&gds.lock);
     if (code == FST_OK) {
         file_status status = gds.handle_register(handle, &description);
-        if (status.error != 0)
-            code = fst_fail(err, FST_E_INVALID, 0, "cuFile refused the file (%d, CUDA %d)",
-                            status.error, status.driver_error);
+        if (status.error != 0) code = refused(err, "cuFile refused the file", status);
     }
     fst_gpu_leave(&scope);
     return code;
@@ -160,8 +160,7 @@ static int create(fst_device *device, uint64_t bytes, fst_staging **out, fst_err
     if (registered.error != 0) {
         (void)device->gpu->release(staging->block);
         free(staging);
-        return fst_fail(err, FST_E_INVALID, 0, "cuFile refused a buffer (%d, CUDA %d)",
-                        registered.error, registered.driver_error);
+        return refused(err, "cuFile refused a buffer", registered);
     }
     *out = staging;
     return FST_OK;

@@ -17,53 +17,51 @@
 #define DROP_TRIES 15  /* 30 ms; reads of some MiB take a few */
 #define DROP_BLINDLY 5 /* where no probe can see what is left */
 
-int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err) {
-    struct stat status, named;
+static int new_file(const char *path, int fd, const struct stat *status, fst_file **out,
+                    fst_error *err) {
     struct statfs filesystem;
-    *out = NULL;
-    /* Opening and closing a pipe would release a writer that waits for its reader, and then break
-     * the pipe. So anything but a regular file is left to stock, which opens it once. */
-    if (FST_SYS->stat(path, &named) != 0)
-        return fst_fail(err, FST_E_SYS, errno, "%s: stat failed: %s", path, strerror(errno));
-    if (!S_ISREG(named.st_mode)) return fst_fail(err, FST_DOUBT, 0, "%s: not a regular file", path);
-    /* O_NONBLOCK: if it is a pipe by now, opening it does not wait; regular files ignore it. */
-    int fd = FST_SYS->open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0)
-        return fst_fail(err, FST_E_SYS, errno, "%s: open failed: %s", path, strerror(errno));
-    if (FST_SYS->fstat(fd, &status) != 0) {
-        int code = errno;
-        close(fd);
-        return fst_fail(err, FST_E_SYS, code, "%s: fstat failed: %s", path, strerror(code));
-    }
-    if (!S_ISREG(status.st_mode) || status.st_size < 0) {
-        close(fd);
-        return fst_fail(err, FST_DOUBT, 0, "%s: not a regular file", path);
-    }
-    if (status.st_dev != named.st_dev || status.st_ino != named.st_ino) {
-        close(fd);
-        return fst_fail(err, FST_DOUBT, 0, "%s: replaced while it was opened", path);
-    }
     size_t length = strlen(path) + 1;
-    fst_file *file = malloc(sizeof *file + length);
-    if (file == NULL) {
-        close(fd);
-        return fst_fail(err, FST_E_NOMEM, ENOMEM, "%s: no memory to open it", path);
-    }
-    memset(file, 0, sizeof *file);
+    fst_file *file = calloc(1, sizeof *file + length);
+    if (file == NULL) return fst_fail(err, FST_E_NOMEM, ENOMEM, "%s: no memory to open it", path);
     atomic_init(&file->refs, 1);
     atomic_init(&file->hint_fd, -1);
     atomic_init(&file->window, -1);
     file->fd = fd;
     memcpy(file->path, path, length);
-    file->info.size = (uint64_t)status.st_size;
-    file->info.dev = (uint64_t)status.st_dev;
-    file->info.ino = (uint64_t)status.st_ino;
+    file->info.size = (uint64_t)status->st_size;
+    file->info.dev = (uint64_t)status->st_dev;
+    file->info.ino = (uint64_t)status->st_ino;
     file->info.fs_magic = fstatfs(fd, &filesystem) == 0 ? (uint64_t)filesystem.f_type : 0;
     file->info.fd = fd;
     atomic_fetch_add(&fst_counts.files, 1);
-    *info = file->info;
     *out = file;
     return FST_OK;
+}
+
+int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err) {
+    struct stat status, named;
+    int code;
+    *out = NULL;
+    /* Opening and closing a pipe would release a writer that waits for its reader, and then break
+     * the pipe. So anything but a regular file is left to stock, which opens it once. */
+    if (FST_SYS->stat(path, &named) != 0) return fst_fail_call(err, path, "stat", errno);
+    if (!S_ISREG(named.st_mode)) return fst_fail(err, FST_DOUBT, 0, "%s: not a regular file", path);
+    /* O_NONBLOCK: if it is a pipe by now, opening it does not wait; regular files ignore it. */
+    int fd = FST_SYS->open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) return fst_fail_call(err, path, "open", errno);
+    if (FST_SYS->fstat(fd, &status) != 0)
+        code = fst_fail_call(err, path, "fstat", errno);
+    else if (!S_ISREG(status.st_mode) || status.st_size < 0)
+        code = fst_fail(err, FST_DOUBT, 0, "%s: not a regular file", path);
+    else if (status.st_dev != named.st_dev || status.st_ino != named.st_ino)
+        code = fst_fail(err, FST_DOUBT, 0, "%s: replaced while it was opened", path);
+    else
+        code = new_file(path, fd, &status, out, err);
+    if (code == FST_OK)
+        *info = (*out)->info;
+    else
+        close(fd);
+    return code;
 }
 
 uint64_t fst_open_files(void) { return atomic_load(&fst_counts.files); }
@@ -84,7 +82,7 @@ void fst_file_retain(fst_file *file) {
     atomic_fetch_add_explicit(&file->refs, 1, memory_order_relaxed);
 }
 
-void fst_file_release(fst_file *file) {
+void fst_file_unref(fst_file *file) {
     if (file == NULL) return;
     if (atomic_fetch_sub_explicit(&file->refs, 1, memory_order_acq_rel) != 1) return;
     close(file->fd);
@@ -98,10 +96,10 @@ void fst_file_read_exactly(fst_file *file) {
     atomic_store(&file->exactly, true);
 }
 
-void fst_file_release_at(fst_file **file) {
+void fst_file_release(fst_file **file) {
     fst_file *held = *file;
     *file = NULL;
-    fst_file_release(held);
+    fst_file_unref(held);
 }
 
 /* Another descriptor of the same inode. -1 with errno set. */

@@ -14,6 +14,7 @@ struct fst_file {
 };
 
 void fst_file_retain(fst_file *file);
+void fst_file_unref(fst_file *file); /* accepts NULL */
 /* The name of a job's source in messages: the file's path, or host memory. */
 const char *fst_source_name(const fst_file *file);
 /* FST_E_TRUNCATED: the file ends at an offset before the bytes its header promises. */

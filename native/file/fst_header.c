@@ -315,6 +315,19 @@ static bool fill_layout(parser *p, fst_layout *layout) {
     return true;
 }
 
+/* From the header's bytes to a filled layout; what is wrong is noted in the parser. */
+static void parse(parser *p, fst_layout *layout) {
+    if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__)
+        (void)fst_lex_doubt(&p->in, "this machine is big-endian and the file is not");
+    else if (!fst_lex_utf8(&p->in))
+        (void)fst_lex_doubt(&p->in, "header is not UTF-8");
+    else if (parse_header(p)) {
+        sort_entries(p);
+        (void)validate(p, layout->file_bytes - LENGTH_BYTES - layout->header_bytes);
+    }
+    if (p->in.doubt == NULL && !p->no_memory && !fill_layout(p, layout)) p->no_memory = true;
+}
+
 /* Takes over the header buffer, also on failure. */
 static int parse_owned(char *header, uint64_t header_bytes, uint64_t file_bytes, fst_layout **out,
                        fst_layout_view *view, fst_error *err) {
@@ -322,36 +335,26 @@ static int parse_owned(char *header, uint64_t header_bytes, uint64_t file_bytes,
     fst_layout *layout = calloc(1, sizeof *layout);
     int code = FST_OK;
     p.names = malloc(header_bytes + 1);
-    if (layout == NULL || p.names == NULL) {
+    p.no_memory = layout == NULL || p.names == NULL;
+    if (p.no_memory) {
         free(header);
-        code = fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory to parse a header of %llu bytes",
-                        (unsigned long long)header_bytes);
-        goto out;
+    } else {
+        layout->header = header;
+        layout->header_bytes = header_bytes;
+        layout->file_bytes = file_bytes;
+        parse(&p, layout);
     }
-    layout->header = header;
-    layout->header_bytes = header_bytes;
-    layout->file_bytes = file_bytes;
-    if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__)
-        (void)fst_lex_doubt(&p.in, "this machine is big-endian and the file is not");
-    else if (!fst_lex_utf8(&p.in))
-        (void)fst_lex_doubt(&p.in, "header is not UTF-8");
-    else if (parse_header(&p)) {
-        sort_entries(&p);
-        (void)validate(&p, file_bytes - LENGTH_BYTES - header_bytes);
-    }
-    if (p.in.doubt == NULL && !p.no_memory && !fill_layout(&p, layout)) p.no_memory = true;
     if (p.no_memory)
         code = fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory to parse a header of %llu bytes",
                         (unsigned long long)header_bytes);
     else if (p.in.doubt != NULL)
         code = fst_fail(err, FST_DOUBT, 0, "header byte %lld: %s",
                         (long long)(p.in.at - p.in.begin), p.in.doubt);
-out:
     free(p.entries);
     free(p.dims);
     free(p.names);
     if (code != FST_OK) {
-        fst_layout_release(layout);
+        fst_layout_release(&layout);
         return code;
     }
     *view = layout->view;
@@ -426,17 +429,13 @@ int fst_layout_read(fst_file *file, fst_layout *cached, fst_layout **out, fst_la
     return parse_owned(header, header_bytes, file->info.size, out, view, err);
 }
 
-void fst_layout_release(fst_layout *layout) {
+void fst_layout_release(fst_layout **owned) {
+    fst_layout *layout = *owned;
+    *owned = NULL;
     if (layout == NULL) return;
     free(layout->tensors);
     free(layout->dims);
     free(layout->names);
     free(layout->header);
     free(layout);
-}
-
-void fst_layout_release_at(fst_layout **layout) {
-    fst_layout *held = *layout;
-    *layout = NULL;
-    fst_layout_release(held);
 }

@@ -1,21 +1,9 @@
 /* fst_io_direct.c - read a chunk with O_DIRECT into the worker's slot, and copy it to its places.
  *
  * Tensors lie at any offset of their file, and devices read blocks at block boundaries. So every
- * byte is copied once. Few small slots are fastest on a virtual disk, presumably because they stay
- * in the processor's cache even while the host writes to them; a guest cannot measure that.
- * 1.7 GB, 2 cores, medians of 8 in random order, loaded in
- *
- *     0.86 s   read beside its place, less than a block away, and moved there; 16 workers of 2 MiB
- *     0.68 s   through 16 slots of 1 MiB; 0.66 by 24, 0.71 by 8, 0.71 through 8 of 2 MiB
- *     0.56 s   read into 16 buffers of 1 MiB, and nothing kept
- *
- * In another run (medians of 7) reading in place took 0.90 s by 2 MiB, 0.78 by 1 MiB, slots of 1
- * MiB 0.68, and with copies that go around the cache (non-temporal stores) 0.81.
- *
- * Memory still to be allocated is not the cause: with all pages touched before, reading in place
- * took 0.75 s and slots 0.61 (medians of 5). Slots of 4 MiB, 8 of them, had been slower than
- * reading in place (1.35 s against 1.18 on another machine). A thread that faults pages in ahead of
- * the reads gained nothing.
+ * byte is copied once. Slots are small, few and reused: 1.7 GB took 0.68 s through 16 slots of
+ * 1 MiB, and 0.86 s when each block was read beside its place and moved there. docs/design-notes.md
+ * has the other ways that were tried.
  */
 #include <errno.h>
 #include <string.h>
@@ -25,16 +13,10 @@
 
 /* Copies the wanted bytes of the chunk from the slot to their places. */
 static void scatter(const fst_io_context *io) {
-    uint64_t slot_begin = fst_align_down(io->begin, FST_DIRECT_ALIGN);
-    for (uint64_t i = io->first; i < io->count; i++) {
-        const fst_segment *s = &io->segments[i];
-        if (s->file_offset >= io->end) return;
-        uint64_t begin = s->file_offset > io->begin ? s->file_offset : io->begin;
-        uint64_t end = fst_min(s->file_offset + s->bytes, io->end);
-        if (begin >= end) continue;
-        memcpy(io->arena->data + s->arena_offset + (begin - s->file_offset),
-               io->slot + (begin - slot_begin), (size_t)(end - begin));
-    }
+    fst_pieces pieces = {.io = io};
+    fst_piece piece;
+    while (fst_pieces_next(&pieces, &piece))
+        memcpy(io->arena->data + piece.at, io->slot + piece.in_slot, (size_t)piece.bytes);
 }
 
 /* Whether the next read may be made. */

@@ -9,7 +9,7 @@
 #include "tensor/fst_arena.h"
 
 typedef struct fst_io_context { /* what one chunk needs; lives on the worker's stack */
-    const fst_file *file;       /* NULL: an upload, whose file offsets are addresses */
+    fst_file *file;             /* NULL: an upload, whose file offsets are addresses */
     int direct_fd;
     fst_arena *arena;
     const fst_segment *segments;

@@ -106,9 +106,13 @@ static bool ensure_slot(fst_worker *worker, uint64_t bytes) {
     if (bytes < FST_HUGE_PAGE) bytes = FST_HUGE_PAGE;
     if (worker->slot.bytes >= bytes) return true;
     fst_pages_unmap(&worker->slot);
-    int failed = fst_pages_map(&worker->slot, bytes);
-    errno = failed;
-    return failed == 0;
+    errno = fst_pages_map(&worker->slot, bytes);
+    return errno == 0;
+}
+
+static void use_slot(fst_io_context *io, const fst_pages *pages) {
+    io->slot = pages->data;
+    io->slot_bytes = pages->bytes;
 }
 
 /* Cached pages count as free memory, including those read ahead for maps still in use. Reading on
@@ -125,8 +129,7 @@ static int move_ahead(const fst_job *job, fst_io_context *io, fst_worker *worker
     int code = fst_io_prefetch(io, cold);
     if (code != ENOBUFS) return code;
     if (!ensure_slot(worker, job->options.chunk_bytes)) return ENOMEM;
-    io->slot = worker->slot.data;
-    io->slot_bytes = worker->slot.bytes;
+    use_slot(io, &worker->slot);
     return fst_io_read_through(io);
 }
 
@@ -134,9 +137,8 @@ static int move_ahead(const fst_job *job, fst_io_context *io, fst_worker *worker
 static bool is_cached(const fst_io_context *io) {
     uint64_t resident = 0, length = io->end - io->begin;
     int probe = FST_PROBE_NONE;
-    fst_file *file = (fst_file *)(uintptr_t)io->file;
-    (void)fst_file_residency(file, io->begin, length, &resident, &probe);
-    if (probe == FST_PROBE_NONE) return fst_file_has_page(file, io->begin + length / 2);
+    (void)fst_file_residency(io->file, io->begin, length, &resident, &probe);
+    if (probe == FST_PROBE_NONE) return fst_file_has_page(io->file, io->begin + length / 2);
     return resident == length;
 }
 
@@ -148,8 +150,7 @@ static int read_to_memory(const fst_job *job, fst_io_context *io, fst_worker *wo
             return fst_fail(err, FST_E_NOMEM, errno,
                             "%s: no memory for a read buffer of %llu bytes", io->file->path,
                             (unsigned long long)job->options.chunk_bytes);
-        io->slot = worker->slot.data;
-        io->slot_bytes = worker->slot.bytes;
+        use_slot(io, &worker->slot);
         int code = fst_io_direct(io, err);
         if (code != FST_E_INVALID) return code;
         *refused = err->sys_errno; /* the page cache takes over */
@@ -195,8 +196,7 @@ static int fill_slot(const fst_job *job, fst_io_context *io, fst_worker *worker,
     fst_slot *slot;
     int code = take_slot(job, worker, &slot, err);
     if (code != FST_OK) return code;
-    io->slot = slot->pages.data;
-    io->slot_bytes = slot->pages.bytes;
+    use_slot(io, &slot->pages);
     code =
         job->kind == JOB_UPLOAD ? fst_io_memory(io, err) : fill_from_file(io, chunk, refused, err);
     if (code == FST_OK)

@@ -250,7 +250,9 @@ void fst_job_get_stats(fst_job *job, fst_job_stats *stats) {
     fst_queue_unlock();
 }
 
-void fst_job_release(fst_job *job) {
+void fst_job_release(fst_job **owned) {
+    fst_job *job = *owned;
+    *owned = NULL;
     if (job == NULL) return;
     fst_queue_lock();
     if (job->kind != JOB_PREFETCH && !job->done) {
@@ -261,10 +263,4 @@ void fst_job_release(fst_job *job) {
     bool last = --job->refs == 0;
     fst_queue_unlock();
     if (last) fst_queue_free(job);
-}
-
-void fst_job_release_at(fst_job **job) {
-    fst_job *held = *job;
-    *job = NULL;
-    fst_job_release(held);
 }

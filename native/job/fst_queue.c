@@ -81,7 +81,7 @@ void fst_queue_finish_if_over(fst_job *job) {
         fst_file_drop_cache(file);
     fst_gds_deregister(job->options.device, job->gds_handle);
     if (fd >= 0) close(fd);
-    fst_file_release(file);
+    fst_file_unref(file);
     if (arena != NULL) fst_arena_unref(arena);
     if (job->allocated != NULL) fst_gpu_give_event(job->options.device, job->allocated);
     fst_queue_lock();

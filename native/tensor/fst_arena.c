@@ -230,14 +230,10 @@ void fst_arena_release_user(fst_arena *arena) {
         fst_arena_unref(arena);
 }
 
-void fst_arena_release(fst_arena *arena) {
-    if (arena != NULL) fst_arena_release_user(arena);
-}
-
-void fst_arena_release_at(fst_arena **arena) {
+void fst_arena_release(fst_arena **arena) {
     fst_arena *held = *arena;
     *arena = NULL;
-    fst_arena_release(held);
+    if (held != NULL) fst_arena_release_user(held);
 }
 
 bool fst_arena_abandoned(const fst_arena *arena) {

@@ -217,9 +217,9 @@ static inline bool device_right(const device_load *l) {
 }
 
 static inline void device_end(device_load *l) { /* the file itself is the caller's */
-    fst_job_release(l->job);
-    fst_arena_release(l->arena);
-    fst_file_release(l->file);
+    fst_job_release(&l->job);
+    fst_arena_release(&l->arena);
+    fst_file_release(&l->file);
     l->job = NULL;
     l->arena = NULL;
     l->file = NULL;

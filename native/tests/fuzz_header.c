@@ -35,7 +35,7 @@ static void check_batch(const fst_layout_view *view, uint64_t data) {
     MUST(fst_arena_borrow(table, data, &arena, &err) == FST_OK); /* never looked into */
     MUST(fst_batch_create(arena, view, NULL, view->count, NULL, 0, table, &batch, &err) == FST_OK);
     fst_batch_drop(batch, view->count + 1);
-    fst_arena_release(arena);
+    fst_arena_release(&arena);
 }
 
 static bool check_one(const char *header, size_t bytes, uint64_t data) {
@@ -60,7 +60,7 @@ static bool check_one(const char *header, size_t bytes, uint64_t data) {
         MUST(view.metadata_bytes >= 2 && view.metadata[0] == '{' &&
              view.metadata[view.metadata_bytes - 1] == '}');
     check_batch(&view, data);
-    fst_layout_release(layout);
+    fst_layout_release(&layout);
     return true;
 }
 

@@ -218,9 +218,9 @@ static inline fst_job_stats stats_of(fst_job *job) {
 }
 
 static inline void end_load(load *l) {
-    fst_job_release(l->job);
-    fst_arena_release(l->arena);
-    fst_file_release(l->file);
+    fst_job_release(&l->job);
+    fst_arena_release(&l->arena);
+    fst_file_release(&l->file);
     test_remove(&l->made);
 }
 

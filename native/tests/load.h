@@ -61,7 +61,7 @@ static inline load_result load_into(fst_arena *arena, fst_file *opened, const te
     }
     plan nothing = {.arena_bytes = p->arena_bytes}; /* what a refused job may write to */
     const plan *touched = job == NULL ? &nothing : p;
-    fst_job_release(job);
+    fst_job_release(&job);
     check_memory(file, touched, memory, result.code == FST_OK);
     return result;
 }
@@ -75,7 +75,7 @@ static inline load_result load_open(fst_file *opened, const test_file *file, con
     MUST(memory != NULL);
     MUST(fst_arena_borrow(memory, p->arena_bytes, &arena, &err) == FST_OK);
     load_result result = load_into(arena, opened, file, p, options);
-    fst_arena_release(arena);
+    fst_arena_release(&arena);
     free(memory);
     return result;
 }
@@ -84,7 +84,7 @@ static inline load_result load(const test_file *file, const plan *p,
                                const fst_job_options *options) {
     fst_file *opened = test_open(file);
     load_result result = load_open(opened, file, p, options);
-    fst_file_release(opened);
+    fst_file_release(&opened);
     return result;
 }
 

@@ -59,9 +59,9 @@ static void test_described(void) {
     MUST(fst_arena_alloc(16 + 33, &arena, &err) == FST_OK);
     MUST(fst_batch_create(arena, &view, NULL, 5, NULL, 16, table, &batch, &err) == FST_OK);
     check_shapes(batch, fst_arena_data(arena));
-    fst_layout_release(layout); /* copied */
+    fst_layout_release(&layout); /* copied */
     unsigned char *data = fst_arena_data(arena);
-    fst_arena_release(arena);
+    fst_arena_release(&arena);
     for (uint64_t i = 0; i < 5; i++) { /* through either struct */
         dl_managed *plain = fst_batch_plain(batch, i);
         dl_managed_versioned *versioned = fst_batch_versioned(batch, i);
@@ -96,8 +96,8 @@ static void test_chosen(void) {
     CHECK(fst_batch_plain(batch, 1)->tensor.ndim == 0);
     CHECK(fst_batch_plain(batch, 2)->tensor.data == data);
     fst_batch_drop(batch, 4);
-    fst_arena_release(arena);
-    fst_layout_release(layout);
+    fst_arena_release(&arena);
+    fst_layout_release(&layout);
 }
 
 static void test_refused(void) {
@@ -127,8 +127,8 @@ static void test_refused(void) {
     CHECK_EQ(CREATE(&which, 1, &offset, 0), FST_E_INVALID);
 #undef CREATE
     CHECK(batch == NULL);
-    fst_arena_release(arena);
-    fst_layout_release(layout);
+    fst_arena_release(&arena);
+    fst_layout_release(&layout);
 }
 
 static void test_unknown_dtype(void) {
@@ -141,8 +141,8 @@ static void test_unknown_dtype(void) {
     MUST(fst_arena_alloc(8, &arena, &err) == FST_OK);
     CHECK_EQ(fst_batch_create(arena, &view, NULL, 1, NULL, 0, table, &batch, &err), FST_DOUBT);
     CHECK(batch == NULL);
-    fst_arena_release(arena);
-    fst_layout_release(layout);
+    fst_arena_release(&arena);
+    fst_layout_release(&layout);
 }
 
 /* ---- deleters on many threads ---- */
@@ -191,7 +191,7 @@ static void test_threads(void) {
         fst_batch *batch = NULL;
         MUST(fst_arena_alloc(2 * TENSORS, &arena, &err) == FST_OK);
         MUST(fst_batch_create(arena, &view, NULL, TENSORS, NULL, 0, table, &batch, &err) == FST_OK);
-        fst_arena_release(arena);
+        fst_arena_release(&arena);
         for (uint64_t i = 0; i < THREADS; i++) {
             shares[i] = (share){.batch = batch, .first = i};
             MUST(pthread_create(&shares[i].thread, NULL, delete_share, &shares[i]) == 0);
@@ -202,7 +202,7 @@ static void test_threads(void) {
         fst_pool_get_stats(&stats);
         CHECK_EQ(stats.arenas, 0);
     }
-    fst_layout_release(layout);
+    fst_layout_release(&layout);
 }
 
 /* Several batches over one arena: it goes with the last of them. */
@@ -217,7 +217,7 @@ static void test_shared_arena(void) {
     unsigned char *data = fst_arena_data(arena);
     for (int i = 0; i < 3; i++)
         MUST(fst_batch_create(arena, &view, NULL, 5, NULL, 0, table, &batches[i], &err) == FST_OK);
-    fst_arena_release(arena);
+    fst_arena_release(&arena);
     for (int i = 0; i < 3; i++) {
         fst_batch_drop(batches[i], 5);
         data[0]++;
@@ -225,7 +225,7 @@ static void test_shared_arena(void) {
         CHECK_EQ(stats.arenas, 1);
         fst_batch_drop(batches[i], 1);
     }
-    fst_layout_release(layout);
+    fst_layout_release(&layout);
 }
 
 int main(void) {

@@ -66,7 +66,7 @@ static planned start_plan(const test_file *made, plan p, const fst_job_options *
                    ? start_upload(&l, options, &err)
                    : fst_job_read(file, l.arena, p.segments, p.count, options, &l.job, &err);
     if (!CHECK_EQ(code, FST_OK)) (void)fprintf(stderr, "    %s\n", err.message);
-    fst_file_release(file); /* the job holds it */
+    fst_file_release(&file); /* the job holds it */
     return l;
 }
 
@@ -80,8 +80,8 @@ static void check_plan(const planned *l, int code) {
 }
 
 static void end_plan(planned *l) {
-    fst_job_release(l->job);
-    fst_arena_release(l->arena);
+    fst_job_release(&l->job);
+    fst_arena_release(&l->arena);
     free_plan(&l->p);
     if (l->map != NULL) MUST(munmap(l->map, l->map_bytes) == 0); /* nobody reads it now */
 }
@@ -317,7 +317,7 @@ static void use_once(user *u) {
             CHECK(segments_right(made, l.arena, l.p.segments, l.p.count, UINT64_MAX));
     }
     if (what == 1) { /* whose arena goes first */
-        fst_arena_release(l.arena);
+        fst_arena_release(&l.arena);
         l.arena = NULL;
     }
     end_plan(&l);

@@ -47,9 +47,9 @@ static void child_main(device_load *parents, int result) {
     CHECK_EQ(stats.jobs, 0);
     CHECK_EQ(stats.pinned_bytes, 0);
     if (!UNDER_TSAN) check_host_load();
-    fst_job_release(parents->job);
-    if (result != FST_OK) fst_arena_release(parents->arena); /* is the driver's, and stays */
-    fst_file_release(parents->file);
+    fst_job_release(&parents->job);
+    if (result != FST_OK) fst_arena_release(&parents->arena); /* is the driver's, and stays */
+    fst_file_release(&parents->file);
     fst_pool_shutdown();
     fst_pool_get_stats(&stats);
     CHECK_EQ(stats.files, 0);

@@ -138,7 +138,8 @@ static void test_landed_upload(void) { check_landed(true); }
 /* ---- RELEASE ---- */
 
 static void *release_job(void *argument) {
-    fst_job_release(argument);
+    fst_job *job = argument;
+    fst_job_release(&job);
     return NULL;
 }
 
@@ -146,7 +147,7 @@ static void *release_job(void *argument) {
  * tells if a copy was pending then. */
 static void check_released(device_load *l) {
     fake_counts live;
-    fst_arena_release(l->arena);
+    fst_arena_release(&l->arena);
     l->arena = NULL;
     FAKE(fake_live)(&live);
     CHECK_EQ(live.blocks, 1); /* the job's */
@@ -176,7 +177,7 @@ static void test_release_failed(void) {
         options.threads = 1;
         CHECK_EQ(fst_fault_set("preadv", call, 1, EIO, 0), 0);
         MUST(device_start(&l, &options) == FST_OK);
-        fst_arena_release(l.arena);
+        fst_arena_release(&l.arena);
         l.arena = NULL;
         CHECK_EQ(job_result(l.job, &l.err), FST_E_SYS);
         (void)check_violations();
@@ -196,7 +197,7 @@ static void test_release_failed_upload(void) {
         FAKE(fake_clear)();
         CHECK_EQ(FAKE(fake_fail)("cuStreamWaitEvent", call, 1, 719), 0);
         MUST(device_start(&l, &options) == FST_OK);
-        fst_arena_release(l.arena);
+        fst_arena_release(&l.arena);
         l.arena = NULL;
         CHECK_EQ(job_result(l.job, &l.err), FST_E_DEVICE);
         (void)check_violations();

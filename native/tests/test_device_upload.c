@@ -24,7 +24,7 @@ static int upload(fst_arena *arena, const fst_segment *segments, uint64_t count,
     fst_job *job = NULL;
     int code = fst_job_upload(arena, segments, count, options, &job, err);
     if (code == FST_OK) code = job_result(job, err);
-    fst_job_release(job);
+    fst_job_release(&job);
     return code;
 }
 
@@ -86,7 +86,7 @@ static void test_gathered(void) {
         CHECK(rest_untouched(arena, segments, PIECES));
         /* One a chunk, which is cut to pages where a piece is larger than what is left. */
         CHECK(copies() - before <= 2 * (bytes / SLOT_BYTES) + 1);
-        fst_arena_release(arena);
+        fst_arena_release(&arena);
         free_blocks(segments);
     }
 }
@@ -119,7 +119,7 @@ static void test_borrowed(void) {
     for (int i = 0; i < PIECES; i++)
         for (int k = 0; k < i % 3; k++)
             CHECK_EQ(device[segments[i].arena_offset + segments[i].bytes + (uint64_t)k], FAKE_LATE);
-    fst_arena_release(arena);
+    fst_arena_release(&arena);
     MUST(FAKE(fake_forget)(device) == 0);
     free_blocks(segments);
 }
@@ -228,7 +228,7 @@ static void check_map(const test_file *made, uint64_t chunk) {
     long own = map_figure(map, "Anonymous");
     if (own < 0) test_skip("own pages", "the kernel does not tell of them");
     CHECK(own <= 0);
-    fst_arena_release(arena);
+    fst_arena_release(&arena);
     MUST(munmap(map, MAP_BYTES) == 0);
 }
 
@@ -283,7 +283,7 @@ static void test_refused(void) {
         CHECK(job == NULL);
     }
     CHECK_EQ(copies(), 0);
-    fst_arena_release(arena);
+    fst_arena_release(&arena);
 }
 
 int main(void) {

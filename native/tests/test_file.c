@@ -6,7 +6,7 @@ static int open_code(const char *path, fst_error *err) {
     fst_file_info info;
     int code = fst_file_open(path, &file, &info, err);
     CHECK((file != NULL) == (code == FST_OK));
-    fst_file_release(file);
+    fst_file_release(&file);
     return code;
 }
 
@@ -38,7 +38,6 @@ static void test_open_errors(void) {
     CHECK_EQ(open_code(file.path, &err), FST_OK);
     CHECK_EQ(fst_fault_set("no_such_call", 1, 1, EIO, 0), -1);
     fst_fault_clear();
-    fst_file_release(NULL);
     test_remove(&file);
 }
 
@@ -55,7 +54,7 @@ static void test_file_read(void) {
     CHECK_EQ(fst_file_read(opened, 100000, bytes, 0, &err), FST_OK);
     CHECK_EQ(fst_file_read(opened, UINT64_MAX, bytes, 1, &err), FST_E_INVALID);
     CHECK_EQ(fst_file_read(opened, INT64_MAX, bytes, 1, &err), FST_E_INVALID);
-    fst_file_release(opened);
+    fst_file_release(&opened);
     test_remove(&file);
 }
 
@@ -71,12 +70,12 @@ static void test_arenas(void) {
         CHECK_EQ((uintptr_t)data % (sizes[i] >= 2 << 20 ? 2 << 20 : 4096), 0);
         for (uint64_t k = 0; k < sizes[i]; k += 4095) CHECK(data[k] == 0);
         memset(data, 1, sizes[i]);
-        fst_arena_release(arena);
+        fst_arena_release(&arena);
     }
     CHECK_EQ(fst_arena_alloc(UINT64_MAX, &arena, &err), FST_E_NOMEM);
     CHECK_EQ(fst_arena_alloc(INT64_MAX, &arena, &err), FST_E_NOMEM);
     CHECK(arena == NULL);
-    fst_arena_release(NULL);
+    fst_arena_release(&arena);
 }
 
 static void test_arena_faults(void) {
@@ -98,9 +97,9 @@ static void test_arena_faults(void) {
     data[0] ^= 0xFF; /* private: the file must not change */
     CHECK_EQ(fst_file_read(opened, 0, &before, 1, &err), FST_OK);
     CHECK_EQ(before, test_byte(0, 1));
-    fst_arena_release(arena);
-    fst_file_release(opened);
-    fst_file_release(nothing);
+    fst_arena_release(&arena);
+    fst_file_release(&opened);
+    fst_file_release(&nothing);
     test_remove(&file);
     test_remove(&empty);
 }
@@ -142,7 +141,7 @@ static void test_residency(void) {
     CHECK_EQ(probe_of(opened, 0, file.size), FST_PROBE_NONE);
     CHECK_EQ(fst_fault_calls("preadv2") + fst_fault_calls("pread") + fst_fault_calls("preadv"), 0);
     fst_fault_clear();
-    fst_file_release(opened);
+    fst_file_release(&opened);
     test_remove(&file);
 }
 

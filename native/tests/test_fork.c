@@ -4,7 +4,7 @@
 #include <sys/wait.h>
 
 /* In the child: the parent's jobs have ended, a pool of its own works. Never returns. */
-static void child_main(const load *parents, bool cancelled) {
+static void child_main(load *parents, bool cancelled) {
     fst_pool_stats stats;
     (void)alarm(WATCHDOG_SECONDS);
     atomic_store(&fst_sys_in_force, real_calls);
@@ -13,7 +13,7 @@ static void child_main(const load *parents, bool cancelled) {
     CHECK(code == FST_E_CANCELLED || (!cancelled && code == FST_OK));
     if (code == FST_OK) CHECK(bytes_right(parents));
     CHECK_EQ(stats_of(parents->job).done, 1);
-    fst_job_release(parents->job);
+    fst_job_release(&parents->job);
     fst_pool_get_stats(&stats);
     CHECK_EQ(stats.threads, 0);
     CHECK_EQ(stats.jobs, 0);
@@ -23,8 +23,8 @@ static void child_main(const load *parents, bool cancelled) {
         CHECK(bytes_right(&own));
         end_load(&own);
     }
-    fst_arena_release(parents->arena);
-    fst_file_release(parents->file);
+    fst_arena_release(&parents->arena);
+    fst_file_release(&parents->file);
     fst_pool_shutdown();
     fst_pool_get_stats(&stats);
     CHECK_EQ(stats.arenas, 0);
@@ -65,7 +65,7 @@ static void test_fork_during_prefetch(void) {
 
 typedef struct forker {
     pthread_t thread;
-    const load *parents;
+    load *parents;
     pid_t child;
     atomic_bool done;
 } forker;

@@ -181,7 +181,7 @@ static void check_table(const header_case *cases, size_t count, int expected) {
         if (!CHECK_EQ(code, expected)) (void)fprintf(stderr, "  %s\n", err.message);
         CHECK((layout != NULL) == (code == FST_OK));
         if (code != FST_OK) CHECK(err.code == code && err.message[0] != '\0');
-        fst_layout_release(layout);
+        fst_layout_release(&layout);
     }
 }
 
@@ -205,7 +205,7 @@ static void test_prefixes(void) {
             test_case = accepted[i].what;
             CHECK_EQ(parse(accepted[i].header, bytes, accepted[i].data, &layout, &view, &err),
                      FST_DOUBT);
-            fst_layout_release(layout);
+            fst_layout_release(&layout);
         }
     }
 }
@@ -234,8 +234,9 @@ static void test_contents(void) {
     CHECK_EQ(view.dtypes, 1u << FST_F32 | 1u << FST_I64 | 1u << FST_BF16);
     CHECK(view.metadata_bytes == 15 && memcmp(view.metadata, "{\"format\":\"pt\"}", 15) == 0);
     CHECK_EQ(view.odd_f4, 0);
-    fst_layout_release(layout);
-    fst_layout_release(NULL);
+    fst_layout_release(&layout);
+    CHECK(layout == NULL);
+    fst_layout_release(&layout);
 }
 
 static void check_odd_f4(const char *header, size_t bytes, uint64_t data, uint32_t odd) {
@@ -244,7 +245,7 @@ static void check_odd_f4(const char *header, size_t bytes, uint64_t data, uint32
     fst_error err = {0};
     if (CHECK_EQ(parse(header, bytes, data, &layout, &view, &err), FST_OK))
         CHECK_EQ(view.odd_f4, odd);
-    fst_layout_release(layout);
+    fst_layout_release(&layout);
 }
 
 static void test_odd_f4(void) {
@@ -281,7 +282,7 @@ static void test_dtypes(void) {
                              all[i].name, all[i].bits);
         if (CHECK_EQ(parse(header, (size_t)bytes, all[i].bits, &layout, &view, &err), FST_OK))
             CHECK_EQ(view.tensors[0].dtype, all[i].dtype);
-        fst_layout_release(layout);
+        fst_layout_release(&layout);
     }
 }
 
@@ -296,7 +297,7 @@ static void test_dimensions(void) {
         strcat(header, "],\"data_offsets\":[0,1]}}");
         CHECK_EQ(parse(header, strlen(header), 1, &layout, &view, &err),
                  n <= 64 ? FST_OK : FST_DOUBT);
-        fst_layout_release(layout);
+        fst_layout_release(&layout);
     }
 }
 
@@ -328,7 +329,7 @@ static void test_many(void) {
         name += strlen(name) + 1;
     }
     CHECK(name == view.names + view.names_bytes);
-    fst_layout_release(layout);
+    fst_layout_release(&layout);
     free(header);
 }
 
@@ -360,7 +361,7 @@ static int read_header(test_file *made, fst_layout *cached, fst_layout **out) {
     fst_error err = {0};
     fst_file *file = test_open(made);
     int code = fst_layout_read(file, cached, out, &view, &err);
-    fst_file_release(file);
+    fst_file_release(&file);
     return code;
 }
 
@@ -374,8 +375,8 @@ static void test_read(void) {
     CHECK(again == NULL);
     CHECK_EQ(read_header(&other, layout, &again), FST_OK); /* as long, but another */
     CHECK(again != NULL);
-    fst_layout_release(again);
-    fst_layout_release(layout);
+    fst_layout_release(&again);
+    fst_layout_release(&layout);
     test_remove(&good);
     test_remove(&other);
 }
@@ -408,17 +409,17 @@ static void test_read_faults(void) {
     fst_error err = {0};
     CHECK_EQ(fst_fault_set("pread", 1, UINT64_MAX, 0, 3), 0); /* three bytes at a time */
     CHECK_EQ(fst_layout_read(file, NULL, &layout, &view, &err), FST_OK);
-    fst_layout_release(layout);
+    fst_layout_release(&layout);
     CHECK_EQ(fst_fault_set("pread", 1, 5, EINTR, 0), 0);
     CHECK_EQ(fst_layout_read(file, NULL, &layout, &view, &err), FST_OK);
-    fst_layout_release(layout);
+    fst_layout_release(&layout);
     CHECK_EQ(fst_fault_set("pread", 1, 1, EIO, 0), 0);
     CHECK_EQ(fst_layout_read(file, NULL, &layout, &view, &err), FST_E_SYS);
     CHECK(err.sys_errno == EIO && strstr(err.message, made.path) != NULL && layout == NULL);
     fst_fault_clear();
     CHECK_EQ(fst_fault_set("fadvise", 1, UINT64_MAX, ESPIPE, 0), 0); /* advice only */
     CHECK_EQ(fst_layout_read(file, NULL, &layout, &view, &err), FST_OK);
-    fst_layout_release(layout);
+    fst_layout_release(&layout);
     layout = NULL;
     fst_fault_clear();
     MUST(truncate(made.path, 20) == 0); /* shorter than when it was opened */
@@ -426,7 +427,7 @@ static void test_read_faults(void) {
     MUST(truncate(made.path, 4) == 0);
     CHECK_EQ(fst_layout_read(file, NULL, &layout, &view, &err), FST_DOUBT);
     CHECK(layout == NULL);
-    fst_file_release(file);
+    fst_file_release(&file);
     test_remove(&made);
 }
 
@@ -442,14 +443,14 @@ static void test_read_long(void) {
         fst_file *file = test_open(&made);
         CHECK_EQ(fst_layout_read(file, NULL, &layout, &view, &err), FST_OK);
         CHECK(view.count == 1 && view.data_begin == 8 + bytes);
-        fst_layout_release(layout);
+        fst_layout_release(&layout);
         layout = NULL;
         bool second = bytes + 8 > FIRST_READ;
         CHECK_EQ(fst_fault_set("pread", 2, 1, EIO, 0), 0);
         CHECK_EQ(fst_layout_read(file, NULL, &layout, &view, &err), second ? FST_E_SYS : FST_OK);
-        fst_layout_release(layout);
+        fst_layout_release(&layout);
         fst_fault_clear();
-        fst_file_release(file);
+        fst_file_release(&file);
         test_remove(&made);
     }
 }

@@ -163,7 +163,7 @@ static void check_fault(const test_file *file, const plan *p, const fault_case *
     if (r.code == FST_E_SYS) CHECK_EQ(r.err.sys_errno, c->sys_errno);
     if (r.code == FST_E_SYS || r.code == FST_E_TRUNCATED)
         CHECK(strstr(r.err.message, file->path) != NULL && strstr(r.err.message, "offset") != NULL);
-    fst_file_release(opened);
+    fst_file_release(&opened);
     fst_pool_shutdown(); /* so that each case starts its own threads and buffers */
 }
 
@@ -215,7 +215,7 @@ static void test_replaced_file(void) {
     load_result r = load_open(opened, &file, &p, &options);
     CHECK_EQ(r.code, FST_OK);
     CHECK_EQ(r.stats.direct_errno, ESTALE);
-    fst_file_release(opened);
+    fst_file_release(&opened);
     free_plan(&p);
     test_remove(&file);
 }
@@ -232,7 +232,7 @@ static void test_truncated(void) {
             load_result r = load_open(opened, &file, &p, &options);
             CHECK_EQ(r.code, FST_E_TRUNCATED);
             CHECK(strstr(r.err.message, file.path) != NULL);
-            fst_file_release(opened);
+            fst_file_release(&opened);
             free_plan(&p);
             test_remove(&file);
         }

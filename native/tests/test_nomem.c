@@ -86,15 +86,15 @@ static int steps(const test_file *made, everything *e, void *memory, fst_error *
 }
 
 static void release(everything *e) {
-    fst_job_release(e->ahead);
-    fst_job_release(e->load);
+    fst_job_release(&e->ahead);
+    fst_job_release(&e->load);
     if (e->batch != NULL) fst_batch_drop(e->batch, TENSORS + 1);
-    fst_arena_release(e->map);
-    fst_arena_release(e->memory);
-    fst_arena_release(e->borrowed);
-    fst_layout_release(e->parsed);
-    fst_layout_release(e->read);
-    fst_file_release(e->file);
+    fst_arena_release(&e->map);
+    fst_arena_release(&e->memory);
+    fst_arena_release(&e->borrowed);
+    fst_layout_release(&e->parsed);
+    fst_layout_release(&e->read);
+    fst_file_release(&e->file);
 }
 
 static void test_each_allocation(void) {

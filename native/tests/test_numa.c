@@ -95,8 +95,8 @@ static cpu_set_t worker_after(const test_file *file, fst_file *opened, int threa
     MUST(fst_arena_alloc(file->size, &arena, &err) == FST_OK);
     MUST(fst_job_read(opened, arena, &all, 1, &options, &job, &err) == FST_OK);
     CHECK_EQ(job_result(job, &err), FST_OK);
-    fst_job_release(job);
-    fst_arena_release(arena);
+    fst_job_release(&job);
+    fst_arena_release(&arena);
     after = mine();
     CHECK(CPU_EQUAL(&before, &after));
     return worker_at(node);
@@ -126,7 +126,7 @@ static void test_near_the_disk(void) {
         CHECK(CPU_EQUAL(&found, &all));
         fst_pool_shutdown();
     }
-    fst_file_release(opened);
+    fst_file_release(&opened);
     test_remove(&file);
 }
 
@@ -145,7 +145,7 @@ static void test_too_few_are_near(void) {
     found = worker_after(&file, opened, 1, 1);
     CHECK(CPU_EQUAL(&found, &all));
     fst_pool_shutdown();
-    fst_file_release(opened);
+    fst_file_release(&opened);
     test_remove(&file);
 }
 
@@ -205,7 +205,7 @@ static void test_what_the_system_may_tell(void) {
     fst_numa_pretend(root); /* nothing at all */
     CHECK_EQ(fst_numa_of_file(opened), FST_ANYWHERE);
     CHECK_EQ(fst_numa_of_file(NULL), FST_ANYWHERE);
-    fst_file_release(opened);
+    fst_file_release(&opened);
     test_remove(&file);
 }
 

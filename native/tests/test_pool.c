@@ -5,12 +5,13 @@
 
 static void test_before_anything(void) {
     fst_pool_stats stats;
+    fst_job *none = NULL;
     fst_pool_get_stats(&stats);
     CHECK_EQ(stats.threads, 0);
     CHECK_EQ(stats.jobs, 0);
     fst_pool_shutdown();
-    fst_job_cancel(NULL);
-    fst_job_release(NULL);
+    fst_job_cancel(none);
+    fst_job_release(&none);
 }
 
 static void test_wait_times_out(void) {
@@ -69,7 +70,7 @@ static void test_cancel_retries(void) {
 
 static void *release_later(void *argument) {
     load *l = argument;
-    fst_job_release(l->job);
+    fst_job_release(&l->job);
     l->job = NULL;
     CHECK_EQ(gate_inside(), 0); /* memory may be freed now: nobody writes to it */
     return NULL;
@@ -94,8 +95,8 @@ static void test_abandoned_map(void) {
     gate_install(true);
     load l = start_prefetch(1, 2);
     gate_wait(0, 2);
-    fst_job_release(l.job);
-    fst_arena_release(l.arena);
+    fst_job_release(&l.job);
+    fst_arena_release(&l.arena);
     fst_pool_get_stats(&stats);
     CHECK_EQ(stats.arenas, 1); /* the job still works in it */
     l.job = NULL;
@@ -261,9 +262,9 @@ static void use_once(user *u, fst_file *file) {
     }
     if (what == 1) MUST(pthread_join(canceller, NULL) == 0);
     bool map_first = test_below(&u->random, 2) == 0;
-    if (map_first) fst_arena_release(l.arena);
-    fst_job_release(l.job);
-    if (!map_first) fst_arena_release(l.arena);
+    if (map_first) fst_arena_release(&l.arena);
+    fst_job_release(&l.job);
+    if (!map_first) fst_arena_release(&l.arena);
 }
 
 static void *use_much(void *argument) {
@@ -275,7 +276,7 @@ static void *use_much(void *argument) {
         fst_pool_stats stats;
         fst_pool_get_stats(&stats);
         CHECK(stats.threads >= 0 && stats.threads <= 64);
-        fst_file_release(file);
+        fst_file_release(&file);
     }
     return NULL;
 }

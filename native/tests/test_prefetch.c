@@ -20,7 +20,7 @@ static fst_job_stats prefetch(const test_file *file, fst_file *opened, const pla
                  FST_OK))
         CHECK_EQ(wait_for(job, &err), FST_OK); /* errors only stop it */
     fst_job_get_stats(job, &stats);
-    fst_job_release(job);
+    fst_job_release(&job);
     CHECK(stats.done);
     CHECK_EQ(stats.bytes_done + stats.bytes_skipped, p->bytes);
     const unsigned char *bytes = fst_arena_data(map);
@@ -31,7 +31,7 @@ static fst_job_stats prefetch(const test_file *file, fst_file *opened, const pla
             FAIL("a byte of the map is wrong");
             return stats;
         }
-    fst_arena_release(map);
+    fst_arena_release(&map);
     return stats;
 }
 
@@ -80,7 +80,7 @@ static void test_prefetch(void) {
         fst_fault_clear();
         free_plan(&p);
     }
-    fst_file_release(opened);
+    fst_file_release(&opened);
     test_remove(&file);
 }
 
@@ -102,7 +102,7 @@ static void test_prefetch_faults(void) {
         fst_fault_clear();
         fst_pool_shutdown();
     }
-    fst_file_release(opened);
+    fst_file_release(&opened);
     free_plan(&p);
     test_remove(&file);
 }
@@ -123,10 +123,10 @@ static void test_prefetch_limits(void) {
     CHECK_EQ(fst_job_prefetch(opened, map, p.segments, 1, &options, &job, &err), FST_E_INVALID);
     CHECK_EQ(fst_job_prefetch(wrong, map, p.segments, 1, &options, &job, &err), FST_E_INVALID);
     CHECK(job == NULL);
-    fst_arena_release(memory);
-    fst_arena_release(map);
-    fst_file_release(opened);
-    fst_file_release(wrong);
+    fst_arena_release(&memory);
+    fst_arena_release(&map);
+    fst_file_release(&opened);
+    fst_file_release(&wrong);
     free_plan(&p);
     test_remove(&file);
     test_remove(&other);
@@ -196,16 +196,16 @@ static void test_keep_to(void) {
         options.reserve_bytes = UINT64_MAX;
         CHECK_EQ(fst_job_prefetch(opened, map, &first, 1, &options, &job, &err), FST_OK);
         CHECK_EQ(wait_for(job, &err), FST_OK);
-        fst_job_release(job);
+        fst_job_release(&job);
         if (fst_memory_headroom() != UINT64_MAX) CHECK_EQ(random_bytes(map), 0);
-        fst_arena_release(map);
+        fst_arena_release(&map);
     }
     fst_arena *memory = NULL;
     MUST(fst_arena_alloc(1 << 20, &memory, &err) == FST_OK);
     fst_arena_keep_to(memory, &(fst_segment){0, 5000, 0}, 1); /* no map: nothing to advise */
     CHECK_EQ(random_bytes(memory), 0);
-    fst_arena_release(memory);
-    fst_file_release(opened);
+    fst_arena_release(&memory);
+    fst_file_release(&opened);
     test_remove(&file);
 }
 
@@ -247,7 +247,7 @@ static void test_areas(void) {
         CHECK(random_bytes(map) > 0);
         uint64_t areas = areas_of(map);
         CHECK(areas > 1 && areas <= 1 + AREAS_MORE);
-        fst_arena_release(map);
+        fst_arena_release(&map);
     }
     /* Reading them ahead takes none at all. */
     fst_arena *map = NULL;
@@ -258,10 +258,10 @@ static void test_areas(void) {
     MUST(fst_arena_map(opened, &map, &err) == FST_OK);
     CHECK_EQ(fst_job_prefetch(opened, map, wanted, 64, &options, &job, &err), FST_OK);
     CHECK_EQ(wait_for(job, &err), FST_OK);
-    fst_job_release(job);
+    fst_job_release(&job);
     CHECK_EQ(areas_of(map), 1);
-    fst_arena_release(map);
-    fst_file_release(opened);
+    fst_arena_release(&map);
+    fst_file_release(&opened);
     test_remove(&file);
 }
 
@@ -277,7 +277,7 @@ static void test_unprobed(void) {
     CHECK_EQ(stats.bytes_skipped, 0);
     CHECK_EQ(fst_fault_calls("pread") + fst_fault_calls("preadv"), 0);
     fst_fault_clear();
-    fst_file_release(opened);
+    fst_file_release(&opened);
     free_plan(&p);
     test_remove(&file);
 }
@@ -306,7 +306,7 @@ static void test_read_by_faults(void) {
         fst_fault_clear();
         MUST(fst_file_residency(opened, 0, size, &cached, &probe) == FST_OK);
         if (probe != FST_PROBE_NONE) CHECK_EQ(cached, size);
-        fst_file_release(opened);
+        fst_file_release(&opened);
     }
     fst_fill_mode_set(FST_FILL_HUGE);
     free_plan(&p);
@@ -337,7 +337,7 @@ static void test_no_more_than_wanted(void) {
         CHECK_EQ(fst_job_prefetch(opened, map, &wanted, 1, &options, &job, &err), FST_OK);
         CHECK_EQ(wait_for(job, &err), FST_OK);
         CHECK_EQ(fst_fill_mode_get(), FST_FILL_SMALL);
-        fst_job_release(job);
+        fst_job_release(&job);
         uint64_t touched = fst_fault_calls("preadv2");
         fst_fault_clear();
         MUST(fst_file_residency(opened, 0, begin, &before, &probe) == FST_OK);
@@ -352,11 +352,11 @@ static void test_no_more_than_wanted(void) {
         /* The first page, the first window, and a touch of at least one mark. */
         if (large && probe == FST_PROBE_CACHESTAT && fst_file_window(whole) >= bytes)
             CHECK(touched >= 3);
-        fst_arena_release(map);
-        fst_file_release(opened);
+        fst_arena_release(&map);
+        fst_file_release(&opened);
     }
     fst_fill_mode_set(FST_FILL_HUGE);
-    fst_file_release(whole);
+    fst_file_release(&whole);
     test_remove(&file);
 }
 
@@ -371,7 +371,7 @@ static void test_prefetch_truncated(void) {
         if (old_kernel) CHECK_EQ(fst_fault_set("madvise", 1, ALL, EINVAL, 0), 0);
         CHECK(prefetch(&file, opened, &p, 0, false).bytes_skipped > 0);
         fst_fault_clear();
-        fst_file_release(opened);
+        fst_file_release(&opened);
         free_plan(&p);
         test_remove(&file);
     }
