@@ -67,7 +67,8 @@ void fst_queue_fail(fst_job *job, int code, const fst_error *error) {
 }
 
 /* The job is done only when it has let go of everything: a waiting owner then holds counters
- * only. */
+ * only. The exception is adopted memory that nobody else holds. Its deleter, torch's, may want
+ * Python's lock, which a thread in os.fork() holds while it waits for jobs that are finishing. */
 void fst_queue_finish_if_over(fst_job *job) {
     if (job->done || job->finishing || job->chunks != NULL || fst_queue_has_chunk(job)) return;
     fst_file *file = job->file;
@@ -82,7 +83,9 @@ void fst_queue_finish_if_over(fst_job *job) {
     fst_gds_deregister(job->options.device, job->gds_handle);
     if (fd >= 0) close(fd);
     fst_file_unref(file);
-    if (arena != NULL) fst_arena_unref(arena);
+    if (arena != NULL && fst_arena_unref_adopted(arena)) arena = NULL;
+    bool later = arena != NULL && arena->kind == FST_ARENA_ADOPTED;
+    if (arena != NULL && !later) fst_arena_unref(arena);
     if (job->allocated != NULL) fst_gpu_give_event(job->options.device, job->allocated);
     fst_queue_lock();
     fst_queue.finishing--;
@@ -94,6 +97,10 @@ void fst_queue_finish_if_over(fst_job *job) {
     job->done = true;
     if (--job->refs == 0) fst_queue_free(job);
     (void)pthread_cond_broadcast(&fst_queue.event);
+    if (!later) return;
+    fst_queue_unlock();
+    fst_arena_unref(arena);
+    fst_queue_lock();
 }
 
 static bool goes_first(const fst_job *job, const fst_job *other) {

@@ -3,6 +3,8 @@
 
 #include <sys/wait.h>
 
+#include "tensor/fst_dlpack.h"
+
 /* In the child: the parent's jobs have ended, a pool of its own works. Never returns. */
 static void child_main(load *parents, bool cancelled) {
     fst_pool_stats stats;
@@ -139,10 +141,60 @@ static void test_fork_beside_helper(void) {
     end_load(&l);
 }
 
+/* Memory whose deleter wants a lock, as torch's wants Python's. */
+static struct {
+    pthread_mutex_t python;
+    dl_managed managed;
+    int64_t bytes;
+    atomic_int called, freed;
+} adopted = {.python = PTHREAD_MUTEX_INITIALIZER, .bytes = BYTES};
+
+static void want_python(dl_managed *self) {
+    atomic_fetch_add(&adopted.called, 1);
+    (void)pthread_mutex_lock(&adopted.python);
+    free(self->tensor.data);
+    (void)pthread_mutex_unlock(&adopted.python);
+    atomic_fetch_add(&adopted.freed, 1);
+}
+
+/* A worker has the last hold on adopted memory, and the thread that forks holds the lock. */
+static void test_fork_beside_deleter(void) {
+    load l = {.made = test_create(BYTES, 1)};
+    fst_error err = {0};
+    fst_file_info info;
+    fst_segment all = {0, BYTES, 0};
+    fst_job_options options = {.struct_bytes = sizeof options, .threads = 1, .chunk_bytes = CHUNK};
+    adopted.managed.tensor = (dl_tensor){.data = malloc(BYTES),
+                                         .device = {1, 0},
+                                         .ndim = 1,
+                                         .dtype = {1, 8, 1},
+                                         .shape = &adopted.bytes};
+    adopted.managed.deleter = want_python;
+    MUST(adopted.managed.tensor.data != NULL);
+    gate_install(true);
+    MUST(fst_file_open(l.made.path, &l.file, &info, &err) == FST_OK);
+    MUST(fst_arena_adopt((uintptr_t)&adopted.managed, &l.arena, &err) == FST_OK);
+    MUST(fst_job_read(l.file, l.arena, &all, 1, &options, &l.job, &err) == FST_OK);
+    gate_wait(0, 1);
+    fst_arena_release(&l.arena);
+    (void)pthread_mutex_lock(&adopted.python);
+    gate_remove();
+    while (atomic_load(&adopted.called) == 0) nap();
+    pid_t child = fork();
+    if (child == 0) _exit(0);
+    check_child(child);
+    (void)pthread_mutex_unlock(&adopted.python);
+    (void)wait_for(l.job); /* it may have been cancelled: nobody wanted the bytes */
+    while (atomic_load(&adopted.freed) == 0) nap();
+    CHECK_EQ(adopted.called, 1);
+    end_load(&l);
+}
+
 int main(void) {
     if (UNDER_TSAN) test_skip("loads in forked children", "TSan cannot");
     RUN(test_fork_during_reads);
     RUN(test_fork_during_prefetch);
+    RUN(test_fork_beside_deleter);
     if (test_direct_works()) {
         RUN(test_forks_at_once);
         RUN(test_fork_beside_helper);
