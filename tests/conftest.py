@@ -31,7 +31,7 @@ from ranks import nursery  # noqa: F401 - a fixture
 
 import fastst_patch
 from fastst_patch import engine, machine
-from fastst_patch.bench import checkpoint
+from fastst_patch.bench.checkpoint import transformer_specs, write_checkpoint
 
 pytest.register_assert_rewrite("compare")  # so that what differs is shown
 from compare import agree, assert_same, assert_same_tensor, outcome  # noqa: E402, F401 - fixtures
@@ -274,10 +274,20 @@ def model(raw) -> str:
 
 
 @pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Four tensors of 4 MiB."""
+    path = tmp_path / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"w{i}": torch.randn(1024, 1024, generator=generator) for i in range(4)}
+    safetensors.torch.save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
 def transformer(tmp_path: Path) -> Path:
     """The bench's kind of model, small, in one file."""
     path = tmp_path / "model.safetensors"
-    checkpoint.write_checkpoint(path, checkpoint.transformer_specs(300_000), lambda _: None)
+    write_checkpoint(path, transformer_specs(300_000), lambda _: None)
     return path
 
 
@@ -335,6 +345,24 @@ class Watch:
 @pytest.fixture(scope="session")
 def watch() -> type[Watch]:
     return Watch
+
+
+@pytest.fixture
+def is_fast(sample, watch) -> Any:
+    """Whether this safe_open, or load_file, took the fast path; reads the file to find out."""
+
+    def is_fast(load: Any) -> bool:
+        with watch() as seen:
+            if getattr(load, "__name__", "") == "load_file":
+                tensors = load(sample)
+            else:
+                with load(sample, framework="pt") as handle:
+                    tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        assert sorted(tensors) == ["b", "h", "w"]
+        paths = seen.paths(sample)
+        return bool(paths) and "stock" not in paths
+
+    return is_fast
 
 
 # ---------------------------------------------------------------- the system below
