@@ -25,16 +25,23 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from fake_fixtures import cuda, fake_driver, moving, pretrained_to_cuda  # noqa: F401 - fixtures
+from fake_fixtures import (  # noqa: F401 - fixtures
+    asked,
+    cuda,
+    fake_driver,
+    moving,
+    pretrained_to_cuda,
+)
 from places import ROOT
 from ranks import nursery  # noqa: F401 - a fixture
 
 import fastst_patch
 from fastst_patch import engine, machine
+from fastst_patch.bench import hardware
 from fastst_patch.bench.checkpoint import transformer_specs, write_checkpoint
 
 pytest.register_assert_rewrite("compare")  # so that what differs is shown
-from compare import agree, assert_same, assert_same_tensor, outcome  # noqa: E402, F401 - fixtures
+from compare import agree, assert_same, assert_same_tensor, outcome, same  # noqa: E402, F401
 
 # Tensors here are small: torch's threads take longer to meet than to work.
 torch.set_num_threads(1)
@@ -383,6 +390,13 @@ def _evict(path: Path) -> None:
 @pytest.fixture(scope="session")
 def evict() -> Callable[[Path], None]:
     return _evict
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> None:
+    """Skip where the folder of a test lies in memory."""
+    if hardware.filesystem(tmp_path).in_memory:
+        pytest.skip("the temporary directory is in memory, which is never cold")
 
 
 def _need_o_direct(path: str) -> None:
