@@ -108,28 +108,30 @@ def slice_class() -> Any:
 
 
 def call(function: Any, args: Any, kwargs: Any) -> Any:
-    """Call stock, from a frame that raises nothing of its own: `trimmed` tells by it."""
+    """Call a function of stock, or one of torch that stock calls in the same case.
+
+    This frame raises nothing of its own: `trimmed` recognizes their exceptions by it.
+    """
     return function(*args, **kwargs)
 
 
-def trimmed(error: BaseException, package: str) -> BaseException:
-    """An exception of stock's, or of the program's, without our frames in its traceback.
+_PACKAGE = os.path.dirname(__file__) + os.sep
 
-    Stays as it is where it was raised by ours: then these frames are what we want to see. Frames
-    of others are never left out.
 
-    Args:
-        error: just caught.
-        package: path of our folder, with a separator at its end.
+def trimmed(error: BaseException) -> BaseException:
+    """An exception, just caught, without our frames in its traceback.
+
+    An exception that our own code raised keeps them, since they show the bug. Frames of other
+    packages are never left out.
     """
     kept, last = [], None
     trace = error.__traceback__
     while trace is not None:
         last = trace.tb_frame.f_code
-        if not last.co_filename.startswith(package):
+        if not last.co_filename.startswith(_PACKAGE):
             kept.append(trace)
         trace = trace.tb_next
-    if last is None or (last.co_filename.startswith(package) and last is not call.__code__):
+    if last is None or (last.co_filename.startswith(_PACKAGE) and last is not call.__code__):
         return error
     for found in reversed(kept):
         trace = types.TracebackType(trace, found.tb_frame, found.tb_lasti, found.tb_lineno)

@@ -59,8 +59,8 @@ def test_load_model_runs_stocks_code_over_another_load_file(sample) -> None:
     assert model.w.tolist() == [1.0, 1.0]
 
 
-def test_frames_of_ours_go_from_stocks_exceptions_only() -> None:
-    package = os.path.dirname(__file__) + os.sep  # as if this file were ours
+def test_frames_of_ours_go_from_stocks_exceptions_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PACKAGE", os.path.dirname(__file__) + os.sep)
 
     def ours(fails: Any) -> None:
         module.call(fails, (), {})
@@ -72,7 +72,7 @@ def test_frames_of_ours_go_from_stocks_exceptions_only() -> None:
         try:
             ours(fails)
         except Exception as error:
-            trace = module.trimmed(error, package).__traceback__
+            trace = module.trimmed(error).__traceback__
         while trace.tb_next is not None:
             trace = trace.tb_next
         assert trace.tb_frame.f_code.co_name == last
