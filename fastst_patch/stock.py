@@ -23,12 +23,45 @@ import safetensors
 __all__ = [
     "HANDLE_METHODS",
     "SafetensorError",
+    "Signature",
     "load_file",
     "load_model",
     "original",
     "safe_open",
     "unwrapped",
 ]
+
+
+class Signature(inspect.Signature):
+    """The signature of a function of stock, which is looked at when it is needed.
+
+    Importing ``safetensors.torch`` for it earlier would import torch.
+    """
+
+    def __init__(self, module_name: str, name: str) -> None:
+        super().__init__()
+        self._place = (module_name, name)
+
+    def _found(self) -> inspect.Signature:
+        return inspect.signature(original(*self._place))
+
+    @property
+    def parameters(self) -> types.MappingProxyType[str, inspect.Parameter]:
+        """As of the function."""
+        return self._found().parameters
+
+    @property
+    def return_annotation(self) -> Any:
+        """As of the function."""
+        return self._found().return_annotation
+
+    def replace(self, **changes: Any) -> Any:
+        """A plain signature with some changes."""
+        return self._found().replace(**changes)
+
+    def __reduce__(self) -> Any:
+        """Pickle as a plain signature."""
+        return self._found().__reduce__()
 
 
 def unwrapped(value: Any) -> Any:

@@ -170,6 +170,48 @@ def test_enabled_variable(
     assert done.stdout.split()[-1] == expected
 
 
+_PATCHES = """
+import sys, warnings
+warnings.simplefilter("always")
+import fastst_patch
+fastst_patch.patch()
+fastst_patch.patch(threads=2)
+with fastst_patch.patched():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("launched", "enabled"), [(False, None), (False, "1"), (True, None)], ids=str
+)
+def test_a_misspelt_variable_is_warned_of_once(
+    launched: bool, enabled: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FASTST_THREAD", "4")
+    if enabled is not None:
+        monkeypatch.setenv("FASTST_ENABLED", enabled)
+    script = tmp_path / "script.py"
+    script.write_text(_PATCHES)
+    launcher = ["-m", "fastst_patch", "run"] if launched else []
+    command = [sys.executable, *launcher, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    text = "FASTST_THREAD has no effect: there is no such option; did you mean FASTST_THREADS?"
+    assert done.stderr.count("FASTST_THREAD ") == 1
+    assert text in done.stderr
+    assert launched or f"{script}:" in done.stderr  # names the line of the program
+
+
+def test_a_misspelt_variable_as_an_error_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FASTST_THREAD", "4")
+    code = "import fastst_patch\ntry: fastst_patch.patch(threads=3)\nexcept UserWarning: pass\n"
+    code += "print(fastst_patch.is_patched(), fastst_patch.config().threads)"
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split() == ["False", "0"]
+
+
 def test_targets_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTST_TARGETS", "safetensors.torch.load_file")
     fastst_patch.patch()
