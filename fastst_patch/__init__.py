@@ -18,8 +18,23 @@ from .errors import FallbackWarning, FaststError, OptionError, RankError, Untest
 from .report import LoadReport, Profile, profile, totals
 from .terminal import is_our_command, say
 
+if TYPE_CHECKING:
+    # Editors and type checkers show stock's signatures and documentation.
+    from safetensors import safe_open
+    from safetensors.torch import load_file, load_model
+
+    from .loader import (
+        FastSafetensorsFile,
+        FilesBufferOnDevice,
+        SafeTensorsFileLoader,
+        fastsafe_open,
+    )
+    from .loader.parallel import ParallelLoader
+    from .sharding import SingleGroup, load_sharded
+
 try:
-    from .dropin.handle import load_file, load_model, safe_open
+    if not TYPE_CHECKING:
+        from .dropin.handle import load_file, load_model, safe_open
     from .patching.patcher import (
         PatchReport,
         TargetStatus,
@@ -35,16 +50,6 @@ except ImportError as _error:
     # used; until then `fastst-patch doctor` and `--version` can say what is missing.
     if (_error.name or "").startswith("fastst_patch"):
         raise
-
-if TYPE_CHECKING:
-    from .loader import (
-        FastSafetensorsFile,
-        FilesBufferOnDevice,
-        SafeTensorsFileLoader,
-        fastsafe_open,
-    )
-    from .loader.parallel import ParallelLoader
-    from .sharding import SingleGroup, load_sharded
 
 __all__ = [
     "Config",

@@ -262,6 +262,12 @@ def environment_targets() -> tuple[str, ...] | None:
     return tuple(name.strip() for name in names if name.strip()) or None
 
 
+_WARNED = "FASTST_WARNED"
+"""Set by the launcher, which has warned of misspelt variables, for the program and its children."""
+
+_warned = False
+
+
 def unknown_variables() -> dict[str, str | None]:
     """Names in the environment that look like options of ours and are none.
 
@@ -270,13 +276,20 @@ def unknown_variables() -> dict[str, str | None]:
     """
     known = {f"FASTST_{name.upper()}" for name in _VALIDATORS} | {"FASTST_ENABLED"}
     known |= {"FASTST_TARGETS"}
-    ours = known | {"FASTST_PROFILE_FILE", "FASTST_PROFILE_PID", "FASTST_WERROR"}  # not options
+    ours = known | {"FASTST_PROFILE_FILE", "FASTST_PROFILE_PID", "FASTST_WERROR", _WARNED}
     names = sorted(name for name in os.environ if name.startswith("FASTST_") and name not in ours)
     return {name: nearest(name, known) for name in names}
 
 
 def misspelt_variables() -> list[str]:
-    """A sentence for each of `unknown_variables`."""
+    """A sentence for each of `unknown_variables`, for the first caller in a process.
+
+    Empty from then on, and in the children of a launcher, which has warned of them.
+    """
+    global _warned  # noqa: PLW0603 - once in a process
+    if _warned or os.environ.get(_WARNED):
+        return []
+    _warned = True
     return [
         f"{name} has no effect: there is no such option"
         + (f"; did you mean {near}?" if near else "")
@@ -330,6 +343,8 @@ def child_environment(
     result.update({f"FASTST_{name.upper()}": value for name, value in options.items()})
     if environment_enabled() is not False:
         result["FASTST_ENABLED"] = "1"
+    if unknown_variables():
+        result[_WARNED] = "1"
     if profile is not None:
         result["FASTST_PROFILE_FILE"], result["FASTST_PROFILE_PID"] = profile[0], str(profile[1])
     # Empty is as good as unset, but an empty entry among others means the current folder.
@@ -340,8 +355,12 @@ def child_environment(
 
 
 def undecided_environment() -> dict[str, str]:
-    """Our environment without ``FASTST_ENABLED``: for a Python that decides for itself."""
-    return {name: value for name, value in os.environ.items() if name != "FASTST_ENABLED"}
+    """Our environment for a Python that decides for itself whether to patch.
+
+    Without ``FASTST_ENABLED``; misspelt variables have been warned of.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "FASTST_ENABLED"}
+    return {**kept, _WARNED: "1"}
 
 
 # ---- layers ----

@@ -63,12 +63,13 @@ _BETWEEN = ("fastst_patch", "wrapt", "importlib", "contextlib")
 
 
 def warn_caller(text: str, category: type[Warning]) -> None:
-    """Warn at the line of the program that led here, whatever of ours lies between."""
+    """Warn at the line of the program that called us, directly or by an import."""
     frame: types.FrameType | None = sys._getframe()
     level = 0
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        # `warnings.warn` does not count the import system's frames either.
+        level += "importlib._bootstrap" not in frame.f_code.co_filename
         frame = frame.f_back
-        level += 1
     warnings.warn(text, category, stacklevel=level + 1)
 
 

@@ -23,12 +23,45 @@ import safetensors
 __all__ = [
     "HANDLE_METHODS",
     "SafetensorError",
+    "Signature",
     "load_file",
     "load_model",
     "original",
     "safe_open",
     "unwrapped",
 ]
+
+
+class Signature(inspect.Signature):
+    """The signature of a function of stock, which is looked at when it is needed.
+
+    Importing ``safetensors.torch`` for it earlier would import torch.
+    """
+
+    def __init__(self, module_name: str, name: str) -> None:
+        super().__init__()
+        self._place = (module_name, name)
+
+    def _found(self) -> inspect.Signature:
+        return inspect.signature(original(*self._place))
+
+    @property
+    def parameters(self) -> types.MappingProxyType[str, inspect.Parameter]:
+        """As of the function."""
+        return self._found().parameters
+
+    @property
+    def return_annotation(self) -> Any:
+        """As of the function."""
+        return self._found().return_annotation
+
+    def replace(self, **changes: Any) -> Any:
+        """A plain signature with some changes."""
+        return self._found().replace(**changes)
+
+    def __reduce__(self) -> Any:
+        """Pickle as a plain signature."""
+        return self._found().__reduce__()
 
 
 def unwrapped(value: Any) -> Any:
@@ -108,28 +141,30 @@ def slice_class() -> Any:
 
 
 def call(function: Any, args: Any, kwargs: Any) -> Any:
-    """Call stock, from a frame that raises nothing of its own: `trimmed` tells by it."""
+    """Call a function of stock, or one of torch that stock calls in the same case.
+
+    This frame raises nothing of its own: `trimmed` recognizes their exceptions by it.
+    """
     return function(*args, **kwargs)
 
 
-def trimmed(error: BaseException, package: str) -> BaseException:
-    """An exception of stock's, or of the program's, without our frames in its traceback.
+_PACKAGE = os.path.dirname(__file__) + os.sep
 
-    Stays as it is where it was raised by ours: then these frames are what we want to see. Frames
-    of others are never left out.
 
-    Args:
-        error: just caught.
-        package: path of our folder, with a separator at its end.
+def trimmed(error: BaseException) -> BaseException:
+    """An exception, just caught, without our frames in its traceback.
+
+    An exception that our own code raised keeps them, since they show the bug. Frames of other
+    packages are never left out.
     """
     kept, last = [], None
     trace = error.__traceback__
     while trace is not None:
         last = trace.tb_frame.f_code
-        if not last.co_filename.startswith(package):
+        if not last.co_filename.startswith(_PACKAGE):
             kept.append(trace)
         trace = trace.tb_next
-    if last is None or (last.co_filename.startswith(package) and last is not call.__code__):
+    if last is None or (last.co_filename.startswith(_PACKAGE) and last is not call.__code__):
         return error
     for found in reversed(kept):
         trace = types.TracebackType(trace, found.tb_frame, found.tb_lasti, found.tb_lineno)

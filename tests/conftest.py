@@ -25,16 +25,23 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from fake_fixtures import cuda, fake_driver, moving, pretrained_to_cuda  # noqa: F401 - fixtures
+from fake_fixtures import (  # noqa: F401 - fixtures
+    asked,
+    cuda,
+    fake_driver,
+    moving,
+    pretrained_to_cuda,
+)
 from places import ROOT
 from ranks import nursery  # noqa: F401 - a fixture
 
 import fastst_patch
 from fastst_patch import engine, machine
-from fastst_patch.bench import checkpoint
+from fastst_patch.bench import hardware
+from fastst_patch.bench.checkpoint import transformer_specs, write_checkpoint
 
 pytest.register_assert_rewrite("compare")  # so that what differs is shown
-from compare import agree, assert_same, assert_same_tensor, outcome  # noqa: E402, F401 - fixtures
+from compare import agree, assert_same, assert_same_tensor, outcome, same  # noqa: E402, F401
 
 # Tensors here are small: torch's threads take longer to meet than to work.
 torch.set_num_threads(1)
@@ -274,10 +281,20 @@ def model(raw) -> str:
 
 
 @pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Four tensors of 4 MiB."""
+    path = tmp_path / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"w{i}": torch.randn(1024, 1024, generator=generator) for i in range(4)}
+    safetensors.torch.save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
 def transformer(tmp_path: Path) -> Path:
     """The bench's kind of model, small, in one file."""
     path = tmp_path / "model.safetensors"
-    checkpoint.write_checkpoint(path, checkpoint.transformer_specs(300_000), lambda _: None)
+    write_checkpoint(path, transformer_specs(300_000), lambda _: None)
     return path
 
 
@@ -337,6 +354,24 @@ def watch() -> type[Watch]:
     return Watch
 
 
+@pytest.fixture
+def is_fast(sample, watch) -> Any:
+    """Whether this safe_open, or load_file, took the fast path; reads the file to find out."""
+
+    def is_fast(load: Any) -> bool:
+        with watch() as seen:
+            if getattr(load, "__name__", "") == "load_file":
+                tensors = load(sample)
+            else:
+                with load(sample, framework="pt") as handle:
+                    tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        assert sorted(tensors) == ["b", "h", "w"]
+        paths = seen.paths(sample)
+        return bool(paths) and "stock" not in paths
+
+    return is_fast
+
+
 # ---------------------------------------------------------------- the system below
 
 
@@ -355,6 +390,13 @@ def _evict(path: Path) -> None:
 @pytest.fixture(scope="session")
 def evict() -> Callable[[Path], None]:
     return _evict
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> None:
+    """Skip where the folder of a test lies in memory."""
+    if hardware.filesystem(tmp_path).in_memory:
+        pytest.skip("the temporary directory is in memory, which is never cold")
 
 
 def _need_o_direct(path: str) -> None:

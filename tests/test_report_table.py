@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 import pytest
 
-from fastst_patch import LoadReport, report, report_table
-from fastst_patch.patching import child_hook
+from fastst_patch import LoadReport, report_table
 
 
 def load(file: str = "a.safetensors", **changed: object) -> LoadReport:
@@ -115,42 +112,3 @@ def test_it_ends_with_the_command_that_compares(tmp_path: Path) -> None:
     assert text.endswith(f"\ncompare with stock: fastst-patch bench '{one}'")
     text = report_table.render([(1, load(str(one))), (1, load(str(two)))], 80)
     assert text.endswith(f"\ncompare with stock: fastst-patch bench {tmp_path}")
-
-
-def test_a_map_has_no_rate() -> None:
-    assert "GB/s" not in str(load(path="mmap", resident=1.0))
-    assert "2.00 GB/s" in str(load(path="buffered"))
-
-
-def test_records_survive_what_happens_to_files(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "records"
-    child_hook._append(str(path), load())
-    assert not path.exists()  # whoever would have printed it is gone
-    path.write_bytes(b"")
-    child_hook._append(str(path), load("bad\udcff", resident=0.5))
-    with path.open("ab") as file:
-        file.write(b'\n{"pid": 3, "cut"')
-        file.write(b'\n{"pid": 3, "file": "of another version"}\n7')
-    child_hook._append(str(path), load("b"))
-    record = json.loads(path.read_bytes().splitlines()[1])
-    assert (record["pid"], record["file"]) == (os.getpid(), "bad\udcff")
-    child_hook.print_table(str(path))
-    assert "total, 2 files" in capfd.readouterr().err
-    assert not path.exists()
-    child_hook.print_table(str(path))
-    assert capfd.readouterr().err == ""
-
-
-def test_time_counts_once_for_calls_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([1.0, 4.0, 10.0, 10.5])
-    monkeypatch.setattr(report.time, "perf_counter", lambda: next(clock))
-    account = report.Account(seconds=0.25)
-    with account:
-        with account:  # as another thread's
-            pass
-    assert account.seconds == 3.25
-    with pytest.raises(KeyError), account:
-        raise KeyError
-    assert account.seconds == 3.75

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import engine
-from ..config import config, unknown_variables
+from ..config import config, misspelt_variables, unknown_variables
 from ..errors import Fallback, OptionError
 from ..machine import NETWORKED, cpu_limit, io_threads
 from ..terminal import marks, say, width
@@ -284,6 +284,7 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
         paths: files or folders whose file systems are of interest; the current folder and
             the temporary one when empty.
     """
+    misspelt_variables()  # reported below: patch() shall not warn of them as well
     native = {"loaded": engine.native_file(), "reason": engine.native_error()}
     missing = _missing()
     try:

@@ -161,6 +161,15 @@ def safe_open(*args: Any, **kwargs: Any) -> Any:
     return open_handle(stock.safe_open, path_of, args, kwargs)
 
 
+# For `help` and interactive shells.
+for _function, _module in (
+    (load_file, "safetensors.torch"),
+    (load_model, "safetensors.torch"),
+    (safe_open, "safetensors"),
+):
+    vars(_function)["__signature__"] = stock.Signature(_module, _function.__name__)
+
+
 def path_of_file_object(file: Any) -> str:
     """What ``_safe_open_handle`` opens for a file object: the file at its name."""
     _ = file.fileno

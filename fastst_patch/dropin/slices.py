@@ -94,6 +94,8 @@ class FastSlice:
                 result = self._indexed(opened, index)
         except (Fallback, MemoryError) as error:
             fallback = Fallback.alone(error)
+        except BaseException as error:
+            raise stock.trimmed(error)  # noqa: B904 - the same, with fewer frames
         else:
             return self._verified(result, index) if opened.config.verify else result
         return self._left_to_stock(fallback, index)

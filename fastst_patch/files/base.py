@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
+import operator
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .. import engine, tensors
+from .. import engine, stock, tensors
 from ..config import Config
 from ..errors import Fallback
 from ..interrupts import uninterrupted
@@ -159,7 +160,7 @@ class OpenedFile(TensorFile):
 
     def index(self, whole: torch.Tensor, index: Any) -> torch.Tensor:
         """What stock's slice gives for an index into a tensor, or into some rows of it."""
-        result: torch.Tensor = whole[index]
+        result: torch.Tensor = stock.call(operator.getitem, (whole, index), {})
         return result
 
 

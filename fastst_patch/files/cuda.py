@@ -225,7 +225,7 @@ class DeviceFile(OpenedFile):
         """What stock's slice gives: the index taken, and a tensor that is all its own."""
         if not _plain(index):
             raise Fallback("an index of tensors or lists")
-        result = whole[index]
+        result = super().index(whole, index)
         # A view of nothing may still begin somewhere, as no copy does.
         if result.numel() == whole.numel() > 0:
             return result

@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import wrapt
 
 from .. import engine
-from ..config import Options, environment_enabled, environment_targets, pop, push
+from ..config import (
+    Options,
+    environment_enabled,
+    environment_targets,
+    misspelt_variables,
+    pop,
+    push,
+)
 from ..dropin import handle
 from ..errors import FallbackWarning, OptionError, warn_caller
 from ..integrations import INTEGRATIONS, Hook
@@ -251,7 +258,10 @@ def _say_impossible(reason: str) -> None:
         warn_caller(f"fastst_patch patches nothing: {reason}", FallbackWarning)
 
 
-def _warn_of_untested_versions() -> None:
+def _warn_once() -> None:
+    """Warn of misspelt options and of untested versions, once in a process."""
+    for text in misspelt_variables():
+        warn_caller(f"fastst_patch: {text}", UserWarning)
     for package, (oldest, newest) in TESTED.items():
         warn_of_untested(package, oldest, newest)
 
@@ -287,7 +297,7 @@ def patch(
             return PatchReport(patch_map(), reason)
         fresh = [name for name in names if name not in _permanent]
         try:
-            _warn_of_untested_versions()
+            _warn_once()
             _use(fresh, rebind_aliases)
         except BaseException:
             pop(token)
@@ -375,7 +385,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
                     names = []
                     _say_impossible(reason)
                 else:
-                    _warn_of_untested_versions()
+                    _warn_once()
                 _use(names, rebind_aliases)
             except BaseException:
                 pop(token)

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import inspect
-import os
 import pkgutil
 import re
 import sys
@@ -28,8 +27,6 @@ from ..errors import UntestedVersionWarning, warn_caller
 from ..integrations import Hook
 
 __all__ = ["LATER", "PatchPoint", "PatchTarget", "sweep", "untested_version", "warn_of_untested"]
-
-_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 LATER = "is not imported yet; it is patched when it is"
 """The end of why a target is not patched that will be."""
@@ -156,7 +153,7 @@ def _proxy(original: Any, fast: Callable[..., Any], active: Callable[[], bool]) 
         try:
             return fast(wrapped, args, kwargs)
         except BaseException as error:
-            raise stock.trimmed(error, _PACKAGE)  # noqa: B904 - the same, with fewer frames
+            raise stock.trimmed(error)  # noqa: B904 - the same, with fewer frames
 
     return Proxy(original, call)
 

@@ -36,12 +36,6 @@ from fastst_patch.cli.main import main
 native = pytest.mark.skipif(engine.native_error() is not None, reason="no native extension")
 
 
-@pytest.fixture
-def on_disk(tmp_path):
-    if hardware.filesystem(tmp_path).in_memory:
-        pytest.skip("the temporary directory is in memory, which is never cold")
-
-
 def run_cli(*arguments):
     return main([str(argument) for argument in arguments])
 

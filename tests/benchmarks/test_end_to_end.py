@@ -53,12 +53,6 @@ def rows(bench):
 
 
 @pytest.fixture
-def on_disk(tmp_path):
-    if hardware.filesystem(tmp_path).in_memory:
-        pytest.skip("the temporary directory is in memory, which is never cold")
-
-
-@pytest.fixture
 def run(bench, tmp_path, on_disk):
     """Run it on a model of 3 MB, one round; returns the exit status and the JSON."""
 

@@ -21,7 +21,6 @@ from race_harness import (
     fake,
     file,
     found_of,
-    on_disk,
     plan,
     process,
     race_of,

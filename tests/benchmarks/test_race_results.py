@@ -26,7 +26,6 @@ from race_harness import (
     file,
     found,
     found_of,
-    on_disk,
     process,
     race_of,
     readme,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastst_patch
-from fastst_patch import engine, errors, terminal
+from fastst_patch import engine, errors
 from fastst_patch.cli import doctor, doctor_text
 from fastst_patch.cli.main import main
 from fastst_patch.patching import targets
@@ -46,15 +45,6 @@ def test_the_verdict_comes_first_and_it_fits(
     assert all(len(line) <= int(columns) or len(line.split()) == 1 for line in lines)
     assert any("x" * 120 in line for line in lines)
     assert verbose or len(lines) < 30
-
-
-def test_marks_are_ascii_where_the_encoding_has_no_others() -> None:
-    with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as stream:
-        for mark in terminal.marks(stream).values():
-            mark.encode("ascii")
-        terminal.say("caf\xe9 \udcff", stream)
-    with io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as stream:
-        assert terminal.marks(stream)["ok"] == "✓"
 
 
 def test_json_is_complete(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

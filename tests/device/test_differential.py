@@ -46,11 +46,6 @@ def _paths(seen: Any) -> set[str]:
     return {report.path for report in seen.reports}
 
 
-@pytest.fixture
-def asked(monkeypatch, cuda) -> fake_device.StockOnCpu:
-    return fake_device.StockOnCpu(monkeypatch, cuda.driver)
-
-
 @_examples(2)
 @given(file=files(loadable=True), options=_options, device=st.sampled_from(["cuda", "cuda:1", 1]))
 def test_load_file(cuda, raw, stock, fast, assert_same, watch, file, options, device) -> None:

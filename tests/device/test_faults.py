@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import fake_device
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -58,11 +57,6 @@ def _nothing_left(cuda, nothing_left) -> Iterator[None]:
 def way(request) -> Iterator[str]:
     with fastst_patch.config_context(**WAYS[request.param]):
         yield request.param
-
-
-@pytest.fixture
-def asked(monkeypatch, cuda) -> fake_device.StockOnCpu:
-    return fake_device.StockOnCpu(monkeypatch, cuda.driver)
 
 
 def _load(loaders: Any, call: str, path: str) -> dict[str, torch.Tensor]:

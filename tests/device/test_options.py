@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import fake_device
 import pytest
 import torch
 
@@ -13,11 +12,6 @@ import fastst_patch
 from fastst_patch import engine
 
 KIB, MIB = 1 << 10, 1 << 20
-
-
-@pytest.fixture
-def asked(monkeypatch, cuda) -> fake_device.StockOnCpu:
-    return fake_device.StockOnCpu(monkeypatch, cuda.driver)
 
 
 def _load(fast: Any, stock: Any, path: str, **options: Any) -> fastst_patch.LoadReport:

@@ -10,7 +10,6 @@ import threading
 import time
 from typing import Any
 
-import fake_device
 import pytest
 import torch
 from places import SUPPORT
@@ -26,11 +25,6 @@ def path(raw) -> str:
     return raw.tensors(
         {f"t{i:02}": torch.full((100_000,), i, dtype=torch.uint8) for i in range(40)}
     )
-
-
-@pytest.fixture
-def asked(monkeypatch, cuda) -> fake_device.StockOnCpu:
-    return fake_device.StockOnCpu(monkeypatch, cuda.driver)
 
 
 def _right(tensors: dict[str, torch.Tensor]) -> bool:

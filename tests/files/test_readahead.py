@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from waiting import until
 
 import fastst_patch
 from fastst_patch import engine
@@ -39,16 +41,6 @@ def cold(model: Path, evict: Callable[[Path], None]) -> Path:
     return model
 
 
-def _until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
-    """Wait for what workers do in the background; a limit only against hanging."""
-    limit = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > limit:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 def _cached(path: Path, i: int) -> float:
     """How much of tensor i is cached, but for its edges, which share huge pages."""
     file = engine.open_file(str(path))
@@ -67,8 +59,8 @@ def test_what_is_foreseen_is_read(cold: Path, first: int, step: int) -> None:
             assert f.get_tensor(_name(first + k * step))[9] == first + k * step
         for k in range(3, 6):
             following = first + k * step
-            assert _until(lambda following=following: _cached(cold, following) == 1.0), following
-        assert _until(_idle)
+            assert until(lambda following=following: _cached(cold, following) == 1.0), following
+        assert until(_idle)
     if abs(step) > 2:  # nor more than that: what lies between may be wanted by nobody
         between = [i for i in range(COUNT) if (i - first) % step]
         assert sum(_cached(cold, i) for i in between) < len(between) / 10
@@ -81,12 +73,12 @@ def test_by_rows(cold: Path) -> None:
             piece = f.get_slice(_name(i))[SIZE // 8 :]
             assert piece.shape == (SIZE // 8,)
             assert bool((piece == i).all())
-        assert _until(_idle)
+        assert until(_idle)
         file = engine.open_file(str(cold))
         layout = engine.read_layout(file)
         # Whole tensors as far as 64 MiB would be 32; halves are 64 of them.
         begin = layout.extent(60)[0]
-        assert _until(lambda: file.residency(begin + SIZE * 3 // 4, SIZE // 8)[0] == SIZE // 8)
+        assert until(lambda: file.residency(begin + SIZE * 3 // 4, SIZE // 8)[0] == SIZE // 8)
 
 
 def test_in_pieces(cold: Path) -> None:
@@ -95,11 +87,11 @@ def test_in_pieces(cold: Path) -> None:
         first, second = (f.get_slice(_name(50)) for _ in range(2))
         assert bool((first[: SIZE // 8] == 50).all())
         assert bool((second[SIZE // 8 :] == 50).all())
-        assert _until(lambda: _cached(cold, 50) == 1.0)
+        assert until(lambda: _cached(cold, 50) == 1.0)
         for k in range(20):  # pieces of others, by turns: no walk runs away
             for i in (60, 61):
                 f.get_slice(_name(i))[k : SIZE // 8 + k]
-        assert _until(_idle)
+        assert until(_idle)
         assert sum(_cached(cold, i) for i in range(COUNT)) < 48
         assert sum(_cached(cold, i) for i in range(40)) == 0
 
@@ -112,7 +104,7 @@ def test_two_handles_and_every_name(cold: Path) -> None:
 
 def test_what_is_cached_starts_no_worker(model: Path) -> None:
     model.read_bytes()
-    assert _until(_idle)
+    assert until(_idle)
     before = engine.counters()["bytes_prefetched"]
     with fastst_patch.profile() as seen, fastst_patch.safe_open(model, "pt") as f:
         names = f.keys()
@@ -165,14 +157,14 @@ def test_a_file_of_another_owner(cold: Path, io: str) -> None:
                 loaded = fastst_patch.load_file(path)
             assert all(bool((loaded[_name(i)] == i).all()) for i in range(COUNT))
         assert seen.reports[0].resident is None
-        assert _until(_idle)
+        assert until(_idle)
         if io == "auto":
             assert engine.counters()["bytes_prefetched"] >= size - MIB
         # Cached by now: faults tell, and nothing is counted as read ahead again.
         before = engine.counters()["bytes_prefetched"]
         with fastst_patch.config_context(io="auto"):
             fastst_patch.load_file(path)
-        assert _until(_idle)
+        assert until(_idle)
         if io != "direct":
             assert engine.counters()["bytes_prefetched"] - before < 4 * MIB
 
@@ -196,3 +188,58 @@ def test_nothing_is_left_of_another_owners_file(cold: Path) -> None:
 
     _as_nobody(cold, drop)
     assert engine.residency(str(cold)).resident_bytes == 0
+
+
+# ---- load_file, and where reading ahead ends ----
+
+
+def test_load_file_reads_ahead_all_of_it(cold: Path) -> None:
+    with fastst_patch.profile() as profile:
+        loaded = fastst_patch.load_file(cold)
+    assert profile.reports[0].path == "mmap+readahead"
+    assert profile.reports[0].resident < 0.2
+    size = cold.stat().st_size
+    assert until(lambda: engine.residency(str(cold)).resident_bytes == size)
+    assert all(loaded[_name(i)][-1] == i for i in range(COUNT))
+
+
+def test_a_handle_reads_what_is_asked_for(cold: Path) -> None:
+    with fastst_patch.profile() as profile, fastst_patch.safe_open(cold, "pt") as f:
+        tensor = f.get_tensor(_name(60))
+        assert until(lambda: _cached(cold, 60) == 1.0)
+        assert _cached(cold, 88) == 0.0
+        assert bool((tensor == 60).all())
+    assert profile.reports[0].path == "mmap+readahead"
+
+
+def test_a_handle_walked_in_order_runs_ahead(cold: Path) -> None:
+    with fastst_patch.safe_open(cold, "pt") as f:
+        f.get_slice(_name(0))[:]
+        f.get_slice(_name(1))[:]
+        assert until(lambda: all(_cached(cold, i) == 1.0 for i in range(64 * MIB // SIZE)))
+        assert _cached(cold, 80) == 0.0
+        for i in range(2, COUNT):
+            assert f.get_tensor(_name(i))[5] == i
+
+
+def test_reading_ahead_ends_with_the_last_tensor(cold: Path) -> None:
+    for _ in range(20):
+        loaded = fastst_patch.load_file(cold)
+        one = loaded.pop(_name(3))
+        del loaded
+        assert one[0] == 3
+        del one
+        gc.collect()
+    assert until(lambda: engine.counters()["jobs"] == 0)
+    assert until(lambda: engine.counters()["arenas"] == 0)
+    assert engine.counters()["files"] == 0
+
+
+def test_reading_ahead_leaves_memory_alone(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastst_patch.files.readahead.RESERVE", 1 << 60)
+    monkeypatch.setattr(engine, "memory_headroom", lambda: 1 << 62)  # a tenth is still too much
+    with fastst_patch.config_context(progress=True):  # waits for the job
+        loaded = fastst_patch.load_file(cold)
+    rest = cold.stat().st_size - 32 * MIB
+    assert engine.open_file(str(cold)).residency(32 * MIB, rest)[0] < rest / 2
+    assert all(loaded[_name(i)][7] == i for i in range(COUNT))

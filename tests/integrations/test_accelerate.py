@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from twice import Failed, Same, data_bytes, weights_in
+from twice import Failed, data_bytes, weights_in
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
@@ -69,11 +69,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _run(model: nn.Module, times: int = 1) -> list[torch.Tensor]:
     with torch.no_grad():
         return [model(TOKENS) for _ in range(times)]
-
-
-@pytest.fixture
-def same(assert_same, tmp_path) -> Same:
-    return Same(assert_same, tmp_path)
 
 
 CPU = {"": "cpu"}

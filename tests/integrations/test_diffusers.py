@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from packaging.version import Version
 from torch import nn
-from twice import Failed, Same, data_bytes, tensor_bytes, twice, weights_in
+from twice import Failed, data_bytes, tensor_bytes, twice, weights_in
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -99,11 +99,6 @@ def _picture(pipeline: Any, prompt: str = "a b c", **options: Any) -> Any:
         generator=torch.Generator().manual_seed(3),
         **options,
     ).images
-
-
-@pytest.fixture
-def same(assert_same, tmp_path) -> Same:
-    return Same(assert_same, tmp_path)
 
 
 # ---------------------------------------------------------------- from_pretrained

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from tiny import MODELS, Both, Saved, transformers
-from twice import Failed, Same, data_bytes, portrait, tensor_bytes, twice, weights_in
+from tiny import MODELS, rewrite, transformers
+from twice import Failed, data_bytes, portrait, tensor_bytes, twice, weights_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -32,27 +31,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "device_map auto": {"device_map": "auto"},
     "safetensors asked for": {"use_safetensors": True},
 }
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    return Saved(tmp_path_factory)
-
-
-@pytest.fixture
-def both(tmp_path, assert_same) -> Both:
-    return Both(tmp_path, assert_same)
-
-
-@pytest.fixture
-def same(assert_same, tmp_path) -> Same:
-    return Same(assert_same, tmp_path)
-
-
-@pytest.fixture
-def own(saved, tmp_path) -> Callable[[str], Path]:
-    """A copy of a model's folder, to be changed."""
-    return lambda name: Path(shutil.copytree(saved(name), tmp_path / "own"))
 
 
 def _inputs(model: Any) -> dict[str, Any]:
@@ -163,13 +141,6 @@ def test_progress_bar(saved, tmp_path, capsys, name) -> None:
 # ---------------------------------------------------------------- names that do not fit
 
 
-def _rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = {key: t.clone() for key, t in safetensors.torch.load_file(file).items()}
-    change(tensors)
-    file.unlink()
-    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize(
     "cls", ["BertModel", "BertForMaskedLM", "BertForTokenClassification", "AutoModel"]
 )
@@ -196,7 +167,7 @@ def test_old_names(own, both) -> None:
             new = key.replace("weight", "gamma").replace("bias", "beta")
             tensors[new] = tensors.pop(key)
 
-    _rewrite(folder / "model.safetensors", rename)
+    rewrite(folder / "model.safetensors", rename)
     ours, _ = both(transformers.BertForSequenceClassification, folder)
     assert not ours.value[1]["missing_keys"]
     cls, key_mapping = transformers.BertForSequenceClassification, {"^bert": "elsewhere"}
@@ -224,7 +195,7 @@ def _misfits(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("ignore", [False, True])
 def test_missing_unexpected_mismatched(own, both, ignore, dtype) -> None:
     folder = own("bert")
-    _rewrite(folder / "model.safetensors", _misfits)
+    rewrite(folder / "model.safetensors", _misfits)
     cls = transformers.BertForSequenceClassification
     taken = data_bytes(folder / "model.safetensors") - (2 * 2) * 4
     ours, theirs = both(cls, folder, check=False, ignore_mismatched_sizes=ignore, dtype=dtype)
@@ -249,7 +220,7 @@ def test_experts_that_do_not_merge(own, both) -> None:
             if spoil == "shape":
                 tensors[key] = tensor[1:].clone()
 
-        _rewrite(folder / "model.safetensors", change)
+        rewrite(folder / "model.safetensors", change)
         _, theirs = both(transformers.Qwen3MoeForCausalLM, folder, check=False)
         assert theirs.error is not None or theirs.value[1]["missing_keys"] or theirs.said
         shutil.rmtree(folder)

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from tiny import MODELS, Both, Saved, transformers
+from tiny import MODELS, rewrite, transformers
 from twice import data_bytes, portrait, tensor_bytes, twice, weights_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    return Saved(tmp_path_factory)
-
-
-@pytest.fixture
-def both(tmp_path, assert_same) -> Both:
-    return Both(tmp_path, assert_same)
-
-
-@pytest.fixture
-def own(saved, tmp_path) -> Callable[[str], Path]:
-    """A copy of a model's folder, to be changed."""
-    return lambda name: Path(shutil.copytree(saved(name), tmp_path / "own"))
-
-
-def _rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = {key: t.clone() for key, t in safetensors.torch.load_file(file).items()}
-    change(tensors)
-    file.unlink()
-    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
 
 
 # ---------------------------------------------------------------- where the files are
@@ -120,7 +95,7 @@ def test_spoiled_files(own, both, spoil) -> None:
     if spoil == "no shard":
         file.unlink()
     elif spoil == "no tensor":
-        _rewrite(file, lambda tensors: tensors.popitem())
+        rewrite(file, lambda tensors: tensors.popitem())
     elif spoil == "short":
         content = file.read_bytes()
         file.unlink()

@@ -6,6 +6,7 @@ With ``--profile`` a table says what was loaded; an existing ``sitecustomize`` i
 from __future__ import annotations
 
 import json
+import os
 import sys
 import venv
 from pathlib import Path
@@ -15,7 +16,8 @@ import safetensors.torch
 import torch
 from launching import LAUNCH, SITE, Runner
 
-from fastst_patch import engine
+from fastst_patch import LoadReport, engine
+from fastst_patch.patching import child_hook
 from fastst_patch.report_table import NOTHING
 
 needs_engine = pytest.mark.skipif(
@@ -353,3 +355,29 @@ def test_forked_child_prints_no_table(run: Runner) -> None:
     done = run([*LAUNCH, "--profile", "-c", code])
     assert done.stdout == "False\nTrue\n"
     assert done.stderr == f"{NOTHING}\n"
+
+
+def _report(file: str, resident: float | None = None) -> LoadReport:
+    return LoadReport(file=file, call="load_file", device="cpu", path="buffered", bytes=10**9,
+                      tensors=3, seconds=0.5, resident=resident)  # fmt: skip
+
+
+def test_records_survive_what_happens_to_files(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "records"
+    child_hook._append(str(path), _report("a"))
+    assert not path.exists()  # whoever would have printed it is gone
+    path.write_bytes(b"")
+    child_hook._append(str(path), _report("bad\udcff", resident=0.5))
+    with path.open("ab") as file:
+        file.write(b'\n{"pid": 3, "cut"')
+        file.write(b'\n{"pid": 3, "file": "of another version"}\n7')
+    child_hook._append(str(path), _report("b"))
+    record = json.loads(path.read_bytes().splitlines()[1])
+    assert (record["pid"], record["file"]) == (os.getpid(), "bad\udcff")
+    child_hook.print_table(str(path))
+    assert "total, 2 files" in capfd.readouterr().err
+    assert not path.exists()
+    child_hook.print_table(str(path))
+    assert capfd.readouterr().err == ""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import pickle
 import pydoc
+import subprocess
+import sys
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +44,31 @@ def test_options_are_typed(function: Any) -> None:
     parameters = inspect.signature(function).parameters
     assert parameters["options"].annotation == "Unpack[Options]"
     assert parameters.keys() <= {"targets", "rebind_aliases", "options"}
+
+
+def test_the_fast_versions_show_stocks_signatures() -> None:
+    for ours, stock in (
+        (fastst_patch.load_file, safetensors.torch.load_file),
+        (fastst_patch.load_model, safetensors.torch.load_model),
+        (fastst_patch.safe_open, safetensors.safe_open),
+    ):
+        shown = inspect.signature(ours)
+        assert shown == inspect.signature(stock)
+        assert str(shown) == str(inspect.signature(stock))
+        assert pickle.loads(pickle.dumps(shown.replace())) == shown
+        assert (
+            shown.bind("path", "pt").arguments
+            == inspect.signature(stock).bind("path", "pt").arguments
+        )
+        assert str(shown) in pydoc.plain(pydoc.render_doc(ours))
+
+
+def test_signatures_import_torch_only_when_they_are_looked_at(tmp_path: Path) -> None:
+    code = "import sys, inspect, fastst_patch as f; print('torch' in sys.modules)\n"
+    code += "print(list(inspect.signature(f.load_file).parameters)[:2])"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["False", "['filename', 'device']"]
 
 
 @pytest.mark.skipif(engine.native_error() is not None, reason="no native extension")

@@ -12,7 +12,6 @@ import inspect
 import pickle
 import subprocess
 import sys
-import threading
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -22,33 +21,9 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
+from patch_targets import TINY, current_object
 
 import fastst_patch
-
-TINY = {"small_file_bytes": 0}
-
-
-def _current(target: str) -> Any:
-    module, _, name = target.rpartition(".")
-    return getattr(sys.modules[module], name)
-
-
-@pytest.fixture
-def is_fast(sample, watch) -> Any:
-    """Whether this safe_open, or load_file, took the fast path; reads the file to find out."""
-
-    def is_fast(load: Any) -> bool:
-        with watch() as seen:
-            if getattr(load, "__name__", "") == "load_file":
-                tensors = load(sample)
-            else:
-                with load(sample, framework="pt") as handle:
-                    tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        assert sorted(tensors) == ["b", "h", "w"]
-        paths = seen.paths(sample)
-        return bool(paths) and "stock" not in paths
-
-    return is_fast
 
 
 @pytest.fixture
@@ -247,146 +222,18 @@ def test_other_frameworks_while_patched(sample, stock, assert_same) -> None:
         assert_same({name: handle.get_tensor(name) for name in expected}, expected)
 
 
-def test_unpatch_when_not_patched(stock) -> None:
-    fastst_patch.unpatch()
-    fastst_patch.unpatch()
-    assert safetensors.safe_open is stock.safe_open
-
-
 # ---------------------------------------------------------------- nesting, threads
-
-
-def test_nesting(is_fast) -> None:
-    fast = lambda: is_fast(safetensors.safe_open) and is_fast(safetensors.torch.load_file)  # noqa: E731
-    with fastst_patch.patched(**TINY):
-        with fastst_patch.patched(**TINY):
-            assert fast()
-        assert fast()
-        with fastst_patch.patched("safetensors.safe_open", **TINY):
-            assert fast()
-        assert fast()
-    assert not fast()
-    fastst_patch.patch(**TINY)
-    with fastst_patch.patched(**TINY):
-        assert fast()
-    assert fast()  # leaving an inner patched() never undoes an outer patch()
-    fastst_patch.unpatch()
-    assert not fast()
-    with fastst_patch.patched(**TINY):
-        fastst_patch.patch(**TINY)
-    assert fast()  # nor one made inside it
-    fastst_patch.unpatch()
-    assert not fast()
-    outer, inner = fastst_patch.patched(**TINY), fastst_patch.patched(**TINY)
-    outer.__enter__()
-    inner.__enter__()
-    outer.__exit__(None, None, None)  # left in the other order
-    assert fast()
-    inner.__exit__(None, None, None)
-    assert not fast()
-
-
-def test_exceptions_pass(is_fast) -> None:
-    with pytest.raises(ZeroDivisionError), fastst_patch.patched(**TINY):
-        _ = is_fast(safetensors.safe_open) / 0
-    assert not is_fast(safetensors.safe_open)
-    assert not fastst_patch.is_patched()
-
-
-def test_threads(sample, stock) -> None:
-    """Many threads enter and leave; nobody ever sees anything that does not load."""
-    expected = stock.load_file(sample)
-    wrong: list[BaseException] = []
-    start = threading.Barrier(6)
-
-    def work(number: int) -> None:
-        try:
-            start.wait(30)
-            for _ in range(15):
-                with fastst_patch.patched(**TINY):
-                    assert fastst_patch.is_patched()
-                    assert safetensors.safe_open is not stock.safe_open
-                    tensors = safetensors.torch.load_file(sample)
-                assert all(torch.equal(tensors[name], expected[name]) for name in expected)
-                assert safetensors.safe_open(sample, "pt").keys() == sorted(expected)
-        except BaseException as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert not fastst_patch.is_patched()
-    assert safetensors.safe_open is stock.safe_open
 
 
 # ---------------------------------------------------------------- targets, introspection
 
 
-def test_one_target_at_a_time(targets, sample) -> None:
-    for target in targets:
-        before = {name: _current(name) for name in targets}
-        for given in (target, [target], (target,)):
-            with fastst_patch.patched(given, **TINY):
-                assert {name: fastst_patch.is_patched(name) for name in targets} == {
-                    name: name == target for name in targets
-                }
-                assert fastst_patch.is_patched()
-                assert {name for name in targets if _current(name) is not before[name]} == {target}
-        assert not fastst_patch.is_patched(target)
-
-
-def test_targets_are_patched_separately(targets, is_fast) -> None:
-    fastst_patch.patch("safetensors.torch.load_file", **TINY)
-    with fastst_patch.patched("safetensors.safe_open", **TINY):
-        assert is_fast(safetensors.safe_open)
-        assert is_fast(safetensors.torch.load_file)
-        assert not fastst_patch.is_patched("safetensors.torch.load_model")
-    assert not is_fast(safetensors.safe_open)
-    assert fastst_patch.is_patched("safetensors.torch.load_file")
-    fastst_patch.unpatch()
-    assert not any(fastst_patch.is_patched(target) for target in targets)
-
-
-def test_unknown_names_are_refused(stock) -> None:
-    """A misspelt target or option must not pass for a patch that works."""
-    for wrong in ("safetensors.safe_opne", "", ["safetensors.safe_open", "nope"]):
-        with pytest.raises(Exception):
-            fastst_patch.patch(wrong)
-    with pytest.raises(Exception):
-        fastst_patch.patch(small_file_byte=0)
-    with pytest.raises(Exception):
-        fastst_patch.get_original("safetensors.safe_opne")
-    assert safetensors.safe_open is stock.safe_open
-    assert not fastst_patch.is_patched()
-
-
-def test_get_original(targets, stock, sample) -> None:
-    before = {name: _current(name) for name in targets}
-    with fastst_patch.patched(**TINY):
-        for name in targets:
-            assert fastst_patch.get_original(name) is before[name]
-    assert {name: fastst_patch.get_original(name) for name in targets} == before
-    assert fastst_patch.get_original("safetensors.safe_open") is stock.safe_open
-    assert isinstance(fastst_patch.get_original("safetensors.safe_open"), type)
-
-
-def test_patch_map(targets) -> None:
-    assert set(targets) <= set(fastst_patch.patch_map())
-    unpatched = dict(fastst_patch.patch_map())
-    with fastst_patch.patched(**TINY):
-        assert all(fastst_patch.patch_map()[name] != unpatched[name] for name in targets)
-    assert dict(fastst_patch.patch_map()) == unpatched
-
-
 def test_it_looks_like_what_it_replaces(targets, stock, outcome) -> None:
     """Signature, name, module, documentation, callable; what inspect and help() show."""
-    before = {name: _current(name) for name in targets}
+    before = {name: current_object(name) for name in targets}
     with fastst_patch.patched(**TINY):
         for name in targets:
-            now, then = _current(name), before[name]
+            now, then = current_object(name), before[name]
             assert now is not then
             assert inspect.signature(now) == inspect.signature(then)
             assert (now.__name__, now.__module__) == (then.__name__, then.__module__)
@@ -427,29 +274,3 @@ def test_pickle_while_patched(stock) -> None:
         pickled = pickle.dumps(safetensors.torch.load_file)
         assert pickle.loads(pickle.dumps(safetensors.torch.load_file)) is not before
     assert pickle.loads(pickled) is before
-
-
-def test_fast_versions_without_patching(sample, is_fast, stock, assert_same) -> None:
-    with fastst_patch.config_context(**TINY):
-        assert is_fast(fastst_patch.safe_open)
-        assert is_fast(fastst_patch.load_file)
-        assert_same(fastst_patch.load_file(sample), stock.load_file(sample))
-        model = torch.nn.Module()
-        for name, tensor in stock.load_file(sample).items():
-            model.register_buffer(name, torch.zeros_like(tensor))
-        assert not any(fastst_patch.load_model(model, sample))  # missing, unexpected
-        assert_same(model.w.clone(), stock.load_file(sample)["w"].clone())
-    assert not fastst_patch.is_patched()
-    assert safetensors.safe_open is stock.safe_open
-
-
-def test_small_files_go_to_stock(sample, watch, is_fast) -> None:
-    """Where the threshold is set. Its default, 0, is a measurement's: see docs/design-notes.md."""
-    with watch() as seen, fastst_patch.patched(small_file_bytes=2**20):
-        safetensors.torch.load_file(sample)
-        with safetensors.safe_open(sample, "pt") as handle:
-            handle.get_tensor("w")
-    assert seen.paths(sample) == ["stock", "stock"]
-    assert all("small" in r.fallback_reason for r in seen.reports)
-    with fastst_patch.patched(small_file_bytes=1):
-        assert is_fast(safetensors.torch.load_file)

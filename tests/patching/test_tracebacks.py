@@ -45,6 +45,14 @@ def calls(folder: Path) -> dict[str, Any]:
         with safetensors.safe_open(good, "pt") as file:
             file.get_slice("absent")
 
+    def absent_row() -> None:
+        with safetensors.safe_open(good, "pt") as file:
+            _ = file.get_slice("weight")[5, 1]
+
+    def absent_column() -> None:
+        with safetensors.safe_open(good, "pt") as file:
+            _ = file.get_slice("weight")[0:2, 9]
+
     return {
         "load_file": lambda: safetensors.torch.load_file(bad),
         "load_file, absent": lambda: safetensors.torch.load_file(bad + "!"),
@@ -55,13 +63,16 @@ def calls(folder: Path) -> dict[str, Any]:
         "load_model, bad": lambda: safetensors.torch.load_model(model, bad),
         "get_tensor": absent_tensor,
         "get_slice": absent_slice,
+        "slice, row": absent_row,
+        "slice, column": absent_column,
     }
 
 
-def test_at_most_two_frames_are_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("io", ["auto", "buffered"])
+def test_at_most_two_frames_are_ours(tmp_path: Path, io: str) -> None:
     for name, call in calls(tmp_path).items():
         stocks, none, expected = frames(call)
-        with fastst_patch.patched():
+        with fastst_patch.patched(io=io):
             error, ours, others = frames(call)
         assert none == []
         assert len(ours) <= 2, (name, ours)

@@ -11,14 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from twice import Failed, Run, Same, data_bytes, tensor_bytes, weights_in
+from twice import Failed, Run, data_bytes, tensor_bytes, weights_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture
-def same(assert_same, tmp_path) -> Same:
-    return Same(assert_same, tmp_path)
 
 
 # ---------------------------------------------------------------- sentence-transformers

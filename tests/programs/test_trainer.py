@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import transformers
-from twice import FAST, Same, data_bytes, weights_in
+from twice import FAST, data_bytes, weights_in
 
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -64,11 +64,6 @@ def _state(trainer: Any) -> Any:
 def _named(state: Any) -> dict[str, torch.Tensor]:
     moments = {f"{i} {key}": t for i, found in state[1].items() for key, t in found.items()}
     return state[0].state_dict() | moments
-
-
-@pytest.fixture
-def same(assert_same, tmp_path) -> Same:
-    return Same(assert_same, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,3 +137,11 @@ def outcome() -> Callable[[Callable[[], Any]], Outcome]:
 @pytest.fixture(scope="session")
 def agree() -> Callable[..., tuple[Any, Any]]:
     return _agree
+
+
+@pytest.fixture
+def same(assert_same: Any, tmp_path: Path) -> Any:
+    """Calls a function with and without the patch, and compares what happens."""
+    from twice import Same
+
+    return Same(assert_same, tmp_path)

@@ -34,6 +34,14 @@ def cuda(fake_driver: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, cuda: Any) -> Any:
+    """Stock's handles on the CPU where a program asks for the device, and what they were asked."""
+    import fake_device
+
+    return fake_device.StockOnCpu(monkeypatch, cuda.driver)
+
+
+@pytest.fixture
 def pretrained_to_cuda(monkeypatch: pytest.MonkeyPatch, cuda: Any) -> Iterator[Any]:
     """``from_pretrained`` up to where it needs a real device; the runtime."""
     from transformers import modeling_utils

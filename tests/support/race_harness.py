@@ -13,7 +13,7 @@ import pytest
 from places import ROOT
 
 from fastst_patch import engine
-from fastst_patch.bench import hardware, residency
+from fastst_patch.bench import residency
 from fastst_patch.bench.checkpoint import transformer_specs, write_checkpoint
 
 if engine.native_error() is not None:
@@ -38,12 +38,6 @@ watch = importlib.import_module("benchmarks.race.watch")
 benchmarks_main = importlib.import_module("benchmarks.__main__")
 
 SOURCE = entrants.Source("race_standins", str(Path(__file__).resolve().parent))
-
-
-@pytest.fixture
-def on_disk(tmp_path):
-    if hardware.filesystem(tmp_path).in_memory:
-        pytest.skip("the temporary directory is in memory, which is never cold")
 
 
 @pytest.fixture

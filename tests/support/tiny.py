@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from twice import Run, portrait, twice, weights_in
 
@@ -113,3 +114,11 @@ class Both:
         if check:
             ours.assert_fast(weights_in(folder))
         return ours, theirs
+
+
+def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the tensors of a file in a copy, and save them under its name."""
+    tensors = {key: t.clone() for key, t in safetensors.torch.load_file(file).items()}
+    change(tensors)
+    file.unlink()
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
