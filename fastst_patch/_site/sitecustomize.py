@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-_HERE = os.path.dirname(__file__)
+_HERE = os.path.dirname(__file__) if __name__ == "sitecustomize" else ""
 _WATCHED = ("safetensors", "torch")  # what nobody needs us before
 _TRUE = ("1", "true", "yes", "on")  # as in fastst_patch.config
 _PRINT = """
@@ -28,7 +28,7 @@ child_hook.print_table(sys.argv[1])
 """
 
 
-class _Watch:
+class _FaststWatch:
     """A finder that finds what the others find, and imports fastst_patch behind it.
 
     ``import fastst_patch`` patches by itself, since FASTST_ENABLED is set.
@@ -94,7 +94,9 @@ def _say(line: str) -> None:
 def _watch_imports() -> None:
     if os.environ.get("FASTST_ENABLED", "").lower() not in _TRUE:
         return
-    watch = _Watch()
+    if any(type(finder).__name__ == _FaststWatch.__name__ for finder in sys.meta_path):
+        return  # the other of the two that execute this file was there first
+    watch = _FaststWatch()
     sys.meta_path.insert(0, watch)
     if any(name in sys.modules for name in _WATCHED):
         watch._switch_on()
@@ -129,9 +131,11 @@ def _leave() -> None:
 
 
 _watch_imports()
-if os.environ.get("FASTST_PROFILE_PID") == str(os.getpid()) and "FASTST_PROFILE_FILE" in os.environ:
-    _print_at_end()
-_leave()
-# The one that would have come without us. There being none, or its raising, is then told to
-# `site` as it would have been: as an ImportError of this name, or as what it raised.
-import sitecustomize  # type: ignore[import-not-found, unused-ignore]  # noqa: E402, F401
+if __name__ == "sitecustomize":  # else it is the line that `fastst-patch enable` wrote
+    ours = os.environ.get("FASTST_PROFILE_PID") == str(os.getpid())
+    if ours and "FASTST_PROFILE_FILE" in os.environ:
+        _print_at_end()
+    _leave()
+    # The one that would have come without us. There being none, or its raising, is then told to
+    # `site` as it would have been: as an ImportError of this name, or as what it raised.
+    import sitecustomize  # type: ignore[import-not-found, unused-ignore]  # noqa: F401

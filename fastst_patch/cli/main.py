@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from ..terminal import nearest, width, wrapped
 
-_COMMANDS = ("bench", "doctor", "run")
+_COMMANDS = ("bench", "disable", "doctor", "enable", "run")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 
@@ -81,6 +81,8 @@ def _dispatch(given: list[str], target: list[str], run_is_meant: bool) -> int:
         from . import doctor
 
         return doctor.main(args.paths, args.json, verbose=args.verbose)
+    if args.command in ("enable", "disable"):
+        return _enable(commands[args.command], args)
     from .. import bench
 
     return bench.main(args)
@@ -114,6 +116,18 @@ def _run(parser: _Parser, args: argparse.Namespace, target: list[str]) -> int:
         parser.error(str(error))
 
 
+def _enable(parser: _Parser, args: argparse.Namespace) -> int:
+    from ..errors import OptionError
+    from . import enable
+
+    try:
+        if args.command == "disable":
+            return enable.disable()
+        return enable.status() if args.status else enable.enable()
+    except (OptionError, OSError) as error:
+        parser.exit(1, f"fastst-patch: {error}\n")
+
+
 def _parser(
     run_is_meant: bool,
 ) -> tuple[_Parser, dict[str, _Parser]]:
@@ -131,6 +145,7 @@ def _parser(
     _add_bench(commands)
     _add_doctor(commands)
     _add_run(commands)
+    _add_enable(commands)
     return parser, dict(commands.choices)
 
 
@@ -208,6 +223,22 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("-o", "--option", type=option, action="append", default=[],
                         metavar="NAME=VALUE", dest="options",
                         help="an option for patch(), such as -o threads=4; repeatable")  # fmt: skip
+
+
+def _add_enable(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "enable",
+        help="have this environment honour FASTST_ENABLED",
+        description="Writes a .pth file into site-packages. From then on each program of this "
+        "environment that is started with FASTST_ENABLED=1 is patched when it imports "
+        "safetensors. Without the variable nothing changes.",
+    )
+    parser.add_argument("--status", action="store_true", help="only say whether it is enabled")
+    commands.add_parser(
+        "disable",
+        help="undo enable",
+        description="Removes what `enable` wrote. Uninstalling the package removes it, too.",
+    )
 
 
 def _device(text: str) -> str:
