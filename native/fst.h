@@ -46,7 +46,7 @@
 enum fst_code {
     FST_OK = 0,
     FST_PENDING = 1,     /* a wait ran into its time limit: call again */
-    FST_DOUBT = 2,       /* not certainly a file stock accepts: ask stock */
+    FST_FALLBACK = 2,    /* it is not certain that stock accepts the file: ask stock */
     FST_E_SYS = 3,       /* a system call failed: sys_errno says how */
     FST_E_NOMEM = 4,     /* no memory for what was asked */
     FST_E_TRUNCATED = 5, /* the file ended before the bytes its header promises */
@@ -75,12 +75,12 @@ typedef struct fst_file_info {
 } fst_file_info;
 
 /* Opens a regular file read-only. Anything else (a directory, a pipe, an absent
- * file) is FST_DOUBT or FST_E_SYS, and nothing stays open. */
+ * file) is FST_FALLBACK or FST_E_SYS, and nothing stays open. */
 int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err);
 void fst_file_release(fst_file **file);
-/* From now on jobs that read the file through the page cache read the wanted bytes and nothing
- * behind them. They use smaller pages, which takes more processor time. For files of which only
- * parts are loaded. */
+/* For files of which only parts are loaded: from now on jobs that read the file through the page
+ * cache read the wanted bytes and nothing behind them. They use smaller pages, which takes more
+ * processor time. */
 void fst_file_read_exactly(fst_file *file);
 /* How many are held now. */
 uint64_t fst_open_files(void);
@@ -92,10 +92,10 @@ enum fst_probe {
     FST_PROBE_CACHESTAT = 1,
     FST_PROBE_MINCORE = 2
 };
-/* How many bytes of the extent are in the page cache, and which probe told:
- * FST_PROBE_NONE means unknown (*resident is 0 then). Reads nothing of the file and never blocks
- * on I/O. A file that the caller neither owns nor may write is unknown: cachestat refuses it, and
- * mincore claims that it is cached whole. */
+/* How many bytes of the extent are in the page cache, and by which probe. FST_PROBE_NONE means
+ * unknown (*resident is 0 then). Reads nothing of the file and never blocks on I/O. A file that the
+ * caller neither owns nor may write is unknown: cachestat refuses it, and mincore claims that all
+ * of it is cached. */
 int fst_file_residency(fst_file *file, uint64_t offset, uint64_t length, uint64_t *resident,
                        int *probe);
 
@@ -156,7 +156,7 @@ typedef struct fst_layout_view { /* borrowed from the layout */
 } fst_layout_view;
 
 /* Parses the JSON header (without its 8-byte length) of a file of file_size bytes
- * and validates it as strictly as stock. FST_DOUBT on anything invalid or merely
+ * and validates it as strictly as stock. FST_FALLBACK on anything invalid or merely
  * unusual: the message says what. Copies what it needs. */
 int fst_layout_parse(const char *header, uint64_t header_bytes, uint64_t file_size,
                      fst_layout **out, fst_layout_view *view, fst_error *err);

@@ -1,4 +1,4 @@
-/* fst_engine.c - the engine as a whole: what it holds, and how it lets go of it. */
+/* fst_engine.c - the engine as a whole: its counters, and its shutdown. */
 #include <string.h>
 
 #include "job/fst_pool.h"

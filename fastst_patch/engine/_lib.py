@@ -3,7 +3,7 @@
 =====================  =====================================================================
 native code            Python
 =====================  =====================================================================
-FST_DOUBT              `Fallback`: the caller asks stock
+FST_FALLBACK              `Fallback`: the caller asks stock
 FST_E_DEVICE           `Fallback`: stock meets the same device and says it in torch's words
 FST_E_SYS              OSError with errno, file and offset (a cancelled load: see `Job.wait`)
 FST_E_NOMEM            MemoryError
@@ -62,7 +62,7 @@ def place_for(kind: str) -> Any:
 def raise_(err: Any, filename: str | None = None) -> None:
     """Raise what a filled-in ``fst_error`` means, by the table at the top."""
     code, message = err.code, ffi.string(err.message).decode("utf-8", "replace")
-    if code in (lib.FST_DOUBT, lib.FST_E_DEVICE):
+    if code in (lib.FST_FALLBACK, lib.FST_E_DEVICE):
         raise Fallback(message)
     if code == lib.FST_E_SYS:
         raise OSError(err.sys_errno, message, filename)

@@ -29,7 +29,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import tensors
 from ..device import Device, parse_device, torch_target
@@ -77,11 +77,10 @@ def _spawn_materialize(original: Any, args: Any, kwargs: Any) -> Any:
     promised = None
     if load is not None:
         merged, load.merging = load.merging, False  # said of the tensor that is passed next
-        call = functools.partial(original, *args, **kwargs)
         try:
-            promised = _promised(load, call, merged, *args, **kwargs)
-            if promised is None and kwargs.get("sharding_op") is not None:
-                promised = _sharded(load, original, call, merged, *args, **kwargs)
+            request = _Request.of(original, merged, args, kwargs)
+            if request is not None:
+                promised = _promised(load, request)
         except FaststError:  # fallback="error"
             raise
         except Exception as error:  # nothing was handed out yet
@@ -111,124 +110,138 @@ def _merges(operation: object) -> bool:
     return not _MERGING.isdisjoint(kind.__name__ for kind in type(operation).__mro__)
 
 
-def _promised(  # noqa: PLR0917 - spawn_materialize's own
-    load: _Load,
-    stock: Callable[[], Any],
-    merged: bool,
-    thread_pool: Any,
-    tensor: Any,
-    device: Any = None,
-    dtype: torch.dtype | None = None,
-    sharding_op: Any = None,
-    tensor_idx: int | None = None,  # from 5.13 on, and of no use without a sharding_op
-    **unknown: Any,
-) -> Any:
+# ---- one tensor ----
+
+
+_ARGUMENTS = {"thread_pool", "tensor", "device", "dtype", "sharding_op", "tensor_idx"}
+
+
+class _Request(NamedTuple):
+    """One call of ``spawn_materialize``, for a tensor of a file that we opened.
+
+    Attributes:
+        opened: the file.
+        i: number of the tensor.
+        merged: a converter merges it with others.
+        original: the function of transformers.
+        stock: calls it with the arguments that it was called with.
+        thread_pool: an argument of the call, as are those below.
+        tensor: the slice of the tensor.
+    """
+
+    opened: OpenedFile
+    i: int
+    merged: bool
+    original: Callable[..., Any]
+    stock: Callable[[], Any]
+    thread_pool: Any
+    tensor: Any
+    device: Any = None
+    dtype: torch.dtype | None = None
+    sharding_op: Any = None
+    tensor_idx: int | None = None  # from 5.13 on, and of no use without a sharding_op
+
+    @classmethod
+    def of(cls, original: Any, merged: bool, args: Any, kwargs: Any) -> _Request | None:
+        """A call as a request; None where stock does it: another's tensor, unknown arguments."""
+        ours = behind(args[1] if len(args) > 1 else kwargs.get("tensor"))
+        if ours is None or not kwargs.keys() <= _ARGUMENTS:
+            return None
+        stock = functools.partial(original, *args, **kwargs)
+        return cls(*ours, merged, original, stock, *args, **kwargs)
+
+    @property
+    def to_cpu(self) -> bool:
+        return self.device is None or str(self.device) == "cpu"
+
+    @property
+    def cast(self) -> bool:
+        """Whether the tensor gets another dtype than its file's."""
+        if self.dtype is None:
+            return False
+        return tensors.shape_and_dtype(self.opened.layout, self.i)[1] != self.dtype
+
+    @property
+    def passing(self) -> bool:
+        """Whether the tensor is merged or cast; else it may become a parameter."""
+        return self.merged or self.cast
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the tensor is a view of the file's map, which takes longer to pass to a thread.
+
+        Threads that make them wait for the main one, which holds the GIL, 5 ms at a time.
+        """
+        return (
+            self.opened.mapped
+            and self.to_cpu
+            and not self.cast
+            and tensors.ordinary_mode()  # transformers' threads are in none
+        )
+
+    def materialize(self, source: Any) -> Any:
+        """What transformers makes of a slice, here and now."""
+        # Without an argument that an older one may not have.
+        index = {} if self.tensor_idx is None else {"tensor_idx": self.tensor_idx}
+        return self.original(
+            AtOnce(), source, self.device, self.dtype, sharding_op=self.sharding_op, **index
+        )
+
+
+def _promised(load: _Load, request: _Request) -> Any:
     """A future or, without a pool, a function for a tensor; None where stock does it."""
-    ours = behind(tensor)
-    if ours is None or sharding_op is not None or unknown:
-        return None
-    opened, i = ours
-    if thread_pool is not None and _is_cpu(device):
-        load.shards.whole(opened, i)
-    if thread_pool is not None and _is_at_once(opened, i, device, dtype):
-        return LazyFuture(functools.partial(load.whole, tensor))
-    file = load.file(opened, device)
+    if request.sharding_op is not None:
+        return None if request.thread_pool is None else _sharded(load, request)
+    opened, i = request.opened, request.i
+    if request.thread_pool is not None:
+        if request.to_cpu:
+            load.shards.whole(opened, i)
+        if request.at_once:
+            return LazyFuture(functools.partial(load.whole, request.tensor))
+    file = load.file(opened, request.device)
     if file is None:
         return None
-    passing = merged or _is_cast(opened, i, dtype)  # else it may become a parameter
-    if thread_pool is None:
-        return functools.partial(load.now, file, i, dtype, passing, stock)
-    ticket = load.ask(file, i, passing)
-    return LazyFuture(functools.partial(load.take, file, ticket, dtype, stock))
+    if request.thread_pool is None:
+        return functools.partial(load.now, file, request)
+    ticket = load.ask(file, i, request.passing)
+    return LazyFuture(functools.partial(load.take, file, ticket, request))
 
 
-def _sharded(  # noqa: PLR0917 - spawn_materialize's own
-    load: _Load,
-    original: Callable[..., Any],
-    stock: Callable[[], Any],
-    merged: bool,
-    thread_pool: Any,
-    tensor: Any,
-    device: Any = None,
-    dtype: torch.dtype | None = None,
-    sharding_op: Any = None,
-    tensor_idx: int | None = None,
-    **unknown: Any,
-) -> Any:
+def _sharded(load: _Load, request: _Request) -> Any:
     """A future for this rank's shard of a tensor; None where stock's threads make it."""
-    ours = behind(tensor)
-    if ours is None or thread_pool is None or unknown:
-        return None
-    opened, i = ours
-    if not _is_cpu(device):
-        return _sharded_to(load, opened, i, device, dtype, merged, stock, sharding_op, tensor_idx)
-
-    def materialize(source: Any) -> Any:
-        # Without an argument that an older one may not have.
-        index = {} if tensor_idx is None else {"tensor_idx": tensor_idx}
-        return original(AtOnce(), source, device, dtype, sharding_op=sharding_op, **index)
-
+    if not request.to_cpu:
+        return _sharded_to(load, request)
     take = load.shards.local(
-        opened, i, sharding_op,
-        tensor_idx=tensor_idx, cast=_is_cast(opened, i, dtype), materialize=materialize,
+        request.opened, request.i, request.sharding_op,
+        tensor_idx=request.tensor_idx, cast=request.cast, materialize=request.materialize,
     )  # fmt: skip
-    return _left(load, stock) if take is None else LazyFuture(take)
+    return _left(load, request) if take is None else LazyFuture(take)
 
 
-def _sharded_to(  # noqa: PLR0917 - as above
-    load: _Load,
-    opened: OpenedFile,
-    i: int,
-    device: Any,
-    dtype: torch.dtype | None,
-    merged: bool,
-    stock: Callable[[], Any],
-    sharding_op: Any,
-    tensor_idx: int | None,
-) -> Any:
+def _sharded_to(load: _Load, request: _Request) -> Any:
     """A future for one piece of a tensor on a device; None where stock's threads make it."""
-    file = load.file(opened, device)
-    cut = None if file is None else cut_of(opened, i, sharding_op, tensor_idx)
+    opened, i, sharding_op = request.opened, request.i, request.sharding_op
+    file = load.file(opened, request.device)
+    cut = None if file is None else cut_of(opened, i, sharding_op, request.tensor_idx)
     if file is None or cut is None:
         return None
-    passing = merged or _is_cast(opened, i, dtype)
+    passing = request.passing
     rows = rows_of(cut, opened.layout.shape(i))
     if rows is not None:
         ticket = load.ask_rows(file, (i, *rows), passing)
-        return LazyFuture(functools.partial(load.take, file, ticket, dtype, stock))
+        return LazyFuture(functools.partial(load.take, file, ticket, request))
     view = load.shards.view(opened, i, sharding_op.device_mesh, cut)
     if view is not None:
         ticket = load.ask_view(file, view, passing)
-        return LazyFuture(functools.partial(load.take, file, ticket, dtype, stock))
-    return _left(load, stock)
+        return LazyFuture(functools.partial(load.take, file, ticket, request))
+    return _left(load, request)
 
 
-def _left(load: _Load, stock: Callable[[], Any]) -> Any:
+def _left(load: _Load, request: _Request) -> Any:
     """A future of stock's that starts reading ahead when taken, where there is something to."""
     if not load.shards.waiting:
         return None
-    return LazyFuture(functools.partial(load.result, stock()))
-
-
-def _is_cpu(device: Any) -> bool:
-    return device is None or str(device) == "cpu"
-
-
-def _is_at_once(opened: OpenedFile, i: int, device: Any, dtype: torch.dtype | None) -> bool:
-    """Whether a tensor is a view of the file's map, which takes longer to pass to a thread.
-
-    Threads that make them wait for the main one, which holds the GIL, 5 ms at a time.
-    """
-    return (
-        opened.mapped
-        and _is_cpu(device)
-        and not _is_cast(opened, i, dtype)
-        and tensors.ordinary_mode()  # transformers' threads are in none
-    )
-
-
-def _is_cast(opened: OpenedFile, i: int, dtype: torch.dtype | None) -> bool:
-    return dtype is not None and tensors.shape_and_dtype(opened.layout, i)[1] != dtype
+    return LazyFuture(functools.partial(load.result, request.stock()))
 
 
 # ---- one load ----
@@ -361,28 +374,25 @@ class _Load:
             stream = self._streams.setdefault(moving.device, Stream(budget))
         return stream
 
-    def take(
-        self, file: _File, ticket: Ticket, dtype: torch.dtype | None, stock: Callable[[], Any]
-    ) -> Any:
+    def take(self, file: _File, ticket: Ticket, request: _Request) -> Any:
         """The tensor asked for, on its device and cast."""
         self.shards.start()
         stream = self._streams[file.moving.device]
-        return self._cast(lambda: stream.take(ticket), file, dtype, stock, stream.drop)
+        return self._cast(lambda: stream.take(ticket), file, request, stream.drop)
 
-    def now(self, file: _File, i: int, dtype: torch.dtype | None, passing: bool, stock: Any) -> Any:
-        """Tensor i read now, alone."""
-        owned = _owned(file, passing)
-        return self._cast(lambda: file.start(owned, [i]).take(i), file, dtype, stock)
+    def now(self, file: _File, request: _Request) -> Any:
+        """The tensor read now, alone."""
+        i, owned = request.i, _owned(file, request.passing)
+        return self._cast(lambda: file.start(owned, [i]).take(i), file, request)
 
     def _cast(
         self,
         read: Callable[[], torch.Tensor],
         file: _File,
-        dtype: torch.dtype | None,
-        stock: Callable[[], Any],
+        request: _Request,
         make_room: Callable[[], None] = lambda: None,
     ) -> Any:
-        tensor = None
+        tensor, dtype = None, request.dtype
         try:
             tensor = read()
             if dtype is None or dtype == tensor.dtype:
@@ -396,14 +406,14 @@ class _Load:
         del tensor
         file.moving.account.note = file.moving.account.note or fallback.reason
         try:
-            result = by_stock(stock)
+            result = by_stock(request.stock)
         except Exception as error:
             if not file.target.runtime.is_out_of_memory(error):
                 raise
             result = None
         if result is None:  # what was read ahead may be what is in the way
             make_room()
-            result = by_stock(stock)
+            result = by_stock(request.stock)
         fell_back(file.moving.config, "from_pretrained", file.moving.file.path, fallback)
         return result
 

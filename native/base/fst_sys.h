@@ -4,9 +4,10 @@
  * fst_fault_set first. Which is in force is one atomic pointer, so a test can inject
  * a fault while workers run. The real table costs one load and an indirect call.
  *
- * Not in the table: close and munmap, whose failure is ignored; fstatfs, mbind and CPU affinity,
- * whose failure means "unknown" or "not placed"; access, and fcntl and dup2 beside cuFile; settings
- * under /proc and /sys, where a missing file means the same as a failed open.
+ * Not in the table: close and munmap, whose failure is ignored; fstatfs, getrusage, mbind and CPU
+ * affinity, whose failure means "unknown" or "not placed"; access, and fcntl and dup2 beside
+ * cuFile; clocks and thread synchronisation; settings under /proc and /sys, where a missing file
+ * means the same as a failed open.
  */
 #pragma once
 

@@ -4,8 +4,8 @@
  * are registered. Tensors promise 8 bytes. So reads land in registered staging blocks, and a
  * copy on the device brings every piece to its place.
  *
- * Opening cuFile's driver takes about 2 s: only io="gds" does it, and only once. What it refuses
- * goes through the ring, and the job's report says why.
+ * Opening cuFile's driver takes about 2 s: only io="gds" does it, and only once. Where cuFile
+ * refuses, the ring takes over, and the job's statistics say why.
  */
 #include <dlfcn.h>
 #include <errno.h>

@@ -247,7 +247,7 @@ static int new_device(const fst_gpu *gpu, int ordinal, fst_device **out, fst_err
     code = start_streams(&probe, err);
     fst_device *device = code == FST_OK ? calloc(1, sizeof *device) : NULL;
     if (device == NULL) {
-        if (code == FST_OK) /* its streams stay: there is hardly memory to say so */
+        if (code == FST_OK) /* its streams are never destroyed */
             code = fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory for a device's record");
         if (gpu->kind == FST_GPU_CUDA) (void)gpu->context_release(probe.handle);
         return code;

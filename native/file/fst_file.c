@@ -45,16 +45,17 @@ int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_err
     /* Opening and closing a pipe would release a writer that waits for its reader, and then break
      * the pipe. So anything but a regular file is left to stock, which opens it once. */
     if (FST_SYS->stat(path, &named) != 0) return fst_fail_call(err, path, "stat", errno);
-    if (!S_ISREG(named.st_mode)) return fst_fail(err, FST_DOUBT, 0, "%s: not a regular file", path);
+    if (!S_ISREG(named.st_mode))
+        return fst_fail(err, FST_FALLBACK, 0, "%s: not a regular file", path);
     /* O_NONBLOCK: if it is a pipe by now, opening it does not wait; regular files ignore it. */
     int fd = FST_SYS->open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) return fst_fail_call(err, path, "open", errno);
     if (FST_SYS->fstat(fd, &status) != 0)
         code = fst_fail_call(err, path, "fstat", errno);
     else if (!S_ISREG(status.st_mode) || status.st_size < 0)
-        code = fst_fail(err, FST_DOUBT, 0, "%s: not a regular file", path);
+        code = fst_fail(err, FST_FALLBACK, 0, "%s: not a regular file", path);
     else if (status.st_dev != named.st_dev || status.st_ino != named.st_ino)
-        code = fst_fail(err, FST_DOUBT, 0, "%s: replaced while it was opened", path);
+        code = fst_fail(err, FST_FALLBACK, 0, "%s: replaced while it was opened", path);
     else
         code = new_file(path, fd, &status, out, err);
     if (code == FST_OK)

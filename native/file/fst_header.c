@@ -1,9 +1,9 @@
 /* fst_header.c - the JSON header of a safetensors file, parsed and validated.
  *
- * Deliberately narrower than JSON: it accepts what safetensors writers produce, in any
- * spacing and key order, and answers FST_DOUBT to everything else. The caller then asks
- * stock, which decides and words the error. Accepting less than stock costs speed on an
- * odd file; accepting more would be a wrong result, so every check leans that way.
+ * It accepts less than JSON: what safetensors writers produce, in any spacing and key order. It
+ * answers FST_FALLBACK to everything else, and the caller then asks stock, which decides and words
+ * the error. To accept less than stock costs speed on an odd file; to accept more would be a wrong
+ * result.
  *
  * One pass over the bytes, no recursion (the format's depth is fixed), all arithmetic on
  * file-supplied numbers overflow-checked.
@@ -100,7 +100,7 @@ static bool parse_dtype(parser *p, uint32_t *out) {
             return true;
         }
     }
-    return fst_lex_doubt(&p->in, "unknown dtype");
+    return fst_lex_reject(&p->in, "unknown dtype");
 }
 
 static bool parse_shape(parser *p, fst_tensor *tensor) {
@@ -118,7 +118,7 @@ static bool parse_shape(parser *p, fst_tensor *tensor) {
         if (dims == NULL) return false;
         p->dims = dims;
         dims[p->dims_count++] = (int64_t)dim;
-        if (++tensor->ndim > 64) return fst_lex_doubt(&p->in, "more than 64 dimensions");
+        if (++tensor->ndim > 64) return fst_lex_reject(&p->in, "more than 64 dimensions");
     } while (fst_lex_more(&p->in, ']', &bad));
     return !bad;
 }
@@ -155,24 +155,24 @@ static bool parse_tensor(parser *p, fst_tensor *tensor) {
         } else if (is(key, bytes, "shape")) {
             which = SHAPE;
             if (seen & SHAPE || !parse_shape(p, tensor))
-                return fst_lex_doubt(&p->in, "shape twice");
+                return fst_lex_reject(&p->in, "shape twice");
         } else if (is(key, bytes, "data_offsets")) {
             which = OFFSETS;
             if (!parse_offsets(p, tensor)) return false;
         } else {
-            return fst_lex_doubt(&p->in, "unknown tensor field");
+            return fst_lex_reject(&p->in, "unknown tensor field");
         }
-        if (seen & which) return fst_lex_doubt(&p->in, "tensor field twice");
+        if (seen & which) return fst_lex_reject(&p->in, "tensor field twice");
         seen |= which;
     } while (fst_lex_more(&p->in, '}', &bad));
     if (bad) return false;
-    return seen == (DTYPE | SHAPE | OFFSETS) || fst_lex_doubt(&p->in, "tensor field missing");
+    return seen == (DTYPE | SHAPE | OFFSETS) || fst_lex_reject(&p->in, "tensor field missing");
 }
 
 /* An object of strings to strings; remembers its span for the caller to decode. */
 static bool parse_metadata(parser *p, char *scratch) {
     bool bad = false;
-    if (p->metadata_seen) return fst_lex_doubt(&p->in, "__metadata__ twice");
+    if (p->metadata_seen) return fst_lex_reject(&p->in, "__metadata__ twice");
     p->metadata_seen = true;
     fst_lex_space(&p->in);
     if (p->in.end - p->in.at >= 4 && memcmp(p->in.at, "null", 4) == 0) { /* as if absent */
@@ -229,7 +229,7 @@ static bool parse_header(parser *p) {
         if (bad) return false;
     }
     fst_lex_space(&p->in);
-    return p->in.at == p->in.end || fst_lex_doubt(&p->in, "bytes after the header's object");
+    return p->in.at == p->in.end || fst_lex_reject(&p->in, "bytes after the header's object");
 }
 
 /* ---- validation, as stock's Metadata::validate ---- */
@@ -270,12 +270,12 @@ static bool validate(parser *p, uint64_t data_bytes) {
         const fst_tensor *tensor = &p->entries[i].tensor;
         uint64_t bytes;
         if (tensor->begin != start || tensor->end < tensor->begin)
-            return fst_lex_doubt(&p->in, "offsets do not follow each other");
+            return fst_lex_reject(&p->in, "offsets do not follow each other");
         if (!tensor_bytes(p, tensor, &bytes) || bytes != tensor->end - tensor->begin)
-            return fst_lex_doubt(&p->in, "shape, dtype and offsets disagree");
+            return fst_lex_reject(&p->in, "shape, dtype and offsets disagree");
         start = tensor->end;
     }
-    return start == data_bytes || fst_lex_doubt(&p->in, "file length and offsets disagree");
+    return start == data_bytes || fst_lex_reject(&p->in, "file length and offsets disagree");
 }
 
 /* ---- result ---- */
@@ -318,14 +318,14 @@ static bool fill_layout(parser *p, fst_layout *layout) {
 /* From the header's bytes to a filled layout; what is wrong is noted in the parser. */
 static void parse(parser *p, fst_layout *layout) {
     if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__)
-        (void)fst_lex_doubt(&p->in, "this machine is big-endian and the file is not");
+        (void)fst_lex_reject(&p->in, "this machine is big-endian and the file is not");
     else if (!fst_lex_utf8(&p->in))
-        (void)fst_lex_doubt(&p->in, "header is not UTF-8");
+        (void)fst_lex_reject(&p->in, "header is not UTF-8");
     else if (parse_header(p)) {
         sort_entries(p);
         (void)validate(p, layout->file_bytes - LENGTH_BYTES - layout->header_bytes);
     }
-    if (p->in.doubt == NULL && !p->no_memory && !fill_layout(p, layout)) p->no_memory = true;
+    if (p->in.reason == NULL && !p->no_memory && !fill_layout(p, layout)) p->no_memory = true;
 }
 
 /* Takes over the header buffer, also on failure. */
@@ -347,9 +347,9 @@ static int parse_owned(char *header, uint64_t header_bytes, uint64_t file_bytes,
     if (p.no_memory)
         code = fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory to parse a header of %llu bytes",
                         (unsigned long long)header_bytes);
-    else if (p.in.doubt != NULL)
-        code = fst_fail(err, FST_DOUBT, 0, "header byte %lld: %s",
-                        (long long)(p.in.at - p.in.begin), p.in.doubt);
+    else if (p.in.reason != NULL)
+        code = fst_fail(err, FST_FALLBACK, 0, "header byte %lld: %s",
+                        (long long)(p.in.at - p.in.begin), p.in.reason);
     free(p.entries);
     free(p.dims);
     free(p.names);
@@ -366,7 +366,7 @@ int fst_layout_parse(const char *header, uint64_t header_bytes, uint64_t file_si
                      fst_layout **out, fst_layout_view *view, fst_error *err) {
     *out = NULL;
     if (header_bytes > MAX_HEADER_BYTES || file_size < LENGTH_BYTES + header_bytes)
-        return fst_fail(err, FST_DOUBT, 0, "header length %llu does not fit the file",
+        return fst_fail(err, FST_FALLBACK, 0, "header length %llu does not fit the file",
                         (unsigned long long)header_bytes);
     char *copy = malloc(header_bytes == 0 ? 1 : header_bytes);
     if (copy == NULL)
@@ -379,7 +379,7 @@ int fst_layout_parse(const char *header, uint64_t header_bytes, uint64_t file_si
 /* If the file has shrunk since it was opened, stock decides. */
 static int read_header(fst_file *file, uint64_t offset, void *to, uint64_t bytes, fst_error *err) {
     int code = fst_file_read(file, offset, to, bytes, err);
-    if (code == FST_E_TRUNCATED) code = err->code = FST_DOUBT;
+    if (code == FST_E_TRUNCATED) code = err->code = FST_FALLBACK;
     return code;
 }
 
@@ -387,12 +387,12 @@ static int read_header(fst_file *file, uint64_t offset, void *to, uint64_t bytes
 static int read_all(fst_file *file, char **header, uint64_t *header_bytes, fst_error *err) {
     unsigned char first[FIRST_BYTES];
     uint64_t size = file->info.size, bytes = 0, have = fst_min(size, sizeof first);
-    if (size < LENGTH_BYTES) return fst_fail(err, FST_DOUBT, 0, "%s: too short", file->path);
+    if (size < LENGTH_BYTES) return fst_fail(err, FST_FALLBACK, 0, "%s: too short", file->path);
     int code = read_header(file, 0, first, have, err);
     if (code != FST_OK) return code;
     for (unsigned i = 0; i < LENGTH_BYTES; i++) bytes |= (uint64_t)first[i] << 8 * i;
     if (bytes > MAX_HEADER_BYTES || bytes > size - LENGTH_BYTES)
-        return fst_fail(err, FST_DOUBT, 0, "%s: header length %llu does not fit the file",
+        return fst_fail(err, FST_FALLBACK, 0, "%s: header length %llu does not fit the file",
                         file->path, (unsigned long long)bytes);
     char *all = malloc(bytes == 0 ? 1 : bytes);
     if (all == NULL)

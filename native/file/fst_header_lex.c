@@ -11,11 +11,11 @@ static int hex_digit(char c) {
 }
 
 static bool four_hex(fst_lexer *in, unsigned *out) {
-    if (in->end - in->at < 4) return fst_lex_doubt(in, "short \\u escape");
+    if (in->end - in->at < 4) return fst_lex_reject(in, "short \\u escape");
     unsigned value = 0;
     for (int i = 0; i < 4; i++) {
         int digit = hex_digit(*in->at++);
-        if (digit < 0) return fst_lex_doubt(in, "bad \\u escape");
+        if (digit < 0) return fst_lex_reject(in, "bad \\u escape");
         value = value << 4 | (unsigned)digit;
     }
     *out = value;
@@ -48,27 +48,27 @@ static size_t put_utf8(char *to, unsigned code) {
 static bool unicode_escape(fst_lexer *in, char **to) {
     unsigned code, low;
     if (!four_hex(in, &code)) return false;
-    if (code >= 0xDC00 && code <= 0xDFFF) return fst_lex_doubt(in, "lone surrogate");
+    if (code >= 0xDC00 && code <= 0xDFFF) return fst_lex_reject(in, "lone surrogate");
     if (code >= 0xD800 && code <= 0xDBFF) {
         if (in->end - in->at < 2 || in->at[0] != '\\' || in->at[1] != 'u')
-            return fst_lex_doubt(in, "lone surrogate");
+            return fst_lex_reject(in, "lone surrogate");
         in->at += 2;
         if (!four_hex(in, &low)) return false;
-        if (low < 0xDC00 || low > 0xDFFF) return fst_lex_doubt(in, "lone surrogate");
+        if (low < 0xDC00 || low > 0xDFFF) return fst_lex_reject(in, "lone surrogate");
         code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
     }
-    if (code == 0) return fst_lex_doubt(in, "NUL in a string");
+    if (code == 0) return fst_lex_reject(in, "NUL in a string");
     *to += put_utf8(*to, code);
     return true;
 }
 
 static bool escape(fst_lexer *in, char **to) {
     static const char from[] = "\"\\/bfnrt", into[] = "\"\\/\b\f\n\r\t";
-    if (in->at >= in->end) return fst_lex_doubt(in, "string not closed");
+    if (in->at >= in->end) return fst_lex_reject(in, "string not closed");
     char c = *in->at++;
     if (c == 'u') return unicode_escape(in, to);
     const char *found = c == '\0' ? NULL : strchr(from, c);
-    if (found == NULL) return fst_lex_doubt(in, "unknown escape");
+    if (found == NULL) return fst_lex_reject(in, "unknown escape");
     *(*to)++ = into[found - from];
     return true;
 }
@@ -86,10 +86,10 @@ bool fst_lex_string(fst_lexer *in, char **to) {
         if (in->at >= in->end) break;
         char c = *in->at++;
         if (c == '"') return true;
-        if (c != '\\') return fst_lex_doubt(in, "control character in a string");
+        if (c != '\\') return fst_lex_reject(in, "control character in a string");
         if (!escape(in, to)) return false;
     }
-    return fst_lex_doubt(in, "string not closed");
+    return fst_lex_reject(in, "string not closed");
 }
 
 bool fst_lex_unsigned(fst_lexer *in, uint64_t *out) {
@@ -99,13 +99,13 @@ bool fst_lex_unsigned(fst_lexer *in, uint64_t *out) {
     while (in->at < in->end && *in->at >= '0' && *in->at <= '9') {
         uint64_t digit = (uint64_t)(*in->at++ - '0');
         if (value > ((uint64_t)INT64_MAX - digit) / 10)
-            return fst_lex_doubt(in, "number too large");
+            return fst_lex_reject(in, "number too large");
         value = value * 10 + digit;
     }
-    if (in->at == first) return fst_lex_doubt(in, "unsigned integer expected");
-    if (*first == '0' && in->at - first > 1) return fst_lex_doubt(in, "leading zero");
+    if (in->at == first) return fst_lex_reject(in, "unsigned integer expected");
+    if (*first == '0' && in->at - first > 1) return fst_lex_reject(in, "leading zero");
     if (in->at < in->end && (*in->at == '.' || *in->at == 'e' || *in->at == 'E'))
-        return fst_lex_doubt(in, "not an integer");
+        return fst_lex_reject(in, "not an integer");
     *out = value;
     return true;
 }
@@ -115,7 +115,7 @@ bool fst_lex_plain_string(fst_lexer *in, const char **text, size_t *bytes) {
     *text = in->at;
     while (in->at < in->end && *in->at != '"' && *in->at != '\\' && (unsigned char)*in->at >= 0x20)
         in->at++;
-    if (in->at >= in->end || *in->at != '"') return fst_lex_doubt(in, "unusual string");
+    if (in->at >= in->end || *in->at != '"') return fst_lex_reject(in, "unusual string");
     *bytes = (size_t)(in->at++ - *text);
     return true;
 }

@@ -1,7 +1,7 @@
 /* fst_header_lex.h - a cursor over a header's JSON, and the tokens read with it.
  *
  * For fst_header.c only. Functions that return bool say false when the text is not what they
- * expect, and note why in `doubt`; the first reason stays. They allocate nothing and keep
+ * expect, and note why in `reason`; the first one stays. They allocate nothing and keep
  * nothing: strings are pointers into the text, or copied where the caller has room for them.
  */
 #pragma once
@@ -14,13 +14,13 @@ typedef struct fst_lexer {
     const char *at;
     const char *end;
     const char *begin;
-    const char *doubt; /* why, when something is off */
+    const char *reason; /* why the text was rejected; NULL: it was not */
 } fst_lexer;
 
 /* The smallest ones are inline: as calls they made parsing 5 % slower. */
 
-static inline bool fst_lex_doubt(fst_lexer *in, const char *why) {
-    if (in->doubt == NULL) in->doubt = why;
+static inline bool fst_lex_reject(fst_lexer *in, const char *why) {
+    if (in->reason == NULL) in->reason = why;
     return false;
 }
 
@@ -37,12 +37,12 @@ static inline bool fst_lex_peek(fst_lexer *in, char c) {
 }
 
 static inline bool fst_lex_expect(fst_lexer *in, char c, const char *why) {
-    if (!fst_lex_peek(in, c)) return fst_lex_doubt(in, why);
+    if (!fst_lex_peek(in, c)) return fst_lex_reject(in, why);
     in->at++;
     return true;
 }
 
-/* After an element: true to go on, false at the closing character or on doubt. */
+/* After an element: true to go on, false at the closing character or when the text is rejected. */
 static inline bool fst_lex_more(fst_lexer *in, char close, bool *bad) {
     fst_lex_space(in);
     if (in->at < in->end && *in->at == ',') {

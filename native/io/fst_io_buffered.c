@@ -9,45 +9,48 @@
 
 #define PIECES 512 /* tensors filled by one system call; the kernel takes 1024 */
 
-/* The destinations of the file range [at, io->end) that follow each other without a
- * gap, at most PIECES; *segment is where at lies. Returns how many. */
-static int gather(const fst_io_context *io, uint64_t segment, uint64_t at, struct iovec *to) {
-    const fst_segment *begins = &io->segments[io->first];
-    uint64_t origin = begins->arena_offset + (io->begin - begins->file_offset);
-    int count = 0;
-    if (io->into != NULL) { /* gaps and all */
-        *to = (struct iovec){io->into + (at - io->begin), (size_t)(io->end - at)};
-        return 1;
-    }
-    while (count < PIECES && segment < io->count && at < io->end) {
-        const fst_segment *s = &io->segments[segment];
-        if (s->bytes == 0) {
-            segment++;
-            continue;
+/* Fills `count` destinations that follow each other in the file, from offset `at` on. */
+static int read_run(const fst_io_context *io, uint64_t at, struct iovec *to, int count,
+                    fst_error *err) {
+    int again = 0;
+    while (count > 0) {
+        if (fst_io_check_stop(io, err) != FST_OK) return err->code;
+        ssize_t got = FST_SYS->preadv(io->file->fd, to, count, (off_t)at);
+        if (got < 0) {
+            if (fst_io_again(errno, &again)) continue;
+            return fst_fail(err, FST_E_SYS, errno, "%s: reading at offset %llu: %s", io->file->path,
+                            (unsigned long long)at, strerror(errno));
         }
-        if (s->file_offset > at) break; /* a gap */
-        uint64_t skip = at - s->file_offset;
-        uint64_t bytes = fst_min(s->bytes - skip, io->end - at);
-        uint64_t place = s->arena_offset + skip;
-        to[count].iov_base = io->packed ? io->slot + (place - origin) : io->arena->data + place;
-        to[count++].iov_len = (size_t)bytes;
-        at += bytes;
-        if (skip + bytes < s->bytes) break;
-        segment++;
+        if (got == 0) return fst_file_truncated(io->file, at, err);
+        at += (uint64_t)got;
+        again = 0;
+        size_t left = (size_t)got;
+        for (; count > 0 && left >= to->iov_len; to++, count--) left -= to->iov_len;
+        if (count == 0) break;
+        to->iov_base = (unsigned char *)to->iov_base + left;
+        to->iov_len -= left;
     }
-    return count;
+    return FST_OK;
 }
 
-static uint64_t skip_to(const fst_io_context *io, uint64_t segment, uint64_t *at) {
-    while (segment < io->count) {
-        const fst_segment *s = &io->segments[segment];
-        if (s->bytes > 0 && *at < s->file_offset + s->bytes) {
-            if (*at < s->file_offset) *at = s->file_offset;
-            break;
+/* Reads every piece of the chunk to its place; pieces without a gap between them in one call. */
+static int read_pieces(const fst_io_context *io, fst_error *err) {
+    struct iovec to[PIECES];
+    fst_pieces pieces = {.io = io};
+    fst_piece piece;
+    uint64_t begin = io->begin, end = begin;
+    int count = 0, code = FST_OK;
+    while (code == FST_OK && fst_pieces_next(&pieces, &piece)) {
+        if (piece.source != end || count == PIECES) {
+            code = read_run(io, begin, to, count, err);
+            begin = piece.source;
+            count = 0;
         }
-        segment++;
+        unsigned char *place = io->packed ? io->slot + piece.in_slot : io->arena->data + piece.at;
+        to[count++] = (struct iovec){place, (size_t)piece.bytes};
+        end = piece.source + piece.bytes;
     }
-    return segment;
+    return code == FST_OK ? read_run(io, begin, to, count, err) : code;
 }
 
 /* Whole huge pages: the kernel keeps a page that the range covers only in part. */
@@ -58,25 +61,9 @@ static void drop_chunk(const fst_io_context *io) {
 }
 
 int fst_io_buffered(const fst_io_context *io, fst_error *err) {
-    struct iovec to[PIECES];
-    uint64_t at = io->begin, segment = io->first;
-    int again = 0;
+    struct iovec whole = {io->into, (size_t)(io->end - io->begin)};
     fst_io_fill_cache(io);
-    for (;;) {
-        segment = skip_to(io, segment, &at);
-        if (segment == io->count || at >= io->end) break;
-        if (fst_io_check_stop(io, err) != FST_OK) return err->code;
-        int pieces = gather(io, segment, at, to);
-        ssize_t got = FST_SYS->preadv(io->file->fd, to, pieces, (off_t)at);
-        if (got < 0) {
-            if (fst_io_again(errno, &again)) continue;
-            return fst_fail(err, FST_E_SYS, errno, "%s: reading at offset %llu: %s", io->file->path,
-                            (unsigned long long)at, strerror(errno));
-        }
-        if (got == 0) return fst_file_truncated(io->file, at, err);
-        at += (uint64_t)got;
-        again = 0;
-    }
-    if (io->drop_cache) drop_chunk(io);
-    return FST_OK;
+    int code = io->into != NULL ? read_run(io, io->begin, &whole, 1, err) : read_pieces(io, err);
+    if (code == FST_OK && io->drop_cache) drop_chunk(io);
+    return code;
 }

@@ -1,12 +1,9 @@
 /* fst_io_memory.c - copy a chunk's pieces from host memory into its slot.
  *
- * The memory belongs to the caller. If it is a map of a file, it may not even be in the page cache,
- * and a copy would fault it in by one small read at a time, with the disk idle between them. So
- * the missing part of a chunk is requested at once. 1 GB of a cold map, 8 workers on 2 busy
- * cores, read-ahead 128 KiB, 6 alternating runs: 1.00 to 1.26 s; without 0.77 to 4.64 s,
- * median 1.35. Where nothing is missing, looking costs 5 to 10 % of the copy's processor time.
- * MADV_POPULATE_READ of every chunk did no better in the cold and doubled that time for memory
- * that is mapped already. Flags of the map, huge pages among them, are its owner's and stay.
+ * The memory belongs to the caller. If it is a map of a file that is not cached, the copy would
+ * fault it in by small reads, one after another. So the missing part of a chunk is requested at
+ * once (docs/design-notes.md, "Uploads of a cold map"). The flags of the map, huge pages among
+ * them, are its owner's and stay as they are.
  */
 #include <string.h>
 #include <sys/mman.h>

@@ -142,7 +142,7 @@ static bool is_cached(const fst_io_context *io) {
     return resident == length;
 }
 
-/* Into host memory. *refused becomes the errno with which O_DIRECT was refused, if it was. */
+/* Reads into host memory. *refused becomes the errno of O_DIRECT where it was refused. */
 static int read_to_memory(const fst_job *job, fst_io_context *io, fst_worker *worker,
                           fst_chunk *chunk, int *refused, fst_error *err) {
     if (chunk->direct) {
@@ -177,7 +177,7 @@ static int take_slot(const fst_job *job, fst_worker *worker, fst_slot **slot, fs
     }
 }
 
-/* By O_DIRECT if the chunk asks for it, and through the page cache where that is refused. */
+/* Reads by O_DIRECT if the chunk asks for it, and through the page cache where that is refused. */
 static int fill_from_file(fst_io_context *io, fst_chunk *chunk, int *refused, fst_error *err) {
     int code = chunk->direct ? fst_io_direct_slot(io, err) : FST_E_INVALID;
     if (code != FST_E_INVALID) return code;
@@ -190,7 +190,6 @@ static int fill_from_file(fst_io_context *io, fst_chunk *chunk, int *refused, fs
     return fst_io_buffered(io, err);
 }
 
-/* Into a slot. */
 static int fill_slot(const fst_job *job, fst_io_context *io, fst_worker *worker, fst_chunk *chunk,
                      int *refused, fst_error *err) {
     fst_slot *slot;
@@ -219,8 +218,8 @@ static int fill_staging(const fst_job *job, const fst_io_context *io, fst_chunk 
     return code;
 }
 
-/* Into a slot or a staging block and, from there, on its way. *gds_refused is filled where
- * cuFile would not. */
+/* Reads into a slot or a staging block, and starts the copies from there. *gds_refused is filled if
+ * cuFile did not read. */
 static int read_to_device(const fst_job *job, fst_io_context *io, fst_worker *worker,
                           fst_chunk *chunk, int *refused, fst_error *gds_refused, fst_error *err) {
     int code = FST_E_INVALID;
@@ -284,7 +283,7 @@ static void run_prefetch(fst_job *job, fst_worker *worker) {
         count_bytes(job, &chunk, cold);
         if (cold > 0) fst_arena_count_ahead(io.arena, cold);
     } else {
-        fst_arena_keep_no_more(io.arena); /* page by page is no way to read the rest */
+        fst_arena_keep_no_more(io.arena); /* else faults would read the rest page by page */
     }
     fst_queue_lock();
     job->reading--;
@@ -367,6 +366,6 @@ void fst_chunk_retire(fst_worker *worker, bool wait) {
         account(chunk, code, &error);
         fst_queue_finish_if_over(job);
         (void)pthread_cond_broadcast(&fst_queue.event);
-        wait = false; /* one was asked for; the others if they are over too */
+        wait = false; /* for the oldest only */
     }
 }

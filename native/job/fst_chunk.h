@@ -26,9 +26,9 @@ typedef struct fst_worker { /* a thread of the pool, or a caller that helps */
     fst_placement place;
 } fst_worker;
 
-/* Both are called with the queue's lock held, and let go of it meanwhile. */
+/* Both are called with the queue's lock held, and release it meanwhile. */
 
 /* Claims a chunk of the job and moves it. */
 void fst_chunk_run(fst_job *job, fst_worker *worker);
-/* Accounts for chunks whose copies are over; waits for the oldest if told to. */
+/* Accounts for chunks whose copies are over; with `wait` it waits for the oldest of them. */
 void fst_chunk_retire(fst_worker *worker, bool wait);

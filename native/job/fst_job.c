@@ -1,4 +1,4 @@
-/* fst_job.c - what is to be moved: submitting, waiting, cancelling, and letting go. */
+/* fst_job.c - the life of a job: submitting, waiting, cancelling and releasing it. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>

@@ -66,9 +66,10 @@ void fst_queue_fail(fst_job *job, int code, const fst_error *error) {
     }
 }
 
-/* The job is done only when it has let go of everything: a waiting owner then holds counters
- * only. The exception is adopted memory that nobody else holds. Its deleter, torch's, may want
- * Python's lock, which a thread in os.fork() holds while it waits for jobs that are finishing. */
+/* The job is done only after it has released its file and arena: the owner that waited for it then
+ * holds counters only. The exception is adopted memory that nobody else holds. Its deleter is
+ * torch's and may need Python's lock, which a thread in os.fork() holds while it waits for jobs
+ * that are finishing. */
 void fst_queue_finish_if_over(fst_job *job) {
     if (job->done || job->finishing || job->chunks != NULL || fst_queue_has_chunk(job)) return;
     fst_file *file = job->file;

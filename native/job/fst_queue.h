@@ -1,4 +1,4 @@
-/* fst_queue.h - jobs, from submission until they have let go of everything.
+/* fst_queue.h - jobs, from submission until they hold neither file nor arena.
  *
  * One lock guards the list, every job in it but its `stop`, and the pool's threads. It is taken a
  * few times per chunk of megabytes, and never held across a system call that can block on storage.

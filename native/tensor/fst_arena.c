@@ -9,12 +9,9 @@
 #include "tensor/fst_arena.h"
 #include "tensor/fst_dlpack.h"
 
-/* Reading, clearing and copying a MiB took 0.6 ms of a core in small pages, and 2.4 ms in huge
- * pages that the host had to allocate first. */
+/* The measurements behind these are in docs/design-notes.md, "Arenas in huge pages". */
 #define SLOW_NANOSECONDS_PER_MIB 1200000u
-/* A few slow pages are no reason to give up huge pages. With a decision after every chunk, half of
- * all loads gave them up on a host that had memory ready, and took 1.1 s instead of 0.9. */
-#define JUDGED_BYTES (64u << 20)
+#define JUDGED_BYTES (64u << 20)  /* a few slow pages are no reason to give up huge pages */
 #define CHUNK_JUDGED (512u << 10) /* in smaller chunks, calls cost as much as pages */
 
 static int new_arena(enum fst_arena_kind kind, void *data, uint64_t bytes, fst_arena **out,
@@ -69,18 +66,16 @@ int fst_arena_map(fst_file *file, fst_arena **out, fst_error *err) {
 /* Each splits the map into up to two more areas; a process may have some 65,000. */
 #define AREAS_MAX 30
 
-typedef struct extent {
+typedef struct range { /* bytes [begin, end) of a map; begin == end: none */
     uint64_t begin, end;
-    uint64_t before; /* where the one before it ends */
-} extent;
+} range;
 
-/* The next extent of the wanted ones, neighbours joined; false: there is none. */
+/* The next of the wanted extents, neighbours joined; false: there is none. */
 static bool next_extent(const fst_arena *map, const fst_segment **next, const fst_segment *last,
-                        extent *e) {
+                        range *e) {
     const fst_segment *s = *next;
     while (s < last && s->bytes == 0) s++;
     if (s == last) return false;
-    e->before = e->end;
     e->begin = e->end = s->file_offset;
     for (; s < last && s->file_offset < e->end + UNWANTED_MIN; s++) {
         if (s->file_offset > map->bytes || s->bytes > map->bytes - s->file_offset) return false;
@@ -90,15 +85,11 @@ static bool next_extent(const fst_arena *map, const fst_segment **next, const fs
     return e->end > e->begin;
 }
 
-typedef struct area { /* [begin, end) of a map; begin == end: none */
-    uint64_t begin, end;
-} area;
-
-static void advise(const fst_arena *map, area *a, int advice) {
+static void advise(const fst_arena *map, range *a, int advice) {
     uint64_t first = fst_align_down(a->begin, fst_page());
     if (a->begin < a->end)
         (void)FST_SYS->madvise(map->data + first, (size_t)(a->end - first), advice);
-    *a = (area){0};
+    *a = (range){0};
 }
 
 /* Counts the areas of a map beside which bytes are unwanted, and with `apply` sets MADV_RANDOM on
@@ -106,13 +97,12 @@ static void advise(const fst_arena *map, area *a, int advice) {
 static uint64_t random_areas(const fst_arena *map, const fst_segment *wanted, uint64_t count,
                              uint64_t near, bool apply) {
     const fst_segment *next = wanted;
-    extent e = {0};
-    area last = {0};
-    uint64_t areas = 0;
+    range e = {0}, last = {0};
+    uint64_t areas = 0, before = 0; /* where the extent before e ends */
     while (next_extent(map, &next, wanted + count, &e)) {
         uint64_t window = fst_min(e.end - e.begin, WINDOW_MAX);
-        const area sides[2] = {
-            {e.begin, e.begin - e.before >= UNWANTED_MIN ? e.begin + window : e.begin},
+        const range sides[2] = {
+            {e.begin, e.begin - before >= UNWANTED_MIN ? e.begin + window : e.begin},
             {map->bytes - e.end >= UNWANTED_MIN ? e.end - window : e.end, e.end},
         };
         for (int i = 0; i < 2; i++) {
@@ -120,11 +110,12 @@ static uint64_t random_areas(const fst_arena *map, const fst_segment *wanted, ui
             bool joins = areas > 0 && sides[i].begin <= last.end + near;
             if (!joins) {
                 if (apply) advise(map, &last, MADV_RANDOM);
-                last = (area){sides[i].begin, sides[i].begin};
+                last = (range){sides[i].begin, sides[i].begin};
                 areas++;
             }
             last.end = sides[i].end;
         }
+        before = e.end;
     }
     if (apply) advise(map, &last, MADV_RANDOM);
     return areas;
@@ -139,13 +130,12 @@ void fst_arena_keep_to(fst_arena *map, const fst_segment *wanted, uint64_t count
 }
 
 void fst_arena_keep_no_more(fst_arena *map) {
-    area all = {0, map->bytes};
+    range all = {0, map->bytes};
     if (atomic_exchange(&map->kept, false)) advise(map, &all, MADV_NORMAL);
 }
 
 /* Some hosts back a guest's free memory only when it is touched, and have taken back whole free
- * blocks. There 1.7 GB filled in huge pages took 2.0 to 3.2 s, and 0.9 to 1.1 s in small pages,
- * which the kernel cuts from memory freed lately. */
+ * blocks. Huge pages come from such blocks, and small ones from memory that was freed lately. */
 void fst_arena_note_fill(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds) {
     if (arena->kind != FST_ARENA_ANONYMOUS || bytes < CHUNK_JUDGED) return;
     uint64_t spent = atomic_fetch_add(&arena->fill_nanoseconds, cpu_nanoseconds) + cpu_nanoseconds;

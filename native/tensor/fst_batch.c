@@ -2,10 +2,10 @@
  *
  *   [ fst_batch | element 0 | element 1 | ... | dims ... | strides ... ]
  *
- * An element is a plain and a versioned DLPack struct side by side; a consumer gets one
- * of them. All elements and the creator share one count: the block, and with it the
- * arena's reference, goes with the last tensor. Deleters run on any thread, without the GIL, during
- * and after interpreter shutdown; they touch two atomics and, at the end, free and munmap.
+ * An element is a plain and a versioned DLPack struct side by side; a consumer gets one of them.
+ * All elements and the creator share one count: the last tensor frees the block and drops its
+ * reference to the arena. Deleters run on any thread, without the GIL, during and after the
+ * interpreter's shutdown; they touch two atomics and, at the end, free and munmap.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -132,7 +132,7 @@ int fst_batch_create(fst_arena *arena, const fst_layout_view *view, const uint64
             bool known = table[tensor->dtype].known;
             free(batch);
             return known ? fst_fail(err, FST_E_INVALID, EINVAL, "a tensor lies outside its arena")
-                         : fst_fail(err, FST_DOUBT, 0, "this torch has no dtype for a tensor");
+                         : fst_fail(err, FST_FALLBACK, 0, "this torch has no dtype for a tensor");
         }
         uint64_t own = tensor->ndim == 0 ? 1 : tensor->ndim;
         describe(batch, i, view, tensor, offset, table[tensor->dtype], dims, dims + own);

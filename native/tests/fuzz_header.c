@@ -44,7 +44,7 @@ static bool check_one(const char *header, size_t bytes, uint64_t data) {
     fst_error err = {0};
     int code = fst_layout_parse(header, bytes, 8 + bytes + data, &layout, &view, &err);
     if (code != FST_OK) {
-        MUST(code == FST_DOUBT && layout == NULL && err.message[0] != '\0');
+        MUST(code == FST_FALLBACK && layout == NULL && err.message[0] != '\0');
         return false;
     }
     uint64_t at = 0, names = 0;

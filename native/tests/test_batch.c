@@ -139,7 +139,7 @@ static void test_unknown_dtype(void) {
     fst_arena *arena = NULL;
     fst_batch *batch = NULL;
     MUST(fst_arena_alloc(8, &arena, &err) == FST_OK);
-    CHECK_EQ(fst_batch_create(arena, &view, NULL, 1, NULL, 0, table, &batch, &err), FST_DOUBT);
+    CHECK_EQ(fst_batch_create(arena, &view, NULL, 1, NULL, 0, table, &batch, &err), FST_FALLBACK);
     CHECK(batch == NULL);
     fst_arena_release(&arena);
     fst_layout_release(&layout);
