@@ -38,14 +38,14 @@ from ..dropin.slices import behind
 from ..errors import Fallback, FaststError
 from ..files.base import OpenedFile
 from ..files.cuda import DeviceFile
-from ..files.windows import Ahead, RowsAhead
+from ..files.pending import PendingRows, PendingTensors
 from ..layout import plan_rows
 from ..stock import SafetensorError
 from .hook import Hook, Integration
 from .lazy_future import AtOnce, LazyFuture, by_stock
 from .streams import Lane, Stream, Ticket
 from .tensor_parallel import Shards, cut_of, rows_of
-from .uploads import Upload
+from .uploads import PendingUpload
 
 if TYPE_CHECKING:
     import torch
@@ -243,15 +243,15 @@ class _File:
         self.target = target
         self.worked_on = False  # casts may be pending, which stock does on the CPU
 
-    def start(self, owned: bool, numbers: Sequence[int]) -> Ahead:
+    def start(self, owned: bool, numbers: Sequence[int]) -> PendingTensors:
         return self.moving.ahead(numbers, owned=owned)
 
-    def start_rows(self, wanted: Sequence[tuple[int, int, int]]) -> RowsAhead:
+    def start_rows(self, wanted: Sequence[tuple[int, int, int]]) -> PendingRows:
         return self.moving.rows_ahead(wanted)
 
-    def start_views(self, views: Sequence[torch.Tensor]) -> _Views:
+    def start_views(self, views: Sequence[torch.Tensor]) -> _PendingViews:
         self.moving.check()
-        return _Views(self.moving, Upload(views, self.target, self.moving.config))
+        return _PendingViews(self.moving, PendingUpload(views, self.target, self.moving.config))
 
 
 def _owned(file: _File, passing: bool) -> bool:
@@ -264,10 +264,10 @@ def _owned(file: _File, passing: bool) -> bool:
     return file.moving.config.tensors == "owned" if passing else file.moving.owned
 
 
-class _Views:
+class _PendingViews:
     """Views of a file's map under way to a device, counted with the file when they are taken."""
 
-    def __init__(self, moving: DeviceFile, upload: Upload) -> None:
+    def __init__(self, moving: DeviceFile, upload: PendingUpload) -> None:
         self._moving = moving
         self._upload = upload
 

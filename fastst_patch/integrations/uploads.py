@@ -31,7 +31,7 @@ from .streams import Lane, Stream, Ticket
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Upload", "Uploads", "ordinary", "run_bytes", "worth_it"]
+__all__ = ["PendingUpload", "Uploads", "ordinary", "run_bytes", "worth_it"]
 
 MIB = 1 << 20
 FEWEST_BYTES = 8 * MIB
@@ -115,7 +115,7 @@ class Uploads:
         self._account = Account()
         self._fallback: Fallback | None = None
         self._stream = Stream(config.device_memory_budget)
-        start = functools.partial(Upload, target=target, config=config)
+        start = functools.partial(PendingUpload, target=target, config=config)
         self._lanes = [Lane(cast, start, passing=cast) for cast in (False, True)]
         self._worked_on = False
         self._waiting: dict[int, tuple[Ticket, torch.Tensor, int, int]] = {}
@@ -252,7 +252,7 @@ def _segments(t: torch.Tensor, place: int) -> array[int]:
     return flat
 
 
-class Upload:
+class PendingUpload:
     """Tensors under way, each to be taken once. Dropping it cancels the rest.
 
     Holds the sources until their bytes have landed. What they become is contiguous.

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 
 from .. import tensors
 from ..errors import Fallback
-from ..files.base import TensorFile, UnderWay
+from ..files.base import TensorFile
 from ..files.cpu import HostFile
 from ..files.cuda import ARENA, BUDGET
+from ..files.prefetcher import Pending
 from ..files.readahead import AHEAD
 from ..layout import ARENA_ALIGNMENT
 from ..locks import Guard, here, interrupted
@@ -77,7 +78,7 @@ class _Window:
     last: int  # position
     nbytes: int
     waiting: set[int]  # positions not taken
-    under_way: UnderWay
+    under_way: Pending
 
 
 class Walk:

@@ -368,16 +368,16 @@ def test_errors_hold_no_device_memory(to_cuda, saved, monkeypatch, error) -> Non
     from fastst_patch.files import cuda
 
     kind, folder = saved["experts"]
-    take = cuda.Ahead.take
+    take = cuda.PendingTensors.take
     taken: list[int] = []
 
-    def broken(self: cuda.Ahead, i: int) -> torch.Tensor:
+    def broken(self: cuda.PendingTensors, i: int) -> torch.Tensor:
         taken.append(i)
         if len(taken) == 9:
             raise error(5, "unreadable")
         return take(self, i)
 
-    monkeypatch.setattr(cuda.Ahead, "take", broken)
+    monkeypatch.setattr(cuda.PendingTensors, "take", broken)
     gc.collect()
     gc.disable()
     try:

@@ -49,7 +49,7 @@ SECTIONS = {
         "patching/patcher.py unpatch", "patching/patcher.py __enter__",
         "patching/patcher.py __exit__", "patching/patcher.py patch_map",
     },
-    "device": {"files/cuda.py _take", "files/cuda.py _drop"},
+    "device": {"files/prefetcher.py hand_out", "files/prefetcher.py drop"},
     "loader": {
         "loader/prefetch.py begin", "loader/prefetch.py take", "loader/prefetch.py drop",
         "loader/local_files.py close",
@@ -63,6 +63,7 @@ SECTIONS = {
 """Functions that take a lock, by scenario."""
 
 NOT_RUN = {
+    "files/prefetcher.py expect": "handles announce nothing",
     "patching/patcher.py imported": "as _settle, where a module is imported",
     "locks.py _renew": "in every forked child that uses what it inherited",
 }
@@ -185,7 +186,7 @@ class Device(Scenario):
         self.kept = handle = fastst_patch.safe_open(path, "pt", device="cuda")
         for name in handle.offset_keys():
             self.same(path, name, handle.get_tensor(name))
-        handle._opened._drop()
+        handle._opened._prefetcher.drop()
 
     def again(self) -> None:
         path = self.paths[0]
