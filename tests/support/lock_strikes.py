@@ -51,7 +51,7 @@ SECTIONS = {
     },
     "device": {"files/prefetcher.py hand_out", "files/prefetcher.py drop"},
     "loader": {
-        "loader/prefetch.py begin", "loader/prefetch.py take", "loader/prefetch.py drop",
+        "files/prefetcher.py expect", "files/prefetcher.py hand_out", "files/prefetcher.py drop",
         "loader/local_files.py close",
     },
     "stream": {
@@ -63,7 +63,6 @@ SECTIONS = {
 """Functions that take a lock, by scenario."""
 
 NOT_RUN = {
-    "files/prefetcher.py expect": "handles announce nothing",
     "patching/patcher.py imported": "as _settle, where a module is imported",
     "locks.py _renew": "in every forked child that uses what it inherited",
 }
