@@ -43,7 +43,7 @@ from ..layout import plan_rows
 from ..stock import SafetensorError
 from .hook import Hook, Integration
 from .lazy_future import AtOnce, LazyFuture, by_stock
-from .streams import Lane, Stream, Ticket
+from .prefetch import Kind, Request, RequestPrefetcher
 from .tensor_parallel import Shards, cut_of, rows_of
 from .uploads import PendingUpload
 
@@ -138,8 +138,8 @@ def _promised(  # noqa: PLR0917 - spawn_materialize's own
     passing = merged or _is_cast(opened, i, dtype)  # else it may become a parameter
     if thread_pool is None:
         return functools.partial(load.now, file, i, dtype, passing, stock)
-    ticket = load.ask(file, i, passing)
-    return LazyFuture(functools.partial(load.take, file, ticket, dtype, stock))
+    request = load.ask(file, i, passing)
+    return LazyFuture(functools.partial(load.take, file, request, dtype, stock))
 
 
 def _sharded(  # noqa: PLR0917 - spawn_materialize's own
@@ -194,12 +194,12 @@ def _sharded_to(  # noqa: PLR0917 - as above
     passing = merged or _is_cast(opened, i, dtype)
     rows = rows_of(cut, opened.layout.shape(i))
     if rows is not None:
-        ticket = load.ask_rows(file, (i, *rows), passing)
-        return LazyFuture(functools.partial(load.take, file, ticket, dtype, stock))
+        request = load.ask_rows(file, (i, *rows), passing)
+        return LazyFuture(functools.partial(load.take, file, request, dtype, stock))
     view = load.shards.view(opened, i, sharding_op.device_mesh, cut)
     if view is not None:
-        ticket = load.ask_view(file, view, passing)
-        return LazyFuture(functools.partial(load.take, file, ticket, dtype, stock))
+        request = load.ask_view(file, view, passing)
+        return LazyFuture(functools.partial(load.take, file, request, dtype, stock))
     return _left(load, stock)
 
 
@@ -292,7 +292,7 @@ class _Load:
     def __init__(self, options: Any = None) -> None:
         self._started = time.perf_counter()
         self._files: dict[tuple[int, object], _File | None] = {}
-        self._streams: dict[str, Stream] = {}
+        self._prefetchers: dict[str, RequestPrefetcher] = {}
         self._failed = False
         self.converters: dict[int, tuple[Any, Any]] = {}  # the last copy of each
         self.merging = False  # a converter was copied that merges its tensors
@@ -335,39 +335,39 @@ class _Load:
             pass
         return None
 
-    def ask(self, file: _File, i: int, passing: bool) -> Ticket:
+    def ask(self, file: _File, i: int, passing: bool) -> Request:
         """Tensor i will be taken, after those asked for before."""
-        lane = Lane(
+        kind = Kind(
             (id(file), passing), functools.partial(file.start, _owned(file, passing)), passing
         )
-        return self._stream(file).ask(lane, i, file.moving.layout.nbytes(i))
+        return self._prefetcher(file).ask(kind, i, file.moving.layout.nbytes(i))
 
-    def ask_rows(self, file: _File, rows: tuple[int, int, int], passing: bool) -> Ticket:
+    def ask_rows(self, file: _File, rows: tuple[int, int, int], passing: bool) -> Request:
         """Rows of a tensor will be taken, after what was asked for before."""
         first, last = plan_rows(file.moving.layout, *rows)
-        lane = Lane((id(file), passing, "rows"), file.start_rows, passing)
-        return self._stream(file).ask(lane, rows, last - first)
+        kind = Kind((id(file), passing, "rows"), file.start_rows, passing)
+        return self._prefetcher(file).ask(kind, rows, last - first)
 
-    def ask_view(self, file: _File, view: torch.Tensor, passing: bool) -> Ticket:
+    def ask_view(self, file: _File, view: torch.Tensor, passing: bool) -> Request:
         """A view of a file's map will be taken, after what was asked for before."""
-        lane = Lane((id(file), passing, "views"), file.start_views, passing)
-        return self._stream(file).ask(lane, view, view.nbytes)
+        kind = Kind((id(file), passing, "views"), file.start_views, passing)
+        return self._prefetcher(file).ask(kind, view, view.nbytes)
 
-    def _stream(self, file: _File) -> Stream:
+    def _prefetcher(self, file: _File) -> RequestPrefetcher:
         moving = file.moving
-        stream = self._streams.get(moving.device)
-        if stream is None:
+        prefetcher = self._prefetchers.get(moving.device)
+        if prefetcher is None:
             budget = moving.config.device_memory_budget
-            stream = self._streams.setdefault(moving.device, Stream(budget))
-        return stream
+            prefetcher = self._prefetchers.setdefault(moving.device, RequestPrefetcher(budget))
+        return prefetcher
 
     def take(
-        self, file: _File, ticket: Ticket, dtype: torch.dtype | None, stock: Callable[[], Any]
+        self, file: _File, request: Request, dtype: torch.dtype | None, stock: Callable[[], Any]
     ) -> Any:
         """The tensor asked for, on its device and cast."""
         self.shards.start()
-        stream = self._streams[file.moving.device]
-        return self._cast(lambda: stream.take(ticket), file, dtype, stock, stream.drop)
+        prefetcher = self._prefetchers[file.moving.device]
+        return self._cast(lambda: prefetcher.take(request), file, dtype, stock, prefetcher.drop)
 
     def now(self, file: _File, i: int, dtype: torch.dtype | None, passing: bool, stock: Any) -> Any:
         """Tensor i read now, alone."""
@@ -419,8 +419,8 @@ class _Load:
         Args:
             failed: whether an exception is on its way, which then is what matters.
         """
-        for stream in self._streams.values():
-            stream.drop()
+        for prefetcher in self._prefetchers.values():
+            prefetcher.drop()
         pending = {f.target.name: f.target for f in self._files.values() if f and f.worked_on}
         for target in pending.values():
             with contextlib.suppress(Exception) if failed else contextlib.nullcontext():
