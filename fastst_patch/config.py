@@ -80,7 +80,7 @@ class Config:
             of their use, and the largest block that tensors share; None: 256 MiB. With 0 a
             handle reads nothing ahead. A tensor larger than it gets a block of its own. What
             integrations move ahead is bounded by it, too; None: see
-            `fastst_patch.integrations.streams`.
+            `fastst_patch.integrations.prefetch`.
         tensors: ``dlpack`` places tensors in shared arenas, each with storage of its own;
             ``owned`` gives each an allocation of its own from torch; ``auto`` is ``dlpack`` on
             the CPU, as stock maps files, and ``owned`` on a device, as stock allocates there.

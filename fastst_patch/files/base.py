@@ -8,7 +8,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .. import engine, stock, tensors
 from ..config import Config
@@ -17,6 +17,7 @@ from ..interrupts import uninterrupted
 from ..layout import FileLayout
 from ..locks import shared
 from ..report import Account
+from .prefetcher import Pending
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "OpenedFile",
     "TensorFile",
-    "UnderWay",
     "open_checked",
     "places_in_arena",
     "progress_bar",
@@ -43,16 +43,6 @@ def open_checked(path: str) -> tuple[engine.File, FileLayout]:
     if not tensors.known_to_stock(layout.dtypes):
         raise Fallback("this safetensors lacks a dtype of the file")
     return file, layout
-
-
-class UnderWay(Protocol):
-    """Tensors on their way, each to be taken as often as it was asked for.
-
-    Dropping it cancels the rest.
-    """
-
-    def take(self, item: int, /) -> torch.Tensor:
-        """A tensor by its number, usable at once. Raises as `OpenedFile.tensor`."""
 
 
 class TensorFile(abc.ABC):
@@ -82,7 +72,7 @@ class TensorFile(abc.ABC):
         """
 
     @abc.abstractmethod
-    def ahead(self, numbers: Sequence[int]) -> UnderWay:
+    def ahead(self, numbers: Sequence[int]) -> Pending:
         """Start moving tensors that will be asked for, each as often as its number is given.
 
         Raises as `tensor`.

@@ -25,8 +25,8 @@ from ..layout import FileLayout, plan_arena, plan_rows
 from ..locks import once, shared
 from ..machine import io_threads
 from .base import OpenedFile, places_in_arena, progress_bar
+from .pending import PendingHostTensors
 from .readahead import HUGE_PAGE, ReadAhead
-from .windows import HostAhead
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ class HostFile(OpenedFile):
         self.count(len(made), layout.data_bytes)
         return dict(zip(layout.names, made, strict=True))
 
-    def ahead(self, numbers: Sequence[int]) -> HostAhead:
+    def ahead(self, numbers: Sequence[int]) -> PendingHostTensors:
         """Start bringing in tensors that will be asked for, each as often as its number is given.
 
         Mapped ones are made at once, and workers read ahead what is not cached of them.
@@ -163,7 +163,7 @@ class HostFile(OpenedFile):
             self._require_room(sum(map(self.layout.nbytes, wanted)))
             made, arena, segments, _ = self._places(wanted)
             job = self.read_into(arena, segments)
-        return HostAhead(self, dict(zip(wanted, made, strict=True)), job, asked)
+        return PendingHostTensors(self, dict(zip(wanted, made, strict=True)), job, asked)
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone; not for mapped files."""

@@ -15,7 +15,7 @@ landed, and is usable from any stream then; one that is a copy, such as a slice,
 run. Its memory is used again behind the work of the stream that was current when it was asked for.
 
 Memory: `OpenedFile.all_tensors` takes the tensors and nothing else. A handle that is walked in
-file order also holds windows, arenas of tensors read ahead of their use, up to the budget.
+file order also holds tensors read ahead of their use, up to the budget.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from __future__ import annotations
 import os
 import traceback
 from array import array
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import device, engine, tensors
 from ..config import Config
 from ..errors import Fallback, FaststError
-from ..layout import ARENA_ALIGNMENT, FileLayout, LoadPlan, plan_arena, plan_rows
-from ..locks import Guard, here, interrupted
+from ..layout import FileLayout, LoadPlan, plan_arena, plan_rows
 from ..machine import NETWORKED, io_threads
 from ..stock import SafetensorError
 from .base import OpenedFile, places_in_arena, progress_bar
-from .windows import Ahead, Failing, RowsAhead, Window, runs_of
+from .file_order import FileOrder, groups_of
+from .pending import Failing, PendingRows, PendingTensors, Transfer, runs_of
+from .prefetcher import Group, Prefetcher
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,15 @@ _PATHS = {
 }
 
 
+def group_bytes(budget: int) -> int:
+    """Bytes that are read ahead at a time within a budget.
+
+    A third: for what is being used, what comes next, and what threads that share a walk have not
+    quite finished with.
+    """
+    return max(min(ARENA, budget) // 3, 1)
+
+
 class DeviceFile(OpenedFile):
     """An open file whose tensors go to a device. Usable from any thread.
 
@@ -74,10 +84,9 @@ class DeviceFile(OpenedFile):
         self.device = target.name
         self.device_argument = target.argument
         self._target = target
-        self._guard = Guard()  # of the windows
-        self._windows: deque[Window] = deque()
-        # Where the last requests ended: threads that share a walk come slightly out of order.
-        self._recent: deque[int] = deque(maxlen=8)
+        budget = self._budget
+        order = FileOrder([(layout, range(len(layout.names)))], group_bytes(budget), one_ahead=True)
+        self._prefetcher = Prefetcher(order, lambda: budget)
         self._mode = self._read_mode()
         self.account.path = _PATHS[self._mode]
 
@@ -118,29 +127,27 @@ class DeviceFile(OpenedFile):
         return result
 
     def _take(self, i: int) -> torch.Tensor:
-        if interrupted():
-            window = self._start([i])
-            return self._arrived(window, i, window.waiting.pop(i))
-        with self._guard.lock(self._let_go):
-            here.inside = True
-            try:
-                window = self._window_with(i)
-                result = window.waiting.pop(i)
-                self._drop_used()
-            finally:
-                here.inside = False
-        return self._arrived(window, i, result)
+        transfer = self._prefetcher.hand_out(i, self._start_group) or self._start([i])
+        return self._arrived(transfer, i, transfer.waiting.pop(i))
 
-    def _arrived(self, window: Window, i: int, result: torch.Tensor) -> torch.Tensor:
+    def _start_group(self, group: Group) -> Transfer | None:
+        try:
+            return self._start(group.items)
+        except Exception as error:  # what is asked for is read alone
+            if not self._target.runtime.is_out_of_memory(error):
+                raise
+        return None
+
+    def _arrived(self, transfer: Transfer, i: int, result: torch.Tensor) -> torch.Tensor:
         end = self.layout.extent(i)[1]
         try:
-            self._landed(window, end)
-            window.hand_over(self._target, result)
+            self._landed(transfer, end)
+            transfer.hand_over(self._target, result)
             return result
         except BaseException as error:
-            self._drop(window)  # other tensors that wait there are read anew
+            self._prefetcher.drop(transfer)  # other tensors that wait there are read anew
             unread = isinstance(error, (OSError, SafetensorError, FaststError))
-            if len(window.plan.tensors) == 1 or not unread:
+            if len(transfer.plan.tensors) == 1 or not unread:
                 raise
         # The error may be that of a tensor nobody has asked for.
         alone = self._start([i])
@@ -157,15 +164,15 @@ class DeviceFile(OpenedFile):
 
     def _take_all(self) -> dict[str, torch.Tensor]:
         names = self.layout.names
-        windows: list[Window] = []
+        transfers: list[Transfer] = []
         made: list[torch.Tensor] = []
-        for numbers in self._groups(range(len(names)), max(min(ARENA, self._budget), 1)):
-            windows.append(self._start(numbers))
-            made += windows[-1].waiting.values()
-        self._finish(windows)
+        for numbers, _ in groups_of(self.layout, range(len(names)), min(ARENA, self._budget)):
+            transfers.append(self._start(numbers))
+            made += transfers[-1].waiting.values()
+        self._finish(transfers)
         return dict(zip(names, made, strict=True))
 
-    def ahead(self, numbers: Sequence[int], *, owned: bool | None = None) -> Ahead:
+    def ahead(self, numbers: Sequence[int], *, owned: bool | None = None) -> PendingTensors:
         """Start moving tensors that will be asked for, each as often as it is named.
 
         Args:
@@ -177,9 +184,9 @@ class DeviceFile(OpenedFile):
         self.check()
         asked = Counter(numbers)
         with Failing(self):
-            return Ahead(self, self._start(sorted(asked), owned), asked)
+            return PendingTensors(self, self._start(sorted(asked), owned), asked)
 
-    def rows_ahead(self, wanted: Sequence[tuple[int, int, int]]) -> RowsAhead:
+    def rows_ahead(self, wanted: Sequence[tuple[int, int, int]]) -> PendingRows:
         """Start moving rows that will be asked for, each into an allocation of its own.
 
         Args:
@@ -192,14 +199,14 @@ class DeviceFile(OpenedFile):
         with Failing(self):
             return self._start_rows(wanted)
 
-    def _start_rows(self, wanted: Sequence[tuple[int, int, int]]) -> RowsAhead:
+    def _start_rows(self, wanted: Sequence[tuple[int, int, int]]) -> PendingRows:
         runs, places = runs_of(wanted), []
         for run in runs:
             first, last = plan_rows(self.layout, run.i, run.start, run.stop)
             run.tensor = self._empty(run.i, run.stop - run.start)
             places.append((self.layout.extent(run.i)[0] + first, last - first, run.tensor))
         places.sort(key=lambda place: place[0])
-        return RowsAhead(self, self._start_places(places), runs)
+        return PendingRows(self, self._start_places(places), runs)
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone. Raises as `tensor`."""
@@ -248,111 +255,13 @@ class DeviceFile(OpenedFile):
         traceback.clear_frames(trace)
         out_of_memory = self._target.runtime.is_out_of_memory(error)
         if out_of_memory or not isinstance(error, Exception):  # an interrupt ends it all
-            self._drop()
+            self._prefetcher.drop()
         if out_of_memory:
             raise Fallback(f"not enough memory on {self.device} for arenas") from None
 
-    # ---- windows ----
-
-    def _window_with(self, i: int) -> Window:
-        """The window that tensor i waits in; a new one, and those behind it, if there is none."""
-        sequential = self._follows_another(i)
-        for window in self._windows:
-            if i in window.waiting:
-                if window is self._windows[-1]:
-                    self._stream_on(window)
-                return window
-        if not sequential:
-            return self._start([i])
-        numbers = next(self._groups(range(i, len(self.layout.names)), self._window_bytes))
-        self._make_room(numbers)
-        found = self._start(numbers)
-        self._windows.append(found)
-        self._stream_on(found)
-        return found
-
-    def _follows_another(self, i: int) -> bool:
-        """Note a request for tensor i: whether it begins where a recent one ended."""
-        begin, end = self.layout.extent(i)
-        sequential = begin in self._recent
-        self._recent.append(end)
-        return sequential
-
-    @property
-    def _window_bytes(self) -> int:
-        # A third of the budget: what is being used, what comes next, and what threads that
-        # share the walk have not quite finished with.
-        return max(min(ARENA, self._budget) // 3, 1)
-
-    def _stream_on(self, last: Window) -> None:
-        """Read the tensors behind the last window ahead, if the budget has room for them."""
-        following = range(int(last.plan.tensors[-1]) + 1, len(self.layout.names))
-        numbers = next(self._groups(following, self._window_bytes), None)
-        if numbers is None:
-            return
-        if not self._make_room(numbers, last):
-            return
-        try:
-            self._windows.append(self._start(numbers))
-        except Exception as error:  # what is asked for comes without it
-            if not self._target.runtime.is_out_of_memory(error):
-                raise
-
-    def _make_room(self, numbers: list[int], last: Window | None = None) -> bool:
-        """Drop windows before the last until some tensors fit the budget; whether they do."""
-        wanted = sum(self._padded(i) for i in numbers)
-        while self._held + wanted > self._budget:
-            if not self._windows or self._windows[0] is last:
-                return False
-            self._windows.popleft()
-        return True
-
-    @property
-    def _held(self) -> int:
-        return sum(window.plan.arena_bytes for window in self._windows)
-
-    def _drop_used(self) -> None:
-        for used in [window for window in self._windows if not window.waiting]:
-            self._windows.remove(used)
-
-    def _drop(self, window: Window | None = None) -> None:
-        """Forget a window, or all. Nested code has used none: see `_take`."""
-        if interrupted():
-            return
-        with self._guard.lock(self._let_go):
-            here.inside = True
-            try:
-                if window is None:
-                    self._windows.clear()
-                elif window in self._windows:
-                    self._windows.remove(window)
-            finally:
-                here.inside = False
-
-    def _let_go(self) -> object:
-        old, self._windows = self._windows, deque()
-        return old
-
-    def _padded(self, i: int) -> int:
-        return -(-self.layout.nbytes(i) // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
-
-    def _groups(self, numbers: range, size: int) -> Iterator[list[int]]:
-        """Runs of tensors of about so many bytes together, at least one tensor each."""
-        group: list[int] = []
-        held = 0
-        for i in numbers:
-            nbytes = self._padded(i)
-            if group and held + nbytes > size:
-                yield group
-                group, held = [], 0
-            group.append(i)
-            held += nbytes
-        if group:
-            yield group
-
     # ---- moving ----
 
-    def _start(self, numbers: list[int], owned: bool | None = None) -> Window:
+    def _start(self, numbers: list[int], owned: bool | None = None) -> Transfer:
         """Start reading tensors into one allocation each, or into an arena of their own."""
         if self.owned if owned is None else owned:
             return self._start_owned(numbers)
@@ -363,28 +272,28 @@ class DeviceFile(OpenedFile):
         made = tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
         waiting = dict(zip(plan.tensors, made, strict=True))
         sample = device.sample_of(self._target, plan.segments)
-        return Window(plan, arena, job, sample, stream, arena.keep, waiting)
+        return Transfer(plan, arena, job, sample, stream, arena.keep, waiting)
 
-    def _start_owned(self, numbers: list[int]) -> Window:
+    def _start_owned(self, numbers: list[int]) -> Transfer:
         layout = self.layout
         made = {i: self._empty(i) for i in numbers}
         places = []
         for i, tensor in made.items():
             begin, end = layout.extent(i)
             places.append((begin, end - begin, tensor))
-        window = self._start_places(places)
-        window.plan.tensors.extend(numbers)
-        window.waiting.update(made)
-        return window
+        transfer = self._start_places(places)
+        transfer.plan.tensors.extend(numbers)
+        transfer.waiting.update(made)
+        return transfer
 
-    def _start_places(self, places: list[tuple[int, int, torch.Tensor]]) -> Window:
+    def _start_places(self, places: list[tuple[int, int, torch.Tensor]]) -> Transfer:
         """Start reading (file offset, bytes), in that order, into tensors made just now."""
         arena, segments = places_in_arena(places)
         nbytes = sum(segments[1::3])
         plan = LoadPlan(array("Q"), array("Q"), segments, max(nbytes, 1), nbytes)
         job = self.read_into(arena, segments)
         sample = device.sample_of(self._target, segments)
-        return Window(plan, arena, job, sample, self._target.stream())
+        return Transfer(plan, arena, job, sample, self._target.stream())
 
     def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
         """Start reading extents into memory of the device, allocated just now by this thread.
@@ -410,35 +319,35 @@ class DeviceFile(OpenedFile):
         shape, dtype = tensors.shape_and_dtype(self.layout, i, rows)
         return self._target.runtime.empty(shape, dtype, self._target.ordinal)
 
-    def _landed(self, window: Window, end: int) -> None:
-        sample = window.sample
+    def _landed(self, transfer: Transfer, end: int) -> None:
+        sample = transfer.sample
         if sample is not None and self._target.wants(sample.nbytes):
             end = max(end, sample.end)  # nothing is handed out unproved
-        window.job.wait_until(end)
-        self.note(window.job)
-        device.prove(self._target, window.arena, self.file, sample)
+        transfer.job.wait_until(end)
+        self.note(transfer.job)
+        device.prove(self._target, transfer.arena, self.file, sample)
 
-    def _finish(self, windows: list[Window]) -> None:
+    def _finish(self, transfers: list[Transfer]) -> None:
         """Wait for everything, in order, with a progress bar if one is wanted."""
         if not self.config.progress:
-            for window in windows:
-                window.job.wait()
+            for transfer in transfers:
+                transfer.job.wait()
         else:
             done = 0
             with progress_bar(self.file.path, self.layout.data_bytes) as advance:
-                for window in windows:
+                for transfer in transfers:
 
                     def tell(stats: engine.JobStats, before: int = done) -> None:
                         advance(before + stats.bytes_done)
 
-                    window.job.wait(tell)
-                    done += window.plan.data_bytes
-        for window in windows:
-            self.note(window.job)
-        samples = [(w.sample.nbytes, w) for w in windows if w.sample is not None]
+                    transfer.job.wait(tell)
+                    done += transfer.plan.data_bytes
+        for transfer in transfers:
+            self.note(transfer.job)
+        samples = [(w.sample.nbytes, w) for w in transfers if w.sample is not None]
         if samples:
-            window = max(samples, key=lambda pair: pair[0])[1]
-            device.prove(self._target, window.arena, self.file, window.sample)
+            transfer = max(samples, key=lambda pair: pair[0])[1]
+            device.prove(self._target, transfer.arena, self.file, transfer.sample)
 
     def note(self, job: engine.Job) -> None:
         """Put how a finished job came by its bytes into the account."""

@@ -38,14 +38,14 @@ from ..dropin.slices import behind
 from ..errors import Fallback, FaststError
 from ..files.base import OpenedFile
 from ..files.cuda import DeviceFile
-from ..files.windows import Ahead, RowsAhead
+from ..files.pending import PendingRows, PendingTensors
 from ..layout import plan_rows
 from ..stock import SafetensorError
 from .hook import Hook, Integration
 from .lazy_future import AtOnce, LazyFuture, by_stock
-from .streams import Lane, Stream, Ticket
+from .prefetch import Kind, Request, RequestPrefetcher
 from .tensor_parallel import Shards, cut_of, rows_of
-from .uploads import Upload
+from .uploads import PendingUpload
 
 if TYPE_CHECKING:
     import torch
@@ -78,9 +78,9 @@ def _spawn_materialize(original: Any, args: Any, kwargs: Any) -> Any:
     if load is not None:
         merged, load.merging = load.merging, False  # said of the tensor that is passed next
         try:
-            request = _Request.of(original, merged, args, kwargs)
-            if request is not None:
-                promised = _promised(load, request)
+            call = _Call.of(original, merged, args, kwargs)
+            if call is not None:
+                promised = _promised(load, call)
         except FaststError:  # fallback="error"
             raise
         except Exception as error:  # nothing was handed out yet
@@ -116,7 +116,7 @@ def _merges(operation: object) -> bool:
 _ARGUMENTS = {"thread_pool", "tensor", "device", "dtype", "sharding_op", "tensor_idx"}
 
 
-class _Request(NamedTuple):
+class _Call(NamedTuple):
     """One call of ``spawn_materialize``, for a tensor of a file that we opened.
 
     Attributes:
@@ -142,8 +142,8 @@ class _Request(NamedTuple):
     tensor_idx: int | None = None  # from 5.13 on, and of no use without a sharding_op
 
     @classmethod
-    def of(cls, original: Any, merged: bool, args: Any, kwargs: Any) -> _Request | None:
-        """A call as a request; None where stock does it: another's tensor, unknown arguments."""
+    def of(cls, original: Any, merged: bool, args: Any, kwargs: Any) -> _Call | None:
+        """A call whose tensor we read; None for another tensor or unknown arguments."""
         ours = behind(args[1] if len(args) > 1 else kwargs.get("tensor"))
         if ours is None or not kwargs.keys() <= _ARGUMENTS:
             return None
@@ -188,60 +188,60 @@ class _Request(NamedTuple):
         )
 
 
-def _promised(load: _Load, request: _Request) -> Any:
+def _promised(load: _Load, call: _Call) -> Any:
     """A future or, without a pool, a function for a tensor; None where stock does it."""
-    if request.sharding_op is not None:
-        return None if request.thread_pool is None else _sharded(load, request)
-    opened, i = request.opened, request.i
-    if request.thread_pool is not None:
-        if request.to_cpu:
+    if call.sharding_op is not None:
+        return None if call.thread_pool is None else _sharded(load, call)
+    opened, i = call.opened, call.i
+    if call.thread_pool is not None:
+        if call.to_cpu:
             load.shards.whole(opened, i)
-        if request.at_once:
-            return LazyFuture(functools.partial(load.whole, request.tensor))
-    file = load.file(opened, request.device)
+        if call.at_once:
+            return LazyFuture(functools.partial(load.whole, call.tensor))
+    file = load.file(opened, call.device)
     if file is None:
         return None
-    if request.thread_pool is None:
-        return functools.partial(load.now, file, request)
-    ticket = load.ask(file, i, request.passing)
-    return LazyFuture(functools.partial(load.take, file, ticket, request))
+    if call.thread_pool is None:
+        return functools.partial(load.now, file, call)
+    asked = load.ask(file, i, call.passing)
+    return LazyFuture(functools.partial(load.take, file, asked, call))
 
 
-def _sharded(load: _Load, request: _Request) -> Any:
+def _sharded(load: _Load, call: _Call) -> Any:
     """A future for this rank's shard of a tensor; None where stock's threads make it."""
-    if not request.to_cpu:
-        return _sharded_to(load, request)
+    if not call.to_cpu:
+        return _sharded_to(load, call)
     take = load.shards.local(
-        request.opened, request.i, request.sharding_op,
-        tensor_idx=request.tensor_idx, cast=request.cast, materialize=request.materialize,
+        call.opened, call.i, call.sharding_op,
+        tensor_idx=call.tensor_idx, cast=call.cast, materialize=call.materialize,
     )  # fmt: skip
-    return _left(load, request) if take is None else LazyFuture(take)
+    return _left(load, call) if take is None else LazyFuture(take)
 
 
-def _sharded_to(load: _Load, request: _Request) -> Any:
+def _sharded_to(load: _Load, call: _Call) -> Any:
     """A future for one piece of a tensor on a device; None where stock's threads make it."""
-    opened, i, sharding_op = request.opened, request.i, request.sharding_op
-    file = load.file(opened, request.device)
-    cut = None if file is None else cut_of(opened, i, sharding_op, request.tensor_idx)
+    opened, i, sharding_op = call.opened, call.i, call.sharding_op
+    file = load.file(opened, call.device)
+    cut = None if file is None else cut_of(opened, i, sharding_op, call.tensor_idx)
     if file is None or cut is None:
         return None
-    passing = request.passing
+    passing = call.passing
     rows = rows_of(cut, opened.layout.shape(i))
     if rows is not None:
-        ticket = load.ask_rows(file, (i, *rows), passing)
-        return LazyFuture(functools.partial(load.take, file, ticket, request))
+        asked = load.ask_rows(file, (i, *rows), passing)
+        return LazyFuture(functools.partial(load.take, file, asked, call))
     view = load.shards.view(opened, i, sharding_op.device_mesh, cut)
     if view is not None:
-        ticket = load.ask_view(file, view, passing)
-        return LazyFuture(functools.partial(load.take, file, ticket, request))
-    return _left(load, request)
+        asked = load.ask_view(file, view, passing)
+        return LazyFuture(functools.partial(load.take, file, asked, call))
+    return _left(load, call)
 
 
-def _left(load: _Load, request: _Request) -> Any:
+def _left(load: _Load, call: _Call) -> Any:
     """A future of stock's that starts reading ahead when taken, where there is something to."""
     if not load.shards.waiting:
         return None
-    return LazyFuture(functools.partial(load.result, request.stock()))
+    return LazyFuture(functools.partial(load.result, call.stock()))
 
 
 # ---- one load ----
@@ -256,15 +256,15 @@ class _File:
         self.target = target
         self.worked_on = False  # casts may be pending, which stock does on the CPU
 
-    def start(self, owned: bool, numbers: Sequence[int]) -> Ahead:
+    def start(self, owned: bool, numbers: Sequence[int]) -> PendingTensors:
         return self.moving.ahead(numbers, owned=owned)
 
-    def start_rows(self, wanted: Sequence[tuple[int, int, int]]) -> RowsAhead:
+    def start_rows(self, wanted: Sequence[tuple[int, int, int]]) -> PendingRows:
         return self.moving.rows_ahead(wanted)
 
-    def start_views(self, views: Sequence[torch.Tensor]) -> _Views:
+    def start_views(self, views: Sequence[torch.Tensor]) -> _PendingViews:
         self.moving.check()
-        return _Views(self.moving, Upload(views, self.target, self.moving.config))
+        return _PendingViews(self.moving, PendingUpload(views, self.target, self.moving.config))
 
 
 def _owned(file: _File, passing: bool) -> bool:
@@ -277,10 +277,10 @@ def _owned(file: _File, passing: bool) -> bool:
     return file.moving.config.tensors == "owned" if passing else file.moving.owned
 
 
-class _Views:
+class _PendingViews:
     """Views of a file's map under way to a device, counted with the file when they are taken."""
 
-    def __init__(self, moving: DeviceFile, upload: Upload) -> None:
+    def __init__(self, moving: DeviceFile, upload: PendingUpload) -> None:
         self._moving = moving
         self._upload = upload
 
@@ -305,7 +305,7 @@ class _Load:
     def __init__(self, options: Any = None) -> None:
         self._started = time.perf_counter()
         self._files: dict[tuple[int, object], _File | None] = {}
-        self._streams: dict[str, Stream] = {}
+        self._prefetchers: dict[str, RequestPrefetcher] = {}
         self._failed = False
         self.converters: dict[int, tuple[Any, Any]] = {}  # the last copy of each
         self.merging = False  # a converter was copied that merges its tensors
@@ -348,51 +348,51 @@ class _Load:
             pass
         return None
 
-    def ask(self, file: _File, i: int, passing: bool) -> Ticket:
+    def ask(self, file: _File, i: int, passing: bool) -> Request:
         """Tensor i will be taken, after those asked for before."""
-        lane = Lane(
+        kind = Kind(
             (id(file), passing), functools.partial(file.start, _owned(file, passing)), passing
         )
-        return self._stream(file).ask(lane, i, file.moving.layout.nbytes(i))
+        return self._prefetcher(file).ask(kind, i, file.moving.layout.nbytes(i))
 
-    def ask_rows(self, file: _File, rows: tuple[int, int, int], passing: bool) -> Ticket:
+    def ask_rows(self, file: _File, rows: tuple[int, int, int], passing: bool) -> Request:
         """Rows of a tensor will be taken, after what was asked for before."""
         first, last = plan_rows(file.moving.layout, *rows)
-        lane = Lane((id(file), passing, "rows"), file.start_rows, passing)
-        return self._stream(file).ask(lane, rows, last - first)
+        kind = Kind((id(file), passing, "rows"), file.start_rows, passing)
+        return self._prefetcher(file).ask(kind, rows, last - first)
 
-    def ask_view(self, file: _File, view: torch.Tensor, passing: bool) -> Ticket:
+    def ask_view(self, file: _File, view: torch.Tensor, passing: bool) -> Request:
         """A view of a file's map will be taken, after what was asked for before."""
-        lane = Lane((id(file), passing, "views"), file.start_views, passing)
-        return self._stream(file).ask(lane, view, view.nbytes)
+        kind = Kind((id(file), passing, "views"), file.start_views, passing)
+        return self._prefetcher(file).ask(kind, view, view.nbytes)
 
-    def _stream(self, file: _File) -> Stream:
+    def _prefetcher(self, file: _File) -> RequestPrefetcher:
         moving = file.moving
-        stream = self._streams.get(moving.device)
-        if stream is None:
+        prefetcher = self._prefetchers.get(moving.device)
+        if prefetcher is None:
             budget = moving.config.device_memory_budget
-            stream = self._streams.setdefault(moving.device, Stream(budget))
-        return stream
+            prefetcher = self._prefetchers.setdefault(moving.device, RequestPrefetcher(budget))
+        return prefetcher
 
-    def take(self, file: _File, ticket: Ticket, request: _Request) -> Any:
+    def take(self, file: _File, asked: Request, call: _Call) -> Any:
         """The tensor asked for, on its device and cast."""
         self.shards.start()
-        stream = self._streams[file.moving.device]
-        return self._cast(lambda: stream.take(ticket), file, request, stream.drop)
+        prefetcher = self._prefetchers[file.moving.device]
+        return self._cast(lambda: prefetcher.take(asked), file, call, prefetcher.drop)
 
-    def now(self, file: _File, request: _Request) -> Any:
+    def now(self, file: _File, call: _Call) -> Any:
         """The tensor read now, alone."""
-        i, owned = request.i, _owned(file, request.passing)
-        return self._cast(lambda: file.start(owned, [i]).take(i), file, request)
+        i, owned = call.i, _owned(file, call.passing)
+        return self._cast(lambda: file.start(owned, [i]).take(i), file, call)
 
     def _cast(
         self,
         read: Callable[[], torch.Tensor],
         file: _File,
-        request: _Request,
+        call: _Call,
         make_room: Callable[[], None] = lambda: None,
     ) -> Any:
-        tensor, dtype = None, request.dtype
+        tensor, dtype = None, call.dtype
         try:
             tensor = read()
             if dtype is None or dtype == tensor.dtype:
@@ -406,14 +406,14 @@ class _Load:
         del tensor
         file.moving.account.note = file.moving.account.note or fallback.reason
         try:
-            result = by_stock(request.stock)
+            result = by_stock(call.stock)
         except Exception as error:
             if not file.target.runtime.is_out_of_memory(error):
                 raise
             result = None
         if result is None:  # what was read ahead may be what is in the way
             make_room()
-            result = by_stock(request.stock)
+            result = by_stock(call.stock)
         fell_back(file.moving.config, "from_pretrained", file.moving.file.path, fallback)
         return result
 
@@ -429,8 +429,8 @@ class _Load:
         Args:
             failed: whether an exception is on its way, which then is what matters.
         """
-        for stream in self._streams.values():
-            stream.drop()
+        for prefetcher in self._prefetchers.values():
+            prefetcher.drop()
         pending = {f.target.name: f.target for f in self._files.values() if f and f.worked_on}
         for target in pending.values():
             with contextlib.suppress(Exception) if failed else contextlib.nullcontext():

@@ -26,12 +26,12 @@ from ..errors import Fallback
 from ..files.cuda import PINNED
 from ..machine import io_threads
 from ..report import Account
-from .streams import Lane, Stream, Ticket
+from .prefetch import Kind, Request, RequestPrefetcher
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Upload", "Uploads", "ordinary", "run_bytes", "worth_it"]
+__all__ = ["PendingUpload", "Uploads", "ordinary", "run_bytes", "worth_it"]
 
 MIB = 1 << 20
 FEWEST_BYTES = 8 * MIB
@@ -114,11 +114,11 @@ class Uploads:
         self._started = time.perf_counter()
         self._account = Account()
         self._fallback: Fallback | None = None
-        self._stream = Stream(config.device_memory_budget)
-        start = functools.partial(Upload, target=target, config=config)
-        self._lanes = [Lane(cast, start, passing=cast) for cast in (False, True)]
+        self._prefetcher = RequestPrefetcher(config.device_memory_budget)
+        start = functools.partial(PendingUpload, target=target, config=config)
+        self._kinds = [Kind(cast, start, passing=cast) for cast in (False, True)]
         self._worked_on = False
-        self._waiting: dict[int, tuple[Ticket, torch.Tensor, int, int]] = {}
+        self._waiting: dict[int, tuple[Request, torch.Tensor, int, int]] = {}
 
     def expect_all(self, found: Iterable[torch.Tensor], dtype: torch.dtype | None) -> None:
         """Tensors that will be asked for in this order.
@@ -130,25 +130,25 @@ class Uploads:
         try:
             for t in found:
                 floats = t.is_floating_point() or t.is_complex()
-                lane = self._lanes[dtype is not None and floats and t.dtype != dtype]
+                kind = self._kinds[dtype is not None and floats and t.dtype != dtype]
                 # Its memory as of now, which other threads may exchange for another meanwhile.
                 version, held = t._version, t.detach()
-                ticket = self._stream.ask(lane, held, held.nbytes)
-                self._waiting[id(t)] = (ticket, t, version, held.data_ptr())
+                request = self._prefetcher.ask(kind, held, held.nbytes)
+                self._waiting[id(t)] = (request, t, version, held.data_ptr())
         except BaseException:
             self.drop()
             raise
 
     def moved(self, t: torch.Tensor) -> torch.Tensor | None:
         """The copy of a tensor on the device, usable on any stream; None: torch has to do it."""
-        ticket, source, version, place = self._waiting.pop(id(t), (None, None, 0, 0))
+        request, source, version, place = self._waiting.pop(id(t), (None, None, 0, 0))
         # Only the very tensor, unchanged since it was announced.
-        if ticket is None or source is not t:
+        if request is None or source is not t:
             return None
         if t._version != version or t.data_ptr() != place:
             return None
         try:
-            moved = self._stream.take(ticket)
+            moved = self._prefetcher.take(request)
         except Exception as error:
             fallback = Fallback.alone(error)  # always: its traceback holds what we held
             self._fallback = self._fallback or fallback
@@ -181,7 +181,7 @@ class Uploads:
     def drop(self) -> None:
         """Let go of what was not asked for. Tensors announced are torch's to move from then on."""
         self._waiting.clear()
-        self._stream.drop()
+        self._prefetcher.drop()
 
     def __enter__(self) -> Uploads:
         return self
@@ -252,7 +252,7 @@ def _segments(t: torch.Tensor, place: int) -> array[int]:
     return flat
 
 
-class Upload:
+class PendingUpload:
     """Tensors under way, each to be taken once. Dropping it cancels the rest.
 
     Holds the sources until their bytes have landed. What they become is contiguous.

@@ -19,7 +19,7 @@ from ..locks import shared
 from .arguments import Settings
 from .headers import Entry
 from .messages import explained
-from .prefetch import Bounds, Walk
+from .prefetch import Bounds, FilesPrefetcher
 from .stock_file import StockFile
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class LocalFiles:
         files_ahead: see `Bounds`.
         resident: of ``(name, bytes)``: bytes of a tensor handed out that stay on the device and
             count against the budget; None when what was handed out does not count.
-        window: most bytes of one block that tensors share, if less than the budget makes it.
+        group: most bytes of one block that tensors share, if less than the budget makes it.
 
     Raises:
         NameClashError: two files have a tensor of the same name.
@@ -63,7 +63,7 @@ class LocalFiles:
         unique: bool = True,
         files_ahead: int | None = None,
         resident: Callable[[str, int], int] | None = None,
-        window: int | None = None,
+        group: int | None = None,
     ) -> None:
         self._call = call
         self._config = config
@@ -83,10 +83,10 @@ class LocalFiles:
         bounds = Bounds(0, 1)
         if files:
             bounds = Bounds.of(files[0], config.device_memory_budget, files_ahead)
-        if window is not None:
-            bounds = dataclasses.replace(bounds, window=min(window, bounds.window))
-        walk = Walk(files, self.numbers, bounds, lambda: self._resident_bytes)
-        self._open: tuple[list[OpenedFile | StockFile], Walk] | None = files, walk
+        if group is not None:
+            bounds = dataclasses.replace(bounds, group=min(group, bounds.group))
+        ahead = FilesPrefetcher(files, self.numbers, bounds, lambda: self._resident_bytes)
+        self._open: tuple[list[OpenedFile | StockFile], FilesPrefetcher] | None = files, ahead
         _alive.add(self)
 
     def _index(self, unique: bool) -> dict[str, int]:
@@ -120,12 +120,12 @@ class LocalFiles:
 
     def begin(self) -> None:
         """Start reading ahead. Returns at once."""
-        files, walk = self._still_open()
+        files, ahead = self._still_open()
         if files:
             with files[0].account:
-                walk.begin()
+                ahead.begin()
 
-    def _still_open(self) -> tuple[list[OpenedFile | StockFile], Walk]:
+    def _still_open(self) -> tuple[list[OpenedFile | StockFile], FilesPrefetcher]:
         found = self._open
         if found is None:
             raise ValueError("the files are closed: take tensors before close()")
@@ -170,11 +170,11 @@ class LocalFiles:
 
     def take_at(self, k: int, i: int) -> torch.Tensor:
         """Tensor i of file k. Raises as `take`."""
-        files, walk = self._still_open()
+        files, ahead = self._still_open()
         opened = files[k]
         try:
             with opened.account:
-                result = self._taken(walk, opened, k, i)
+                result = self._taken(ahead, opened, k, i)
         except Exception as error:
             raise explained(error, self._paths[k], self._layouts[k].names[i]) from error
         nbytes = opened.layout.nbytes(i)
@@ -184,14 +184,16 @@ class LocalFiles:
             self._bar.update(nbytes)
         return result
 
-    def _taken(self, walk: Walk, opened: OpenedFile | StockFile, k: int, i: int) -> torch.Tensor:
+    def _taken(
+        self, ahead: FilesPrefetcher, opened: OpenedFile | StockFile, k: int, i: int
+    ) -> torch.Tensor:
         try:
-            ours = walk.take(k, i)
+            ours = ahead.take(k, i)
         except (Fallback, MemoryError) as error:
             fallback = Fallback.alone(error)
         else:
             return self._verified(opened, k, i, ours) if self._config.verify else ours
-        walk.drop()  # what was read ahead may be the memory that is missing
+        ahead.drop()  # what was read ahead may be the memory that is missing
         result: torch.Tensor = self._stock(opened, k).get_tensor(opened.layout.names[i])
         opened.account.note = fallback.reason
         fell_back(self._config, self._call, self._paths[k], fallback)
@@ -240,8 +242,8 @@ class LocalFiles:
             found, self._open = self._open, None
         if found is None:
             return
-        files, walk = found
-        walk.drop()
+        files, ahead = found
+        ahead.drop()
         self._stock_handles.clear()
         for path, opened in zip(self._paths, files, strict=True):
             opened.account.emit(self._call, path, opened.device)

@@ -11,7 +11,8 @@ from ..config import Config
 from ..dropin import slices
 from ..dtypes import DTYPE_NAMES
 from ..errors import Fallback
-from ..files.base import TensorFile, UnderWay
+from ..files.base import TensorFile
+from ..files.prefetcher import Pending
 from ..layout import FileLayout, described
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class StockFile(TensorFile):
         """Stock's slice of tensor i."""
         return self._handle.get_slice(self.layout.names[i])
 
-    def ahead(self, numbers: Sequence[int]) -> UnderWay:
+    def ahead(self, numbers: Sequence[int]) -> Pending:
         """Stock reads nothing ahead: always a Fallback."""
         raise Fallback(self._fallback.reason)
 

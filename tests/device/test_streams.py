@@ -22,7 +22,7 @@ from fastst_patch import device, engine
 from fastst_patch.config import current
 from fastst_patch.files.base import open_checked
 from fastst_patch.files.cuda import DeviceFile
-from fastst_patch.integrations.uploads import Upload
+from fastst_patch.integrations.uploads import PendingUpload
 
 COUNT = 24
 ROWS, COLUMNS = 64, 128
@@ -212,7 +212,7 @@ def test_uploads_taken_under_another_stream(cuda) -> None:
     found = device.target("cuda")
     assert found is not None
     with cuda.on(first):
-        upload = Upload(sources, found, current())
+        upload = PendingUpload(sources, found, current())
     with cuda.on(second):
         for number, source in enumerate(sources):
             program.use(upload.take(source), number)

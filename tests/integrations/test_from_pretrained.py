@@ -19,7 +19,8 @@ import torch
 import fastst_patch
 from fastst_patch import engine
 from fastst_patch.dropin import slices
-from fastst_patch.integrations import streams
+from fastst_patch.files.prefetcher import Prefetcher
+from fastst_patch.integrations.prefetch import RequestPrefetcher
 
 transformers = pytest.importorskip("transformers")
 loading = pytest.importorskip(
@@ -142,13 +143,14 @@ def test_who_owns_what(to_cuda, saved, name, tensors) -> None:
 @pytest.mark.parametrize("name", ["shards", "experts"])
 def test_budgets_make_it_wait_and_never_fail(to_cuda, saved, name, budget, monkeypatch) -> None:
     held: list[int] = []
-    start = streams.Stream._start
+    start = Prefetcher._start
 
-    def watched(self: streams.Stream, group: Any) -> None:
-        start(self, group)
+    def watched(self: Prefetcher, *args: Any) -> bool:
+        started = start(self, *args)
         held.append(self._held)
+        return started
 
-    monkeypatch.setattr(streams.Stream, "_start", watched)
+    monkeypatch.setattr(Prefetcher, "_start", watched)
     kind, folder = saved[name]
     expected = kind.from_pretrained(folder)
     with fastst_patch.config_context(device_memory_budget=budget):
@@ -182,7 +184,7 @@ def test_lazy_stays_lazy(to_cuda, saved, monkeypatch) -> None:
     def forbidden(*args: Any) -> None:
         raise AssertionError("read ahead")
 
-    monkeypatch.setattr(streams.Stream, "ask", forbidden)
+    monkeypatch.setattr(RequestPrefetcher, "ask", forbidden)
     with fastst_patch.profile() as seen:
         model = kind.from_pretrained(folder, device_map={"": "cuda"})
     _compare(model, expected)
@@ -368,16 +370,16 @@ def test_errors_hold_no_device_memory(to_cuda, saved, monkeypatch, error) -> Non
     from fastst_patch.files import cuda
 
     kind, folder = saved["experts"]
-    take = cuda.Ahead.take
+    take = cuda.PendingTensors.take
     taken: list[int] = []
 
-    def broken(self: cuda.Ahead, i: int) -> torch.Tensor:
+    def broken(self: cuda.PendingTensors, i: int) -> torch.Tensor:
         taken.append(i)
         if len(taken) == 9:
             raise error(5, "unreadable")
         return take(self, i)
 
-    monkeypatch.setattr(cuda.Ahead, "take", broken)
+    monkeypatch.setattr(cuda.PendingTensors, "take", broken)
     gc.collect()
     gc.disable()
     try:
@@ -414,12 +416,12 @@ def test_a_promise_is_a_future(to_cuda, saved) -> None:
             _here.load = None
             load.end(failed=False)
         with pytest.raises(RuntimeError, match="over"):
-            streams.Stream.take(*_untaken(load, futures[names[0]]))
+            RequestPrefetcher.take(*_untaken(load, futures[names[0]]))
 
 
 def _untaken(load: Any, future: Any) -> tuple[Any, Any]:
     take = future._take
-    return load._streams["cuda:0"], take.args[1]
+    return load._prefetchers["cuda:0"], take.args[1]
 
 
 def test_the_cpu_is_as_before(saved) -> None:

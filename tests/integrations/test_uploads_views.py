@@ -1,4 +1,4 @@
-"""Views with gaps on their way to a device: `Upload` over the fake driver."""
+"""Views with gaps on their way to a device: `PendingUpload` over the fake driver."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ pytestmark = pytest.mark.skipif(
 CHUNK = 64 << 10
 
 
-def _start(views: list[torch.Tensor], **options: Any) -> uploads.Upload:
+def _start(views: list[torch.Tensor], **options: Any) -> uploads.PendingUpload:
     target = device.target("cuda")
     assert target is not None
     chosen = {"threads": 3, "chunk_bytes": CHUNK} | options
-    return uploads.Upload(views, target, dataclasses.replace(current(), **chosen))
+    return uploads.PendingUpload(views, target, dataclasses.replace(current(), **chosen))
 
 
 def _numbers(*shape: int, dtype: torch.dtype = torch.uint8, seed: int = 1) -> torch.Tensor:

@@ -22,7 +22,7 @@ from torch import nn
 from twice import data_bytes, tensor_bytes, twice, weights_in
 
 import fastst_patch
-from fastst_patch.integrations import streams
+from fastst_patch.integrations import prefetch
 
 pytest.importorskip("accelerate", reason="quantizers of transformers need accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -309,7 +309,7 @@ def test_quantizing_on_the_fly_stays_lazy(
     def forbidden(*args: Any) -> None:
         raise AssertionError("read ahead")
 
-    monkeypatch.setattr(streams.Stream, "ask", forbidden)
+    monkeypatch.setattr(prefetch.RequestPrefetcher, "ask", forbidden)
     with fastst_patch.profile() as seen:
         model = cls.from_pretrained(tmp_path, quantization_config=config, device_map={"": "cuda:0"})
     (file,) = weights_in(tmp_path)

@@ -49,14 +49,13 @@ SECTIONS = {
         "patching/patcher.py unpatch", "patching/patcher.py __enter__",
         "patching/patcher.py __exit__", "patching/patcher.py patch_map",
     },
-    "device": {"files/cuda.py _take", "files/cuda.py _drop"},
+    "device": {"files/prefetcher.py hand_out", "files/prefetcher.py drop"},
     "loader": {
-        "loader/prefetch.py begin", "loader/prefetch.py take", "loader/prefetch.py drop",
+        "files/prefetcher.py expect", "files/prefetcher.py hand_out", "files/prefetcher.py drop",
         "loader/local_files.py close",
     },
-    "stream": {
-        "integrations/streams.py ask", "integrations/streams.py flush",
-        "integrations/streams.py take", "integrations/streams.py drop",
+    "requests": {
+        "files/prefetcher.py expect", "files/prefetcher.py hand_out", "files/prefetcher.py drop",
     },
     "groups": {"sharding/groups.py of"},
 }  # fmt: skip
@@ -185,7 +184,7 @@ class Device(Scenario):
         self.kept = handle = fastst_patch.safe_open(path, "pt", device="cuda")
         for name in handle.offset_keys():
             self.same(path, name, handle.get_tensor(name))
-        handle._opened._drop()
+        handle._opened._prefetcher.drop()
 
     def again(self) -> None:
         path = self.paths[0]
@@ -232,14 +231,14 @@ class Loader(Scenario):
             self.same(path, name, found)
 
 
-class Stream(Scenario):
+class Requests(Scenario):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.kept: Any = None
         self.process = os.getpid()
 
-    def _through(self, stream: Any) -> None:
-        from fastst_patch.integrations.streams import Lane
+    def _through(self, prefetcher: Any) -> None:
+        from fastst_patch.integrations.prefetch import Kind
 
         path = self.paths[0]
         with fastst_patch.config_context(io="buffered"):
@@ -250,25 +249,25 @@ class Stream(Scenario):
             under_way = opened.ahead(numbers)
             return SimpleNamespace(landed=lambda: False, take=under_way.take)
 
-        lane = Lane(id(opened), start)
+        kind = Kind(id(opened), start)
         numbers = range(len(opened.layout.names))
-        tickets = [stream.ask(lane, i, opened.layout.nbytes(i)) for i in numbers]
-        stream.flush()
-        for i, ticket in enumerate(tickets):
-            self.same(path, opened.layout.names[i], stream.take(ticket))
+        requests = [prefetcher.ask(kind, i, opened.layout.nbytes(i)) for i in numbers]
+        prefetcher.flush()
+        for i, request in enumerate(requests):
+            self.same(path, opened.layout.names[i], prefetcher.take(request))
 
     def run(self) -> None:
-        from fastst_patch.integrations import streams
+        from fastst_patch.integrations.prefetch import RequestPrefetcher
 
-        self.kept = streams.Stream(1000)
+        self.kept = RequestPrefetcher(1000)
         self._through(self.kept)
         self.kept.drop()
 
     def again(self) -> None:
-        from fastst_patch.integrations import streams
+        from fastst_patch.integrations.prefetch import RequestPrefetcher
 
         forked = self.kept is not None and os.getpid() != self.process
-        self._through(self.kept if forked else streams.Stream(1000))
+        self._through(self.kept if forked else RequestPrefetcher(1000))
 
 
 class Groups(Scenario):
@@ -306,7 +305,7 @@ class Groups(Scenario):
 
 SCENARIOS: dict[str, Callable[..., Scenario]] = {
     "open": Open, "dtypes": Dtypes, "patch": Patch, "device": Device, "loader": Loader,
-    "stream": Stream, "groups": Groups,
+    "requests": Requests, "groups": Groups,
 }  # fmt: skip
 
 

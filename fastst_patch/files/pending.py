@@ -1,6 +1,6 @@
 """Groups of tensors under way, and what hands them out one by one, as often as they are wanted.
 
-To a device a window is one job: tensors in an arena of their own, or in an allocation each. Its
+To a device a transfer is one job: tensors in an arena of their own, or in an allocation each. Its
 memory is that of the stream that was current when it started. Whoever takes a tensor may do so
 under another stream, and torch is then told, so that the memory is used again only behind that
 stream's work.
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from .cpu import HostFile
     from .cuda import DeviceFile
 
-__all__ = ["Ahead", "Failing", "HostAhead", "RowsAhead", "Window", "runs_of"]
+__all__ = ["Failing", "PendingHostTensors", "PendingRows", "PendingTensors", "Transfer", "runs_of"]
 
 
 @dataclasses.dataclass(eq=False)
-class Window:
+class Transfer:
     """Tensors under way. The job goes with the last who waits for it.
 
     Attributes:
@@ -55,28 +55,28 @@ class Window:
         target.hand_over(tensor if self.block is None else self.block, self.stream)
 
 
-class Ahead:
+class PendingTensors:
     """Tensors under way to a device, each to be taken as often as it was asked for.
 
     Dropping it cancels the rest.
     """
 
-    def __init__(self, opened: DeviceFile, window: Window, asked: Counter[int]) -> None:
+    def __init__(self, opened: DeviceFile, transfer: Transfer, asked: Counter[int]) -> None:
         self._opened = opened
-        self._window = window
+        self._transfer = transfer
         self._asked = asked
 
     def landed(self) -> bool:
         """Whether nothing moves any more. Never blocks."""
-        return self._window.job.stats().done
+        return self._transfer.job.stats().done
 
     def take(self, i: int) -> torch.Tensor:
         """Tensor i, usable on any stream. Raises as `DeviceFile.tensor`."""
-        opened, window = self._opened, self._window
+        opened, transfer = self._opened, self._transfer
         with Failing(opened):
             more = self._asked[i] > 1
             result = opened._arrived(
-                window, i, window.waiting[i] if more else window.waiting.pop(i)
+                transfer, i, transfer.waiting[i] if more else transfer.waiting.pop(i)
             )
             self._asked[i] -= 1
             if more:  # the last gets the tensor itself, which nobody can change before
@@ -85,21 +85,21 @@ class Ahead:
         return result
 
 
-class RowsAhead:
+class PendingRows:
     """Rows under way to a device, to be taken as they were asked for.
 
     Dropping it cancels the rest.
     """
 
-    def __init__(self, opened: DeviceFile, window: Window, runs: Sequence[Run]) -> None:
+    def __init__(self, opened: DeviceFile, transfer: Transfer, runs: Sequence[Run]) -> None:
         self._opened = opened
-        self._window = window
+        self._transfer = transfer
         self._runs = {rows: run for run in runs for rows in run.asked}
         self._alone = len(self._runs) == 1
 
     def landed(self) -> bool:
         """Whether nothing moves any more. Never blocks."""
-        return self._window.job.stats().done
+        return self._transfer.job.stats().done
 
     def take(self, rows: tuple[int, int, int]) -> torch.Tensor:
         """What was asked for, usable on any stream. Raises as `DeviceFile.tensor`."""
@@ -112,8 +112,8 @@ class RowsAhead:
             del self._runs[rows]
         try:
             with Failing(opened):
-                opened._landed(self._window, begin + last)
-                self._window.hand_over(opened._target, whole)
+                opened._landed(self._transfer, begin + last)
+                self._transfer.hand_over(opened._target, whole)
                 result = run.cut(rows, whole, opened._target)
         except (OSError, SafetensorError, FaststError):  # of rows that nobody has asked for yet?
             if self._alone:
@@ -201,7 +201,7 @@ class Failing:
             self._opened.failed(error, trace)
 
 
-class HostAhead:
+class PendingHostTensors:
     """Tensors under way, each to be taken as often as it was asked for.
 
     Dropping it cancels what is still to be read.
@@ -220,12 +220,16 @@ class HostAhead:
         self._job = job
         self._asked = asked
 
+    def landed(self) -> bool:
+        """Whether nothing moves any more; mapped tensors are usable from the start."""
+        return self._job is None or self._job.stats().done
+
     def take(self, i: int) -> torch.Tensor:
         """Tensor i, usable at once. Raises as `HostFile.tensor`."""
         opened, more = self._opened, self._asked[i] > 1
         result = self._waiting[i] if more else self._waiting.pop(i)
         self._asked[i] -= 1
-        if self._job is not None and not self._landed(opened.layout.extent(i)[1]):
+        if self._job is not None and not self._has_landed(opened.layout.extent(i)[1]):
             return opened.tensor(i)  # the error may be that of a tensor nobody has asked for
         opened.count(1, opened.layout.nbytes(i))
         if not more:
@@ -236,7 +240,7 @@ class HostAhead:
             return tensors.import_batch(opened.map(), opened.layout, array("Q", (i,)))[0]
         return result.clone()
 
-    def _landed(self, end: int) -> bool:
+    def _has_landed(self, end: int) -> bool:
         assert self._job is not None
         try:
             self._job.wait_until(end)

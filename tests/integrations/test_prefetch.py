@@ -1,4 +1,4 @@
-"""The order, the bounds and the errors of streams, without any engine."""
+"""The order, the bounds and the errors of announced requests, without any engine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastst_patch.integrations import streams
-from fastst_patch.integrations.streams import Lane, Stream
+from fastst_patch.integrations import prefetch
+from fastst_patch.integrations.prefetch import Kind, RequestPrefetcher
 
 
 class _Mover:
@@ -23,8 +23,8 @@ class _Mover:
         self.alive = 0
         self.broken: dict[Any, Exception] = {}
 
-    def lane(self, key: Any = "lane", passing: bool = False) -> Lane:
-        return Lane(key, self.start, passing)
+    def kind(self, key: Any = "kind", passing: bool = False) -> Kind:
+        return Kind(key, self.start, passing)
 
     def start(self, items: Sequence[Any]) -> _Moved:
         self.started.append(list(items))
@@ -53,89 +53,89 @@ class _Moved:
 
 def test_groups_start_when_full_and_in_order() -> None:
     mover = _Mover()
-    stream = Stream(budget=30)  # groups of 10
-    tickets = [stream.ask(mover.lane(), i, 5) for i in range(5)]
+    prefetcher = RequestPrefetcher(budget=30)  # groups of 10
+    requests = [prefetcher.ask(mover.kind(), i, 5) for i in range(5)]
     assert mover.started == [[0, 1], [2, 3]]
-    assert [stream.take(ticket) for ticket in tickets] == [("moved", i) for i in range(5)]
+    assert [prefetcher.take(request) for request in requests] == [("moved", i) for i in range(5)]
     assert mover.started == [[0, 1], [2, 3], [4]]
     assert mover.alive == 0
 
 
 def test_a_budget_bounds_what_waits_to_be_taken() -> None:
     mover = _Mover()
-    stream = Stream(budget=30)
-    tickets = [stream.ask(mover.lane(), i, 10) for i in range(9)]
+    prefetcher = RequestPrefetcher(budget=30)
+    requests = [prefetcher.ask(mover.kind(), i, 10) for i in range(9)]
     assert len(mover.started) == 3
-    stream.take(tickets[0])
+    prefetcher.take(requests[0])
     assert len(mover.started) == 4
     # What is taken is started, bounds or not; nothing hangs on the order.
-    assert stream.take(tickets[8]) == ("moved", 8)
+    assert prefetcher.take(requests[8]) == ("moved", 8)
     assert [8] in mover.started
-    for ticket in tickets[1:8]:
-        stream.take(ticket)
+    for request in requests[1:8]:
+        prefetcher.take(request)
     assert sorted(item for group in mover.started for item in group) == list(range(9))
     assert mover.alive == 0
 
 
 def test_without_a_budget_only_what_passes_through_is_held_back(monkeypatch) -> None:
     for name, value in (("WINDOW", 10), ("BUDGET", 20), ("FLIGHT", 1000)):
-        monkeypatch.setattr(streams, name, value)
+        monkeypatch.setattr(prefetch, name, value)
     mover = _Mover()
-    stream = Stream(budget=None)
-    keep, passing = mover.lane("keep"), mover.lane("pass", passing=True)
+    prefetcher = RequestPrefetcher(budget=None)
+    keep, passing = mover.kind("keep"), mover.kind("pass", passing=True)
     for i in range(5):
-        stream.ask(keep, ("keep", i), 10)
-    tickets = [stream.ask(passing, ("pass", i), 10) for i in range(5)]
+        prefetcher.ask(keep, ("keep", i), 10)
+    requests = [prefetcher.ask(passing, ("pass", i), 10) for i in range(5)]
     assert [group[0] for group in mover.started] == [
         *(("keep", i) for i in range(5)), ("pass", 0), ("pass", 1)
     ]  # fmt: skip
-    stream.take(tickets[0])
+    prefetcher.take(requests[0])
     assert mover.started[-1] == [("pass", 2)]
 
 
 def test_flight_bounds_what_moves(monkeypatch) -> None:
-    monkeypatch.setattr(streams, "WINDOW", 10)
-    monkeypatch.setattr(streams, "FLIGHT", 20)
+    monkeypatch.setattr(prefetch, "WINDOW", 10)
+    monkeypatch.setattr(prefetch, "FLIGHT", 20)
     mover = _Mover(lands=False)
-    stream = Stream(budget=None)
-    tickets = [stream.ask(mover.lane(), i, 10) for i in range(5)]
+    prefetcher = RequestPrefetcher(budget=None)
+    requests = [prefetcher.ask(mover.kind(), i, 10) for i in range(5)]
     assert len(mover.started) == 2
     mover.lands = True
-    stream.take(tickets[0])
+    prefetcher.take(requests[0])
     assert len(mover.started) == 5
 
 
-def test_lanes_do_not_share_groups_and_flush_keeps_their_order() -> None:
+def test_kinds_do_not_share_groups_and_flush_keeps_their_order() -> None:
     mover = _Mover()
-    stream = Stream(budget=3000)
+    prefetcher = RequestPrefetcher(budget=3000)
     for i in range(4):
-        stream.ask(mover.lane("odd" if i % 2 else "even"), i, 1)
+        prefetcher.ask(mover.kind("odd" if i % 2 else "even"), i, 1)
     assert mover.started == []
-    stream.flush()
+    prefetcher.flush()
     assert mover.started == [[0, 2], [1, 3]]
 
 
 def test_errors_go_to_whoever_takes() -> None:
     mover = _Mover()
     mover.broken = {1: ValueError("no")}
-    stream = Stream(budget=30)
-    tickets = [stream.ask(mover.lane(), i, 10) for i in range(3)]
-    assert stream.take(tickets[0]) == ("moved", 0)
+    prefetcher = RequestPrefetcher(budget=30)
+    requests = [prefetcher.ask(mover.kind(), i, 10) for i in range(3)]
+    assert prefetcher.take(requests[0]) == ("moved", 0)
     with pytest.raises(ValueError, match="no"):
-        stream.take(tickets[1])
-    assert stream.take(tickets[2]) == ("moved", 2)
+        prefetcher.take(requests[1])
+    assert prefetcher.take(requests[2]) == ("moved", 2)
     assert mover.alive == 0
 
 
-def test_dropped_streams_hold_nothing() -> None:
+def test_dropped_requests_hold_nothing() -> None:
     mover = _Mover()
-    stream = Stream(budget=30)
-    tickets = [stream.ask(mover.lane(), i, 10) for i in range(6)]
+    prefetcher = RequestPrefetcher(budget=30)
+    requests = [prefetcher.ask(mover.kind(), i, 10) for i in range(6)]
     assert mover.alive == 3
-    stream.drop()
+    prefetcher.drop()
     assert mover.alive == 0
     with pytest.raises(RuntimeError, match="over"):
-        stream.take(tickets[0])
+        prefetcher.take(requests[0])
     assert len(mover.started) == 3
 
 
@@ -146,27 +146,27 @@ def test_dropped_streams_hold_nothing() -> None:
 )
 def test_any_order_gives_each_its_own(sizes, order, budget) -> None:
     mover = _Mover()
-    stream = Stream(budget)
-    lanes = [mover.lane(passing, passing=passing) for passing in (False, True)]
-    tickets = [
-        (i, stream.ask(lanes[passing], i, nbytes)) for i, (nbytes, passing) in enumerate(sizes)
+    prefetcher = RequestPrefetcher(budget)
+    kinds = [mover.kind(passing, passing=passing) for passing in (False, True)]
+    requests = [
+        (i, prefetcher.ask(kinds[passing], i, nbytes)) for i, (nbytes, passing) in enumerate(sizes)
     ]
-    order.shuffle(tickets)
-    for i, ticket in tickets:
-        assert stream.take(ticket) == ("moved", i)
+    order.shuffle(requests)
+    for i, request in requests:
+        assert prefetcher.take(request) == ("moved", i)
     assert sorted(item for group in mover.started for item in group) == list(range(len(sizes)))
     assert mover.alive == 0
-    assert stream._held == 0
+    assert prefetcher._prefetcher._held == 0
 
 
 def test_many_threads_take() -> None:
     mover = _Mover()
-    stream = Stream(budget=60)
-    tickets = [stream.ask(mover.lane(), i, 10) for i in range(200)]
+    prefetcher = RequestPrefetcher(budget=60)
+    requests = [prefetcher.ask(mover.kind(), i, 10) for i in range(200)]
     got: list[Any] = []
 
     def work(part: int) -> None:
-        got.extend(stream.take(ticket) for ticket in tickets[part::4])
+        got.extend(prefetcher.take(request) for request in requests[part::4])
 
     threads = [threading.Thread(target=work, args=(part,)) for part in range(4)]
     for thread in threads:
