@@ -112,8 +112,8 @@ class Settings:
             if name in _PROCESS_OPTIONS or name not in Config.__dataclass_fields__:
                 allowed = [k for k in Config.__dataclass_fields__ if k not in _PROCESS_OPTIONS]
                 raise TypeError(
-                    f"unexpected keyword argument {name!r}: besides fastsafetensors' arguments"
-                    f" the options {', '.join(allowed)} are taken"
+                    f"unexpected keyword argument {name!r}: allowed are fastsafetensors' arguments"
+                    f" and the options {', '.join(allowed)}"
                 )
         base = current()
         if wants_gds and self.target is not None and "io" not in options and base.io == "auto":
@@ -121,7 +121,7 @@ class Settings:
             if obstacle is None:
                 chosen["io"] = "gds"
             else:
-                self.note = f"GDS was asked for (nogds=False) and cannot be used: {obstacle}"
+                self.note = f"GDS was requested (nogds=False) and cannot be used: {obstacle}"
                 _log.debug("%s", self.note)
         return with_options(base, {**chosen, **options})
 
@@ -181,7 +181,7 @@ def filter_or_none(keep: object, name: str = "tensor_filter") -> Any:
 def path_list(paths: object, what: str) -> list[str]:
     """Paths as str. Raises TypeError unless they are a sequence of str and PathLike."""
     if isinstance(paths, (str, bytes, os.PathLike)) or not isinstance(paths, Sequence):
-        raise TypeError(f"{what}: a list of paths is wanted, not {paths!r}")
+        raise TypeError(f"{what}: expected a list of paths, not {paths!r}")
     return [one_path(path, what) for path in paths]
 
 
@@ -189,7 +189,7 @@ def one_path(path: object, what: str) -> str:
     """A path as str. Raises TypeError unless it is str or PathLike."""
     found = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if not isinstance(found, str):
-        raise TypeError(f"{what}: a path is wanted, not {path!r}")
+        raise TypeError(f"{what}: expected a path, not {path!r}")
     return found
 
 
@@ -202,13 +202,13 @@ def rank_files(filenames: object, size: int) -> dict[int, list[str]]:
     """
     if not isinstance(filenames, Mapping):
         raise TypeError(
-            f"add_filenames: a dict of ranks and their files is wanted, such as {{0: [path]}},"
+            f"add_filenames: expected a dict of ranks and their files, such as {{0: [path]}},"
             f" not {filenames!r}"
         )
     result: dict[int, list[str]] = {}
     for rank, paths in filenames.items():
         if isinstance(rank, bool) or not isinstance(rank, int):
-            raise TypeError(f"add_filenames: rank {rank!r} is no whole number")
+            raise TypeError(f"add_filenames: rank {rank!r} is not an integer")
         if not 0 <= rank < size:
             raise ValueError(
                 f"add_filenames: rank {rank} is not in the group, whose size is {size}"

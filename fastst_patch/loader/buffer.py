@@ -61,18 +61,18 @@ class FilesBufferOnDevice:
         places: Mapping[str, tuple[int, int]],
         describe: Callable[[str], tuple[str, list[int]]],
         *,
-        group: tuple[int, int],
+        size: int,
         dtype: torch.dtype | None,
         cached: bool,
     ) -> None:
         self._files: Files | None = files
         self.key_to_rank_lidx: dict[str, tuple[int, int]] = dict(places)
         self._describe = describe
-        self._rank, self._size = group
+        self._size = size  # of the group
         self._dtype = dtype
         self._cache: dict[tuple[str, int], torch.Tensor] | None = {} if cached else None
 
-    # ---- what is there ----
+    # ---- names and shapes ----
 
     def get_filename(self, tensor_name: str) -> str:
         """Path, as it was given, of the file with a tensor. Raises ValueError if no file has it."""
@@ -181,7 +181,7 @@ class FilesBufferOnDevice:
         with self._refusing(tensor_name):
             self._check(tensor_name)
             if isinstance(dst_rank, bool) or not isinstance(dst_rank, int):
-                raise TypeError(f"push_tensor: dst_rank={dst_rank!r} is no whole number")
+                raise TypeError(f"push_tensor: dst_rank={dst_rank!r} is not an integer")
             if not 0 <= dst_rank < self._size:
                 raise ValueError(
                     f"push_tensor: rank {dst_rank} is not in the group, whose size is {self._size}"
@@ -252,7 +252,7 @@ def unknown_key(name: object, known: Mapping[str, Any]) -> str:
 
 def _check_dim(dim: object) -> None:
     if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim={dim!r} is no whole number")
+        raise TypeError(f"dim={dim!r} is not an integer")
 
 
 def _same_but_along(shapes: Mapping[str, list[int]], dim: int) -> int:

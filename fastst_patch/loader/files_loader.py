@@ -39,20 +39,20 @@ __all__ = ["SafeTensorsFileLoader", "fastsafe_open", "group_size"]
 _log = logging.getLogger("fastst_patch")
 
 
-def group_size(pg: Any) -> tuple[int, int]:
-    """Rank and size of a process group; (0, 1) for None.
+def group_size(pg: Any) -> int:
+    """Size of a process group; 1 for None.
 
     Raises:
         TypeError: ``pg`` is no group.
     """
     if pg is None:
-        return 0, 1
-    rank, size = getattr(pg, "rank", None), getattr(pg, "size", None)
-    if not callable(rank) or not callable(size):
+        return 1
+    size = getattr(pg, "size", None)
+    if not callable(getattr(pg, "rank", None)) or not callable(size):
         raise TypeError(
             f"pg={pg!r}: allowed are None, SingleGroup() and a torch.distributed.ProcessGroup"
         )
-    return int(rank()), int(size())
+    return int(size())
 
 
 class SafeTensorsFileLoader:
@@ -109,7 +109,7 @@ class SafeTensorsFileLoader:
         self._sharded: sharding.ShardedFiles | None = None  # of a group
         self._buffer_closes = False  # a buffer uses `_sharded`, and closes it
         self.pg = pg
-        self._rank, self._size = group_size(pg)
+        self._size = group_size(pg)
         try:
             boolean("set_numa", set_numa)
             self._cached = not boolean("disable_cache", disable_cache)
@@ -271,7 +271,7 @@ class SafeTensorsFileLoader:
             return files.where(name)[0], files.shape(name)
 
         made = FilesBufferOnDevice(
-            files, places, describe, group=(0, 1), dtype=wanted, cached=self._cached
+            files, places, describe, size=1, dtype=wanted, cached=self._cached
         )
         files.begin()
         return made
@@ -293,7 +293,7 @@ class SafeTensorsFileLoader:
             sharded,
             {name: at[sharded.where(name)[0]] for name in names},
             functools.partial(_path_and_shape, sharded),
-            group=(self._rank, self._size),
+            size=self._size,
             dtype=wanted,
             cached=self._cached,
         )
@@ -318,7 +318,7 @@ class SafeTensorsFileLoader:
 
     def _check(self) -> None:
         if self._closed:
-            raise ValueError("the loader is closed: make another")
+            raise ValueError("the loader is closed: make a new one")
 
     def __enter__(self) -> SafeTensorsFileLoader:
         return self

@@ -103,7 +103,7 @@ class ParallelLoader:
         if max_concurrent_producers != 1:
             raise ValueError(
                 f"max_concurrent_producers must be 1 (got {max_concurrent_producers}):"
-                " max_threads says how many workers read"
+                " max_threads sets the number of workers"
             )
         if isinstance(queue_size, bool) or not isinstance(queue_size, int) or queue_size < -1:
             raise OptionError(f"queue_size={queue_size!r}: allowed are whole numbers from -1 on")
@@ -117,7 +117,7 @@ class ParallelLoader:
         self._resident_tensor = filter_or_none(resident_tensor, "resident_tensor")
         boolean("overlap_io", overlap_io)
         pg = None if boolean("all_local", all_local) else pg
-        _, self._size = group_size(pg)
+        self._size = group_size(pg)
         self._check_together(
             boolean("use_chunk_budget_as_allocation_size", use_chunk_budget_as_allocation_size),
             boolean("borrowed_tensors", borrowed_tensors),

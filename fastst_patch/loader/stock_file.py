@@ -39,7 +39,7 @@ class StockFile(TensorFile):
         self._handle = slices.stock_handle(stock.safe_open, path, device)
 
     def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
-        """Tensor i, by stock. Raises what stock raises."""
+        """Tensor i, by stock. Raises stock's exceptions."""
         result: torch.Tensor = self._handle.get_tensor(self.layout.names[i])
         self.count(1, self.layout.nbytes(i))
         return result

@@ -26,7 +26,7 @@ _TIMEOUT = timedelta(minutes=30)  # torch's own default for gloo
 
 def _rank_lost(error: BaseException) -> RankError:
     """The error to raise for torch's own, where a peer no longer answers."""
-    return RankError(None, f"the group lost a rank, or the network: {error}")
+    return RankError(None, f"a rank of the group, or the network, failed: {error}")
 
 
 class Pending:

@@ -103,8 +103,8 @@ class Subgroup:
     def of(cls, source: Source, group: Group, read_once: str) -> Subgroup:
         """The ranks of this node; all ranks for ``job``, or where a node cannot see the file."""
         nodes = {group.nodes[rank] for rank in source.readers}
-        everybody = read_once == "job" or len(nodes) < len(set(group.nodes))
-        ranks = list(range(group.size)) if everybody else group.node_ranks
+        all_ranks = read_once == "job" or len(nodes) < len(set(group.nodes))
+        ranks = list(range(group.size)) if all_ranks else group.node_ranks
         return cls(group, ranks, [rank for rank in source.readers if rank in ranks])
 
     @property
@@ -262,7 +262,7 @@ class Exchange:
     def allocate(self, *, shared: bool = True) -> None:
         """Allocate buffers of this rank's own; ``shared``: for shared units, too.
 
-        Raises what torch does when memory is short.
+        Raises torch's error when memory is short.
         """
         import torch
 
@@ -456,7 +456,7 @@ def _place(
     region: Region,
     result: torch.Tensor,
 ) -> None:
-    """Copy to a region's result what the region has of some rows of a tensor.
+    """Copy a region's elements in some rows of a tensor to the region's result.
 
     Args:
         raw: bytes of the rows.

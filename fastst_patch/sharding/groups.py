@@ -150,9 +150,9 @@ class Group:
         import torch.distributed as dist
 
         if pg is dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("this process is no member of the process group")
+            raise ValueError("this process is not a member of the process group")
         if not isinstance(pg, dist.ProcessGroup):
-            raise TypeError(f"no process group: {pg!r}")
+            raise TypeError(f"{pg!r} is not a process group")
         with shared:
             # A lock for each group: threads that connect different ones must not wait for another.
             connecting = _connecting.setdefault(pg, _Connecting())
@@ -160,7 +160,7 @@ class Group:
             found = _groups.get(pg)
             if found is None:
                 if connecting.in_progress:
-                    raise FaststError("this thread is just connecting the process group's ranks")
+                    raise FaststError("this thread is already connecting the process group's ranks")
                 connecting.in_progress = True
                 try:
                     found = _groups[pg] = cls(pg)
@@ -249,7 +249,7 @@ class Group:
 
     def _check_single(self) -> None:
         if self.size > 1:
-            raise RankError(None, "the process was forked, or ends: its process group is gone")
+            raise RankError(None, "the process was forked, or is ending: its process group is gone")
 
     # ---- data ----
 

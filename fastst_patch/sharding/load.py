@@ -136,4 +136,4 @@ def paths_of(name: str) -> list[str]:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
         return [str(path.parent / shard) for shard in sorted(set(shards))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name}: no index of a sharded checkpoint: {error!r}") from error
+        raise ValueError(f"{name} is not the index of a sharded checkpoint: {error!r}") from error

@@ -42,7 +42,7 @@ def host_file(source: Source) -> HostFile:
 def read_ahead(
     source: Source, request: Request, ranks: Sequence[int], turn: int, cold: bool
 ) -> None:
-    """Start reading ahead this rank's share of what a node needs of a file.
+    """Start reading ahead this rank's share of the rows that a node needs of a file.
 
     Args:
         source: the file.

@@ -1,9 +1,10 @@
 """Opening the files of a sharded load on all ranks, and making sure that they are the same.
 
-Each rank first opens what it can: paths, headers, the device, and the options that all ranks must
-agree on. One exchange of these reports ends the opening, before any data moves: file sizes and
-headers must be equal, and the common options are decided. Further exchanges happen only for files
-that stock must read or that some ranks cannot see. By then all ranks know whether there are any.
+Each rank first opens the files that it sees, and reports their paths, sizes and headers, its
+device, and the options that all ranks must agree on. One exchange of these reports ends the
+opening, before any data moves: sizes and headers must be equal, and the common options are decided.
+Further exchanges happen only for files that stock must read or that some ranks cannot see. By then
+all ranks know whether there are any.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from typing import TYPE_CHECKING
 from .. import engine, tensors
 from ..config import Config
 from ..device import Device, parse_device, torch_target
+from ..dropin.eligibility import opened_for
 from ..errors import Fallback, NameClashError, RankError
 from ..files.base import OpenedFile, open_checked
-from ..files.cpu import HostFile
-from ..files.cuda import DeviceFile
 from .groups import Group
 from .source import Source
 
@@ -43,7 +43,7 @@ _UNSEEN = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ESTALE)
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """Files that are open, and what the ranks agreed on.
+    """Files that are open, and values that the ranks agreed on.
 
     Attributes:
         sources: the files, in the order in which they were named.
@@ -68,7 +68,7 @@ class Opening:
 
 @dataclasses.dataclass(frozen=True)
 class _FileReport:
-    """What one rank found at a path; sent to the others.
+    """One rank's findings at a path; sent to the others.
 
     Attributes:
         error: the system's error number where the rank cannot see the file; else 0.
@@ -89,11 +89,11 @@ class _FileReport:
 
 @dataclasses.dataclass(frozen=True)
 class _RankReport:
-    """What one rank found out alone; sent to the others.
+    """One rank's findings; sent to the others.
 
     Attributes:
         paths: of the files; None where the rank cannot see the folder or index that lists them.
-        files: what it found at each path.
+        files: its findings at each path.
         kind: of device.
         fallback: as of `Opening`, for this rank alone.
         unit_bytes: as of `Opening`, for this rank alone.
@@ -209,11 +209,7 @@ def _open(
         return None, _FileReport(fallback=engine.native_error())
     try:
         file, layout = open_checked(path)
-        opened: OpenedFile = (
-            HostFile(file, layout, config)
-            if target is None
-            else DeviceFile(file, layout, config, target)
-        )
+        opened = opened_for(file, layout, config, target)
         tensors.check(layout)
         if not tensors.ordinary_mode():
             raise Fallback("a torch mode or default device is in force")

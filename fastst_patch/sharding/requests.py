@@ -1,4 +1,4 @@
-"""What a rank requests of one file, and the tensors made of what was loaded."""
+"""Requests for shards of one file, and tensors made of the loaded regions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the ranks request of one file.
+    """The ranks' request for shards of one file.
 
     Attributes:
         shards: of this rank, by tensor; None for all of the file.

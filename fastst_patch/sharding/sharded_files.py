@@ -103,7 +103,7 @@ class ShardedFiles:
         self._memory = Memory(opening.target)
         self._shared_buffer = SharedBuffer(group)
 
-    # ---- what is there ----
+    # ---- names and shapes ----
 
     @property
     def names(self) -> list[str]:
@@ -121,7 +121,7 @@ class ShardedFiles:
         return self.sources[number].described[i]
 
     def close(self) -> None:
-        """Report what was loaded, and let go of the files. Tensors stay valid."""
+        """Report the loaded tensors, and close the files. Tensors stay valid."""
         target = self._memory.target
         for source in self.sources:
             account = source.account
@@ -245,23 +245,7 @@ class ShardedFiles:
         Raises:
             RankError: a rank failed: its plan, reading, or memory.
         """
-        group = self.group
-        mine: list[dict[int, Shard] | None] = []
-        needs: list[Any] = []
-        cold: list[bool] = []  # found out before any rank reads
-        with group.phase() as phase:
-            specs = specs_of(plan, self._described, self._where, group.size)
-            for source in self.sources:
-                shards = shards_of(source, specs, group.rank, group.size)
-                mine.append(shards)
-                needs.append(needed_rows(source, shards))
-                cold.append(self._reads_ahead(source) and host_file(source).ahead_of.cold())
-            phase.value = needs, cold
-        requests = [
-            Request(shards, [needs[number] for needs, _ in phase.gathered], dtype, None)
-            for number, shards in enumerate(mine)
-        ]
-        cold = [any(some) for some in zip(*(one for _, one in phase.gathered), strict=True)]
+        requests, cold = self._gather_requests(plan, dtype)
         problem: BaseException | None = None
         result: dict[str, torch.Tensor] = {}
         not_agreed = 0  # bytes of files since ranks last agreed on errors
@@ -271,7 +255,8 @@ class ShardedFiles:
                 try:
                     if problem is None:
                         # The next file, too: storage is not idle while this one's are copied.
-                        for ahead in range(number and number + 1, min(number + 2, len(cold))):
+                        first = 0 if number == 0 else number + 1
+                        for ahead in range(first, min(number + 2, len(cold))):
                             self._read_ahead(ahead, requests[ahead], cold[ahead])
                         found = self._load_file(source, requests[number], agree=False)
                 except PeerFailed:
@@ -288,13 +273,37 @@ class ShardedFiles:
                 if self._must_agree(number, not_agreed):
                     not_agreed = 0
                     try:
-                        group.agree(problem)
+                        self.group.agree(problem)
                     finally:
                         if problem is not None:
                             found.clear()
                         problem = None  # its traceback refers to this frame
                 advance(sum(tensor.nbytes for tensor in result.values()))
         return result
+
+    def _gather_requests(
+        self, plan: Plan, dtype: torch.dtype | None
+    ) -> tuple[list[Request], list[bool]]:
+        """All ranks' requests for each file, and whether any rank finds it cold. Collective."""
+        group = self.group
+        mine: list[dict[int, Shard] | None] = []
+        needs: list[Any] = []
+        cold: list[bool] = []  # found out before any rank reads
+        with group.phase() as phase:
+            specs = specs_of(plan, self._described, self._where, group.size)
+            for source in self.sources:
+                shards = shards_of(source, specs, group.rank, group.size)
+                mine.append(shards)
+                needs.append(needed_rows(source, shards))
+                cold.append(self._reads_ahead(source) and host_file(source).ahead_of.cold())
+            phase.value = needs, cold
+        requests = [
+            Request(shards, [needs[number] for needs, _ in phase.gathered], dtype, None)
+            for number, shards in enumerate(mine)
+        ]
+        return requests, [
+            any(some) for some in zip(*(one for _, one in phase.gathered), strict=True)
+        ]
 
     def _must_agree(self, number: int, not_agreed: int) -> bool:
         """Whether ranks agree on errors after a file: each agreement costs milliseconds.

@@ -149,7 +149,7 @@ def _make(nbytes: int, token: bytes) -> tuple[mmap.mmap, int]:
     """New memory and its descriptor. Raises OSError, ValueError, AttributeError."""
     headroom = engine.memory_headroom()
     if headroom is not None and nbytes > headroom // 2:
-        raise OSError(f"{nbytes} bytes do not fit the memory that is left ({headroom})")
+        raise OSError(f"{nbytes} bytes do not fit into the free memory ({headroom} bytes)")
     fd = os.memfd_create(_NAME)
     try:
         os.posix_fallocate(fd, 0, nbytes)  # else a write without memory ends in SIGBUS
@@ -183,4 +183,4 @@ def _map(nbytes: int, offer: Offer) -> mmap.mmap | None:
 
 def _check(path: str) -> None:
     if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
-        raise OSError(f"{path} is something else")
+        raise OSError(f"{path} is not shared memory of fastst_patch")

@@ -41,13 +41,13 @@ class Source:
 
     @once
     def account(self) -> Account:
-        """Counts of what was loaded so far."""
+        """Counts of the tensors loaded so far."""
         if self.fallback is not None:
             return Account("stock", note=self.fallback)
         return Account("exchange") if self.opened is None else self.opened.account
 
     def open_by_stock(self) -> None:
-        """Open the file by stock, which reads it from now on. Raises what stock raises."""
+        """Open the file by stock, which reads it from now on. Raises stock's exceptions."""
         self._stock_handle = stock.safe_open(self.path, framework="pt", device="cpu")
         in_file_order = getattr(self._stock_handle, "offset_keys", self._stock_handle.keys)
         self.names = tuple(in_file_order())
@@ -89,7 +89,7 @@ class Source:
 
     @property
     def layout(self) -> FileLayout:
-        """Of the file; not available where stock reads it."""
+        """The file's layout; not available where stock reads the file."""
         assert self._layout is not None
         return self._layout
 
@@ -101,5 +101,5 @@ class Source:
         return result
 
     def close(self) -> None:
-        """Let go of the file. Tensors stay valid."""
+        """Close the file. Tensors stay valid."""
         self.opened = self._stock_handle = None

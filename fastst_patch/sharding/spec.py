@@ -1,4 +1,4 @@
-"""What a plan may say for a tensor (`ShardSpec`), and which part of it a rank then takes (`Shard`).
+"""Shard specs of a plan (`ShardSpec`), and the part of a tensor that they give a rank (`Shard`).
 
 ======================  ==================================================================
 spec                    this rank's part
@@ -6,7 +6,7 @@ spec                    this rank's part
 None, ``"replicate"``   the whole tensor
 an int                  its chunk of that dimension as ``torch.chunk`` cuts and DTensor's
                         ``Shard`` places it: trailing ranks get less, or nothing
-slice, tuple of them    what indexing the tensor gives; steps are positive
+slice, tuple of them    the result of indexing the tensor; steps are positive
 `Packed`                of several tensors packed side by side along a dimension, its chunk of
                         each, joined
 `Owner`                 the whole tensor for some ranks, no tensor for the others
