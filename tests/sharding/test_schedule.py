@@ -242,7 +242,7 @@ def _expected(spec: Any, whole: torch.Tensor, rank: int, size: int) -> torch.Ten
 
 @given(length=st.integers(0, 40), size=st.integers(1, 12))
 def test_chunk_is_torchs(length: int, size: int) -> None:
-    """And DTensor's. They differ in empty chunks alone, of which no rank has an element."""
+    """DTensor's chunks are the same; they differ only where a chunk is empty."""
     tensor = torch.arange(length)
     for rank in range(size):
         begin, end = chunk(length, rank, size)
