@@ -1,16 +1,16 @@
-"""Tensor parallelism: a rank's shards of one load, and reading ahead with the others.
+"""Tensor parallelism: a rank's shards in one load of transformers, and reading ahead together.
 
-transformers cuts a DTensor's local shard out of the slice of a tensor, in threads. Where that
-makes a view of the file's map it is made at once instead, as for tensors that are not sharded.
+transformers cuts a DTensor's local shard from the slice of a tensor, in threads. Where that makes
+a view of the file's map, the view is made at once instead, as for tensors that are not sharded.
 
-Ranks of one node share the page cache, so of what is not cached yet each reads a share ahead.
-Nothing is agreed upon: stock's load needs no other rank, and one that failed, or that does
-something else in the meantime, must not be waited for. Each rank knows which rows it takes itself
-and whose turn it is by the mesh; see `stripes.in_turn` for what that leaves to chance.
+Ranks of one node share the page cache, so each reads ahead a share of the bytes that are not
+cached. The ranks do not communicate. Stock's load needs no other rank, so a rank that failed, or
+that does something else in the meantime, must not block the others. Each rank knows the rows that
+it takes itself, and its turn from the mesh; see `readahead_share.in_turn` for the rest.
 
-To a device a shard that is one piece of its tensor needs no other rank either (`cut_of`).
-Complete rows are read from the file (`rows_of`); of others the runs of their rows are picked out
-of its map (`Shards.view`), which ranks of one node read ahead in turn, as above.
+A load to a device needs no other rank either where a shard is one box of its tensor (`cut_of`).
+Complete rows are read from the file (`rows_of`). Of other boxes, the runs of their rows are copied
+from the file's map (`Shards.view`), which ranks of one node read ahead as above.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ __all__ = ["Cut", "Shards", "cut_of", "rows_of"]
 
 _log = logging.getLogger("fastst_patch")
 
-ENOUGH = 64 << 20
-"""Bytes that are known to be needed before reading them ahead starts, if nothing is taken yet."""
+START_BYTES = 64 << 20
+"""Bytes noted for reading ahead that start it, if no shard was used before."""
 
 RUN = 512
-"""Fewest bytes of a view's contiguous runs for workers to pick them. Each is claimed by itself,
-under the lock that all workers share. One took 45 ns in all, whatever its length: 32 MiB in runs
-of 512 bytes 22 ms by one worker over the fake driver, in one run 18, in runs of 128 bytes 32."""
+"""Smallest contiguous run of a view, in bytes, that workers copy. Workers claim each run by itself,
+under the lock that they share. A run took 45 ns, whatever its length. One worker over the fake
+driver took 22 ms for 32 MiB in runs of 512 bytes, 18 ms in one run, 32 ms in runs of 128 bytes."""
 
 
 class Shards:
-    """What one load takes of files, once it takes shards. For the thread that loads."""
+    """The shards that one load takes of its files. Used by the loading thread only."""
 
     def __init__(self) -> None:
-        self._readings: dict[int, _Reading] = {}
-        self._latest: _Reading | None = None
-        self._turn: tuple[int, int] | None = None  # known from the first shard on
-        self._viewed: set[tuple[int, int]] = set()  # file and tensor
+        self._files: dict[int, _FileReadAhead] = {}  # by id of the file
+        self._latest: _FileReadAhead | None = None
+        self._turn: tuple[int, int] | None = None  # known after the first shard
+        self._viewed: set[tuple[int, int]] = set()  # id of the file, and number of the tensor
 
     def local(
         self,
@@ -74,51 +74,51 @@ class Shards:
         Args:
             opened: the file.
             i: number of the tensor.
-            sharding_op: which cuts, by ``shard_tensor``.
-            tensor_idx: its argument.
-            cast: whether a shard is copied to another dtype.
-            materialize: does all that transformers does with a slice, here and now.
+            sharding_op: cuts the shard, by its ``shard_tensor``.
+            tensor_idx: argument of ``shard_tensor``.
+            cast: whether the shard is copied to another dtype.
+            materialize: transformers' function that makes the shard of a slice.
 
         Returns:
-            What gives the shard; None where transformers' threads should make it, or can at
-            least raise what they always did.
+            A function that returns the shard; None where transformers' threads make it, or raise
+            their own error.
         """
         if not (_is_mapped(opened) and tensors.ordinary_mode()):
             return None
         if self._turn is None:
             self._turn = _turn_in(sharding_op.device_mesh)
-        reading = self._reading(opened)
+        ahead = self._read_ahead_of(opened)
         try:
             if not cast and _is_view(sharding_op):
-                shard = materialize(_Source(opened, i, reading))
-                return lambda: self._taken(shard)
-            if reading.worth_it:
-                outline = _Outline(opened, i, functools.partial(reading.note, i))
-                sharding_op.shard_tensor(outline, tensor_idx=tensor_idx, device="meta")
-        except Exception:  # theirs to raise, or ours to hide: transformers cuts the slice itself
+                shard = materialize(_MapSlice(opened, i, ahead))
+                return lambda: self._use(shard)
+            if ahead.cold:
+                meta = _MetaSlice(opened, i, functools.partial(ahead.note, i))
+                sharding_op.shard_tensor(meta, tensor_idx=tensor_idx, device="meta")
+        except Exception:  # transformers cuts the slice itself, and raises its own errors
             _log.debug("a shard is left to transformers", exc_info=True)
         return None
 
     def whole(self, opened: OpenedFile, i: int) -> None:
-        """A tensor will be taken as it is; of interest where others are taken in shards."""
+        """Note that a whole tensor will be used, if the load takes shards of other tensors."""
         if self._turn is not None and _is_mapped(opened):
-            self._reading(opened).note(i, ...)
+            self._read_ahead_of(opened).note(i, ...)
 
     def view(self, opened: OpenedFile, i: int, mesh: Any, cut: Cut) -> torch.Tensor | None:
-        """A shard as a view of the file's map, for workers to bring to a device.
+        """A shard as a view of the file's map, for workers to copy to a device.
 
-        It shares its memory with no other that this gave, the gaps between its runs included.
-        What it needs of the file is noted; so is, for transformers' threads, what they do.
+        It shares no memory with other views that this returned, the gaps between its runs
+        included. The shard's rows are noted for reading ahead, also where this returns None.
 
         Args:
             opened: the file.
             i: number of the tensor.
             mesh: of the ranks.
-            cut: what the shard is.
+            cut: of the shard.
 
         Returns:
-            None where it is no view that is worth it, or whose copy has strides of its own:
-            transformers' threads make it.
+            None where transformers' threads should make the shard: its runs are short, or its
+            copy by ``.to`` has other strides than a new tensor.
 
         Raises:
             Fallback: this torch or stock lacks the dtype.
@@ -128,49 +128,48 @@ class Shards:
             return None
         if self._turn is None:
             self._turn = _turn_in(mesh)
-        reading = self._reading(opened)
+        ahead = self._read_ahead_of(opened)
         for index in cut.indices:
-            reading.note(i, index)
-        if cut.piece is None or (id(opened), i) in self._viewed or not _picks(cut.outline):
+            ahead.note(i, index)
+        if cut.box is None or (id(opened), i) in self._viewed or not _has_long_runs(cut.meta):
             return None
         tensors.check(opened.layout, i)
-        # Not by `part`, which counts it as something that the handle gave.
+        # `opened.part` would count it as a tensor that the handle has given.
         whole = tensors.import_batch(opened.map(), opened.layout, array("Q", (i,)))[0]
         self._viewed.add((id(opened), i))
-        return opened.index(whole, tuple(slice(*bounds) for bounds in cut.piece))
+        return opened.index(whole, tuple(slice(*bounds) for bounds in cut.box))
 
     @property
     def waiting(self) -> bool:
-        """Whether `start` has something to do."""
-        return any(reading.waiting for reading in self._readings.values())
+        """Whether rows were noted that `start` has not started to read."""
+        return any(ahead.waiting for ahead in self._files.values())
 
     def start(self) -> None:
-        """Read ahead what is known to be needed by now."""
-        for reading in self._readings.values():
-            reading.start()
+        """Start reading ahead the rows noted so far."""
+        for ahead in self._files.values():
+            ahead.start()
 
-    def _taken(self, shard: Any) -> Any:
+    def _use(self, shard: Any) -> Any:
         self.start()
         return shard
 
-    def _reading(self, opened: HostFile) -> _Reading:
-        found = self._readings.get(id(opened))
+    def _read_ahead_of(self, opened: HostFile) -> _FileReadAhead:
+        found = self._files.get(id(opened))
         if found is None:
             assert self._turn is not None
-            found = self._readings[id(opened)] = _Reading(opened, *self._turn)
+            found = self._files[id(opened)] = _FileReadAhead(opened, *self._turn)
         if self._latest is not None and self._latest is not found:
-            self._latest.start(
-                readahead_share.STRIPE
-            )  # as a rule nothing more will be wanted of it
+            # Loads go file by file: as a rule, no more rows of the file before will be noted.
+            self._latest.start(readahead_share.STRIPE)
         self._latest = found
         return found
 
 
-class _Reading:
-    """Reading one file ahead. Keeps the file, so that no other gets its id.
+class _FileReadAhead:
+    """Reads one file ahead. Holds the file, so that no other file gets its id.
 
     Attributes:
-        worth_it: whether any of it is not cached.
+        cold: whether any of it is not cached.
     """
 
     def __init__(self, opened: HostFile, turn: int, turns: int) -> None:
@@ -179,16 +178,16 @@ class _Reading:
         self._nbytes = 0
         self._alone: set[tuple[int, int]] = set()
         self._shared: set[tuple[int, int]] = set()
-        self.worth_it = opened.ahead_of.cold()
+        self.cold = opened.ahead_of.cold()
 
     @property
     def waiting(self) -> bool:
-        """Whether something was noted and not started."""
+        """Whether rows were noted that `start` has not started to read."""
         return self._nbytes > 0
 
     def note(self, i: int, index: Any) -> None:
-        """An index into tensor i will be taken."""
-        if not self.worth_it:
+        """Note that an index into tensor i will be used."""
+        if not self.cold:
             return
         layout = self._opened.layout
         begin, end = layout.extent(i)
@@ -196,18 +195,18 @@ class _Reading:
         rows = leading_rows(index, shape)
         if rows is None or rows[1] - rows[0] == shape[0]:
             place, ranges = (begin, end), self._shared
-        else:  # rows are one rank's, as a rule
+        else:  # as a rule, other ranks take other rows
             first, last = plan_rows(layout, i, rows[0], rows[1])
             place, ranges = (begin + first, begin + last), self._alone
         if place in ranges or place[0] == place[1]:
             return
         ranges.add(place)
         self._nbytes += place[1] - place[0]
-        if self._nbytes >= ENOUGH:
+        if self._nbytes >= START_BYTES:
             self.start()
 
     def start(self, fewest: int = 1) -> None:
-        """Start reading what was noted, unless it is less than so many bytes."""
+        """Start reading the noted rows, unless they are fewer bytes than ``fewest``."""
         if self._nbytes < fewest:
             return
         alone, shared = Runs(sorted(self._alone)), Runs(sorted(self._shared))
@@ -223,16 +222,16 @@ class _Reading:
         self._opened.ahead_of.extents(self._opened.map(), extents, max(threads // self._turns, 2))
 
 
-class _Outline:
-    """Stands for a slice of which nothing is read, and tells what is taken.
+class _MetaSlice:
+    """A slice of a tensor that returns meta tensors, and calls ``note`` with each index.
 
     Attributes:
-        given: the last answer to an index, without bytes.
+        last: the last tensor returned.
     """
 
-    def __init__(self, opened: OpenedFile, i: int, tell: Callable[[Any], None]) -> None:
-        self._layout, self._i, self._tell = opened.layout, i, tell
-        self.given: torch.Tensor | None = None
+    def __init__(self, opened: OpenedFile, i: int, note: Callable[[Any], None]) -> None:
+        self._layout, self._i, self._note = opened.layout, i, note
+        self.last: torch.Tensor | None = None
 
     def get_shape(self) -> list[int]:
         """As of a slice."""
@@ -245,96 +244,100 @@ class _Outline:
     def __getitem__(self, index: Any) -> torch.Tensor:
         import torch
 
-        self._tell(index)
+        self._note(index)
         shape, dtype = tensors.shape_and_dtype(self._layout, self._i)
-        given: torch.Tensor = torch.empty(shape, dtype=dtype, device="meta")[index]
-        self.given = given
-        return given
+        result: torch.Tensor = torch.empty(shape, dtype=dtype, device="meta")[index]
+        self.last = result
+        return result
 
 
-class _Source(_Outline):
-    """Stands for a slice, gives what it gives, and leaves reading ahead to a `_Reading`."""
+class _MapSlice(_MetaSlice):
+    """A slice of a mapped file's tensor that returns its views; `_FileReadAhead` reads ahead."""
 
-    def __init__(self, opened: HostFile, i: int, reading: _Reading) -> None:
-        super().__init__(opened, i, functools.partial(reading.note, i))
-        self._opened, self._ahead = opened, not reading.worth_it
+    def __init__(self, opened: HostFile, i: int, ahead: _FileReadAhead) -> None:
+        super().__init__(opened, i, functools.partial(ahead.note, i))
+        self._opened, self._ahead = opened, not ahead.cold
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        self._tell(index)
+        self._note(index)
         with self._opened.account:
             return self._opened.part(self._i, index, ahead=self._ahead)
 
 
 class Cut(NamedTuple):
-    """What a shard takes of a tensor.
+    """The part of a tensor that a shard takes.
 
     Attributes:
-        indices: all that it takes, in turn.
-        piece: start and stop in each dimension, where all of it is one index with elements;
-            None for steps, several pieces, or nothing.
-        outline: the shard without bytes, with the strides of a view; None as above.
+        indices: into the tensor, in the order in which they are used.
+        box: start and stop in each dimension, where the shard is one index with elements; None
+            for steps, several indices, or an empty shard.
+        meta: the shard as a meta tensor, with the strides of a view; None where ``box`` is.
     """
 
     indices: list[Any]
-    piece: list[tuple[int, int]] | None
-    outline: torch.Tensor | None
+    box: list[tuple[int, int]] | None
+    meta: torch.Tensor | None
 
 
 def cut_of(opened: OpenedFile, i: int, sharding_op: Any, tensor_idx: int | None) -> Cut | None:
-    """What this rank's shard takes of a tensor; None where cutting it raises."""
+    """The part of a tensor that this rank's shard takes; None where cutting it raises."""
     indices: list[Any] = []
-    outline = _Outline(opened, i, indices.append)
+    meta = _MetaSlice(opened, i, indices.append)
     try:
-        shard = sharding_op.shard_tensor(outline, tensor_idx=tensor_idx, device="meta")
-    except Exception:  # theirs to raise
+        shard = sharding_op.shard_tensor(meta, tensor_idx=tensor_idx, device="meta")
+    except Exception:  # transformers then raises it itself
         return None
-    if len(indices) == 1 and shard is outline.given:
-        piece = _piece(indices[0], opened.layout.shape(i))
-        if piece is not None:
-            return Cut(indices, piece, shard)
+    if len(indices) == 1 and shard is meta.last:
+        box = _box(indices[0], opened.layout.shape(i))
+        if box is not None:
+            return Cut(indices, box, shard)
     return Cut(indices, None, None)
 
 
-def _piece(index: Any, shape: list[int]) -> list[tuple[int, int]] | None:
-    """Start and stop in each dimension of what an index of slices without steps takes."""
-    parts = index if isinstance(index, tuple) else () if index is Ellipsis else (index,)
-    if len(parts) > len(shape) or any(type(part) is not slice for part in parts):
+def _box(index: Any, shape: list[int]) -> list[tuple[int, int]] | None:
+    """Start and stop in each dimension of an index of slices without steps; else None."""
+    slices = index if isinstance(index, tuple) else () if index is Ellipsis else (index,)
+    if len(slices) > len(shape) or any(type(one) is not slice for one in slices):
         return None
-    parts = (*parts, *[slice(None)] * (len(shape) - len(parts)))
-    cuts = [part.indices(length) for part, length in zip(parts, shape, strict=True)]
+    slices = (*slices, *[slice(None)] * (len(shape) - len(slices)))
+    cuts = [one.indices(length) for one, length in zip(slices, shape, strict=True)]
     if any(step != 1 or start >= stop for start, stop, step in cuts):
         return None
     return [(start, stop) for start, stop, _ in cuts]
 
 
 def rows_of(cut: Cut, shape: list[int]) -> tuple[int, int] | None:
-    """The first row and the one behind the last, where a shard of a tensor is complete rows."""
-    if not cut.piece or cut.piece[1:] != [(0, length) for length in shape[1:]]:
+    """First row, and the row after the last, where a shard is complete rows; else None."""
+    if not cut.box or cut.box[1:] != [(0, length) for length in shape[1:]]:
         return None
-    return cut.piece[0]
+    return cut.box[0]
 
 
-def _picks(outline: torch.Tensor | None) -> bool:
-    """Whether a view has gaps, and runs that are long enough.
+def _has_long_runs(meta: torch.Tensor | None) -> bool:
+    """Whether a view has gaps, and runs that are long enough to copy one by one.
 
-    Without gaps, but not complete rows, it is such as [1, n] of [1, 2 * n], and ``.to`` keeps its
-    strides of (2 * n, 1). Of a view with gaps the copy has the strides of a new tensor.
+    A view without gaps that is not complete rows, such as [1, n] of [1, 2 * n], is left out: its
+    copy by ``.to`` keeps the strides (2 * n, 1). The copy of a view with gaps has the strides of a
+    new tensor.
     """
-    return outline is not None and not outline.is_contiguous() and run_bytes(outline) >= RUN
+    return meta is not None and not meta.is_contiguous() and run_bytes(meta) >= RUN
 
 
 def _is_mapped(opened: OpenedFile) -> TypeGuard[HostFile]:
-    """Whether shards may be views of a file's map; with ``verify``, slices themselves compare."""
+    """Whether shards may be views of a file's map. With ``verify``, slices compare themselves."""
     return isinstance(opened, HostFile) and opened.mapped and not opened.config.verify
 
 
 def _is_view(sharding_op: Any) -> bool:
-    """Whether a shard is one piece of the tensor, and not several that are copied together."""
+    """Whether a shard is one box of the tensor, and not several that are copied together."""
     return all(one.is_shard() or not hasattr(one, "dim") for one in sharding_op.placements)
 
 
 def _turn_in(mesh: Any) -> tuple[int, int]:
-    """Which of how many ranks we are that load on this node, as far as the launcher said so."""
+    """This rank's number among the mesh's ranks on this node, and how many these are.
+
+    The launcher's environment says which ranks are on this node; without it, all of the mesh are.
+    """
     import torch.distributed as dist
 
     rank, local = dist.get_rank(), local_ranks()

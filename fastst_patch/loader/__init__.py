@@ -1,10 +1,11 @@
 """The explicit loader: many files, one process or a group of them, fastsafetensors' interface.
 
-    arguments -> files_loader, mapping -> buffer -> local -> walk -> entries, stockfile
+    parallel -> files_loader, mapping -> buffer, local_files -> prefetch, headers -> stock_file
 
-`SafeTensorsFileLoader` names files and reads their headers (`entries`). Its
-``copy_files_to_device`` gives a `FilesBufferOnDevice` (`buffer`), which hands out tensors of
-`local` files or of a group's (`fastst_patch.sharding`). `walk` reads ahead of what is asked for.
+`SafeTensorsFileLoader` (`files_loader`) takes names of files and reads their headers (`headers`).
+Its ``copy_files_to_device`` returns a `FilesBufferOnDevice` (`buffer`). The buffer hands out
+tensors of one process (`local_files`, which reads ahead by `prefetch`) or of a group
+(`fastst_patch.sharding`). `arguments` checks what callers pass.
 """
 
 from __future__ import annotations

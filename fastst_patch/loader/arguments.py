@@ -1,6 +1,7 @@
-"""What callers of fastsafetensors pass, and which of our options that means.
+"""Arguments of fastsafetensors' interface, checked and translated to our options.
 
-An argument left at fastsafetensors' default leaves ours alone: its defaults fit another engine.
+An argument at fastsafetensors' default does not change our option: those defaults suit another
+engine.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ DEFAULT_THREADS = 16
 DEFAULT_COPY_BLOCK = 16 * 1024**3
 
 _FRAMEWORKS = ("pt", "pytorch", "torch")
-_LEFT_OUT = ("fallback", "log_level")  # of the process, not of one loader
+_PROCESS_OPTIONS = ("fallback", "log_level")  # a loader cannot set these
 
 
 class Settings:
@@ -46,10 +47,10 @@ class Settings:
 
     Attributes:
         device: where tensors go, as torch names it; a CUDA device with its number.
-        target: the same for the engine; None for the CPU, and where stock has to do it.
-        fallback: why stock has to do it.
+        target: the same device for the engine; None for the CPU, and where stock must load.
+        fallback: why stock must load; None where it need not.
         config: options for the files.
-        note: what was asked for and cannot be had.
+        note: for reports: why a requested feature is not used.
     """
 
     def __init__(
@@ -87,7 +88,9 @@ class Settings:
         if self.target is not None:
             self.device = self.target.name
             return
-        _try_device(named)  # raises what torch says of a device that is not there
+        import torch
+
+        torch.empty(0, device=named)  # raises torch's error where there is no such device
 
     def _config(
         self,
@@ -106,11 +109,11 @@ class Settings:
             chosen["threads"] = min(threads, 64)
         wants_gds = boolean("use_fgds", use_fgds) | (not boolean("nogds", nogds))
         for name in options:
-            if name in _LEFT_OUT or name not in Config.__dataclass_fields__:
-                allowed = [k for k in Config.__dataclass_fields__ if k not in _LEFT_OUT]
+            if name in _PROCESS_OPTIONS or name not in Config.__dataclass_fields__:
+                allowed = [k for k in Config.__dataclass_fields__ if k not in _PROCESS_OPTIONS]
                 raise TypeError(
-                    f"unexpected keyword argument {name!r}: besides fastsafetensors' arguments"
-                    f" the options {', '.join(allowed)} are taken"
+                    f"unexpected keyword argument {name!r}: allowed are fastsafetensors' arguments"
+                    f" and the options {', '.join(allowed)}"
                 )
         base = current()
         if wants_gds and self.target is not None and "io" not in options and base.io == "auto":
@@ -118,13 +121,13 @@ class Settings:
             if obstacle is None:
                 chosen["io"] = "gds"
             else:
-                self.note = f"GDS was asked for (nogds=False) and cannot be used: {obstacle}"
+                self.note = f"GDS was requested (nogds=False) and cannot be used: {obstacle}"
                 _log.debug("%s", self.note)
         return with_options(base, {**chosen, **options})
 
 
 def with_copy_block(config: Config, max_copy_block_size: object) -> Config:
-    """The options for copies of at most so many bytes each."""
+    """The options, with ``chunk_bytes`` bounded by ``max_copy_block_size``."""
     block = _positive("max_copy_block_size", max_copy_block_size)
     if block >= config.chunk_bytes:
         return config
@@ -142,18 +145,18 @@ def _positive(name: str, value: object) -> int:
 
 
 def boolean(name: str, value: object) -> bool:
-    """A flag. OptionError on anything but True and False."""
+    """Check a flag. Raises OptionError unless it is True or False."""
     if not isinstance(value, bool):
         raise OptionError(f"{name}={value!r}: allowed are True and False")
     return value
 
 
 def device_named(device: object) -> torch.device:
-    """A device given as text, number, torch.device, or fastsafetensors' Device; None is the CPU.
+    """The torch.device of a text, number, torch.device or fastsafetensors' Device; None: the CPU.
 
     Raises:
         RuntimeError: torch knows no such device.
-        TypeError: it is none of these.
+        TypeError: the argument is of another type.
     """
     as_str = getattr(device, "as_str", None)
     if callable(as_str):
@@ -168,50 +171,44 @@ def device_named(device: object) -> torch.device:
     return parse_device(device)
 
 
-def _try_device(named: torch.device) -> None:
-    import torch
-
-    torch.empty(0, device=named)
-
-
 def filter_or_none(keep: object, name: str = "tensor_filter") -> Any:
-    """A function of names. TypeError on what cannot be called."""
+    """Check a function of names. Raises TypeError where it cannot be called."""
     if keep is not None and not callable(keep):
         raise TypeError(f"{name}={keep!r}: give a function of a name, or None")
     return keep
 
 
 def path_list(paths: object, what: str) -> list[str]:
-    """Paths as str. TypeError on anything but a sequence of str and PathLike."""
+    """Paths as str. Raises TypeError unless they are a sequence of str and PathLike."""
     if isinstance(paths, (str, bytes, os.PathLike)) or not isinstance(paths, Sequence):
-        raise TypeError(f"{what}: a list of paths is wanted, not {paths!r}")
+        raise TypeError(f"{what}: expected a list of paths, not {paths!r}")
     return [one_path(path, what) for path in paths]
 
 
 def one_path(path: object, what: str) -> str:
-    """A path as str. TypeError on anything but str and PathLike."""
+    """A path as str. Raises TypeError unless it is str or PathLike."""
     found = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if not isinstance(found, str):
-        raise TypeError(f"{what}: a path is wanted, not {path!r}")
+        raise TypeError(f"{what}: expected a path, not {path!r}")
     return found
 
 
 def rank_files(filenames: object, size: int) -> dict[int, list[str]]:
-    """Files by rank, checked.
+    """Check files by rank, in a group of ``size`` ranks.
 
     Raises:
-        TypeError: it is no mapping of ranks to lists of paths.
+        TypeError: they are no mapping of ranks to lists of paths.
         ValueError: a rank is not in the group.
     """
     if not isinstance(filenames, Mapping):
         raise TypeError(
-            f"add_filenames: a dict of ranks and their files is wanted, such as {{0: [path]}},"
+            f"add_filenames: expected a dict of ranks and their files, such as {{0: [path]}},"
             f" not {filenames!r}"
         )
     result: dict[int, list[str]] = {}
     for rank, paths in filenames.items():
         if isinstance(rank, bool) or not isinstance(rank, int):
-            raise TypeError(f"add_filenames: rank {rank!r} is no whole number")
+            raise TypeError(f"add_filenames: rank {rank!r} is not an integer")
         if not 0 <= rank < size:
             raise ValueError(
                 f"add_filenames: rank {rank} is not in the group, whose size is {size}"

@@ -1,4 +1,4 @@
-"""Files whose tensors are on their way to a device: what ``copy_files_to_device`` returns."""
+"""`FilesBufferOnDevice`, which ``copy_files_to_device`` returns: it hands out tensors by name."""
 
 from __future__ import annotations
 
@@ -18,39 +18,41 @@ __all__ = ["Files", "FilesBufferOnDevice"]
 
 
 class Files(Protocol):
-    """Where a buffer gets tensors from: this process alone, or a group that shares the reading.
+    """The files that a buffer takes tensors from: `LocalFiles`, or a group's `ShardedFiles`.
 
-    `LocalFiles` and `sharding.ShardedFiles`. Of whole numbers the latter casts none.
+    `ShardedFiles` casts floating tensors only.
     """
 
     def take(self, name: str, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """This rank's shard along a dimension; all of it for -1."""
+        """This rank's shard along a dimension; the whole tensor for -1."""
 
     def push(
         self, name: str, dst_rank: int, dtype: torch.dtype | None = None
     ) -> torch.Tensor | None:
-        """The tensor on one rank, None on the others."""
+        """The whole tensor on one rank, None on the others."""
 
     def refuse(self, name: str, error: Exception) -> NoReturn:
-        """Raise an error of arguments; in a group also on the ranks that wait for this one."""
+        """Raise an error of arguments, in a group also on the ranks that wait for this one."""
 
     def close(self) -> None:
-        """Let go of everything not handed out."""
+        """Let go of the files and of tensors that were not handed out."""
 
 
 class FilesBufferOnDevice:
     """Tensors of files, read ahead in the background and handed out by name.
 
-    Made by `SafeTensorsFileLoader.copy_files_to_device`. A tensor is waited for when it is asked
-    for, and only its own bytes are. Tensors own their memory: they stay valid after `close`,
-    which frees what was not handed out. In a group every rank calls the same methods in the same
-    order, as with fastsafetensors. Never closed, it goes with its last reference.
+    Made by `SafeTensorsFileLoader.copy_files_to_device`. A request for a tensor waits for the
+    tensor's own bytes only. Tensors own their memory and stay valid after `close`, which frees
+    those that were not handed out. In a group, all ranks call the same methods in the same order,
+    as with fastsafetensors. In one process, a buffer that is never closed is freed with its last
+    reference.
 
-    A name may be asked for twice: to the CPU both tensors share memory (they are views of one
-    private map), to a device the second is read anew, unless ``disable_cache=False``.
+    A name may be requested twice. On the CPU both tensors share memory, because they are views of
+    one private map. On a device the second is read again, unless ``disable_cache=False``.
 
     Attributes:
-        key_to_rank_lidx: each name's rank, and the number of its file among that rank's.
+        key_to_rank_lidx: for each name, the rank of its file, and the file's number among that
+            rank's files.
     """
 
     def __init__(
@@ -59,26 +61,26 @@ class FilesBufferOnDevice:
         places: Mapping[str, tuple[int, int]],
         describe: Callable[[str], tuple[str, list[int]]],
         *,
-        group: tuple[int, int],
+        size: int,
         dtype: torch.dtype | None,
         cached: bool,
     ) -> None:
         self._files: Files | None = files
         self.key_to_rank_lidx: dict[str, tuple[int, int]] = dict(places)
         self._describe = describe
-        self._rank, self._size = group
+        self._size = size  # of the group
         self._dtype = dtype
         self._cache: dict[tuple[str, int], torch.Tensor] | None = {} if cached else None
 
-    # ---- what is there ----
+    # ---- names and shapes ----
 
     def get_filename(self, tensor_name: str) -> str:
-        """Path of the file that has a tensor, as it was given. ValueError for none."""
+        """Path, as it was given, of the file with a tensor. Raises ValueError if no file has it."""
         self._check(tensor_name)
         return self._describe(tensor_name)[0]
 
     def get_shape(self, tensor_name: str) -> list[int]:
-        """Shape of a tensor, as the header has it. ValueError for none."""
+        """Shape of a tensor, as in the header. Raises ValueError if no file has it."""
         self._check(tensor_name)
         return self._describe(tensor_name)[1]
 
@@ -91,8 +93,8 @@ class FilesBufferOnDevice:
 
         Args:
             tensor_name: its name.
-            device: where to move it afterwards; None leaves it where it was loaded to.
-            dtype: to convert it to, on the device it was loaded to; None leaves the loader's.
+            device: to move it to after loading; None: the loader's device.
+            dtype: to convert it to, on the loader's device; None: the loader's dtype.
 
         Raises:
             ValueError: there is no such tensor, or the buffer is closed.
@@ -104,11 +106,11 @@ class FilesBufferOnDevice:
     def get_sharded(
         self, tensor_name: str, dim: int, device: object = None, dtype: object = None
     ) -> torch.Tensor:
-        """This rank's part of a tensor, split as `torch.chunk` splits; all of it for ``dim`` -1.
+        """This rank's shard of a tensor, split as `torch.chunk` splits; all of it for ``dim`` -1.
 
-        A process on its own gets all of it, whatever ``dim`` is, as from fastsafetensors.
+        A process without a group gets the whole tensor for any ``dim``, as from fastsafetensors.
 
-        Raises as `get_tensor`, and in a group IndexError when it has no such dimension.
+        Raises as `get_tensor`, and in a group IndexError when the tensor has no such dimension.
         """
         files = self._open()
         with self._refusing(tensor_name):
@@ -148,9 +150,9 @@ class FilesBufferOnDevice:
     def get_multi_cols(
         self, tensor_names: list[str], dim: int, device: object = None, dtype: object = None
     ) -> WrappedTensor:
-        """This rank's parts of several tensors, one behind another along a dimension.
+        """This rank's shards of several tensors, concatenated along a dimension.
 
-        In the order of ``tensor_names``, also when they are in several files.
+        They are in the order of ``tensor_names``, also when they are in several files.
 
         Raises as `get_sharded`, and ValueError when their other dimensions or dtypes differ.
         """
@@ -165,11 +167,11 @@ class FilesBufferOnDevice:
                 shapes[name] = self._describe(name)[1]
             along = _same_but_along(shapes, dim)
             wanted = dtype_wanted(dtype)
-        parts = [self.get_sharded(name, along, None, wanted) for name in names]
-        if len({part.dtype for part in parts}) > 1:
-            found = ", ".join(f"{n!r} {p.dtype}" for n, p in zip(names, parts, strict=True))
+        shards = [self.get_sharded(name, along, None, wanted) for name in names]
+        if len({shard.dtype for shard in shards}) > 1:
+            found = ", ".join(f"{n!r} {s.dtype}" for n, s in zip(names, shards, strict=True))
             raise ValueError(f"get_multi_cols: the dtypes differ: {found}; give one with dtype=")
-        return WrappedTensor(moved(_concatenated(parts, along), device, None))
+        return WrappedTensor(moved(_concatenated(shards, along), device, None))
 
     def push_tensor(
         self, tensor_name: str, dst_rank: int, device: object = None, dtype: object = None
@@ -179,7 +181,7 @@ class FilesBufferOnDevice:
         with self._refusing(tensor_name):
             self._check(tensor_name)
             if isinstance(dst_rank, bool) or not isinstance(dst_rank, int):
-                raise TypeError(f"push_tensor: dst_rank={dst_rank!r} is no whole number")
+                raise TypeError(f"push_tensor: dst_rank={dst_rank!r} is not an integer")
             if not 0 <= dst_rank < self._size:
                 raise ValueError(
                     f"push_tensor: rank {dst_rank} is not in the group, whose size is {self._size}"
@@ -199,10 +201,10 @@ class FilesBufferOnDevice:
         for name in tensor_names:
             yield name, self.get_tensor(name)
 
-    # ---- the end ----
+    # ---- closing ----
 
     def close(self) -> None:
-        """Let go of what was not handed out. Tensors handed out stay valid. May be repeated."""
+        """Free tensors that were not handed out. The others stay valid. May be repeated."""
         files, self._files = self._files, None
         self._cache = None if self._cache is None else {}
         if files is not None:
@@ -215,7 +217,7 @@ class FilesBufferOnDevice:
         self.close()
 
     def __del__(self, _at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
-        # A group's close may be collective: only what is ours alone is closed by itself.
+        # Closing in a group may be collective, so only a single process closes by itself.
         if not _at_exit() and getattr(self, "_size", 0) == 1:
             self.close()
 
@@ -227,18 +229,19 @@ class FilesBufferOnDevice:
     def _check(self, name: str) -> None:
         self._open()
         if name not in self.key_to_rank_lidx:
-            raise ValueError(_unknown(name, self.key_to_rank_lidx))
+            raise ValueError(unknown_key(name, self.key_to_rank_lidx))
 
     @contextlib.contextmanager
     def _refusing(self, name: str) -> Iterator[None]:
-        """What is wrong with the arguments here, ranks that wait for this one are told."""
+        """Raise an error of arguments in the block also on ranks that wait for this one."""
         try:
             yield
         except Exception as error:
             self._open().refuse(name, error)
 
 
-def _unknown(name: object, known: Mapping[str, Any]) -> str:
+def unknown_key(name: object, known: Mapping[str, Any]) -> str:
+    """Text of the error for a name that no file has, with the most similar known name."""
     text = f"key {name} was not found in files"
     if isinstance(name, str):
         near = difflib.get_close_matches(name, list(known)[:10_000], 1)
@@ -249,11 +252,11 @@ def _unknown(name: object, known: Mapping[str, Any]) -> str:
 
 def _check_dim(dim: object) -> None:
     if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim={dim!r} is no whole number")
+        raise TypeError(f"dim={dim!r} is not an integer")
 
 
 def _same_but_along(shapes: Mapping[str, list[int]], dim: int) -> int:
-    """The dimension counted from the front, of tensors that differ in no other."""
+    """The dimension, counted from the front; raises where the tensors differ in another one."""
     first, *rest = shapes
     ndim = len(shapes[first])
     along = dim + ndim if dim < 0 else dim
@@ -271,13 +274,13 @@ def _same_but_along(shapes: Mapping[str, list[int]], dim: int) -> int:
     return along
 
 
-def _concatenated(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+def _concatenated(shards: list[torch.Tensor], dim: int) -> torch.Tensor:
     import torch
 
-    if len(parts) == 1:
-        return parts[0]
-    dtype = parts[0].dtype
-    if dtype.itemsize == 1 and dtype.is_floating_point:  # torch moves few of these
-        raw = torch.cat([part.view(torch.uint8) for part in parts], dim=dim)
+    if len(shards) == 1:
+        return shards[0]
+    dtype = shards[0].dtype
+    if dtype.itemsize == 1 and dtype.is_floating_point:  # torch.cat takes few of these
+        raw = torch.cat([shard.view(torch.uint8) for shard in shards], dim=dim)
         return raw.view(dtype)
-    return torch.cat(parts, dim=dim)
+    return torch.cat(shards, dim=dim)

@@ -15,9 +15,9 @@ __all__ = ["WrappedTensor"]
 
 
 class WrappedTensor:
-    """A torch tensor in fastsafetensors' wrapper: `get_raw` gives it.
+    """A torch tensor in fastsafetensors' wrapper; `get_raw` returns the tensor.
 
-    What it lacks is looked up on the tensor, and torch's functions take it as that tensor.
+    Other attributes are the tensor's own, and torch's functions accept the wrapper.
 
     Attributes:
         real_tensor: the tensor.
@@ -33,7 +33,7 @@ class WrappedTensor:
         return self.real_tensor
 
     def get_shape(self) -> list[int]:
-        """Its shape; of packed 4-bit numbers the number of them, not of bytes."""
+        """Its shape; for packed 4-bit dtypes, of numbers and not of bytes."""
         return header_shape(self.real_tensor.shape, self.real_tensor.dtype)
 
     def get_nbytes(self) -> int:
@@ -41,7 +41,7 @@ class WrappedTensor:
         return self.real_tensor.nbytes
 
     def to(self, device: object = None, dtype: object = None) -> WrappedTensor:
-        """It on another device or in another dtype; None leaves each as it is."""
+        """The tensor on another device or in another dtype; None keeps each."""
         return WrappedTensor(moved(self.real_tensor, device, dtype_wanted(dtype)))
 
     def clone(self) -> WrappedTensor:
@@ -49,20 +49,20 @@ class WrappedTensor:
         return WrappedTensor(self.real_tensor.clone())
 
     def detach(self) -> WrappedTensor:
-        """It without its history."""
+        """The tensor without its autograd history."""
         return WrappedTensor(self.real_tensor.detach())
 
     def contiguous(self) -> WrappedTensor:
-        """It in contiguous memory."""
+        """The tensor in contiguous memory."""
         return WrappedTensor(self.real_tensor.contiguous())
 
     def view(self, dtype: object) -> WrappedTensor:
-        """Its bytes seen as another dtype."""
+        """Its bytes as another dtype."""
         wanted = dtype_wanted(dtype)
         return self if wanted is None else WrappedTensor(self.real_tensor.view(wanted))
 
     def reshape(self, shape: list[int]) -> WrappedTensor:
-        """It in another shape."""
+        """The tensor in another shape."""
         return WrappedTensor(self.real_tensor.reshape(shape))
 
     def __getitem__(self, index: Any) -> WrappedTensor:
@@ -78,7 +78,7 @@ class WrappedTensor:
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Torch's functions see the tensors inside."""
+        """Call torch's function with the tensors inside."""
         return function(*_unwrapped(args), **_unwrapped(kwargs or {}))
 
 
@@ -93,7 +93,7 @@ def _unwrapped(found: Any) -> Any:
 
 
 def moved(tensor: torch.Tensor, device: object, dtype: torch.dtype | None) -> torch.Tensor:
-    """A tensor on another device, or in another dtype, cast where the bytes fewer are."""
+    """A tensor on another device, or in another dtype; None keeps each."""
     if device is None:
         return tensor if dtype is None else tensor.to(dtype)
     named = device_named(device)

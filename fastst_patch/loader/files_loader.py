@@ -1,4 +1,4 @@
-"""The loader that callers of fastsafetensors know, and its context manager for a list of files."""
+"""fastsafetensors' loader, and its context manager for a list of files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .. import sharding
 from ..config import Config, pop, push
 from ..dtypes import header_shape
+from ..sharding.opening import in_turns
 from ..tensors import dtype_wanted
 from .arguments import (
     DEFAULT_BOUNCE_KB,
@@ -38,49 +39,50 @@ __all__ = ["SafeTensorsFileLoader", "fastsafe_open", "group_size"]
 _log = logging.getLogger("fastst_patch")
 
 
-def group_size(pg: Any) -> tuple[int, int]:
-    """Rank and size of a process group; (0, 1) for None.
+def group_size(pg: Any) -> int:
+    """Size of a process group; 1 for None.
 
     Raises:
-        TypeError: it is no group.
+        TypeError: ``pg`` is no group.
     """
     if pg is None:
-        return 0, 1
-    rank, size = getattr(pg, "rank", None), getattr(pg, "size", None)
-    if not callable(rank) or not callable(size):
+        return 1
+    size = getattr(pg, "size", None)
+    if not callable(getattr(pg, "rank", None)) or not callable(size):
         raise TypeError(
             f"pg={pg!r}: allowed are None, SingleGroup() and a torch.distributed.ProcessGroup"
         )
-    return int(rank()), int(size())
+    return int(size())
 
 
 class SafeTensorsFileLoader:
     """Loads tensors of many files, as fastsafetensors' class of that name does.
 
-    Arguments are fastsafetensors'. Those left at their defaults leave our options alone:
+    Arguments are fastsafetensors'. Those at their defaults do not change our options:
 
     Args:
         pg: process group; None or `SingleGroup` for a process on its own.
         device: where tensors go; without a number the current device, whatever the rank.
         bbuf_size_kb: ``chunk_bytes``, from 64 KiB to 64 MiB.
         max_threads: ``threads``, up to 64.
-        nogds: False asks for GPU Direct Storage (``io="gds"``). Where it cannot work, or where
-            the option ``io`` says something else, bytes go through pinned memory; the report
-            says why. True never asks for it.
-        set_numa: no longer matters: the threads of the caller are left alone.
-        disable_cache: False keeps what a buffer has handed out, on the device, and gives copies;
-            the same on all ranks, since what is kept is not exchanged again.
-        debug_log: the logger ``fastst_patch`` tells details on stderr until `close`.
+        nogds: False requests GPU Direct Storage (``io="gds"``). Where it cannot work, or where the
+            option ``io`` has another value, bytes go through pinned memory, and the report says
+            why. True does not request it.
+        set_numa: has no effect: the caller's threads are not moved.
+        disable_cache: False keeps each tensor that a buffer has handed out, on the device, and
+            hands out copies. It must be the same on all ranks, because kept tensors are not
+            exchanged again.
+        debug_log: log details of ``fastst_patch`` on stderr until `close`.
         framework: ``pt``, ``pytorch`` or ``torch``.
-        use_fgds: asks for GPU Direct Storage, too.
-        **options: options of ours for these files, such as ``io`` or ``device_memory_budget``.
+        use_fgds: requests GPU Direct Storage, too.
+        **options: our options for these files, such as ``io`` or ``device_memory_budget``.
 
     Raises:
         OptionError: a value is not allowed (a ValueError).
         TypeError: an argument is unknown or of a wrong type.
         RuntimeError, AssertionError: torch has no such device.
-        RankError: in a group, instead of these, where ranks are not all wrong in the same way: of
-            the ranks whose arguments are right, when they name files.
+        RankError: in a group, instead of these, where the ranks' errors differ. Ranks whose
+            arguments are right raise it when they add files.
     """
 
     def __init__(  # noqa: PLR0917 - the order is fastsafetensors'
@@ -104,10 +106,10 @@ class SafeTensorsFileLoader:
         self._files: dict[int, list[str]] = {}
         self._entries: dict[str, Entry] = {}
         self._names: dict[str, Entry] = {}
-        self._shared: sharding.ShardedFiles | None = None  # of a group
-        self._lent = False  # a buffer closes them
+        self._sharded: sharding.ShardedFiles | None = None  # of a group
+        self._buffer_closes = False  # a buffer uses `_sharded`, and closes it
         self.pg = pg
-        self._rank, self._size = group_size(pg)
+        self._size = group_size(pg)
         try:
             boolean("set_numa", set_numa)
             self._cached = not boolean("disable_cache", disable_cache)
@@ -123,7 +125,7 @@ class SafeTensorsFileLoader:
             )
         except Exception as error:
             if self._size > 1:
-                _refuse(pg, error)  # the others hear it when they name files
+                _refuse(pg, error)  # the others receive it when they add files
             raise
         if debug:
             self._log_token = push({"log_level": "debug"})
@@ -131,15 +133,15 @@ class SafeTensorsFileLoader:
     # ---- files ----
 
     def add_filenames(self, filenames: Mapping[int, list[str]]) -> None:
-        """Name files, by the rank that reads them. Their headers are read, and nothing else.
+        """Add files, by the rank that reads them. Only their headers are read.
 
-        In a group every rank names the same files, and headers are compared over the ranks.
+        In a group, all ranks add the same files, and the headers are compared.
 
         Raises:
             ValueError: a rank is not in the group, or the loader is closed.
-            TypeError: it is no dict of ranks and paths.
+            TypeError: ``filenames`` is no dict of ranks and paths.
             OSError, SafetensorError: a file cannot be opened, or its header is wrong; the message
-                names the file. None of these files was added then.
+                names the file. None of these files is added then.
         """
         try:
             self._check()
@@ -149,49 +151,50 @@ class SafeTensorsFileLoader:
                 _refuse(self.pg, error)
             raise
         if self._size > 1:
-            self._add_shared(added)
+            self._add_sharded(added)
             return
-        wanted = _in_turns(added)
-        for entry in open_entries(wanted, self._settings):
+        for entry in open_entries(in_turns(added), self._settings):
             self._entries[entry.path] = entry
             self._names.update(dict.fromkeys(entry.layout.names, entry))
         for rank, paths in added.items():
             self._files.setdefault(rank, []).extend(paths)
         _log.debug("%s: %d files, %d tensors", self._call, len(self._entries), len(self._names))
 
-    def _add_shared(self, added: dict[int, list[str]]) -> None:
+    def _add_sharded(self, added: dict[int, list[str]]) -> None:
         files = {rank: list(paths) for rank, paths in self._files.items()}
         for rank, paths in added.items():
             files.setdefault(rank, []).extend(paths)
-        shared = self._share(files, self._settings.config)
-        self._let_go()
-        self._files, self._shared = files, shared
+        sharded = self._open_sharded(files, self._settings.config)
+        self._close_sharded()
+        self._files, self._sharded = files, sharded
 
-    def _share(self, files: Mapping[int, list[str]], config: Config) -> sharding.ShardedFiles:
+    def _open_sharded(
+        self, files: Mapping[int, list[str]], config: Config
+    ) -> sharding.ShardedFiles:
         group, device = sharding.Group.of(self.pg), self._settings.device
         return sharding.ShardedFiles(files, group, device, config, call=self._call)
 
-    def _let_go(self) -> None:
-        shared, self._shared = self._shared, None
-        if shared is not None and not self._lent:
-            shared.close()
-        self._lent = False
+    def _close_sharded(self) -> None:
+        sharded, self._sharded = self._sharded, None
+        if sharded is not None and not self._buffer_closes:
+            sharded.close()
+        self._buffer_closes = False
 
     def set_tensor_filter(self, keep_tensor: Callable[[str], bool] | None) -> None:
-        """Load only tensors whose name it is True for; None loads all.
+        """Load only tensors for whose name ``keep_tensor`` is True; None loads all.
 
-        The others are not read, `get_keys` omits them, and asking for them is a ValueError.
+        The others are not read, `get_keys` omits them, and requesting them raises ValueError.
         """
         self._filter = filter_or_none(keep_tensor)
 
     def get_keys(self) -> list[str]:
         """Names of all tensors, in the order of the files, in offset order."""
-        names = self._names if self._shared is None else self._shared.names
+        names = self._names if self._sharded is None else self._sharded.names
         keep = self._filter
         return list(names) if keep is None else [name for name in names if keep(name)]
 
     def get_shape(self, tensor_name: str) -> list[int]:
-        """Shape of a tensor, as the header has it.
+        """Shape of a tensor, as in the header.
 
         Raises:
             KeyError: no file has it.
@@ -200,17 +203,17 @@ class SafeTensorsFileLoader:
         if self._filter is not None and not self._filter(tensor_name):
             raise ValueError(f"get_shape: key {tensor_name} is filtered out")
         if self._size > 1:
-            if self._shared is None:
+            if self._sharded is None:
                 raise KeyError(tensor_name)
-            return _description(self._shared, tensor_name)[1]
+            return _path_and_shape(self._sharded, tensor_name)[1]
         layout = self._names[tensor_name].layout
         return layout.shape(layout.index[tensor_name])
 
     def _metadata(self) -> dict[str, dict[str, str]]:
-        """The free-form metadata of each file; empty for a file that has none."""
+        """The free-form metadata of each file; empty for a file without."""
         found: Mapping[str, Mapping[str, str] | None]
-        if self._shared is not None:
-            found = {source.path: source.metadata() for source in self._shared.sources}
+        if self._sharded is not None:
+            found = {source.path: source.metadata() for source in self._sharded.sources}
         else:
             found = {path: entry.layout.metadata for path, entry in self._entries.items()}
         return {path: dict(metadata or {}) for path, metadata in found.items()}
@@ -229,16 +232,16 @@ class SafeTensorsFileLoader:
 
         Args:
             dtype: to convert every tensor to, on the device, smaller or larger; None or
-                ``"AUTO"`` leaves each as it is in the file.
-            use_buf_register: no longer matters: what cuFile needs registered is.
-            max_copy_block_size: ``chunk_bytes``, where that is larger.
-            allow_inflight: no longer matters: tensors are always handed out one by one.
-            borrowed_tensors: no longer matters: tensors always own their memory. True is refused
-                in groups, as fastsafetensors does.
+                ``"AUTO"``: the dtype in the file.
+            use_buf_register: has no effect: buffers that cuFile needs are always registered.
+            max_copy_block_size: bounds ``chunk_bytes``.
+            allow_inflight: has no effect: tensors are always handed out one by one.
+            borrowed_tensors: has no effect: tensors always own their memory. True is refused in
+                groups, as by fastsafetensors.
 
         Returns:
-            The tensors. Reading runs ahead within ``device_memory_budget``, to the CPU by 128
-            MiB of the page cache.
+            The tensors. Reads run ahead within ``device_memory_budget``; to the CPU, by 128 MiB of
+            the page cache.
 
         Raises:
             FaststError: a name occurs in two of the files.
@@ -253,7 +256,7 @@ class SafeTensorsFileLoader:
         wanted = dtype_wanted(dtype)
         config = with_copy_block(self._settings.config, max_copy_block_size)
         if self._size > 1:
-            return self._copy_shared(wanted, config)
+            return self._copy_sharded(wanted, config)
         entries = list(self._entries.values())
         files = LocalFiles(self._call, entries, self._settings, config, keep=self._filter)
         if config.progress:
@@ -268,54 +271,54 @@ class SafeTensorsFileLoader:
             return files.where(name)[0], files.shape(name)
 
         made = FilesBufferOnDevice(
-            files, places, describe, group=(0, 1), dtype=wanted, cached=self._cached
+            files, places, describe, size=1, dtype=wanted, cached=self._cached
         )
         files.begin()
         return made
 
     copy_file_to_device = copy_files_to_device
-    """As fastsafetensors' README spells it."""
+    """The same, as fastsafetensors' README spells it."""
 
-    def _copy_shared(self, wanted: torch.dtype | None, config: Config) -> FilesBufferOnDevice:
-        shared = self._shared
-        if shared is None or self._lent or config != shared.config:
-            shared = self._share(self._files, config)
+    def _copy_sharded(self, wanted: torch.dtype | None, config: Config) -> FilesBufferOnDevice:
+        sharded = self._sharded
+        if sharded is None or self._buffer_closes or config != sharded.config:
+            sharded = self._open_sharded(self._files, config)
         else:
-            self._lent = True
-        shared.read_ahead()
+            self._buffer_closes = True
+        sharded.read_ahead()
         at = {path: (rank, k) for rank, some in self._files.items() for k, path in enumerate(some)}
         keep = self._filter
-        names = [name for name in shared.names if keep is None or keep(name)]
+        names = [name for name in sharded.names if keep is None or keep(name)]
         return FilesBufferOnDevice(
-            shared,
-            {name: at[shared.where(name)[0]] for name in names},
-            functools.partial(_description, shared),
-            group=(self._rank, self._size),
+            sharded,
+            {name: at[sharded.where(name)[0]] for name in names},
+            functools.partial(_path_and_shape, sharded),
+            size=self._size,
             dtype=wanted,
             cached=self._cached,
         )
 
-    # ---- the end ----
+    # ---- closing ----
 
     def reset(self) -> None:
-        """Forget the files. Buffers made of them stay as they are."""
+        """Forget the files. Buffers made of them stay valid."""
         self._files, self._entries, self._names = {}, {}, {}
-        self._let_go()
+        self._close_sharded()
 
     def close(self) -> None:
-        """Forget the files for good; may be repeated. Buffers and tensors stay as they are."""
+        """Forget the files for good; may be repeated. Buffers and tensors stay valid."""
         self._closed = True
         self.reset()
-        self._quiet()
+        self._restore_logging()
 
-    def _quiet(self) -> None:
+    def _restore_logging(self) -> None:
         token, self._log_token = self._log_token, None
         if token is not None:
             pop(token)
 
     def _check(self) -> None:
         if self._closed:
-            raise ValueError("the loader is closed: make another")
+            raise ValueError("the loader is closed: make a new one")
 
     def __enter__(self) -> SafeTensorsFileLoader:
         return self
@@ -325,37 +328,26 @@ class SafeTensorsFileLoader:
 
     def __del__(self, _at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
         if not _at_exit() and getattr(self, "_log_token", None) is not None:
-            self._quiet()
+            self._restore_logging()
 
 
 def _refuse(pg: Any, error: Exception) -> NoReturn:
-    """Raise an error of arguments on all ranks of a group, while the others open files.
+    """Raise an error of arguments on all ranks of a group; the others call this or open files.
 
     Raises:
-        RankError: on all; or the error itself, where all are wrong in the same way.
+        RankError: on all ranks; or ``error`` itself, where all ranks have the same one.
     """
     sharding.Group.of(pg).agree(error)
     raise error
 
 
-def _description(files: sharding.ShardedFiles, name: str) -> tuple[str, list[int]]:
-    """Path of the file that has a tensor, and the tensor's shape in it. KeyError for none."""
+def _path_and_shape(files: sharding.ShardedFiles, name: str) -> tuple[str, list[int]]:
+    """Path of the file with a tensor, and the tensor's shape in its header. Raises KeyError."""
     return files.where(name)[0], header_shape(*files.describe(name))
 
 
-def _in_turns(files: Mapping[int, list[str]]) -> list[tuple[str, int]]:
-    """Each rank's first file, then each rank's second, and so on."""
-    longest = max((len(paths) for paths in files.values()), default=0)
-    return [
-        (paths[at], rank)
-        for at in range(longest)
-        for rank, paths in files.items()
-        if at < len(paths)
-    ]
-
-
 class fastsafe_open:  # noqa: N801 - fastsafetensors' name
-    """Files opened together, as fastsafetensors' context manager does.
+    """Files opened together, as by fastsafetensors' context manager.
 
     Args:
         filenames: a path, a list of paths, or a dict of ranks and their paths.
@@ -404,7 +396,7 @@ class fastsafe_open:  # noqa: N801 - fastsafetensors' name
             raise
 
     def metadata(self) -> dict[str, dict[str, str]]:
-        """The free-form metadata of each file; empty for a file that has none."""
+        """The free-form metadata of each file; empty for a file without."""
         return self.loader._metadata()
 
     def keys(self) -> list[str]:
@@ -414,7 +406,7 @@ class fastsafe_open:  # noqa: N801 - fastsafetensors' name
     get_keys = keys
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """A tensor by name; it stays valid when the context is left."""
+        """A tensor by name; it stays valid after the context."""
         return self.fb.get_tensor(name)
 
     def get_tensor_wrapped(self, name: str) -> WrappedTensor:
@@ -422,7 +414,7 @@ class fastsafe_open:  # noqa: N801 - fastsafetensors' name
         return self.fb.get_tensor_wrapped(name)
 
     def close(self) -> None:
-        """Let go of what was not handed out. May be repeated."""
+        """Free tensors that were not handed out. May be repeated."""
         self.fb.close()
         self.loader.close()
 

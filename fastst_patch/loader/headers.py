@@ -1,4 +1,4 @@
-"""Files that were named to a loader: their headers, read in parallel, and nothing else yet."""
+"""Opening a loader's files and reading their headers, in parallel; no tensor's bytes are read."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from .stock_file import StockFile, layout_of
 
 __all__ = ["Entry", "open_entries"]
 
-_TOGETHER = 8
+_THREADS = 8
 """Headers read at a time: enough to hide the latency of network file systems."""
 
-_ALONE = 4
-"""Up to so many files threads cost more than they save."""
+_THREADS_FROM = 4
+"""Number of files from which threads save more than they cost."""
 
 
 @dataclasses.dataclass(eq=False)
 class Entry:
-    """A file whose header is known. Holds its descriptor, unless stock has to read it.
+    """A file whose header was read. Holds its descriptor, unless stock must read it.
 
     Attributes:
         path: as the caller gave it.
-        rank: that reads it.
-        layout: what is in it.
-        file: open; None when stock has to read it.
-        fallback: why.
+        rank: the rank that the caller named it for.
+        layout: of its tensors.
+        file: open; None when stock must read it.
+        fallback: why stock must read it.
     """
 
     path: str
@@ -47,13 +47,13 @@ class Entry:
     def opened(
         self, call: str, config: Config, target: Device | None, device: str, note: str | None
     ) -> OpenedFile | StockFile:
-        """The file on its way to tensors, with an account of its own.
+        """The file for loading tensors, with an account of its own.
 
         Args:
-            call: who wants it, for reports.
+            call: the name of the caller's function, for reports.
             config: options.
-            target: for the engine.
-            device: for stock.
+            target: the device for the engine.
+            device: the device for stock.
             note: for its report.
         """
         fallback = self.fallback
@@ -66,27 +66,27 @@ class Entry:
                 fallback = Fallback.alone(error)
         assert fallback is not None
         try:
-            left = StockFile(self.path, self.layout, config, device, fallback)
+            by_stock = StockFile(self.path, self.layout, config, device, fallback)
         except Exception as error:
             raise explained(error, self.path) from error
         fell_back(config, call, self.path, fallback)
-        return left
+        return by_stock
 
 
 def open_entries(wanted: Sequence[tuple[str, int]], settings: Settings) -> list[Entry]:
     """Open files and validate their headers; no tensor's bytes are read.
 
     Args:
-        wanted: paths, each with the rank that reads it.
+        wanted: paths, each with its rank.
         settings: of the loader.
 
     Raises:
-        OSError, SafetensorError: of the first file in order that cannot be opened; the type is
-            stock's, the message names the file. None stays open then.
+        OSError, SafetensorError: the error of the first file, in order, that cannot be opened. The
+            type is stock's, the message names the file. No file stays open then.
     """
-    if len(wanted) < _ALONE:
+    if len(wanted) < _THREADS_FROM:
         return [_open(path, rank, settings) for path, rank in wanted]
-    with ThreadPoolExecutor(min(_TOGETHER, len(wanted)), "fastst-headers") as pool:
+    with ThreadPoolExecutor(min(_THREADS, len(wanted)), "fastst-headers") as pool:
         return list(pool.map(lambda one: _open(one[0], one[1], settings), wanted))
 
 
@@ -104,7 +104,7 @@ def _open(path: str, rank: int, settings: Settings) -> Entry:
         except (OSError, MemoryError, Fallback) as error:
             fallback = Fallback.alone(error)
     try:
-        with stock.safe_open(path, "pt", "cpu"):  # its own words for what is wrong
+        with stock.safe_open(path, "pt", "cpu"):  # stock raises its own error for a bad file
             return Entry(path, rank, layout_of(path), None, fallback)
     except Exception as error:
         raise explained(error, path) from error

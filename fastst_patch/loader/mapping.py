@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..dtypes import DTYPE_NAMES
 from .arguments import Settings, one_path
-from .buffer import _unknown
+from .buffer import unknown_key
 from .headers import open_entries
 from .local_files import LocalFiles
 
@@ -21,14 +21,14 @@ __all__ = ["FastSafetensorsFile", "TensorInfo"]
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor.
+    """A tensor's entry in the header.
 
     Attributes:
         name: of the tensor.
         dtype: safetensors' name, such as ``BF16``.
-        shape: of 4-bit numbers, counts numbers and not bytes.
+        shape: of elements; for 4-bit dtypes these are numbers, not bytes.
         nbytes: in the file.
-        offsets: file offsets of its first byte and of the byte behind its last.
+        offsets: file offsets of its first byte and of the byte after its last.
     """
 
     name: str
@@ -39,16 +39,16 @@ class TensorInfo:
 
 
 class FastSafetensorsFile(Mapping[str, "torch.Tensor"]):
-    """A safetensors file as a mapping: ``file["name"]`` is a tensor, read when it is asked for.
+    """A safetensors file as a mapping: ``file["name"]`` is a tensor, read when it is requested.
 
-    Names come in offset order; walked in that order, tensors are read ahead. A context manager;
-    tensors stay valid after it. Usable from many threads.
+    Names are in offset order; requests in that order are read ahead. It is a context manager, and
+    tensors stay valid after it. It can be used from many threads.
 
     Args:
         path: of the file.
         device: where tensors go.
         framework: ``pt``, ``pytorch`` or ``torch``.
-        **options: options of ours for this file, such as ``io`` or ``device_memory_budget``.
+        **options: our options for this file, such as ``io`` or ``device_memory_budget``.
 
     Raises:
         OSError, SafetensorError: it cannot be opened, or its header is wrong.
@@ -77,11 +77,11 @@ class FastSafetensorsFile(Mapping[str, "torch.Tensor"]):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The header's free-form metadata; empty when it has none."""
+        """The header's free-form metadata; empty when there is none."""
         return dict(self._layout.metadata or {})
 
     def get_tensors(self) -> dict[str, TensorInfo]:
-        """What the header says of each tensor, in offset order. Reads no tensor's bytes."""
+        """Each tensor's entry in the header, in offset order. Reads no tensor's bytes."""
         layout = self._layout
         return {
             name: TensorInfo(
@@ -117,7 +117,7 @@ class FastSafetensorsFile(Mapping[str, "torch.Tensor"]):
         return self._files.take(name)
 
     def get_slice(self, name: str) -> Any:
-        """A view that reads when indexed; to a device, only the rows that are wanted.
+        """A slice that reads when it is indexed; to a device, it reads only the needed rows.
 
         Raises as indexing.
         """
@@ -125,7 +125,7 @@ class FastSafetensorsFile(Mapping[str, "torch.Tensor"]):
         return self._files.slice(name)
 
     def close(self) -> None:
-        """Let go of the file and of what was not handed out. May be repeated."""
+        """Let go of the file. Tensors handed out stay valid. May be repeated."""
         self._files.close()
 
     def __enter__(self) -> FastSafetensorsFile:
@@ -141,4 +141,4 @@ class FastSafetensorsFile(Mapping[str, "torch.Tensor"]):
         if self._files.closed:
             raise ValueError(f"{self._path} is closed: take tensors before close()")
         if name not in self._layout.index:
-            raise KeyError(_unknown(name, self._layout.index))
+            raise KeyError(unknown_key(name, self._layout.index))

@@ -1,4 +1,4 @@
-"""Errors of files, told with the file, the tensor, the cause, and what to do about it.
+"""Errors of files, whose text names the file, the tensor, the cause and a remedy.
 
 The exception's type stays the one that stock safetensors raises.
 """
@@ -25,30 +25,30 @@ _REMEDIES = {
 
 
 def explained(error: Exception, path: str, tensor: str | None = None) -> Exception:
-    """An exception of the same type that also says where it happened and what to do.
+    """An exception of the same type whose text names the place and a remedy.
 
     Args:
-        error: that was raised.
+        error: the original exception.
         path: of the file.
-        tensor: that was wanted; None when the file was being opened.
+        tensor: the requested tensor; None when the file was being opened.
 
     Returns:
         A new exception caused by ``error``; ``error`` itself where its type takes no text.
     """
-    # A traceback keeps frames, and these the memory that was to be filled.
+    # The frames of the traceback refer to the memory that was to be filled.
     traceback.clear_frames(error.__traceback__)
-    what = f"tensor {tensor!r} of {path}" if tensor is not None else path
+    place = f"tensor {tensor!r} of {path}" if tensor is not None else path
     cause = _cause(error)
-    text = f"{what} could not be {'loaded' if tensor is not None else 'opened'}: {cause}"
-    todo = _todo(error)
-    if todo is not None:
-        text += f"; {todo}"
+    text = f"{place} could not be {'loaded' if tensor is not None else 'opened'}: {cause}"
+    remedy = _remedy(error)
+    if remedy is not None:
+        text += f"; {remedy}"
     try:
         if isinstance(error, OSError) and error.errno is not None:
             new: Exception = OSError(error.errno, text, path)
         else:
             new = type(error)(text)
-    except Exception:  # a type that wants other arguments
+    except Exception:  # its type takes other arguments
         return error
     new.__cause__ = error
     new.__suppress_context__ = True
@@ -61,7 +61,7 @@ def _cause(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _todo(error: Exception) -> str | None:
+def _remedy(error: Exception) -> str | None:
     if isinstance(error, MemoryError):
         return _REMEDIES[errno.ENOMEM]
     if isinstance(error, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""`ParallelLoader`: every tensor of many files, one after another, files read ahead."""
+"""`ParallelLoader`: iterates over every tensor of many files, and reads files ahead."""
 
 from __future__ import annotations
 
@@ -30,45 +30,45 @@ _log = logging.getLogger("fastst_patch")
 class ParallelLoader:
     """Iterates over the tensors of files, as fastsafetensors' class of that name does.
 
-    Arguments are fastsafetensors'; those left at their defaults leave our options alone.
+    Arguments are fastsafetensors'. Those at their defaults do not change our options.
 
     Args:
         pg: process group; None or `SingleGroup` for a process on its own.
         hf_weights_files: paths of the files.
-        max_concurrent_producers: 1, as fastsafetensors wants it; workers are ``max_threads``.
-        queue_size: how many files may wait, read or being read: -1 starts a file when the one
-            before is used up, 0 reads the next one meanwhile, n keeps n more under way. Always
-            within the budget.
+        max_concurrent_producers: must be 1, as with fastsafetensors; ``max_threads`` is the number
+            of workers.
+        queue_size: how many files are read ahead, within the budget: -1 starts a file when the one
+            before it is used up, 0 also reads the next file, n also reads n more.
         use_tqdm_on_load: a bar with bytes and GB/s, on rank 0.
         device: where tensors go; without a number the current device.
         bbuf_size_kb: as of `SafeTensorsFileLoader`.
         max_threads: as of `SafeTensorsFileLoader`.
         nogds: as of `SafeTensorsFileLoader`.
-        set_numa: no longer matters.
+        set_numa: has no effect.
         debug_log: as of `SafeTensorsFileLoader`.
         framework: ``pt``, ``pytorch`` or ``torch``.
-        tensor_filter: names for which it is False are neither read nor given. For groups of one,
-            or with ``all_local``.
+        tensor_filter: tensors for whose name it is False are neither read nor yielded. Only in
+            groups of one, or with ``all_local``.
         all_local: every rank reads its files alone, without the group.
-        max_batch_bytes: most bytes of one block that tensors share; a larger tensor has one of
+        max_batch_bytes: most bytes of one block that tensors share; a larger tensor has a block of
             its own.
-        use_chunk_budget_as_allocation_size: no longer matters: blocks are as large as what is in
-            them. Needs ``max_batch_bytes`` or ``device_memory_budget``, as with fastsafetensors.
-        device_memory_budget: bytes on the device of tensors given and of those read ahead. When
-            the tensors given reach it, reading runs on one block ahead; nothing fails. Without
-            it the option of the same name bounds what is read ahead.
-        accumulate_resident: False when tensors given are not kept: then they do not count.
-        resident_tensor: names of tensors given that are kept; None: all are.
+        use_chunk_budget_as_allocation_size: has no effect: a block is as large as its tensors.
+            Needs ``max_batch_bytes`` or ``device_memory_budget``, as with fastsafetensors.
+        device_memory_budget: bytes on the device of tensors yielded and of those read ahead. When
+            the yielded tensors reach it, reads continue one block ahead; nothing fails. Without
+            it, the option of the same name bounds the tensors read ahead.
+        accumulate_resident: False if the caller does not keep tensors: then they do not count.
+        resident_tensor: True for names of tensors that the caller keeps; None: it keeps all.
         use_fgds: as of `SafeTensorsFileLoader`.
-        broadcast_run_bytes: no longer matters: a group exchanges chunks of its own size.
-        broadcast_run_tensors: no longer matters.
-        overlap_io: no longer matters: a tensor is given when its own bytes are there.
-        borrowed_tensors: no longer matters: tensors own their memory. Needs
+        broadcast_run_bytes: has no effect: a group exchanges units of its own size.
+        broadcast_run_tensors: has no effect.
+        overlap_io: has no effect: a tensor is yielded when its own bytes have arrived.
+        borrowed_tensors: has no effect: tensors own their memory. Needs
             ``accumulate_resident=False`` and one process, as with fastsafetensors.
-        **options: options of ours for these files, such as ``io``.
+        **options: our options for these files, such as ``io``.
 
     Raises:
-        OptionError, ValueError: a value is not allowed, alone or with others.
+        OptionError, ValueError: a value is not allowed, or not together with another.
         TypeError: an argument is unknown or of a wrong type.
     """
 
@@ -103,7 +103,7 @@ class ParallelLoader:
         if max_concurrent_producers != 1:
             raise ValueError(
                 f"max_concurrent_producers must be 1 (got {max_concurrent_producers}):"
-                " max_threads says how many workers read"
+                " max_threads sets the number of workers"
             )
         if isinstance(queue_size, bool) or not isinstance(queue_size, int) or queue_size < -1:
             raise OptionError(f"queue_size={queue_size!r}: allowed are whole numbers from -1 on")
@@ -117,7 +117,7 @@ class ParallelLoader:
         self._resident_tensor = filter_or_none(resident_tensor, "resident_tensor")
         boolean("overlap_io", overlap_io)
         pg = None if boolean("all_local", all_local) else pg
-        _, self._size = group_size(pg)
+        self._size = group_size(pg)
         self._check_together(
             boolean("use_chunk_budget_as_allocation_size", use_chunk_budget_as_allocation_size),
             boolean("borrowed_tensors", borrowed_tensors),
@@ -162,9 +162,9 @@ class ParallelLoader:
     def iterate_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors, file by file, in offset order.
 
-        Headers of all files are read first, in parallel: a damaged or missing file is told
-        before anything moves. Tensors own their memory. Closing the iterator early lets go of
-        what was read ahead, and so does its end.
+        The headers of all files are read first, in parallel: a damaged or missing file raises
+        before any data is read. Tensors own their memory. The end of the iterator frees tensors
+        that were read ahead, also where it is closed early.
 
         Raises:
             OSError, MemoryError, SafetensorError: a file cannot be opened or read; the message
@@ -172,9 +172,9 @@ class ParallelLoader:
             ValueError: the loader is closed.
         """
         self.loader._check()
-        return self._shared() if self._size > 1 else self._alone()
+        return self._iterate_group() if self._size > 1 else self._iterate_alone()
 
-    def _alone(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _iterate_alone(self) -> Iterator[tuple[str, torch.Tensor]]:
         settings: Settings = self.loader._settings
         config = settings.config
         entries = open_entries([(path, 0) for path in self._files], settings)
@@ -184,7 +184,7 @@ class ParallelLoader:
             settings,
             config,
             keep=self._filter,
-            unique=False,  # as with fastsafetensors, each file is given for itself
+            unique=False,  # as with fastsafetensors, files may have the same names
             files_ahead=self._queue_size + 1,
             resident=self._resident(),
             group=self._batch,
@@ -193,7 +193,7 @@ class ParallelLoader:
         numbers = files.numbers
         if self._bar_wanted or config.progress:
             files.show(bar_of(entries, numbers))
-        del entries  # they hold descriptors, and files lets go of its own
+        del entries  # from here on, only `files` holds descriptors
         try:
             files.begin()
             for k, some in enumerate(numbers):
@@ -204,13 +204,13 @@ class ParallelLoader:
             files.close()
 
     def _resident(self) -> Callable[[str, int], int] | None:
-        """What a tensor that was given takes of the budget."""
+        """Bytes of a yielded tensor that count against the budget."""
         if self._budget is None or not self._accumulate:
             return None
         kept = self._resident_tensor
         return lambda name, nbytes: nbytes if kept is None or kept(name) else 0
 
-    def _shared(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _iterate_group(self) -> Iterator[tuple[str, torch.Tensor]]:
         loader, size = self.loader, self._size
         loader.reset()
         loader.add_filenames({rank: self._files[rank::size] for rank in range(size)})
@@ -219,7 +219,7 @@ class ParallelLoader:
                 yield name, buffer.get_tensor(name)
 
     def close(self) -> None:
-        """Forget the files; may be repeated. An iterator that is under way goes on."""
+        """Forget the files; may be repeated. An iterator in progress continues."""
         self.loader.close()
 
     def __enter__(self) -> ParallelLoader:

@@ -1,4 +1,4 @@
-"""A file that stock safetensors reads, behind the same interface as ours."""
+"""A file that stock safetensors reads, with the interface of a file that the engine reads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StockFile(TensorFile):
         self._handle = slices.stock_handle(stock.safe_open, path, device)
 
     def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
-        """Tensor i, by stock; raises what stock raises."""
+        """Tensor i, by stock. Raises stock's exceptions."""
         result: torch.Tensor = self._handle.get_tensor(self.layout.names[i])
         self.count(1, self.layout.nbytes(i))
         return result
@@ -50,12 +50,12 @@ class StockFile(TensorFile):
         return self._handle.get_slice(self.layout.names[i])
 
     def ahead(self, numbers: Sequence[int]) -> Pending:
-        """Stock reads nothing ahead: always a Fallback."""
+        """Always raises Fallback: stock reads nothing ahead."""
         raise Fallback(self._fallback.reason)
 
 
 def layout_of(path: str) -> FileLayout:
-    """What the header of a file says that stock has accepted, which therefore is sound.
+    """The layout of a file that stock has opened, and whose header therefore is valid.
 
     Raises:
         OSError: it cannot be read.

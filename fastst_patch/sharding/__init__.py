@@ -1,8 +1,10 @@
-"""Loading by several processes: each takes its part, and together they read every byte once.
+"""Loading by several processes: each takes its shards, and together they read every byte once.
 
-`load_sharded` is the whole of it for most; the explicit loader's classes stand on
-`ShardedFiles`. Plans come from callers, from transformers' ``tp_plan`` and from DTensor
-placements (`plans`).
+Most programs need `load_sharded` alone. The explicit loader uses `ShardedFiles`. Plans come from
+callers, from transformers' ``tp_plan`` or from DTensor placements (`plans`).
+
+    load -> sharded_files -> opening, mapped, exchange -> requests, schedule -> source, spec
+                             shared_buffer, groups -> channel
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from .groups import Group, SingleGroup
 from .load import load_sharded
 from .plans import plan_from_placements, plan_from_tp_plan
 from .sharded_files import ShardedFiles
-from .spec import SKIP, Owner, Packed, Plan, Rule
+from .spec import SKIP, Owner, Packed, Plan, ShardSpec
 
 __all__ = [
     "SKIP",
@@ -19,7 +21,7 @@ __all__ = [
     "Owner",
     "Packed",
     "Plan",
-    "Rule",
+    "ShardSpec",
     "ShardedFiles",
     "SingleGroup",
     "load_sharded",

@@ -1,8 +1,9 @@
-"""Collectives among some ranks, on connections of our own.
+"""Collectives among some ranks, over connections of our own.
 
-Gloo is used without torch's registry of groups: ``new_group`` names a group by how many this
-process has, so that ranks which are in different numbers of groups, or make them in two threads
-at once, would wait for each other in vain. Its store, which every group has, is enough.
+Gloo backends are made here without ``torch.distributed.new_group``, which names a group by the
+number of groups that the process has. Ranks that are in different numbers of groups, or that make
+groups in two threads at once, would wait for each other forever. Backends need only the store
+that every group has.
 """
 
 from __future__ import annotations
@@ -17,47 +18,48 @@ from ..errors import RankError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Channel", "Pending", "lost"]
+__all__ = ["Channel", "Pending"]
 
-_LENGTH, _SHORT = 8, 2040  # bytes: of an int64, and of what goes with it
+_LENGTH, _SHORT = 8, 2040  # bytes of the length, an int64, and of the message that goes with it
 _TIMEOUT = timedelta(minutes=30)  # torch's own default for gloo
 
 
-def lost(error: BaseException) -> RankError:
-    """What becomes of torch's error when a peer no longer answers."""
-    return RankError(None, f"the group lost a rank, or the network: {error}")
+def _rank_lost(error: BaseException) -> RankError:
+    """The error to raise for torch's own, where a peer no longer answers."""
+    return RankError(None, f"a rank of the group, or the network, failed: {error}")
 
 
 class Pending:
-    """A collective under way."""
+    """A collective in progress."""
 
     def __init__(self, work: Any, *keep: object) -> None:
         self._work = work
-        self._keep = keep  # a buffer lives as long as somebody may write into it
+        self._keep = keep  # buffers must live until the collective is over
 
     def wait(self) -> None:
-        """Wait until it is over; on a device, let the current stream wait.
+        """Wait until it is over; on a device, make the current stream wait.
 
         Raises:
-            RankError: a rank is gone, or did not come in time.
+            RankError: a rank is gone, or did not take part within the timeout.
         """
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise lost(error) from error
+            raise _rank_lost(error) from error
 
 
 class Channel:
-    """Some ranks of a process group, connected for us alone, or by the caller's own group.
+    """Some ranks of a process group, connected by a backend of our own or by the caller's group.
 
     Args:
         pg: the caller's process group.
-        ranks: of it, ascending.
+        ranks: its ranks that are connected, ascending.
         name: of the channel, the same on all its ranks.
-        kind: ``gloo``; ``nccl``; or ``own``: the caller's group itself, of which ``ranks`` are all.
+        kind: ``gloo`` or ``nccl``: a backend of our own; ``own``: the caller's group itself, all
+            of whose ranks are ``ranks``.
 
     Raises:
-        RankError: not all of them came in time.
+        RankError: not all of them connected within the timeout.
     """
 
     def __init__(self, pg: Any, ranks: list[int], name: str, kind: str) -> None:
@@ -82,14 +84,14 @@ class Channel:
                 options._timeout = timeout
                 self._backend = dist.ProcessGroupNCCL(store, rank, len(ranks), options)
         except RuntimeError as error:
-            raise lost(error) from error
+            raise _rank_lost(error) from error
 
     def gathers(self, device: str) -> bool:
-        """Whether `all_gather` works on a kind of device; `broadcast` does on all."""
+        """Whether `all_gather` works on a kind of device; `broadcast` works on all."""
         return self._kind != "gloo" or device == "cpu"
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor) -> Pending:
-        """Put every rank's part in its place of everybody's whole.
+        """Concatenate every rank's part into ``whole``, in the ranks' order, on all ranks.
 
         Raises:
             RankError: a rank is gone.
@@ -104,11 +106,16 @@ class Channel:
                 gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
                 work = gather(whole, part, group=self._own, async_op=True)
         except RuntimeError as error:
-            raise lost(error) from error
+            raise _rank_lost(error) from error
         return Pending(work, whole, part)
 
     def broadcast(self, tensor: torch.Tensor, rank: int) -> Pending:
-        """Give everybody what one rank, by its number in the caller's group, has. Raises alike."""
+        """Copy one rank's tensor to all ranks. Raises as `all_gather`.
+
+        Args:
+            tensor: to send or to fill.
+            rank: the sender, by its number in the caller's group.
+        """
         import torch.distributed as dist
 
         try:
@@ -118,83 +125,83 @@ class Channel:
                 source = dist.get_global_rank(self._own, rank)
                 work = dist.broadcast(tensor, source, group=self._own, async_op=True)
         except RuntimeError as error:
-            raise lost(error) from error
+            raise _rank_lost(error) from error
         return Pending(work, tensor)
 
     def maximum(self, value: torch.Tensor) -> Pending:
-        """Put the largest of everybody's values in each. Raises alike."""
+        """Replace each rank's value by the largest of all. Raises as `all_gather`."""
         import torch.distributed as dist
 
         try:
             work = self._backend.allreduce(value, dist.ReduceOp.MAX)
         except RuntimeError as error:
-            raise lost(error) from error
+            raise _rank_lost(error) from error
         return Pending(work, value)
 
-    def objects(self, value: Any) -> list[Any]:
-        """What every rank said, in their order; pickled. Raises alike."""
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in the ranks' order; pickled. Raises as `all_gather`."""
         import torch
 
         size = len(self._ranks)
-        text = pickle.dumps(value)
-        if len(text) > _SHORT:
-            # Rows of a model's layers repeat, and what is short takes one round.
-            text = zlib.compress(text, 1)
-            length = -len(text)
+        message = pickle.dumps(value)
+        if len(message) > _SHORT:
+            # Layers of a model repeat, so a plan's message often becomes short: one round less.
+            message = zlib.compress(message, 1)
+            length = -len(message)  # negative: compressed
         else:
-            length = len(text)
-        said = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        # What is short goes with its length.
-        mine = torch.zeros(_LENGTH + _SHORT, dtype=torch.uint8)
-        mine[:_LENGTH].view(torch.int64)[0] = length
-        mine[_LENGTH : _LENGTH + len(said)] = said[:_SHORT]
-        rows = self._exchanged(mine)
+            length = len(message)
+        payload = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        # The first round sends the length and as much of the message as fits.
+        row = torch.zeros(_LENGTH + _SHORT, dtype=torch.uint8)
+        row[:_LENGTH].view(torch.int64)[0] = length
+        row[_LENGTH : _LENGTH + len(payload)] = payload[:_SHORT]
+        rows = self._all_to_all(row)
         lengths = rows[:, :_LENGTH].contiguous().view(torch.int64).view(size).tolist()
         rows = rows[:, _LENGTH:]
         longest = max(map(abs, lengths))
         if longest > _SHORT:
-            mine = torch.zeros(longest, dtype=torch.uint8)
-            mine[: len(said)] = said
-            rows = self._gathered(mine)
-        found = []
-        for row, signed in zip(rows, lengths, strict=True):
-            heard = row[: abs(signed)].numpy().tobytes()
-            found.append(pickle.loads(zlib.decompress(heard) if signed < 0 else heard))
-        return found
+            row = torch.zeros(longest, dtype=torch.uint8)
+            row[: len(payload)] = payload
+            rows = self._all_gather_rows(row)
+        values = []
+        for row, length in zip(rows, lengths, strict=True):
+            message = row[: abs(length)].numpy().tobytes()
+            values.append(pickle.loads(zlib.decompress(message) if length < 0 else message))
+        return values
 
-    def _exchanged(self, mine: torch.Tensor) -> torch.Tensor:
-        """Everybody's row of as many bytes, sent by each to each.
+    def _all_to_all(self, row: torch.Tensor) -> torch.Tensor:
+        """Every rank's row, each sent directly to each rank. For short rows of equal length.
 
-        One hop, where `_gathered` takes one for each rank: 2.0 ms against 3.7 for 4 ranks on 2
-        cores. For little, since what is sent grows with the ranks.
+        It takes one hop, and `_all_gather_rows` one for each rank: 2.0 ms against 3.7 for 4 ranks
+        on 2 cores. The bytes that a rank sends grow with the number of ranks.
         """
         import torch
 
         size = len(self._ranks)
-        heard = torch.empty(size * len(mine), dtype=torch.uint8)
-        given = mine.repeat(size)
+        received = torch.empty(size * len(row), dtype=torch.uint8)
+        sent = row.repeat(size)
         try:
-            work = self._backend.alltoall_base(heard, given, [], [])
+            work = self._backend.alltoall_base(received, sent, [], [])
         except RuntimeError as error:
-            raise lost(error) from error
-        Pending(work, heard, given).wait()
-        return heard.view(size, len(mine))
+            raise _rank_lost(error) from error
+        Pending(work, received, sent).wait()
+        return received.view(size, len(row))
 
-    def _gathered(self, mine: torch.Tensor) -> torch.Tensor:
-        """Everybody's row of as many bytes."""
+    def _all_gather_rows(self, row: torch.Tensor) -> torch.Tensor:
+        """Every rank's row, of equal length."""
         import torch
 
         size = len(self._ranks)
-        heard = torch.empty(size * len(mine), dtype=torch.uint8)
-        self.all_gather(heard, mine).wait()
-        return heard.view(size, len(mine))
+        received = torch.empty(size * len(row), dtype=torch.uint8)
+        self.all_gather(received, row).wait()
+        return received.view(size, len(row))
 
 
 def _store(pg: Any) -> Any:
-    """The store of a group, where its ranks meet and no others do.
+    """The store of a group, which only its ranks use.
 
-    By a connection of its own where torch can: one that waits in it holds up all other threads
-    that use the same, and with two groups that meet in two threads, for good.
+    It is a connection of its own where torch can clone one. A thread that waits on a connection
+    blocks all other threads that use it: two groups that connect in two threads would deadlock.
     """
     import torch.distributed as dist
 
@@ -204,12 +211,12 @@ def _store(pg: Any) -> Any:
         store = dist.distributed_c10d._world.pg_map[pg][1]
     try:
         return store.clone()
-    except (AttributeError, RuntimeError):  # an older torch, or a store that is but memory
+    except (AttributeError, RuntimeError):  # an older torch, or a store without a server
         return store
 
 
 def _timeout(pg: Any) -> timedelta:
-    """How long the caller's group waits; torch's default where it does not say."""
+    """The timeout of the caller's group; torch's default where it has none."""
     import torch
 
     for device in ("cpu", "cuda"):

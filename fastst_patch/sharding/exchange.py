@@ -1,37 +1,38 @@
-"""Moving parts of tensors into memory of our own, on the host or a device, with the others.
+"""Reading parts of tensors into memory of our own, host or device, and exchanging them.
 
-A file is moved in steps, each of them one of
+A rank moves a file in steps. Each is of one kind:
 
-- *own*: rows that go straight from the file to where they stay,
-- *alone*: a unit that this rank alone needs, to be sliced or cast,
-- *shared*: a unit of which every reader reads its part; the parts are exchanged.
+- *own*: rows that are read straight into a result of this rank,
+- *alone*: a unit that only this rank needs, to be sliced or cast,
+- *shared*: a unit of which every reader reads one part; the parts are exchanged.
 
-All ranks take equally many steps, so that after each they can tell one another, by a flag on the
-control group, whether one of them failed::
+All ranks take the same number of steps. After each, they exchange a flag on the control channel
+that says whether one of them failed::
 
     step       s-1                s                  s+1
     reads      ......[ done ]     ...............[ done ]   started `AHEAD` steps before
     exchange                 [====]             [====]
     slices                        [==]
-    flag                     >----|> looked at when the next step's exchange is under way
+    flag                     >----|> looked at when the next step's exchange is in progress
 
-A rank that fails goes on exchanging, whatever is in its buffers, until all have seen its flag:
-at the same step, since all look at the same flags. Nobody waits for a collective that another
-has not begun.
+A rank that fails continues to exchange, whatever its buffers hold, until all ranks have seen its
+flag. All stop at the same step, because all look at the same flags, and no rank waits for a
+collective that another does not start.
 
-Buffers: `AHEAD` + 2 units and as many parts, reused in turn. On a device, torch's work (exchange,
-slices, casts) is on a stream of its own, and a buffer is read into again behind it.
+Buffers: `AHEAD` + 2 units and as many parts, used in turn. On a device, torch's work (exchange,
+slices, casts) runs on a separate stream, and reads into a buffer wait for it.
 
-On the host, shared units lie in memory that the ranks of a node have in common (`commons`), where
-that can be had: parts are read to where they belong, and the flag of a step, which all raise when
-they have read, is all the exchange there is. A rank starts to read step s + ahead once all have
-raised the flag of s - 2, and so have placed what came in s - 4: ahead + 4 units are in use.
+On the host, shared units lie in the `SharedBuffer` of the node, where it has one. Every rank reads
+its part to its final place, and the flag of a step, which each rank sends after reading, is the
+whole exchange. A rank starts to read step s + ahead once all ranks have sent the flag of step
+s - 2, and so have copied the results of step s - 4: ahead + 4 units are in use.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -40,22 +41,23 @@ from .. import device, engine
 from ..device import Device
 from .channel import Pending
 from .groups import Flag, Group, PeerFailed
-from .schedule import Key, Unit, part_bytes, segments
+from .requests import Request, result_dtype
+from .schedule import Key, Rows, Unit, pack, part_bytes, segments, split
 from .source import Source
 from .spec import Region
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["COMMON_UNIT", "Memory", "Step", "Subgroup", "move"]
+__all__ = ["SHARED_BUFFER_UNIT", "Exchange", "Memory", "Step", "Subgroup", "plan_steps"]
 
 AHEAD = 2
-"""Steps whose reads are under way while one is exchanged."""
+"""Steps whose reads are in progress while one is exchanged."""
 
-COMMON_UNIT, COMMON_AHEAD = 8 << 20, 8
-"""The same, and bytes of a unit, in common memory: little at a time, and much under way. 1.5 GB by
-4 ranks with O_DIRECT, load alone: 0.60 to 0.65 s; 16 MiB and 4 ahead 0.73 to 0.78, 8 MiB and 2
-ahead 0.69 to 0.77, 32 MiB and 2 ahead 0.78 to 0.82."""
+SHARED_BUFFER_UNIT, SHARED_BUFFER_AHEAD = 8 << 20, 8
+"""Bytes of a unit, and `AHEAD`, in a shared buffer: small units, and many of them in progress.
+1.5 GB by 4 ranks with O_DIRECT, load alone: 0.60 to 0.65 s; 16 MiB and 4 ahead 0.73 to 0.78, 8 MiB
+and 2 ahead 0.69 to 0.77, 32 MiB and 2 ahead 0.78 to 0.82."""
 
 
 class Memory:
@@ -68,7 +70,7 @@ class Memory:
         """A tensor with an allocation of its own.
 
         Raises:
-            torch.OutOfMemoryError, RuntimeError: there is none.
+            torch.OutOfMemoryError, RuntimeError: there is no memory.
         """
         import torch
 
@@ -77,7 +79,7 @@ class Memory:
         return self.target.runtime.empty(shape, dtype, self.target.ordinal)
 
     def beside(self) -> contextlib.AbstractContextManager[None]:
-        """Torch's work goes to another stream than the caller's, and is over behind it."""
+        """Torch's work in the block runs on another stream, and is over when the block ends."""
         if self.target is None:
             return contextlib.nullcontext()
         return self.target.runtime.beside(self.target.ordinal)
@@ -89,25 +91,33 @@ class Subgroup:
 
     Attributes:
         group: all ranks.
-        ranks: those that exchange, ascending.
-        readers: those of them that read, ascending.
+        ranks: the ranks that exchange, ascending.
+        readers: of these, the ranks that read, ascending.
     """
 
     group: Group
     ranks: list[int]
     readers: list[int]
 
+    @classmethod
+    def of(cls, source: Source, group: Group, read_once: str) -> Subgroup:
+        """The ranks of this node; all ranks for ``job``, or where a node cannot see the file."""
+        nodes = {group.nodes[rank] for rank in source.readers}
+        all_ranks = read_once == "job" or len(nodes) < len(set(group.nodes))
+        ranks = list(range(group.size)) if all_ranks else group.node_ranks
+        return cls(group, ranks, [rank for rank in source.readers if rank in ranks])
+
     @property
     def part(self) -> int | None:
-        """Which part this rank reads; None for none."""
+        """Number of the part of each unit that this rank reads; None for none."""
         rank = self.group.rank
         return self.readers.index(rank) if rank in self.readers else None
 
     def exchange(self, unit: torch.Tensor, part: torch.Tensor) -> list[Pending]:
-        """Start putting every reader's part in its place in everybody's unit.
+        """Start copying every reader's part to its place in the unit of all ranks.
 
         Returns:
-            Handles to wait for.
+            Collectives to wait for.
 
         Raises:
             RankError: a rank is gone.
@@ -130,15 +140,52 @@ class Step:
 
     Attributes:
         kind: ``own``, ``alone`` or ``shared``.
-        unit: what moves.
+        unit: of rows to move.
     """
 
     kind: str
     unit: Unit
 
 
+def plan_steps(
+    source: Source, subgroup: Subgroup, request: Request, regions: Mapping[Key, Region], size: int
+) -> tuple[list[Step], bool]:
+    """This rank's steps, in order. The shared ones are the same on all ranks of the subgroup.
+
+    Args:
+        source: the file.
+        subgroup: the ranks that exchange it.
+        request: of all ranks.
+        regions: that this rank takes.
+        size: of a unit, in bytes; the same on all ranks.
+
+    Returns:
+        The steps, and whether no rank of the subgroup needs some of the file.
+    """
+    readers = [subgroup.ranks.index(rank) for rank in subgroup.readers]
+    needs = [request.needs[rank] for rank in subgroup.ranks]
+    alone, shared = split(source.extents, needs, readers, request.numbers)
+    own: list[Rows] = []
+    rest: list[Rows] = []
+    for row in alone[subgroup.ranks.index(subgroup.group.rank)]:
+        dtype = source.described[row[0]][1]
+        single = (row[0], 1) not in regions and regions[row[0], 0].contiguous
+        straight = single and result_dtype(dtype, request.dtype) == dtype
+        (own if straight else rest).append(row)
+    steps = [
+        *(Step("shared", unit) for unit in pack(source.extents, shared, size)),
+        *(Step("own", unit) for unit in pack(source.extents, own, size)),
+        *(Step("alone", unit) for unit in pack(source.extents, rest, size)),
+    ]
+    if request.numbers is not None:
+        return steps, False  # the next request may be for a tensor that this one leaves out
+    rows = itertools.chain(shared, *alone)
+    needed = sum((last - first) * source.extents[i].row_bytes for i, first, last in rows)
+    return steps, needed < source.layout.data_bytes
+
+
 class _Slot:
-    """Buffers of one step: the unit, and the part that this rank reads of it, if that is apart."""
+    """Buffers of one step: the unit, and this rank's part of it where that is separate."""
 
     def __init__(self, unit: torch.Tensor, part: torch.Tensor | None) -> None:
         self.unit = unit
@@ -146,8 +193,8 @@ class _Slot:
 
 
 @dataclasses.dataclass(eq=False)
-class _Reading:
-    """Reads of a step under way."""
+class _Reads:
+    """Reads of a step in progress."""
 
     job: engine.Job
     arena: engine.Arena
@@ -159,72 +206,63 @@ def _borrowed(tensor: torch.Tensor, owner: object) -> engine.Arena:
 
 
 class Exchange:
-    """Moves one file's steps; see the page above.
+    """Moves one file's steps; the module's docstring describes how.
 
     Args:
         source: the file.
-        circle: who exchanges.
-        memory: where to.
+        subgroup: the ranks that exchange it.
+        memory: where tensors go.
         steps: of this rank.
-        parts: of this rank, by tensor and number; a tensor whose rows go straight to where they
-            stay has one.
-        results: where each part stays, of its shape; of its dtype, or the one to cast to.
+        regions: that this rank takes, by tensor and number; one for a tensor of an *own* step.
+        results: where each region goes, of its shape; of its dtype, or the one to cast to.
     """
 
     def __init__(
         self,
         source: Source,
-        circle: Subgroup,
+        subgroup: Subgroup,
         memory: Memory,
         steps: Sequence[Step],
         *,
-        parts: Mapping[Key, Region],
+        regions: Mapping[Key, Region],
         results: Mapping[Key, torch.Tensor],
     ) -> None:
         self._source = source
-        self._circle = circle
+        self._subgroup = subgroup
         self._memory = memory
         self._steps = steps
-        self._of: dict[int, list[tuple[Region, torch.Tensor]]] = {}
-        for key, part in parts.items():
-            self._of.setdefault(key[0], []).append((part, results[key]))
-        self._readings: dict[int, _Reading | None] = {}
+        self._results: dict[int, list[tuple[Region, torch.Tensor]]] = {}
+        for key, region in regions.items():
+            self._results.setdefault(key[0], []).append((region, results[key]))
+        self._reads: dict[int, _Reads | None] = {}
         self._slots: list[_Slot] = []
-        self._common: list[_Slot] = []  # of shared steps, if all of the circle have them
+        self._shared_slots: list[_Slot] = []  # of shared steps, in a shared buffer
+
+    # ---- buffers ----
 
     @property
-    def common_bytes(self) -> int:
-        """What `share` takes."""
+    def shared_buffer_bytes(self) -> int:
+        """Bytes that `use_shared_buffer` needs."""
         largest, count = self._largest_shared
         return largest * count
 
     @property
     def _largest_shared(self) -> tuple[int, int]:
-        """Bytes of the largest shared unit with all of its parts, and how many are in use."""
-        readers = max(len(self._circle.readers), 1)
+        """Bytes of the largest shared unit with all of its parts, and number of units in use."""
+        readers = max(len(self._subgroup.readers), 1)
         sizes = [part_bytes(s.unit, readers) * readers for s in self._steps if s.kind == "shared"]
-        return max(sizes, default=0), min(COMMON_AHEAD + 4, len(sizes))
+        return max(sizes, default=0), min(SHARED_BUFFER_AHEAD + 4, len(sizes))
 
-    @property
-    def in_common(self) -> bool:
-        """Whether shared units lie in memory that all of the circle have."""
-        return bool(self._common)
-
-    @property
-    def ahead(self) -> int:
-        """Steps whose reads are under way at a time, besides the one that is waited for."""
-        return COMMON_AHEAD if self._common else AHEAD
-
-    def share(self, memory: torch.Tensor) -> None:
-        """Take memory that the circle has in common for shared units, instead of `allocate`."""
+    def use_shared_buffer(self, memory: torch.Tensor) -> None:
+        """Put shared units into memory that all ranks of the subgroup have mapped."""
         size, count = self._largest_shared
         whole = memory[: size * count].view(count, size)
-        self._common = [_Slot(unit, None) for unit in whole]
+        self._shared_slots = [_Slot(unit, None) for unit in whole]
 
     def allocate(self, *, shared: bool = True) -> None:
-        """Get the buffers, of our own; ``shared``: for shared units, too.
+        """Allocate buffers of this rank's own; ``shared``: for shared units, too.
 
-        Raises what torch does when memory is short.
+        Raises torch's error when memory is short.
         """
         import torch
 
@@ -234,90 +272,147 @@ class Exchange:
             return
         size, part = largest, 0
         if shared:
-            readers = max(len(self._circle.readers), 1)
+            readers = max(len(self._subgroup.readers), 1)
             whole, _ = self._largest_shared
             size, part = max(largest, whole), whole // readers
-        ahead = AHEAD if shared else COMMON_AHEAD
+        ahead = AHEAD if shared else SHARED_BUFFER_AHEAD
         self._slots = []
         for _ in range(min(ahead + 2, len(self._steps))):
             unit = self._memory.empty([size], torch.uint8)
             self._slots.append(_Slot(unit, self._memory.empty([part], torch.uint8)))
 
+    def _slot(self, number: int) -> _Slot:
+        slots = self._slots
+        if self._shared_slots and self._steps[number].kind == "shared":
+            slots = self._shared_slots
+        return slots[number % len(slots)]
+
+    # ---- all steps ----
+
     def connect(self) -> None:
-        """Connect those who will exchange, while all are known to be well. Collective on them.
+        """Connect the subgroup before any rank can fail in a step. Collective on the subgroup.
 
         Raises:
             RankError: a rank is gone.
         """
-        if not self._common and any(step.kind == "shared" for step in self._steps):
-            circle = self._circle
-            circle.group.channel(circle.ranks, self._slots[0].unit.device.type)
+        if not self._shared_slots and any(step.kind == "shared" for step in self._steps):
+            subgroup = self._subgroup
+            subgroup.group.channel(subgroup.ranks, self._slots[0].unit.device.type)
 
-    def _slot(self, number: int) -> _Slot:
-        slots = self._slots
-        if self._common and self._steps[number].kind == "shared":
-            slots = self._common
-        return slots[number % len(slots)]
+    def run(self, count: int) -> None:
+        """Take ``count`` steps, the same number on all ranks. Collective.
 
-    def start(self, number: int) -> None:
-        """Start the reads of a step, if it is ours and has any."""
-        if number >= len(self._steps) or number in self._readings:
+        Raises:
+            RankError: a rank is gone.
+            PeerFailed: another rank failed.
+            BaseException: this rank failed; `Group.agree` must send the error to the others.
+        """
+        group = self._subgroup.group
+        failure: list[BaseException] = []
+        flagged = False
+
+        def attempt(work: Callable[[int], None], numbers: Iterable[int]) -> None:
+            if failure:
+                return
+            try:
+                for number in numbers:
+                    work(number)
+            except BaseException as error:
+                failure.append(error)
+
+        ahead = SHARED_BUFFER_AHEAD if self._shared_slots else AHEAD
+        previous: tuple[list[Pending], Flag] | None = None
+        try:
+            with self._memory.beside():
+                for step in range(count):
+                    attempt(self._start_reads, range(step, step + 1 + ahead))
+                    attempt(self._finish_reads, (step,))
+                    collectives = self._start_exchange(step)
+                    flag = group.flag(bool(failure))
+                    if previous is not None:
+                        _wait(previous[0])
+                        if self._shared_slots:
+                            previous[1].raised()  # until then, other ranks read their parts
+                        attempt(self._place_results, (step - 1,))
+                        if previous[1].raised():
+                            flagged = True
+                            _wait(collectives)
+                            flag.raised()
+                            break
+                    previous = collectives, flag
+                else:
+                    if previous is not None:
+                        _wait(previous[0])
+                        flagged = previous[1].raised()
+                        attempt(self._place_results, (count - 1,))
+        finally:
+            self._stop()
+        if failure:
+            raise failure[0]
+        if flagged:
+            raise PeerFailed
+
+    # ---- one step ----
+
+    def _start_reads(self, number: int) -> None:
+        """Start the reads of a step, if this rank has it and reads in it."""
+        if number >= len(self._steps) or number in self._reads:
             return
         step = self._steps[number]
-        self._readings[number] = None
-        where, flat = self._places(number, step)
+        self._reads[number] = None
+        arena, flat = self._destinations(number, step)
         if not len(flat):
             return
         opened = self._source.opened
-        assert opened is not None  # who cannot see the file has nothing to read
-        reading = _Reading(opened.read_into(where, flat), where, flat)
-        self._readings[number] = reading
+        assert opened is not None  # a rank that cannot see the file has nothing to read
+        self._reads[number] = _Reads(opened.read_into(arena, flat), arena, flat)
 
-    def _places(self, number: int, step: Step) -> tuple[engine.Arena, array[int]]:
+    def _destinations(self, number: int, step: Step) -> tuple[engine.Arena, array[int]]:
+        """Memory that a step reads into, and file segments with their offsets in it."""
         unit = step.unit
         if step.kind == "own":
-            return self._own_places(unit)
+            return self._own_destinations(unit)
         slot = self._slot(number)
         if step.kind == "alone":
             return _borrowed(slot.unit, slot), segments(unit, 0, unit.nbytes)
-        part = self._circle.part
-        each = part_bytes(unit, len(self._circle.readers))
+        part = self._subgroup.part
+        each = part_bytes(unit, len(self._subgroup.readers))
         if part is None:
             return _borrowed(slot.unit, slot), array("Q")
         found = segments(unit, part * each, (part + 1) * each)
         where = slot.part if slot.part is not None else slot.unit[part * each : (part + 1) * each]
         return _borrowed(where, slot), found
 
-    def _own_places(self, unit: Unit) -> tuple[engine.Arena, array[int]]:
-        places, owners = [], []
+    def _own_destinations(self, unit: Unit) -> tuple[engine.Arena, array[int]]:
+        reads, owners = [], []
         for piece in unit.pieces:
-            ((part, result),) = self._of[piece.tensor]
+            ((region, result),) = self._results[piece.tensor]
             row_bytes = self._source.extents[piece.tensor].row_bytes
-            at = result.data_ptr() + (piece.first - part.rows[0]) * row_bytes
-            places.append((piece.begin, piece.nbytes, at))
+            address = result.data_ptr() + (piece.first - region.rows[0]) * row_bytes
+            reads.append((piece.begin, piece.nbytes, address))
             owners.append(result)
-        arena, base = engine.Arena.over([(at, nbytes) for _, nbytes, at in places], owners)
+        arena, base = engine.Arena.over([(address, nbytes) for _, nbytes, address in reads], owners)
         flat = array("Q")
-        for begin, nbytes, at in places:
-            flat.extend((begin, nbytes, at - base))
+        for begin, nbytes, address in reads:
+            flat.extend((begin, nbytes, address - base))
         return arena, flat
 
-    def read(self, number: int) -> None:
-        """Wait for the reads of a step. Raises what reading it did."""
-        reading = self._readings.get(number)
-        if reading is None:
+    def _finish_reads(self, number: int) -> None:
+        """Wait for the reads of a step. Raises their error."""
+        reads = self._reads.get(number)
+        if reads is None:
             return
         opened: Any = self._source.opened
-        reading.job.wait()
-        opened.note(reading.job)
+        reads.job.wait()
+        opened.note(reads.job)
         target = self._memory.target
         if target is not None:
-            sample = device.sample_of(target, reading.segments)
-            device.prove(target, reading.arena, opened.file, sample)
-        self._readings[number] = None
+            sample = device.sample_of(target, reads.segments)
+            device.prove(target, reads.arena, opened.file, sample)
+        self._reads[number] = None
 
-    def exchange(self, number: int) -> list[Pending]:
-        """Start the exchange of a step, if it has one; also in a rank that has failed.
+    def _start_exchange(self, number: int) -> list[Pending]:
+        """Start the exchange of a step, if it has one. A rank that has failed takes part, too.
 
         Raises:
             RankError: a rank is gone.
@@ -327,113 +422,72 @@ class Exchange:
         slot = self._slot(number)
         if slot.part is None:
             return []
-        readers = len(self._circle.readers)
+        readers = len(self._subgroup.readers)
         each = part_bytes(self._steps[number].unit, readers)
-        return self._circle.exchange(slot.unit[: each * readers], slot.part[:each])
+        return self._subgroup.exchange(slot.unit[: each * readers], slot.part[:each])
 
-    def place(self, number: int) -> None:
-        """Slice and cast what a step has brought to where it stays."""
+    def _place_results(self, number: int) -> None:
+        """Slice and cast a step's unit into the results."""
         if number >= len(self._steps) or self._steps[number].kind == "own":
             return
         slot, unit = self._slot(number), self._steps[number].unit
         for piece in unit.pieces:
             raw = slot.unit[piece.offset : piece.offset + piece.nbytes]
-            shape, dtype = self._source.describe(piece.tensor)
-            for part, result in self._of.get(piece.tensor, ()):
-                if not part.empty:
-                    _place(raw, shape, dtype, (piece.first, piece.last), part=part, result=result)
+            shape, dtype = self._source.described[piece.tensor]
+            rows = piece.first, piece.last
+            for region, result in self._results.get(piece.tensor, ()):
+                if not region.empty:
+                    _place(raw, shape, dtype, rows, region=region, result=result)
 
-    def stop(self) -> None:
-        """Nothing is in flight afterwards."""
-        for reading in self._readings.values():
-            if reading is not None:
-                reading.job.release()
-        self._readings.clear()
+    def _stop(self) -> None:
+        """Release all reads; none is in progress afterwards."""
+        for reads in self._reads.values():
+            if reads is not None:
+                reads.job.release()
+        self._reads.clear()
 
 
 def _place(
     raw: torch.Tensor,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    span: tuple[int, int],
+    rows: tuple[int, int],
     *,
-    part: Region,
+    region: Region,
     result: torch.Tensor,
 ) -> None:
-    """Copy from rows first..last of a tensor, as bytes, what a part has of them."""
+    """Copy a region's elements in some rows of a tensor to the region's result.
+
+    Args:
+        raw: bytes of the rows.
+        shape: of the whole tensor.
+        dtype: of the tensor.
+        rows: first, and the row after the last.
+        region: of the tensor.
+        result: of the region's shape.
+    """
     if not shape:
-        shape, part, result = (1,), Region((1,), ((0, 1, 1),)), result.view(1)
-    first, last = span
-    found = part.within(first, last)
+        shape, region, result = (1,), Region((1,), ((0, 1, 1),)), result.view(1)
+    first, last = rows
+    found = region.within(first, last)
     if found is None:
         return
-    rows, index = found
-    # Bytes of dtypes that torch can hardly copy are moved as whole numbers of their size.
+    into_rows, index = found
+    # Torch copies few of the small dtypes: without a cast, integers of the same size are copied.
     carrier = dtype if result.dtype != dtype else _carrier(dtype)
     view = raw.view(carrier).view(last - first, *shape[1:])
     into = result if result.dtype != dtype else result.view(carrier)
-    into[rows].copy_(view[index])
+    into[into_rows].copy_(view[index])
 
 
 def _carrier(dtype: torch.dtype) -> torch.dtype:
+    """The integer dtype of the same size, if there is one."""
     import torch
 
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return sizes.get(dtype.itemsize, dtype)
 
 
-def move(mover: Exchange, count: int, group: Group) -> None:
-    """Take ``count`` steps, the same number on all ranks. Collective.
-
-    Raises:
-        RankError: a rank is gone.
-        Elsewhere: another rank failed.
-        BaseException: ours, if this rank failed; `Group.agree` tells the others which.
-    """
-    failure: list[BaseException] = []
-    flagged = False
-
-    def attempt(work: Callable[[int], None], numbers: Iterable[int]) -> None:
-        if failure:
-            return
-        try:
-            for number in numbers:
-                work(number)
-        except BaseException as error:
-            failure.append(error)
-
-    previous: tuple[list[Pending], Flag] | None = None
-    try:
-        with mover._memory.beside():
-            for step in range(count):
-                attempt(mover.start, range(step, step + 1 + mover.ahead))
-                attempt(mover.read, (step,))
-                works = mover.exchange(step)
-                flag = group.flag(bool(failure))
-                if previous is not None:
-                    _arrive(previous[0])
-                    if mover.in_common:
-                        previous[1].raised()  # waits for the others' parts
-                    attempt(mover.place, (step - 1,))
-                    if previous[1].raised():
-                        flagged = True
-                        _arrive(works)
-                        flag.raised()
-                        break
-                previous = works, flag
-            else:
-                if previous is not None:
-                    _arrive(previous[0])
-                    flagged = previous[1].raised()
-                    attempt(mover.place, (count - 1,))
-    finally:
-        mover.stop()
-    if failure:
-        raise failure[0]
-    if flagged:
-        raise PeerFailed
-
-
-def _arrive(pending: list[Pending]) -> None:
-    for collective in pending:
+def _wait(collectives: list[Pending]) -> None:
+    for collective in collectives:
         collective.wait()

@@ -1,12 +1,13 @@
-"""Process groups as sharding needs them: who is where, small messages, and agreeing on errors.
+"""Process groups as sharding needs them: nodes, small messages, and agreement on errors.
 
-Two planes. *Control* is a gloo channel over all ranks: headers, wants and error flags go there, on
-the CPU, whatever backend the data takes, and never between the caller's own collectives. *Data*
-goes by another, among the ranks of one node or all; in an NCCL group of one node by that itself.
+There are two kinds of channels. The *control* channel is gloo over all ranks, on the CPU, whatever
+backend the data takes. It carries headers, requests and error flags, and it never mixes with the
+caller's own collectives. *Data* channels connect the ranks of one node, or all ranks; in an NCCL
+group of one node this is the caller's group itself.
 
-An error of one rank ends all of them: every phase closes with `Group.agree`, as a `Phase` does,
-which raises the same `RankError` everywhere. A rank that is killed breaks its connections; the
-others then get a RankError, too.
+An error of one rank ends the load on all ranks: every phase ends with `Group.agree`, which raises
+the same `RankError` on all of them. A rank that is killed breaks its connections, and the others
+raise a RankError, too.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from .channel import Channel, Pending
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Flag", "Group", "PeerFailed", "Phase", "SingleGroup", "is_told"]
+__all__ = ["Flag", "Group", "PeerFailed", "Phase", "SingleGroup", "is_agreed"]
 
 
-def is_told(error: BaseException) -> bool:
-    """Whether all ranks know of an error: it came out of `Group.agree`, and is not told again."""
-    return isinstance(error, RankError) or getattr(error, "_fastst_told", False)
+def is_agreed(error: BaseException) -> bool:
+    """Whether `Group.agree` raised an error: all ranks know it, and it is not sent again."""
+    return isinstance(error, RankError) or getattr(error, "_fastst_agreed", False)
 
 
 class PeerFailed(Exception):  # noqa: N818 - control flow; never leaves the package
-    """Another rank has failed, and tells how when all agree; what came is not complete."""
+    """Another rank has failed. The next `Group.agree` raises its error; the data is incomplete."""
 
 
 class SingleGroup:
@@ -51,7 +52,7 @@ class SingleGroup:
 
 
 def _node() -> str:
-    """What ranks of one machine have in common: they share a page cache."""
+    """An identifier of this machine, whose ranks share a page cache."""
     given = current().node_id
     if given:
         return given
@@ -63,13 +64,13 @@ def _node() -> str:
 
 
 class Flag:
-    """Whether any rank has failed, asked without waiting for the answer yet."""
+    """Whether any rank has failed. The exchange of this has started; `raised` waits for it."""
 
     def __init__(self, value: torch.Tensor, pending: Pending | None) -> None:
         self._value, self._pending = value, pending
 
     def raised(self) -> bool:
-        """Wait for all ranks' answers.
+        """Wait for all ranks' flags, and return whether any is set.
 
         Raises:
             RankError: a rank is gone.
@@ -80,38 +81,38 @@ class Flag:
 
 
 class Phase:
-    """A ``with`` block of work on all ranks, whose end is `Group.agree`. Made by `Group.phase`.
+    """A ``with`` block of work on all ranks that ends with `Group.agree`. Made by `Group.phase`.
 
     Attributes:
         value: of this rank, for the others.
-        told: every rank's value, once the phase is over.
+        gathered: every rank's value, by rank, once the phase is over.
     """
 
     def __init__(self, group: Group) -> None:
         self._group = group
         self.value: Any = None
-        self.told: list[Any] = []
+        self.gathered: list[Any] = []
 
     def __enter__(self) -> Phase:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and is_told(error):
+        if error is not None and is_agreed(error):
             return
         try:
             ours = None if isinstance(error, PeerFailed) else error
-            self.told = self._group.agree(ours, self.value)
+            self.gathered = self._group.agree(ours, self.value)
         finally:
             ours = None
-            del error, trace  # a traceback keeps this frame
+            del error, trace  # the traceback refers to this frame
 
 
 class Group:
     """This process among its peers.
 
     Attributes:
-        rank: our place in the group, 0 to size - 1. Never a device's number.
-        size: how many there are.
+        rank: of this process in the group, 0 to size - 1. It is no device number.
+        size: number of ranks.
     """
 
     def __init__(self, pg: Any) -> None:
@@ -130,7 +131,7 @@ class Group:
 
     @classmethod
     def of(cls, pg: object = None) -> Group:
-        """The group that a caller means. Collective the first time that it is asked for.
+        """The `Group` of a caller's process group. Collective the first time for each.
 
         Args:
             pg: a torch ProcessGroup; a `SingleGroup`, or another object whose ``size()`` is 1;
@@ -139,8 +140,8 @@ class Group:
         Raises:
             TypeError: it is something else.
             RankError: the ranks could not be reached.
-            FaststError: this thread is in the middle of the same call, which a signal's handler
-                or a finalizer has interrupted. The other ranks wait for that call's messages.
+            FaststError: a signal handler or a finalizer calls this while its thread is inside the
+                same call. The other ranks wait for that call's messages.
         """
         if isinstance(pg, Group):
             return pg
@@ -149,42 +150,42 @@ class Group:
         import torch.distributed as dist
 
         if pg is dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("this process is no member of the process group")
+            raise ValueError("this process is not a member of the process group")
         if not isinstance(pg, dist.ProcessGroup):
-            raise TypeError(f"no process group: {pg!r}")
+            raise TypeError(f"{pg!r} is not a process group")
         with shared:
-            # One for each: threads that first use different groups must not wait for each other.
-            making = _making.setdefault(pg, _Making())
-        with making.guard.lock(lambda: None):
+            # A lock for each group: threads that connect different ones must not wait for another.
+            connecting = _connecting.setdefault(pg, _Connecting())
+        with connecting.guard.lock(lambda: None):
             found = _groups.get(pg)
             if found is None:
-                if making.under_way:
-                    raise FaststError("this thread is just connecting the process group's ranks")
-                making.under_way = True
+                if connecting.in_progress:
+                    raise FaststError("this thread is already connecting the process group's ranks")
+                connecting.in_progress = True
                 try:
                     found = _groups[pg] = cls(pg)
                 finally:
-                    making.under_way = False
+                    connecting.in_progress = False
         return found
 
     @property
     def nodes(self) -> list[int]:
-        """For each rank, the number of its node, in the order of their first ranks.
+        """Each rank's node number. Nodes are numbered in the order of their first ranks.
 
-        Known once all have said something: names of nodes go with the first values.
+        Known after the first `gather`, which also sends the names of nodes.
         """
         assert self._nodes is not None
         return self._nodes
 
     @property
     def node_ranks(self) -> list[int]:
-        """Ranks on our node, ascending."""
+        """Ranks on this rank's node, ascending."""
         return [rank for rank in range(self.size) if self.nodes[rank] == self.nodes[self.rank]]
 
     # ---- control ----
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank said, by rank. Collective.
+        """Every rank's value, by rank. Collective.
 
         Raises:
             RankError: a rank is gone.
@@ -193,51 +194,51 @@ class Group:
             self._check_single()
             return [value]
         if self._nodes is None:
-            told = self._control.objects((value, _node()))
-            names = [name for _, name in told]
+            gathered = self._control.all_gather_objects((value, _node()))
+            names = [name for _, name in gathered]
             self._nodes = [list(dict.fromkeys(names)).index(name) for name in names]
-            return [one for one, _ in told]
-        return self._control.objects(value)
+            return [one for one, _ in gathered]
+        return self._control.all_gather_objects(value)
 
     def agree(self, error: BaseException | None, value: Any = None) -> list[Any]:
-        """End a phase: every rank's value, or one error for all. Collective.
+        """End a phase: return every rank's value, or raise one error on all. Collective.
 
         Args:
-            error: what went wrong here, if anything.
+            error: of this rank, if any.
             value: for the others.
 
         Raises:
-            RankError: something went wrong on a rank, the lowest of which is named; caused by
-                ``error``, if it went wrong here, too.
-            TypeError, ValueError, LookupError: ``error`` itself, where it is one and all ranks
-                say the same: an argument that is wrong everywhere.
-            BaseException: ``error``, where it is an interrupt.
+            RankError: some rank failed; it names the lowest one. Its cause is ``error``, if this
+                rank failed, too.
+            TypeError, ValueError, LookupError: ``error`` itself, where it is one of these and all
+                ranks have the same: an argument that is wrong everywhere.
+            BaseException: ``error`` itself, where it is an interrupt.
         """
-        said = None if error is None else f"{type(error).__name__}: {error}"
+        message = None if error is None else f"{type(error).__name__}: {error}"
         if error is not None:
-            # A traceback keeps frames, and these memory; users and shells keep tracebacks.
+            # Frames of the traceback refer to memory; users and shells keep tracebacks.
             traceback.clear_frames(error.__traceback__)
-        answers = self.gather((said, value))
+        gathered = self.gather((message, value))
         if error is not None and not isinstance(error, Exception):
-            error._fastst_told = True  # type: ignore[attr-defined]
+            error._fastst_agreed = True  # type: ignore[attr-defined]
             raise error
         arguments = (TypeError, ValueError, LookupError)
-        if isinstance(error, arguments) and all(one[0] == said for one in answers):
+        if isinstance(error, arguments) and all(theirs == message for theirs, _ in gathered):
             raise error
-        for rank, (cause, _) in enumerate(answers):
+        for rank, (cause, _) in enumerate(gathered):
             if cause is not None:
                 raise RankError(rank, cause) from error
-        return [answer for _, answer in answers]
+        return [one for _, one in gathered]
 
     def phase(self) -> Phase:
         """A ``with`` block that ends with `agree`, on the error raised in it or its value.
 
-        Collective. An error that all ranks know already is not told again.
+        Collective. An error that `agree` raised inside the block is not sent again.
         """
         return Phase(self)
 
     def flag(self, failed: bool) -> Flag:
-        """Tell the others whether we have failed, and ask whether they have; does not wait."""
+        """Start exchanging whether a rank has failed, this one or another; does not wait."""
         import torch
 
         value = torch.tensor([int(failed)])
@@ -248,12 +249,12 @@ class Group:
 
     def _check_single(self) -> None:
         if self.size > 1:
-            raise RankError(None, "the process was forked, or ends: its process group is gone")
+            raise RankError(None, "the process was forked, or is ending: its process group is gone")
 
     # ---- data ----
 
     def channel(self, ranks: list[int], device: str) -> Channel:
-        """Connections of some ranks for data of a kind of device. Collective on them, once."""
+        """The data channel of some ranks for a kind of device. Collective on them, once."""
         found = self._channels.get(tuple(ranks))
         if found is None:
             import torch.distributed as dist
@@ -265,24 +266,24 @@ class Group:
             if kind == "gloo":
                 import torch
 
-                # Nobody goes on, and dies of what it does then, while others still connect:
-                # gloo tries again, and waits for the group's timeout each time.
+                # Wait until all are connected. Where a rank goes on and fails while others still
+                # connect to it, gloo retries, and waits for the group's timeout each time.
                 found.maximum(torch.tensor([0])).wait()
             self._channels[tuple(ranks)] = found
         return found
 
 
-class _Making:
-    """One group's ranks connect. A forked child connects none: see `_forget`."""
+class _Connecting:
+    """Whether a thread connects the ranks of one group. A forked child forgets it: `_forget`."""
 
     def __init__(self) -> None:
         self.guard = Guard()
-        self.under_way = False
+        self.in_progress = False
 
 
 _alive: weakref.WeakSet[Group] = weakref.WeakSet()
 _groups: weakref.WeakKeyDictionary[Any, Group] = weakref.WeakKeyDictionary()
-_making: weakref.WeakKeyDictionary[Any, _Making] = weakref.WeakKeyDictionary()
+_connecting: weakref.WeakKeyDictionary[Any, _Connecting] = weakref.WeakKeyDictionary()
 
 
 def _is_single(pg: object) -> bool:
@@ -296,20 +297,20 @@ def _is_single(pg: object) -> bool:
 
 
 def _forget() -> None:
-    """Let go of torch's groups: a forked child is nobody's peer.
+    """Let go of torch's groups, in a forked child and at exit.
 
-    At exit, too: gloo's threads abort the process if their group is only taken apart after
-    torch itself.
+    A forked child is no member of them. At exit, gloo's threads abort the process if their group
+    is destroyed after torch itself.
     """
     for group in list(_alive):
         group._pg = group._control = None
         group._channels.clear()
     _groups.clear()
-    _making.clear()
+    _connecting.clear()
 
 
 def _forget_in_child() -> None:
-    """The same, but torch's objects are never taken apart: that waits for threads of the parent."""
+    """As `_forget`, but leak torch's objects: destroying them waits for threads of the parent."""
     import ctypes
 
     kept = [(group._pg, group._control, dict(group._channels)) for group in list(_alive)]

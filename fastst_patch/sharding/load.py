@@ -1,4 +1,4 @@
-"""`load_sharded`: a whole model in one call, each rank its part."""
+"""`load_sharded`: a whole model in one call, of which each rank loads its shards."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ def load_sharded(
     contiguous: bool = False,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """Load this rank's part of every tensor. Collective: all ranks of the group call it.
+    """Load this rank's shard of every tensor. Collective: all ranks of the group call it.
 
-    Storage is read once per node: to the CPU, ranks of a node share the page cache, and each
-    reads a part of it ahead; elsewhere (``io="buffered"``, ``"direct"``, ``tensors="owned"``,
-    CUDA) rows that one rank alone needs go straight to it, and what several need is read in
+    Storage is read once per node. To the CPU, ranks of a node share the page cache, and each reads
+    a part of the files ahead. Elsewhere (``io="buffered"``, ``"direct"``, ``tensors="owned"``,
+    CUDA), a rank reads the rows that it alone needs; rows that several ranks need are read in
     equal parts and exchanged.
 
     Args:
         files: a file, several, a folder of them, or a ``*.index.json``; the same on all ranks.
         group: a torch ProcessGroup; None: the default group, or without one this process alone.
-        plan: name -> rule (see `fastst_patch.sharding.spec`), where names left out are whole; or
-            a function of name, shape and dtype that returns a rule; None: everything whole. A
-            rule is None or ``"replicate"``, a dimension, slices, ``Owner(ranks)`` or ``SKIP``.
-            Ranks may have different plans.
+        plan: name -> shard spec (see `fastst_patch.sharding.spec`), where names left out are
+            whole; or a function of name, shape and dtype that returns a shard spec; None:
+            everything whole. A shard spec is None or ``"replicate"``, a dimension, slices,
+            ``Packed(dim, count)``, ``Owner(ranks)`` or ``SKIP``. Ranks may have different plans.
         device: where the tensors go; None: the current CUDA device in an NCCL group, else the
             CPU. ``"cuda"`` is the current device, whatever the rank.
-        dtype: for floating tensors, cast where they go; a torch dtype or a name of one.
-        read_once: ``node``, or ``job`` where the network is faster than the storage: every byte
-            is read by one rank of all.
-        contiguous: parts of a file's map that are not complete rows are copied. By default they
-            are views of it, as stock's slices are; all others are contiguous anyway.
+        dtype: for floating tensors, cast where they go; a torch dtype or its name.
+        read_once: ``node``, or ``job`` where the network is faster than the storage: one rank of
+            all reads each byte.
+        contiguous: copy shards of a file's map that are not complete rows. By default they are
+            views of the map, as stock's slices are; all other shards are contiguous anyway.
         options: as of `config_context`, for this load.
 
     Returns:
-        Name -> tensor, in file order, without those that `SKIP` and `Owner` leave to nobody or to
-        others; a part without elements is an empty tensor. Tensors are contiguous and own
-        storage of exactly their size, but for views of maps: see ``contiguous``.
+        Name -> tensor, in file order, without the tensors that this rank does not take (`SKIP`,
+        `Owner`). A shard without elements is an empty tensor. Tensors are contiguous and own
+        storage of exactly their size, except for views of maps: see ``contiguous``.
 
     Raises:
-        RankError: it failed on some rank; on that rank caused by the exception itself.
-        OptionError, TypeError, ValueError: an argument is none.
+        RankError: some rank failed; on that rank, the exception is its cause.
+        OptionError, TypeError, ValueError: an argument is wrong on all ranks.
     """
     ranks = _group(group)
     token: object = None
@@ -70,12 +70,12 @@ def load_sharded(
     wanted: torch.dtype | None = None
     try:
         try:
-            token = push(options)  # refused on one rank, it must not leave the others waiting
+            token = push(options)  # inside: an error must reach the other ranks, which wait
             wanted = dtype_wanted(dtype)
             names = [os.fspath(files)] if isinstance(files, (str, os.PathLike)) else files
             found = _listed(names)
         except BaseException as error:
-            ranks.agree(error)  # raises; the others hear it where they open files
+            ranks.agree(error)  # raises; the others receive it where they open files
         if device is None:
             device = "cuda" if _is_nccl(group) else "cpu"
         with ShardedFiles(
@@ -104,7 +104,7 @@ def _is_nccl(group: Any) -> bool:
 
 
 def _listed(names: Sequence[str | os.PathLike[str]]) -> list[str] | FileNotFoundError:
-    """The files that names mean, or why this rank cannot see which. Raises as `paths_of`."""
+    """Paths of the files; or the error, where this rank cannot see them. Raises as `paths_of`."""
     try:
         return [path for name in names for path in paths_of(os.fspath(name))]
     except FileNotFoundError as error:
@@ -112,15 +112,15 @@ def _listed(names: Sequence[str | os.PathLike[str]]) -> list[str] | FileNotFound
 
 
 def paths_of(name: str) -> list[str]:
-    """Files that a name means: itself, those of a folder, or those of an index.
+    """Paths of the files that a name means: a file, a folder of files, or an index of files.
 
     Raises:
-        FileNotFoundError: a folder holds none, or a folder or an index cannot be seen.
-        ValueError: an index is none.
+        FileNotFoundError: a folder holds no files, or a folder or an index cannot be seen.
+        ValueError: a JSON file is no index.
     """
     path = Path(name)
     if path.suffix != ".safetensors" and not path.exists():
-        # A folder, perhaps, that others see; they know what is in it, or that it is a file.
+        # It may be a folder that other ranks see; `ShardedFiles` then uses their paths.
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
     if path.is_dir():
         indices = sorted(path.glob("*.safetensors.index.json"))
@@ -136,4 +136,4 @@ def paths_of(name: str) -> list[str]:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
         return [str(path.parent / shard) for shard in sorted(set(shards))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name}: no index of a sharded checkpoint: {error!r}") from error
+        raise ValueError(f"{name} is not the index of a sharded checkpoint: {error!r}") from error

@@ -1,8 +1,8 @@
-"""CPU tensors taken from a file's map, and reading it ahead together.
+"""CPU tensors that are views of a file's map, and reading the file ahead together.
 
-Ranks of one node share the page cache, so nothing is exchanged: every rank maps the file and
-takes its parts from there. What is not cached yet each rank reads ahead a share of: rows that it
-alone needs, and of those that several need every n-th stripe.
+Ranks of one node share the page cache, so nothing is exchanged: every rank maps the file and takes
+its shards from there. Each rank reads ahead a share of the bytes that are not cached: rows that it
+alone needs, and every n-th stripe of rows that several ranks need.
 """
 
 from __future__ import annotations
@@ -17,31 +17,70 @@ from ..dtypes import PACKED, header_shape
 from ..files.cpu import HostFile
 from ..files.readahead_share import STRIPE
 from ..layout import described
+from ..machine import io_threads
 from ..runs import Runs
-from .schedule import Extent, Key, Rows, ranges_of
+from .requests import Request
+from .schedule import Extent, Key, Rows, ranges_of, split
+from .source import Source
 from .spec import Region
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["share", "take", "take_all", "wanted"]
+__all__ = ["host_file", "read_ahead", "take_regions"]
 
 
-def share(
+def host_file(source: Source) -> HostFile:
+    """The opened file of a source whose tensors are views of its map."""
+    assert isinstance(source.opened, HostFile)
+    return source.opened
+
+
+# ---- reading ahead ----
+
+
+def read_ahead(
+    source: Source, request: Request, ranks: Sequence[int], turn: int, cold: bool
+) -> None:
+    """Start reading ahead this rank's share of the rows that a node needs of a file.
+
+    Args:
+        source: the file.
+        request: of all ranks.
+        ranks: of the node.
+        turn: this rank's number among them.
+        cold: whether some rank found bytes that are not cached. If none did, this rank reads all
+            of them, to make sure: that reads nothing where the answer was right.
+    """
+    opened = host_file(source)
+    if len(ranks) == 1 and request.shards is None:
+        opened.ahead_of.everything(opened.map())
+        return
+    needs = [request.needs[rank] for rank in ranks]
+    alone, shared = split(source.extents, needs, range(len(ranks)))
+    runs = _needed(source.extents, alone, shared)
+    opened.keep_to(runs.flat)
+    if cold:
+        runs = _share(source.extents, alone[turn], shared, turn, len(ranks))
+    threads = io_threads(opened.config.threads)
+    opened.ahead_of.extents(opened.map(), runs, max(threads // len(ranks), 2))
+
+
+def _share(
     extents: Sequence[Extent], alone: Sequence[Rows], shared: Sequence[Rows], turn: int, turns: int
 ) -> Runs:
-    """What one of ``turns`` ranks reads ahead, in order.
+    """The runs that one of ``turns`` ranks reads ahead, in file order.
 
     Args:
         extents: of the file's tensors.
         alone: rows that this rank alone needs.
-        shared: rows that several need.
-        turn: this rank's number among those that share the reading.
-        turns: how many they are.
+        shared: rows that several ranks need.
+        turn: this rank's number among the ranks that share the reading.
+        turns: number of these ranks.
     """
     ranges = Runs(ranges_of(extents, alone)).ranges
     for begin, end in Runs(ranges_of(extents, shared)).ranges:
-        # Stripes lie at multiples of their size in the file, whoever needs which tensor.
+        # Stripes begin at multiples of their size in the file, whichever rank needs which tensor.
         stripe = begin // STRIPE
         while stripe * STRIPE < end:
             if stripe % turns == turn:
@@ -50,37 +89,35 @@ def share(
     return Runs(sorted(ranges))
 
 
-def wanted(
+def _needed(
     extents: Sequence[Extent], alone: Iterable[Sequence[Rows]], shared: Sequence[Rows]
 ) -> Runs:
-    """What any rank of the node needs of a file, in order.
+    """The runs that any rank of the node needs of a file, in file order.
 
     Args:
         extents: of the file's tensors.
-        alone: rows that one rank alone needs, of each.
-        shared: rows that several need.
+        alone: for each rank, rows that it alone needs.
+        shared: rows that several ranks need.
     """
     each = (Runs(ranges_of(extents, rows)).ranges for rows in (*alone, shared))
     return Runs(sorted(itertools.chain.from_iterable(each)))
 
 
-def take_all(opened: HostFile) -> list[torch.Tensor]:
-    """Every tensor of a mapped file, zero-copy. Raises as `take`."""
-    return tensors.import_batch(opened.map(), opened.layout)
+# ---- tensors ----
 
 
-def take(
-    opened: HostFile, extents: Sequence[Extent], parts: Mapping[Key, Region], contiguous: bool
+def take_regions(
+    opened: HostFile, extents: Sequence[Extent], regions: Mapping[Key, Region], contiguous: bool
 ) -> dict[Key, torch.Tensor]:
-    """Parts of tensors of a mapped file.
+    """Regions of tensors of a mapped file.
 
-    Rows that are complete are zero-copy tensors over the map, with storage of exactly their
-    size; others are views of such a tensor.
+    Complete rows are zero-copy tensors over the map, with storage of exactly their size. Other
+    regions are views of the whole tensor.
 
     Args:
         opened: the file.
         extents: of its tensors.
-        parts: by tensor and number.
+        regions: by tensor and number.
         contiguous: make views contiguous, with storage of their own.
 
     Raises:
@@ -91,46 +128,46 @@ def take(
     import torch
 
     layout = opened.layout
-    straight = {key: part for key, part in parts.items() if part.contiguous and not part.empty}
-    found = _straight(opened, extents, straight)
-    copied = [key for key, part in parts.items() if key not in straight and not part.empty]
-    if copied:
-        numbers = array("Q", dict.fromkeys(i for i, _ in copied))
+    rows = {key: one for key, one in regions.items() if one.contiguous and not one.empty}
+    found = _take_rows(opened, extents, rows)
+    others = [key for key, one in regions.items() if key not in rows and not one.empty]
+    if others:
+        numbers = array("Q", dict.fromkeys(i for i, _ in others))
         made = tensors.import_batch(opened.map(), layout, numbers)
         wholes = dict(zip(numbers, made, strict=True))
-    for key, part in parts.items():
-        if part.empty:
+    for key, region in regions.items():
+        if region.empty:
             _, dtype = tensors.shape_and_dtype(layout, key[0])
-            found[key] = torch.empty(part.size, dtype=dtype)
-        elif key not in straight:
-            # In order of the file, so that what is read ahead is used as it comes.
-            view = wholes[key[0]][part.index]
+            found[key] = torch.empty(region.size, dtype=dtype)
+        elif key not in rows:
+            # In file order: copies use bytes in the order in which they are read ahead.
+            view = wholes[key[0]][region.index]
             if contiguous:
                 view = view.clone(memory_format=torch.contiguous_format)
             found[key] = view
     return found
 
 
-def _straight(
-    opened: HostFile, extents: Sequence[Extent], parts: dict[Key, Region]
+def _take_rows(
+    opened: HostFile, extents: Sequence[Extent], regions: dict[Key, Region]
 ) -> dict[Key, torch.Tensor]:
-    """Complete rows, as tensors over the map made in one call."""
-    if not parts:
+    """Regions that are complete rows, as tensors over the map made in one call."""
+    if not regions:
         return {}
-    layout, keys = opened.layout, list(parts)
-    if all(part.size == list(part.shape) for part in parts.values()):
+    layout, keys = opened.layout, list(regions)
+    if all(region.size == list(region.shape) for region in regions.values()):
         made = tensors.import_batch(opened.map(), layout, array("Q", [i for i, _ in keys]))
         return dict(zip(keys, made, strict=True))
-    # The same call, with a layout in which each tensor is what is taken of it.
-    begins, taken = array("Q"), []
+    # The same call, with a layout in which each tensor is one of the regions.
+    begins, entries = array("Q"), []
     for i, k in keys:
-        part, extent = parts[i, k], extents[i]
-        first, last = part.rows
-        shape, kind = part.size, layout.dtype(i)
-        if kind in PACKED:
+        region, extent = regions[i, k], extents[i]
+        first, last = region.rows
+        shape, dtype = region.size, layout.dtype(i)
+        if dtype in PACKED:
             shape = header_shape(shape, tensors.shape_and_dtype(layout, i)[1])
-        taken.append(("", kind, shape, (last - first) * extent.row_bytes))
+        entries.append(("", dtype, shape, (last - first) * extent.row_bytes))
         begins.append(extent.begin + first * extent.row_bytes)
     numbers = array("Q", range(len(keys)))
-    made = tensors.import_batch(opened.map(), described(taken), numbers, begins)
+    made = tensors.import_batch(opened.map(), described(entries), numbers, begins)
     return dict(zip(keys, made, strict=True))

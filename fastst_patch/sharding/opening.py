@@ -1,9 +1,10 @@
-"""Opening the files of a sharded load: by every rank, and certainly the same.
+"""Opening the files of a sharded load on all ranks, and making sure that they are the same.
 
-What can be found out alone is: paths, headers, the device, what the options ask for. One round of
-telling each other what that was ends the opening, before anything moves: sizes and headers must
-be equal, and what all have to do alike is settled. Further rounds are for files that stock must
-read or that some ranks cannot see; whether there are such is known to all alike by then.
+Each rank first opens the files that it sees, and reports their paths, sizes and headers, its
+device, and the options that all ranks must agree on. One exchange of these reports ends the
+opening, before any data moves: sizes and headers must be equal, and the common options are decided.
+Further exchanges happen only for files that stock must read or that some ranks cannot see. By then
+all ranks know whether there are any.
 """
 
 from __future__ import annotations
@@ -19,40 +20,39 @@ from typing import TYPE_CHECKING
 from .. import engine, tensors
 from ..config import Config
 from ..device import Device, parse_device, torch_target
+from ..dropin.eligibility import opened_for
 from ..errors import Fallback, NameClashError, RankError
 from ..files.base import OpenedFile, open_checked
-from ..files.cpu import HostFile
-from ..files.cuda import DeviceFile
 from .groups import Group
 from .source import Source
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Opening", "open_together"]
+__all__ = ["Opening", "in_turns", "open_together"]
 
 UNIT = 32 << 20
-"""Most bytes that are exchanged at a time, by gloo or NCCL. Four units and as many parts are in use
-at once; with half of `device_memory_budget` as their bound, small budgets make small units."""
+"""Most bytes that gloo or NCCL exchange at a time. Four units and as many parts are in use at once.
+Half of `device_memory_budget` bounds these, so small budgets make small units."""
 UNIT_MIN = 128 << 10
-"""However small the budget: each unit takes a round, of milliseconds where cores are few."""
+"""Smallest unit, however small the budget: each unit costs a round, milliseconds on few cores."""
 
 _UNSEEN = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ESTALE)
-"""What opening a file says that this rank cannot see, and another may."""
+"""Errors of opening a file that this rank cannot see, and another rank may."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """Files that are open, and what the ranks settled.
+    """Files that are open, and values that the ranks agreed on.
 
     Attributes:
         sources: the files, in the order in which they were named.
-        where: number of the file, and the tensor's there, by name.
+        where: by name, the number of the file, and of the tensor in it.
         device: where tensors go.
         target: the device in use; None: the CPU, or stock.
-        refused: why stock reads to this device, on all ranks; None when it does not.
-        mapped: whether every rank takes from maps what it can see.
-        unit_bytes: what is exchanged at a time.
+        fallback: why stock loads to this device, on all ranks; None when it does not.
+        mapped: whether on every rank tensors come from maps of the files that it sees.
+        unit_bytes: bytes exchanged at a time.
         read_once: ``node`` or ``job``.
     """
 
@@ -60,19 +60,19 @@ class Opening:
     where: dict[str, tuple[int, int]]
     device: torch.device
     target: Device | None
-    refused: str | None
+    fallback: str | None
     mapped: bool
     unit_bytes: int
     read_once: str
 
 
 @dataclasses.dataclass(frozen=True)
-class _Seen:
-    """What one rank found at a path.
+class _FileReport:
+    """One rank's findings at a path; sent to the others.
 
     Attributes:
-        error: number of the system's error; 0 for none.
-        text: of it.
+        error: the system's error number where the rank cannot see the file; else 0.
+        text: of the error.
         size: of the file.
         digest: of its header.
         mapped: whether tensors come from its map.
@@ -88,20 +88,22 @@ class _Seen:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Said:
-    """What one rank found out alone; goes to the others.
+class _RankReport:
+    """One rank's findings; sent to the others.
 
     Attributes:
-        paths: of the files; None where it cannot see what lists them.
-        seen: at each of these.
+        paths: of the files; None where the rank cannot see the folder or index that lists them.
+        files: its findings at each path.
         kind: of device.
-        refused, unit_bytes, read_once: as of `Opening`, here.
+        fallback: as of `Opening`, for this rank alone.
+        unit_bytes: as of `Opening`, for this rank alone.
+        read_once: as of `Opening`, for this rank alone.
     """
 
     paths: list[str] | None
-    seen: list[_Seen]
+    files: list[_FileReport]
     kind: str
-    refused: str | None
+    fallback: str | None
     unit_bytes: int
     read_once: str
 
@@ -116,60 +118,67 @@ def open_together(
     """Open files on all ranks, and compare them. Collective. Arguments as of `ShardedFiles`.
 
     Raises:
-        RankError: a rank failed, nobody can see a file, or two ranks see different ones.
+        RankError: a rank failed, no rank can see a file, or two ranks see different ones.
         NameClashError: a name is in two files.
         ValueError: an argument is wrong on all ranks, or they load to devices of several kinds.
     """
     opened: list[OpenedFile | None] = []
     target: Device | None = None
-    refused: str | None = None
+    fallback: str | None = None
     with group.phase() as phase:
         if read_once not in ("node", "job"):
             raise ValueError(f"read_once={read_once!r}: allowed are 'node' and 'job'")
-        where = parse_device(device)
+        torch_device = parse_device(device)
         try:
-            if where.type not in ("cpu", "cuda"):
-                raise Fallback(f"device {str(where)!r} is not accelerated")
-            target = torch_target(where)
-        except Fallback as fallback:
-            refused = fallback.reason
-        paths = None if isinstance(files, FileNotFoundError) else _in_turn(files)
-        find = functools.partial(_open_all, config, target, opened)
-        seen = find(paths or ())
+            if torch_device.type not in ("cpu", "cuda"):
+                raise Fallback(f"device {str(torch_device)!r} is not accelerated")
+            target = torch_target(torch_device)
+        except Fallback as error:
+            fallback = error.reason
+        paths = None if isinstance(files, FileNotFoundError) else _ordered(files)
+        open_all = functools.partial(_open_all, config, target, opened)
+        found = open_all(paths or ())
         kind = "the CPU" if target is None else "a device"
-        phase.value = _Said(paths, seen, kind, refused, _unit_bytes(config), read_once)
-    told: list[_Said] = phase.told
-    if any(one.paths is None for one in told):
-        told = _by_hearsay(files, told, group, find)
-    # Options may differ: what all must do alike is settled here.
-    refused = next((one.refused for one in told if one.refused is not None), None)
-    sources, mapped = _compared(told, opened, group)
-    if len({one.kind for one in told}) > 1 and refused is None:
+        phase.value = _RankReport(paths, found, kind, fallback, _unit_bytes(config), read_once)
+    reports: list[_RankReport] = phase.gathered
+    if any(report.paths is None for report in reports):
+        reports = _with_listed_paths(files, reports, group, open_all)
+    # Ranks may have different options; all use the same fallback, unit size and `read_once`.
+    fallback = next((report.fallback for report in reports if report.fallback is not None), None)
+    sources, mapped = _make_sources(reports, opened, group)
+    if len({report.kind for report in reports}) > 1 and fallback is None:
         raise ValueError(
-            f"some ranks load to {told[0].kind} and others do not; what they exchange must be"
-            " on devices of one kind"
+            f"some ranks load to {reports[0].kind} and others do not; ranks exchange only between"
+            " devices of one kind: give all ranks the same kind"
         )
     return Opening(
         sources,
         _index(sources, group),
-        where,
+        torch_device,
         target,
-        refused,
+        fallback,
         mapped,
-        min(one.unit_bytes for one in told),
-        "job" if any(one.read_once == "job" for one in told) else "node",
+        min(report.unit_bytes for report in reports),
+        "job" if any(report.read_once == "job" for report in reports) else "node",
     )
 
 
-# ---- alone ----
+# ---- on one rank ----
 
 
-def _in_turn(files: Mapping[int, Sequence[str]] | Sequence[str]) -> list[str]:
-    """Files of all ranks, one of each in turn, as fastsafetensors orders them; or as they are."""
-    if not isinstance(files, Mapping):
-        return list(files)
+def in_turns(files: Mapping[int, Sequence[str]]) -> list[tuple[str, int]]:
+    """Paths with their ranks, as fastsafetensors orders them: each rank's first file, and so on."""
     longest = max((len(paths) for paths in files.values()), default=0)
-    return [paths[at] for at in range(longest) for paths in files.values() if at < len(paths)]
+    return [
+        (paths[at], rank)
+        for at in range(longest)
+        for rank, paths in files.items()
+        if at < len(paths)
+    ]
+
+
+def _ordered(files: Mapping[int, Sequence[str]] | Sequence[str]) -> list[str]:
+    return [path for path, _ in in_turns(files)] if isinstance(files, Mapping) else list(files)
 
 
 def _unit_bytes(config: Config) -> int:
@@ -182,109 +191,112 @@ def _open_all(
     target: Device | None,
     opened: list[OpenedFile | None],
     paths: Sequence[str],
-) -> list[_Seen]:
-    """What is found at paths; files are added to ``opened``."""
-    found = []
+) -> list[_FileReport]:
+    """Open files, which are added to ``opened``; None for one that was not opened."""
+    reports = []
     for path in paths:
-        one, seen = _open(path, config, target)
+        one, report = _open(path, config, target)
         opened.append(one)
-        found.append(seen)
-    return found
+        reports.append(report)
+    return reports
 
 
-def _open(path: str, config: Config, target: Device | None) -> tuple[OpenedFile | None, _Seen]:
+def _open(
+    path: str, config: Config, target: Device | None
+) -> tuple[OpenedFile | None, _FileReport]:
     if engine.native_error() is not None:
         os.stat(path)
-        return None, _Seen(fallback=engine.native_error())
+        return None, _FileReport(fallback=engine.native_error())
     try:
         file, layout = open_checked(path)
-        opened: OpenedFile = (
-            HostFile(file, layout, config)
-            if target is None
-            else DeviceFile(file, layout, config, target)
-        )
+        opened = opened_for(file, layout, config, target)
         tensors.check(layout)
         if not tensors.ordinary_mode():
             raise Fallback("a torch mode or default device is in force")
     except Fallback as fallback:
-        return None, _Seen(fallback=fallback.reason)
+        return None, _FileReport(fallback=fallback.reason)
     except OSError as error:
         if error.errno in _UNSEEN:
-            return None, _Seen(error=error.errno, text=os.strerror(error.errno))
+            return None, _FileReport(error=error.errno, text=os.strerror(error.errno))
         raise
     digest = hashlib.blake2b(engine.header_of(layout)).hexdigest()
-    return opened, _Seen(size=file.size, digest=digest, mapped=opened.mapped)
+    return opened, _FileReport(size=file.size, digest=digest, mapped=opened.mapped)
 
 
-# ---- together ----
+# ---- on all ranks ----
 
 
-def _by_hearsay(
+def _with_listed_paths(
     files: object,
-    told: Sequence[_Said],
+    reports: Sequence[_RankReport],
     group: Group,
-    find: Callable[[Sequence[str]], list[_Seen]],
-) -> list[_Said]:
-    """Ranks that cannot see what lists the files open those that the first of the others has.
+    open_all: Callable[[Sequence[str]], list[_FileReport]],
+) -> list[_RankReport]:
+    """Open, on ranks that cannot see the list of files, the paths of the first rank that can.
 
-    Collective. Raises RankError where no rank can see it.
+    Collective. Raises RankError where no rank can see the list.
     """
-    mine = told[group.rank]
-    listed = next((one.paths for one in told if one.paths is not None), None)
+    mine = reports[group.rank]
+    listed = next((report.paths for report in reports if report.paths is not None), None)
     if listed is None:
         group.agree(files if isinstance(files, FileNotFoundError) else None)
-        raise AssertionError  # all ranks have an error to tell
+        raise AssertionError  # every rank has an error, so `agree` raises
     with group.phase() as phase:
         if mine.paths is None:
-            mine = dataclasses.replace(mine, paths=listed, seen=find(listed))
+            mine = dataclasses.replace(mine, paths=listed, files=open_all(listed))
         phase.value = mine
-    return phase.told
+    return phase.gathered
 
 
-def _compared(
-    told: Sequence[_Said], opened: Sequence[OpenedFile | None], group: Group
+def _make_sources(
+    reports: Sequence[_RankReport], opened: Sequence[OpenedFile | None], group: Group
 ) -> tuple[list[Source], bool]:
-    """The files, and whether every rank takes from their maps. Collective if stock reads one."""
-    paths = told[group.rank].paths or []
-    _compare_names([one.paths or [] for one in told])
+    """The files, and whether all ranks take tensors from their maps.
+
+    Collective if stock reads a file, or a rank cannot see one.
+    """
+    paths = reports[group.rank].paths or []
+    _check_same_paths([report.paths or [] for report in reports])
     mapped = True
-    sources, lacking = [], []
+    sources, partly_seen = [], []
     for number, path in enumerate(paths):
-        views = [one.seen[number] for one in told]
-        _compare(path, views)
+        found = [report.files[number] for report in reports]
+        _check_same_file(path, found)
         fallback = next(
-            (f"rank {r}: {v.fallback}" for r, v in enumerate(views) if v.fallback), None
+            (f"rank {rank}: {one.fallback}" for rank, one in enumerate(found) if one.fallback), None
         )
-        readers = [rank for rank, view in enumerate(views) if not view.error]
-        one = opened[number] if fallback is None else None
-        layout = one.layout if one is not None else None
+        readers = [rank for rank, one in enumerate(found) if not one.error]
+        mine = opened[number] if fallback is None else None
+        layout = mine.layout if mine is not None else None
         names = layout.names if layout is not None else ()
-        sources.append(Source(path, names, readers, one, fallback, layout))
+        sources.append(Source(path, names, readers, mine, fallback, layout))
         if fallback is None:
-            mapped = mapped and all(view.mapped for view in views)
+            mapped = mapped and all(one.mapped for one in found)
             if len(readers) < group.size:
-                lacking.append(number)
-    _ask_stock(sources, group)
-    _describe(sources, lacking, group)
+                partly_seen.append(number)
+    _open_by_stock(sources, group)
+    _send_headers(sources, partly_seen, group)
     return sources, mapped
 
 
-def _ask_stock(sources: Sequence[Source], group: Group) -> None:
-    """Open by stock what the engine does not read. Collective if there is any."""
+def _open_by_stock(sources: Sequence[Source], group: Group) -> None:
+    """Open by stock the files that the engine does not read. Collective if there are any."""
     by_stock = [source for source in sources if source.fallback is not None]
     if not by_stock:
         return
     with group.phase():
         for source in by_stock:
-            source.ask_stock()
+            source.open_by_stock()
 
 
 def _index(sources: Sequence[Source], group: Group) -> dict[str, tuple[int, int]]:
-    """Where each name is. Collective if stock reads a file: its headers were not compared.
+    """Number of the file, and of the tensor in it, by name.
+
+    Collective if stock reads a file, because its header was not compared.
 
     Raises:
         NameClashError: a name is in two files.
-        RankError: on one rank alone.
+        RankError: a name is in two files on one rank alone.
     """
     where: dict[str, tuple[int, int]] = {}
     clash: NameClashError | None = None
@@ -303,52 +315,58 @@ def _index(sources: Sequence[Source], group: Group) -> dict[str, tuple[int, int]
     return where
 
 
-def _compare_names(named: Sequence[list[str]]) -> None:
+def _check_same_paths(listed: Sequence[list[str]]) -> None:
     """Raise, alike on all ranks, unless all name the same files."""
-    for rank, names in enumerate(named):
-        if names != named[0]:
-            odd = next((n for n in [*names, *named[0]] if (n in names) != (n in named[0])), None)
-            what = "in another order" if odd is None else f"such as {odd!r}"
+    for rank, paths in enumerate(listed):
+        if paths != listed[0]:
+            odd = next((p for p in [*paths, *listed[0]] if (p in paths) != (p in listed[0])), None)
+            difference = "in another order" if odd is None else f"such as {odd!r}"
             raise RankError(
                 rank,
-                f"it loads {len(names)} files where rank 0 loads {len(named[0])}, {what};"
-                " all ranks name the same",
+                f"it loads {len(paths)} files where rank 0 loads {len(listed[0])}, {difference};"
+                " all ranks must name the same files",
             )
 
 
-def _compare(path: str, views: Sequence[_Seen]) -> None:
-    """Raise, alike on all ranks, unless those that see a file see the same one."""
-    able = [(rank, view) for rank, view in enumerate(views) if not view.error]
-    if not able:
-        unseen = OSError(views[0].error, views[0].text, path)
+def _check_same_file(path: str, found: Sequence[_FileReport]) -> None:
+    """Raise, alike on all ranks, unless the ranks that see a file see the same one."""
+    seeing = [(rank, one) for rank, one in enumerate(found) if not one.error]
+    if not seeing:
+        unseen = OSError(found[0].error, found[0].text, path)
         raise RankError(0, f"{type(unseen).__name__}: {unseen}") from unseen
-    first, reference = able[0]
-    if any(view.fallback for _, view in able):
+    first, reference = seeing[0]
+    if any(one.fallback for _, one in seeing):
         return
-    for rank, view in able:
-        if (view.size, view.digest) != (reference.size, reference.digest):
+    for rank, one in seeing:
+        if (one.size, one.digest) != (reference.size, reference.digest):
             raise RankError(
                 rank,
-                f"{path}: it sees another file than rank {first}: {view.size} bytes with header"
-                f" {view.digest[:12]}, not {reference.size} with {reference.digest[:12]}; give"
+                f"{path}: it sees another file than rank {first}: {one.size} bytes with header"
+                f" {one.digest[:12]}, not {reference.size} with {reference.digest[:12]}; give"
                 " every rank the same version",
             )
 
 
-def _describe(sources: Sequence[Source], lacking: Sequence[int], group: Group) -> None:
-    """Tell ranks that cannot see a file what is in it. Collective if there is such a file."""
-    if not lacking:
+def _send_headers(sources: Sequence[Source], numbers: Sequence[int], group: Group) -> None:
+    """Send the headers of files to ranks that cannot see them. Collective if there are any.
+
+    Args:
+        sources: all files.
+        numbers: of the files that some rank cannot see.
+        group: the ranks.
+    """
+    if not numbers:
         return
     headers: dict[int, tuple[bytes, int]] = {}
     with group.phase() as phase:
-        for number in lacking:
+        for number in numbers:
             source = sources[number]
             if source.readers[0] == group.rank and source.opened is not None:
                 headers[number] = engine.header_of(source.layout), source.opened.file.size
         phase.value = headers
     with group.phase():
-        for number in lacking:
+        for number in numbers:
             source = sources[number]
             if source.opened is None:
-                header, size = phase.told[source.readers[0]][number]
-                source.is_told(engine.parse_header(header, size))
+                header, size = phase.gathered[source.readers[0]][number]
+                source.set_layout(engine.parse_header(header, size))

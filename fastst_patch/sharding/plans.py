@@ -1,4 +1,4 @@
-"""Plans made of what models already say: transformers' ``tp_plan``, DTensor placements."""
+"""Plans made from transformers' ``tp_plan`` or from DTensor placements."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .spec import Owner, Packed, Rule, chunk
+from .spec import Owner, Packed, ShardSpec, chunk
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["plan_from_placements", "plan_from_tp_plan"]
 
-# What transformers 5.0 to 5.24 calls its styles, by what they do to a parameter.
+# Style names of transformers 5.0 to 5.24, grouped by how they shard a parameter.
 _COLUMNS = ("colwise", "colwise_rep", "colwise_gather_output", "local_colwise")
 _ROWS = ("rowwise", "rowwise_rep", "rowwise_split_input", "local_rowwise")
 _PACKED_COLUMNS = ("packed_colwise", "local_packed_colwise")
@@ -32,20 +32,21 @@ _STYLES = (
 
 def plan_from_tp_plan(
     tp_plan: Mapping[str, str] | None, names: Iterable[str]
-) -> Callable[[str, Sequence[int], torch.dtype], Rule]:
+) -> Callable[[str, Sequence[int], torch.dtype], ShardSpec]:
     """A plan from transformers' ``tp_plan``, for the tensors of a checkpoint.
 
     Args:
-        tp_plan: pattern -> style, as ``model._tp_plan`` or ``config.base_model_tp_plan`` has it:
-            a module's or parameter's name, with ``*`` for numbers; what stands before it in a
-            checkpoint's names (``model.``) may be missing. None: all is whole. Of experts that
-            are merged in the model (``experts.gate_up_proj``) and apart in the checkpoint
-            (``experts.3.gate_proj.weight``) each is cut as the merged one would be.
-        names: of the checkpoint's tensors. Experts that are tensors of their own
-            (``experts.3.up_proj.weight``) are dealt to the ranks in runs, as merged ones are cut.
+        tp_plan: pattern -> style, as in ``model._tp_plan`` or ``config.base_model_tp_plan``. A
+            pattern is the name of a module or parameter, with ``*`` for numbers; it may lack the
+            prefix of a checkpoint's names (``model.``). None: every tensor is whole. Where the
+            model merges experts (``experts.gate_up_proj``) that the checkpoint has as separate
+            tensors (``experts.3.gate_proj.weight``), each of these is sharded as the merged
+            parameter would be.
+        names: of the checkpoint's tensors. Where a style gives whole experts to ranks, separate
+            experts (``experts.3.up_proj.weight``) go to the ranks that would hold them merged.
 
     Returns:
-        A plan for `load_sharded`; what no pattern names is whole.
+        A plan for `load_sharded`; tensors that match no pattern are whole.
 
     Raises:
         ValueError: a style is unknown.
@@ -65,7 +66,7 @@ def plan_from_tp_plan(
     return _TensorParallel(styles, experts)
 
 
-# Where transformers 5 merges a checkpoint's experts: names of theirs, and of what they become.
+# Parameters into which transformers 5 merges a checkpoint's experts, by the name in it.
 _MERGED = {
     "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj",
     "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj",
@@ -78,7 +79,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class _TensorParallel:
-    """The plan that `plan_from_tp_plan` makes. Needs to be told the group's size: see `sized`."""
+    """The plan that `plan_from_tp_plan` makes. It depends on the group's size: see `sized`."""
 
     def __init__(self, styles: dict[str, str], experts: dict[str, int]) -> None:
         self._styles = styles
@@ -86,19 +87,19 @@ class _TensorParallel:
         self._size = 1
 
     def sized(self, size: int) -> _TensorParallel:
-        """The same plan in a group of so many ranks."""
+        """The same plan for a group of ``size`` ranks."""
         other = _TensorParallel(self._styles, self._experts)
         other._size = size
         return other
 
-    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Rule:
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> ShardSpec:
         generic = _NUMBER.sub("*", name)
         module, _, parameter = generic.rpartition(".")
         style = self._style(generic) or self._style(module)
         if style is None:
             style = self._merged_style(name)
         if style is not None:
-            return _rule(style, parameter, len(shape))
+            return _spec(style, parameter, len(shape))
         return self._expert(name)
 
     def _style(self, generic: str) -> str | None:
@@ -109,32 +110,32 @@ class _TensorParallel:
         return None
 
     def _merged_style(self, name: str) -> str | None:
-        """The style of what an expert's tensor becomes a part of, for that part."""
+        """Style of an expert's tensor, from the parameter that the model merges it into."""
         found = _EXPERT.match(name)
-        part = "" if found is None else _MERGED.get(name[found.end() :].partition(".")[0], "")
-        if found is None or not part:
+        target = "" if found is None else _MERGED.get(name[found.end() :].partition(".")[0], "")
+        if found is None or not target:
             return None
-        merged = f"{_NUMBER.sub('*', found[1])}.{part}"
+        merged = f"{_NUMBER.sub('*', found[1])}.{target}"
         style = self._style(merged) or self._style(merged.replace(*_RENAMED))
-        if style is None or style in _EXPERTS:  # these are dealt out whole
+        if style is None or style in _EXPERTS:  # `_expert` gives these to ranks whole
             return None
         return _APART.get(style, style)
 
-    def _expert(self, name: str) -> Rule:
+    def _expert(self, name: str) -> ShardSpec:
         found = _EXPERT.match(name)
         if not found:
             return None
         module = _NUMBER.sub("*", found[1])
         for pattern, style in self._styles.items():
-            of = pattern if pattern.endswith(".experts") else pattern.rpartition(".")[0]
-            if style in _EXPERTS and (module == of or module.endswith("." + of)):
+            named = pattern if pattern.endswith(".experts") else pattern.rpartition(".")[0]
+            if style in _EXPERTS and (module == named or module.endswith("." + named)):
                 number, count = int(found[2]), self._experts[found[1]]
                 each = max(chunk(count, 0, self._size)[1], 1)
                 return Owner(number // each)
         return None
 
 
-def _rule(style: str, parameter: str, ndim: int) -> Rule:
+def _spec(style: str, parameter: str, ndim: int) -> ShardSpec:
     if ndim == 0 or style in _WHOLE or (style in _ROWS + _PACKED_ROWS and parameter == "bias"):
         return None
     if style in _COLUMNS:
@@ -150,7 +151,7 @@ def _rule(style: str, parameter: str, ndim: int) -> Rule:
 
 def plan_from_placements(
     mesh: Any, placements: Mapping[str, Sequence[Any]]
-) -> Callable[[str, Sequence[int], torch.dtype], Rule]:
+) -> Callable[[str, Sequence[int], torch.dtype], ShardSpec]:
     """A plan from DTensor placements on a mesh: this rank's local tensors.
 
     Args:
@@ -162,7 +163,7 @@ def plan_from_placements(
         A plan for `load_sharded`. A strided shard on a mesh of one dimension is `Packed`.
 
     Raises:
-        ValueError: a placement that is no part of a tensor, such as ``Partial``.
+        ValueError: a placement is neither a shard nor a replica, such as ``Partial``.
     """
     given = {
         name: tuple(each) if isinstance(each, (tuple, list)) else (each,)
@@ -175,7 +176,7 @@ def plan_from_placements(
             )
         for placement in each:
             if not (placement.is_replicate() or hasattr(placement, "dim")):
-                raise ValueError(f"tensor {name!r}: {placement} is no part of a tensor")
+                raise ValueError(f"tensor {name!r}: {placement} is neither a shard nor a replica")
 
     return _Placements(mesh, given)
 
@@ -184,7 +185,7 @@ class _Placements:
     """The plan that `plan_from_placements` makes.
 
     Attributes:
-        names: of the tensors that it places; each must be in the files.
+        names: of the placed tensors; each must be in the files.
     """
 
     def __init__(self, mesh: Any, placements: dict[str, tuple[Any, ...]]) -> None:
@@ -192,12 +193,12 @@ class _Placements:
         self._placements = placements
         self.names = tuple(placements)
 
-    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Rule:
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> ShardSpec:
         found = self._placements.get(name)
         return None if found is None else _placed(self._mesh, found, name, shape)
 
 
-def _placed(mesh: Any, placements: tuple[Any, ...], name: str, shape: Sequence[int]) -> Rule:
+def _placed(mesh: Any, placements: tuple[Any, ...], name: str, shape: Sequence[int]) -> ShardSpec:
     import torch
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -217,7 +218,7 @@ def _placed(mesh: Any, placements: tuple[Any, ...], name: str, shape: Sequence[i
         return Packed(strided[0].dim, strided[0].split_factor)
     if not shape:
         return None
-    # As DTensor does first: what follows takes dimensions 0 and -1 of a vector for two.
+    # DTensor also counts from the front first: the function takes 0 and -1 for two dimensions.
     counted = [p if p.is_replicate() else Shard(p.dim % len(shape)) for p in placements]
     local, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, counted)
     return tuple(slice(at, at + n) for at, n in zip(offset, local, strict=True))

@@ -1,4 +1,4 @@
-"""What a rank takes of one file: in numbers for the others, put together, and by stock."""
+"""Requests for shards of one file, and tensors made of the loaded regions."""
 
 from __future__ import annotations
 
@@ -10,146 +10,167 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..dropin.eligibility import complain, same
+from ..errors import RankError
 from .schedule import Key
 from .source import Source
-from .spec import Region, Rule, Shard, take_of
+from .spec import Region, Shard, ShardSpec, shard_of
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "Request",
-    "by_stock",
-    "cast",
-    "everything",
-    "flat",
-    "joined",
-    "part_bytes",
-    "parts_of",
-    "takes_of",
+    "check_same_requests",
+    "join_regions",
+    "load_by_stock",
+    "needed_rows",
+    "regions_of",
+    "requested_bytes",
+    "result_dtype",
+    "shards_of",
     "verify",
+    "whole_tensors",
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is wanted of one file.
+    """The ranks' request for shards of one file.
 
     Attributes:
-        takes: of this rank, by tensor; None for all of it.
-        needs: of every rank, as `schedule.split` takes them.
+        shards: of this rank, by tensor; None for all of the file.
+        needs: rows that each rank needs, as `schedule.split` takes them.
         dtype: to cast floating tensors to.
         numbers: of the tensors that ``needs`` are of; None: all.
-        said: what a caller who asks for one tensor must ask for on all ranks, in words.
+        description: of a request for one tensor; it must be the same on all ranks.
     """
 
-    takes: dict[int, Shard] | None
+    shards: dict[int, Shard] | None
     needs: Sequence[Sequence[int]]
     dtype: torch.dtype | None
     numbers: Sequence[int] | None
-    said: str | None = None
+    description: str | None = None
 
 
-def cast(kind: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """What a tensor becomes: only floating ones are cast."""
-    return wanted if wanted is not None and kind.is_floating_point else kind
+def check_same_requests(descriptions: Sequence[str | None]) -> None:
+    """Raise unless all ranks request the same: otherwise tensors would be mixed up.
+
+    Args:
+        descriptions: of every rank's request.
+
+    Raises:
+        RankError: alike on all ranks.
+    """
+    first = descriptions[0]
+    for rank, description in enumerate(descriptions):
+        if description != first:
+            raise RankError(
+                rank,
+                f"it {description}, where rank 0 {first}; all ranks must take the same tensors in"
+                " the same order",
+            )
 
 
-def joined(found: Mapping[Key, torch.Tensor], i: int, take: Shard) -> torch.Tensor:
-    """Tensor i of its parts."""
+def result_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype that a tensor is cast to: only floating ones are cast."""
+    return wanted if wanted is not None and dtype.is_floating_point else dtype
+
+
+def join_regions(found: Mapping[Key, torch.Tensor], i: int, shard: Shard) -> torch.Tensor:
+    """Join the regions of tensor i's shard."""
     import torch
 
-    if len(take.parts) == 1:
+    if len(shard.regions) == 1:
         return found[i, 0]
-    return torch.cat([found[i, k] for k in range(len(take.parts))], dim=take.dim)
+    return torch.cat([found[i, k] for k in range(len(shard.regions))], dim=shard.dim)
 
 
-def everything(source: Source) -> dict[int, Shard]:
-    """All tensors, whole."""
+def whole_tensors(source: Source) -> dict[int, Shard]:
+    """Shards that are all tensors of a file, whole."""
     found = {}
     for i, (shape, _) in enumerate(source.described):
         found[i] = Shard((Region(shape, tuple((0, length, 1) for length in shape)),))
     return found
 
 
-def flat(source: Source, takes: Mapping[int, Shard] | None) -> Any:
-    """Rows that a rank needs of every tensor of a file, in pairs; none where it needs all."""
-    if source.fallback is not None or takes is None:
+def needed_rows(source: Source, shards: Mapping[int, Shard] | None) -> Any:
+    """Rows that a rank needs of every tensor, in flat pairs; empty where it needs all."""
+    if source.fallback is not None or shards is None:
         return array("q")
     pairs = array("q", bytes(16 * len(source.names)))
-    for i, take in takes.items():
-        pairs[2 * i], pairs[2 * i + 1] = take.rows
+    for i, shard in shards.items():
+        pairs[2 * i], pairs[2 * i + 1] = shard.rows
     return pairs
 
 
-def takes_of(
-    source: Source, rules: Mapping[str, Rule], rank: int, size: int
+def shards_of(
+    source: Source, specs: Mapping[str, ShardSpec], rank: int, size: int
 ) -> dict[int, Shard] | None:
-    """What a rank takes of a file, by tensor; None for all of it. Raises as `take_of`."""
-    wanted = [rules.get(name) for name in source.names]
-    if all(rule is None or rule == "replicate" for rule in wanted):
+    """A rank's shards of a file, by tensor; None for all of it. Raises as `shard_of`."""
+    wanted = [specs.get(name) for name in source.names]
+    if all(spec is None or spec == "replicate" for spec in wanted):
         return None
-    takes = {}
+    shards = {}
     known: dict[tuple[int, tuple[int, ...]], Shard | None] = {}  # most of a model's are alike
-    for i, (rule, name) in enumerate(zip(wanted, source.names, strict=True)):
-        shape = source.describe(i)[0]
-        if type(rule) is not int:
-            take = take_of(rule, name, shape, rank, size)
-        elif (rule, shape) in known:
-            take = known[rule, shape]
+    for i, (spec, name) in enumerate(zip(wanted, source.names, strict=True)):
+        shape = source.described[i][0]
+        if type(spec) is not int:
+            shard = shard_of(spec, name, shape, rank, size)
+        elif (spec, shape) in known:
+            shard = known[spec, shape]
         else:
-            take = known[rule, shape] = take_of(rule, name, shape, rank, size)
-        if take is not None:
-            takes[i] = take
-    return takes
+            shard = known[spec, shape] = shard_of(spec, name, shape, rank, size)
+        if shard is not None:
+            shards[i] = shard
+    return shards
 
 
-def parts_of(takes: Mapping[int, Shard]) -> dict[Key, Region]:
-    """All parts, by tensor and number."""
-    return {(i, k): part for i, take in takes.items() for k, part in enumerate(take.parts)}
+def regions_of(shards: Mapping[int, Shard]) -> dict[Key, Region]:
+    """All regions, by tensor and number."""
+    return {(i, k): region for i, shard in shards.items() for k, region in enumerate(shard.regions)}
 
 
-def part_bytes(source: Source, takes: Mapping[int, Shard] | None) -> int:
-    """Bytes of what a rank takes, as in the file; all of it for None."""
+def requested_bytes(source: Source, shards: Mapping[int, Shard] | None) -> int:
+    """Bytes of a rank's shards, as in the file; all of the file for None."""
     total = 0
     for i, (_, dtype) in enumerate(source.described):
-        if takes is None:
+        if shards is None:
             total += source.extents[i].rows * source.extents[i].row_bytes
-        elif i in takes:
-            total += sum(math.prod(part.size) for part in takes[i].parts) * dtype.itemsize
+        elif i in shards:
+            total += sum(math.prod(one.size) for one in shards[i].regions) * dtype.itemsize
     return total
 
 
-# ---- where stock reads, and to compare with ----
+# ---- stock's tensors: where it reads the file, and to compare with ----
 
 
-def by_stock(
-    source: Source, parts: Mapping[Key, Region], dtype: torch.dtype | None, device: torch.device
+def load_by_stock(
+    source: Source, regions: Mapping[Key, Region], dtype: torch.dtype | None, device: torch.device
 ) -> dict[Key, torch.Tensor]:
-    """Parts cut from stock's tensors, cast and moved."""
+    """Regions of stock's tensors, cast and moved."""
     import torch
 
     found = {}
-    for key, part in parts.items():
-        whole = source.by_stock(key[0])
-        piece = whole[part.index].clone(memory_format=torch.contiguous_format)
-        found[key] = piece.to(device=device, dtype=cast(piece.dtype, dtype))
+    for key, region in regions.items():
+        whole = source.stock_tensor(key[0])
+        piece = whole[region.index].clone(memory_format=torch.contiguous_format)
+        found[key] = piece.to(device=device, dtype=result_dtype(piece.dtype, dtype))
     return found
 
 
 def verify(
     source: Source,
-    takes: Mapping[int, Shard],
+    shards: Mapping[int, Shard],
     result: dict[int, torch.Tensor],
     dtype: torch.dtype | None,
     *,
     device: torch.device,
     config: Config,
 ) -> None:
-    """Compare tensors with stock's; one that differs is complained of and replaced."""
-    theirs = by_stock(source, parts_of(takes), dtype, device)
-    for i, take in takes.items():
-        right = joined(theirs, i, take)
+    """Compare tensors with stock's; report and replace each that differs."""
+    theirs = load_by_stock(source, regions_of(shards), dtype, device)
+    for i, shard in shards.items():
+        right = join_regions(theirs, i, shard)
         if not same(result[i], right):
             complain(config, source.path, f"tensor {source.names[i]!r}")
             result[i] = right

@@ -1,14 +1,13 @@
-"""Who reads which rows, and what is exchanged. Pure: no I/O, no torch, no process group.
+"""Which rank reads which rows, and which rows are exchanged. No I/O, torch or process group.
 
-A tensor counts as rows of its first dimension (a scalar as one row), and each rank says from
-which row to which it needs it. Rows that one rank alone needs it reads alone. Rows that several
-need are packed into units; of each unit every reader reads an equal part, and the parts are
-exchanged::
+A tensor is rows of its first dimension (a scalar is one row). Each rank states a range of rows
+that it needs. Rows that only one rank needs are read by that rank. Rows that several ranks need
+are packed into units. Every reader reads an equal part of each unit, and the parts are exchanged::
 
     unit    | piece: rows of a tensor | piece | ... |   pieces at 256-byte boundaries
-    parts   | rank 0    | rank 1    | rank 2    |       of equal size, by place in the unit
+    parts   | rank 0    | rank 1    | rank 2    |       of equal size, in the unit's order
 
-So every byte is read once by the ranks that exchange, whatever pattern they take it in.
+So the ranks that exchange read every byte once, whatever shards they take.
 """
 
 from __future__ import annotations
@@ -35,19 +34,19 @@ __all__ = [
 ]
 
 Rows = tuple[int, int, int]
-"""Rows of a tensor: its number, the first row, and the row behind the last."""
+"""Rows of a tensor: its number, the first row, and the row after the last."""
 
 Key = tuple[int, int]
-"""A part that a rank takes: the tensor's number, and which of its parts."""
+"""A region that a rank takes: the tensor's number, and the region's in its shard."""
 
 
 class Extent(NamedTuple):
-    """Where a tensor lies in its file.
+    """Position of a tensor in its file.
 
     Attributes:
         begin: file offset.
-        rows: of its first dimension; 1 for a scalar.
-        row_bytes: of each.
+        rows: number of rows of its first dimension; 1 for a scalar.
+        row_bytes: bytes of each.
     """
 
     begin: int
@@ -61,11 +60,11 @@ class Piece:
 
     Attributes:
         tensor: its number in the file.
-        first: row.
-        last: row behind them.
+        first: first row.
+        last: row after the last.
         begin: file offset.
         nbytes: length.
-        offset: place in the unit.
+        offset: in the unit.
     """
 
     tensor: int
@@ -82,7 +81,7 @@ class Unit:
 
     Attributes:
         pieces: in file order.
-        nbytes: from the begin of the first to the end of the last, with what lies between.
+        nbytes: from the begin of the first to the end of the last, gaps included.
     """
 
     pieces: tuple[Piece, ...]
@@ -95,18 +94,18 @@ def split(
     readers: Collection[int],
     numbers: Sequence[int] | None = None,
 ) -> tuple[list[list[Rows]], list[Rows]]:
-    """Tell what each rank reads alone from what is exchanged.
+    """Separate the rows that each rank reads alone from those that are exchanged.
 
     Args:
         extents: of the file's tensors.
-        needs: for each rank, flat pairs (first row, row behind the last) of every tensor; empty
+        needs: for each rank, flat pairs (first row, row after the last) of every tensor; empty
             for a rank that needs everything.
         readers: ranks that can read the file.
         numbers: of the tensors that ``needs`` are of; None: all.
 
     Returns:
-        For each rank the rows that nobody else needs and that it can read; and the rows to be
-        exchanged. In file order, without overlap; together all rows that anybody needs.
+        For each rank the rows that no other rank needs and that it can read; and the rows to
+        exchange. In file order, without overlap; together all rows that any rank needs.
     """
     alone: list[list[Rows]] = [[] for _ in needs]
     shared: list[Rows] = []
@@ -120,15 +119,15 @@ def split(
         wanted = [(n[2 * at], n[2 * at + 1]) if n else whole for n in needs]
         first = wanted[0]
         if can_all and len(needs) > 1 and wanted.count(first) == len(wanted):
-            if first[0] < first[1]:  # the common case: all of them the same
+            if first[0] < first[1]:  # the common case: all ranks need the same
                 shared.append((i, *first))
             continue
         cuts = sorted({edge for begin, end in wanted if begin < end for edge in (begin, end)})
         for begin, end in itertools.pairwise(cuts):
-            takers = [r for r in ranks if wanted[r][0] <= begin and end <= wanted[r][1]]
-            if len(takers) == 1 and takers[0] in readers:
-                alone[takers[0]].append((i, begin, end))
-            elif takers:
+            users = [r for r in ranks if wanted[r][0] <= begin and end <= wanted[r][1]]
+            if len(users) == 1 and users[0] in readers:
+                alone[users[0]].append((i, begin, end))
+            elif users:
                 shared.append((i, begin, end))
     return alone, shared
 
@@ -136,25 +135,25 @@ def split(
 def pack(extents: Sequence[Extent], rows: Iterable[Rows], size: int) -> list[Unit]:
     """Pack rows into units of about ``size`` bytes, cutting tensors between rows.
 
-    A unit holds one row at least: it is larger than ``size`` where a single row is.
+    A unit holds at least one row, so it is larger than ``size`` where a single row is.
     """
     units: list[Unit] = []
     pieces: list[Piece] = []
-    place = end = 0
+    offset = end = 0
     for tensor, start, last in rows:
         extent, first = extents[tensor], start
         while first < last:
-            room = (size - place) // extent.row_bytes
+            room = (size - offset) // extent.row_bytes
             if room < 1 and pieces:
                 units.append(Unit(tuple(pieces), end))
-                pieces, place = [], 0
+                pieces, offset = [], 0
                 continue
             upto = min(last, first + max(room, 1))
             nbytes = (upto - first) * extent.row_bytes
             begin = extent.begin + first * extent.row_bytes
-            pieces.append(Piece(tensor, first, upto, begin, nbytes, place))
-            end = place + nbytes
-            place = -(-end // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
+            pieces.append(Piece(tensor, first, upto, begin, nbytes, offset))
+            end = offset + nbytes
+            offset = -(-end // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
             first = upto
     if pieces:
         units.append(Unit(tuple(pieces), end))
@@ -162,13 +161,13 @@ def pack(extents: Sequence[Extent], rows: Iterable[Rows], size: int) -> list[Uni
 
 
 def part_bytes(unit: Unit, readers: int) -> int:
-    """Size of each reader's part of a unit; the last ones may reach behind its end."""
+    """Size of each reader's part of a unit; the last parts may reach past its end."""
     each = -(-unit.nbytes // readers)
     return -(-each // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
 
 
 def segments(unit: Unit, low: int, high: int) -> array[int]:
-    """What to read for the bytes low..high of a unit.
+    """File segments of the bytes low..high of a unit.
 
     Returns:
         Flat triples (file offset, bytes, offset from ``low``), by file offset, neighbours merged.

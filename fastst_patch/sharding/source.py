@@ -1,4 +1,4 @@
-"""One file of a sharded load, as a rank has it."""
+"""One file of a sharded load, as this rank has it."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ class Source:
     opened: OpenedFile | None
     fallback: str | None
     _layout: FileLayout | None
-    _stock: Any = None  # a handle
+    _stock_handle: Any = None
 
     @once
     def account(self) -> Account:
-        """What was taken of it so far."""
+        """Counts of the tensors loaded so far."""
         if self.fallback is not None:
             return Account("stock", note=self.fallback)
         return Account("exchange") if self.opened is None else self.opened.account
 
-    def ask_stock(self) -> None:
-        """Let stock read the file, which it opens now. Raises what stock raises."""
-        self._stock = stock.safe_open(self.path, framework="pt", device="cpu")
-        in_file_order = getattr(self._stock, "offset_keys", self._stock.keys)
+    def open_by_stock(self) -> None:
+        """Open the file by stock, which reads it from now on. Raises stock's exceptions."""
+        self._stock_handle = stock.safe_open(self.path, framework="pt", device="cpu")
+        in_file_order = getattr(self._stock_handle, "offset_keys", self._stock_handle.keys)
         self.names = tuple(in_file_order())
 
-    def is_told(self, layout: FileLayout) -> None:
-        """Take another rank's word for what is in a file that this one cannot see."""
+    def set_layout(self, layout: FileLayout) -> None:
+        """Set the layout that another rank sent, where this one cannot see the file."""
         self._layout = layout
         self.names = layout.names
 
@@ -61,7 +61,8 @@ class Source:
     def described(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor, as torch holds it."""
         if self._layout is None:
-            return [(tuple(t.shape), t.dtype) for t in map(self.by_stock, range(len(self.names)))]
+            made = map(self.stock_tensor, range(len(self.names)))
+            return [(tuple(tensor.shape), tensor.dtype) for tensor in made]
         found = []
         for i in range(len(self.names)):
             shape, dtype = tensors.shape_and_dtype(self._layout, i)
@@ -76,13 +77,9 @@ class Source:
             found: Mapping[str, str] | None = handle.metadata()
             return found
 
-    def describe(self, i: int) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of tensor i, as torch holds it."""
-        return self.described[i]
-
     @once
     def extents(self) -> list[Extent]:
-        """Where each tensor lies."""
+        """Position of each tensor in the file."""
         layout, found = self.layout, []
         for i, (shape, _) in enumerate(self.described):
             begin, end = layout.extent(i)
@@ -92,22 +89,17 @@ class Source:
 
     @property
     def layout(self) -> FileLayout:
-        """Of the file; not where stock reads it."""
+        """The file's layout; not available where stock reads the file."""
         assert self._layout is not None
         return self._layout
 
-    @property
-    def mapped(self) -> bool:
-        """Whether this rank takes its tensors from the file's map."""
-        return self.opened is not None and self.opened.mapped
-
-    def by_stock(self, i: int) -> torch.Tensor:
+    def stock_tensor(self, i: int) -> torch.Tensor:
         """Tensor i as stock loads it, to the CPU."""
-        if self._stock is None:
-            self._stock = stock.safe_open(self.path, framework="pt", device="cpu")
-        result: torch.Tensor = self._stock.get_tensor(self.names[i])
+        if self._stock_handle is None:
+            self._stock_handle = stock.safe_open(self.path, framework="pt", device="cpu")
+        result: torch.Tensor = self._stock_handle.get_tensor(self.names[i])
         return result
 
     def close(self) -> None:
-        """Let go of the file. Tensors stay."""
-        self.opened = self._stock = None
+        """Close the file. Tensors stay valid."""
+        self.opened = self._stock_handle = None

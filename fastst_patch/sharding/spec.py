@@ -1,12 +1,12 @@
-"""Which part of a tensor a rank takes: rules as callers write them, and what they come to.
+"""Shard specs of a plan (`ShardSpec`), and the part of a tensor that they give a rank (`Shard`).
 
 ======================  ==================================================================
-rule                    this rank's part
+spec                    this rank's part
 ======================  ==================================================================
 None, ``"replicate"``   the whole tensor
 an int                  its chunk of that dimension as ``torch.chunk`` cuts and DTensor's
                         ``Shard`` places it: trailing ranks get less, or nothing
-slice, tuple of them    what indexing the tensor gives; steps are positive
+slice, tuple of them    the result of indexing the tensor; steps are positive
 `Packed`                of several tensors packed side by side along a dimension, its chunk of
                         each, joined
 `Owner`                 the whole tensor for some ranks, no tensor for the others
@@ -31,12 +31,12 @@ __all__ = [
     "Packed",
     "Plan",
     "Region",
-    "Rule",
     "Shard",
+    "ShardSpec",
     "Skip",
     "chunk",
-    "rules_of",
-    "take_of",
+    "shard_of",
+    "specs_of",
 ]
 
 
@@ -47,12 +47,12 @@ class Skip(enum.Enum):
 
 
 SKIP = Skip.SKIP
-"""Rule: this rank takes nothing of the tensor."""
+"""Spec: this rank takes nothing of the tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """Rule: the tensor goes to some ranks of the group, whole, as experts do.
+    """Spec: some ranks of the group take the whole tensor, as for experts.
 
     Attributes:
         ranks: one rank, or several.
@@ -67,9 +67,9 @@ class Owner:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Rule: a dimension holds several tensors side by side, as ``gate_up_proj`` does.
+    """Spec: a dimension holds several tensors side by side, as ``gate_up_proj`` does.
 
-    The rank's chunk of each, joined in their order: what DTensor calls a strided shard.
+    The rank takes its chunk of each, joined in their order. DTensor calls this a strided shard.
 
     Attributes:
         dim: the dimension; negative ones count from the end.
@@ -80,31 +80,31 @@ class Packed:
     count: int = 2
 
 
-Rule = Union[  # noqa: UP007 - 3.10
+ShardSpec = Union[  # noqa: UP007 - 3.10
     None, str, int, slice, tuple[slice, ...], Packed, Owner, Skip
 ]
 Plan = Union[  # noqa: UP007
-    None, Mapping[str, Rule], Callable[[str, "tuple[int, ...]", "torch.dtype"], Rule]
+    None, Mapping[str, ShardSpec], Callable[[str, "tuple[int, ...]", "torch.dtype"], ShardSpec]
 ]
 
 
 class Region:
-    """A rank's part of one tensor, as torch holds it. Not to be changed.
+    """A box of one tensor, as torch holds it. Immutable.
 
     Attributes:
         shape: of the whole tensor.
         bounds: (start, stop, step) for each dimension, as ``range`` takes them.
-        size: shape of the part.
+        size: shape of the region.
         empty: whether it holds no element.
-        rows: rows of the first dimension from the first to behind the last that it needs. A
-            scalar counts as one row; an empty part needs none.
+        rows: first row of the first dimension that it needs, and the row after the last. A scalar
+            counts as one row; an empty region needs none.
         contiguous: whether it is those rows, complete and without a gap.
     """
 
     __slots__ = ("bounds", "contiguous", "empty", "rows", "shape", "size")
 
     def __init__(self, shape: tuple[int, ...], bounds: tuple[tuple[int, int, int], ...]) -> None:
-        # All at once: there are tens of thousands, and each is looked at several times.
+        # Computed once: a model has tens of thousands of regions, each of which is read often.
         self.shape = shape
         self.bounds = bounds
         self.size = [len(range(*bound)) for bound in bounds]
@@ -123,17 +123,18 @@ class Region:
         return tuple(slice(*bound) for bound in self.bounds)
 
     def within(self, first: int, last: int) -> tuple[slice, tuple[slice, ...]] | None:
-        """What some rows of the whole tensor hold of the part.
+        """Intersect the region with some rows of the whole tensor.
 
         Args:
-            first: row, of the first dimension, where they begin.
-            last: row behind them.
+            first: first of these rows.
+            last: row after the last.
 
         Returns:
-            The rows of the part, and the index into those rows of the tensor; None for nothing.
+            Rows of the region, and the index that finds them in a tensor of the rows first to
+            last; None where the intersection is empty.
         """
         start, stop, step = self.bounds[0]
-        before = len(range(start, min(first, stop), step))  # the part's rows that lie earlier
+        before = len(range(start, min(first, stop), step))  # rows of the region before `first`
         count = len(range(start + before * step, min(last, stop), step))
         if count == 0:
             return None
@@ -144,120 +145,122 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What a rank takes of one tensor.
+    """A rank's part of one tensor.
 
     Attributes:
-        parts: one, or several to be joined.
-        dim: along which they are.
+        regions: one, or several to be joined.
+        dim: dimension along which they are joined.
     """
 
-    parts: tuple[Region, ...]
+    regions: tuple[Region, ...]
     dim: int = 0
 
     @property
     def rows(self) -> tuple[int, int]:
-        """Rows from the first to behind the last that it needs; (0, 0) for none."""
-        found = [part.rows for part in self.parts if not part.empty]
+        """First row that it needs, and the row after the last; (0, 0) for none."""
+        found = [region.rows for region in self.regions if not region.empty]
         return min((r[0] for r in found), default=0), max((r[1] for r in found), default=0)
 
 
 def chunk(length: int, rank: int, size: int) -> tuple[int, int]:
-    """Where ``torch.chunk`` cuts: begin and end of a rank's part of a dimension."""
+    """Begin and end of a rank's chunk of a dimension, as ``torch.chunk`` cuts."""
     each = -(-length // size)
     return min(rank * each, length), min((rank + 1) * each, length)
 
 
-def take_of(rule: Rule, name: str, shape: Sequence[int], rank: int, size: int) -> Shard | None:
-    """What a rule comes to for one rank.
+def shard_of(
+    spec: ShardSpec, name: str, shape: Sequence[int], rank: int, size: int
+) -> Shard | None:
+    """The part of a tensor that a spec gives to a rank.
 
     Args:
-        rule: see the table at the top.
+        spec: see the table at the top.
         name: of the tensor, for errors.
         shape: of the whole tensor, as torch holds it.
-        rank: who takes.
+        rank: the rank.
         size: of the group.
 
     Returns:
         None where the rank takes no tensor.
 
     Raises:
-        ValueError: the rule does not fit the tensor.
+        ValueError: the spec does not fit the tensor.
     """
     lengths = tuple(shape)
     whole = tuple((0, length, 1) for length in lengths)
-    if rule is SKIP:
+    if spec is SKIP:
         return None
-    if isinstance(rule, Owner):
-        _check_owner(rule, name, size)
-        return Shard((Region(lengths, whole),)) if rule.holds(rank) else None
-    if rule is None or rule == "replicate":
+    if isinstance(spec, Owner):
+        _check_owner(spec, name, size)
+        return Shard((Region(lengths, whole),)) if spec.holds(rank) else None
+    if spec is None or spec == "replicate":
         return Shard((Region(lengths, whole),))
-    if hasattr(rule, "__index__") and not isinstance(rule, bool):  # numpy's whole numbers, too
-        return _packed(Packed(operator.index(rule), 1), name, lengths, rank, size)
-    if isinstance(rule, Packed):
-        return _packed(rule, name, lengths, rank, size)
-    if isinstance(rule, slice):
-        rule = (rule,)
-    if isinstance(rule, tuple) and all(isinstance(cut, slice) for cut in rule):
-        if len(rule) > len(lengths):
+    if hasattr(spec, "__index__") and not isinstance(spec, bool):  # numpy's integers, too
+        return _packed(Packed(operator.index(spec), 1), name, lengths, rank, size)
+    if isinstance(spec, Packed):
+        return _packed(spec, name, lengths, rank, size)
+    if isinstance(spec, slice):
+        spec = (spec,)
+    if isinstance(spec, tuple) and all(isinstance(cut, slice) for cut in spec):
+        if len(spec) > len(lengths):
             raise ValueError(
                 f"tensor {name!r} of shape {list(lengths)} has fewer dimensions than the"
-                f" {len(rule)} slices of its rule"
+                f" {len(spec)} slices of its spec"
             )
-        given = [_bounds(cut, length, name) for cut, length in zip(rule, lengths)]  # noqa: B905
+        given = [_bounds(cut, length, name) for cut, length in zip(spec, lengths)]  # noqa: B905
         return Shard((Region(lengths, (*given, *whole[len(given) :])),))
     raise ValueError(
-        f"tensor {name!r}: no rule for sharding: {rule!r}; allowed are None or 'replicate', a"
+        f"tensor {name!r}: {spec!r} is no shard spec; allowed are None or 'replicate', a"
         " dimension, a slice or a tuple of slices, Packed(...), Owner(...) and SKIP"
     )
 
 
-def _packed(rule: Packed, name: str, lengths: tuple[int, ...], rank: int, size: int) -> Shard:
-    if not -len(lengths) <= rule.dim < len(lengths):
+def _packed(spec: Packed, name: str, lengths: tuple[int, ...], rank: int, size: int) -> Shard:
+    if not -len(lengths) <= spec.dim < len(lengths):
         raise ValueError(
-            f"tensor {name!r} of shape {list(lengths)} has no dimension {rule.dim} to be cut;"
-            " give it the rule 'replicate'"
+            f"tensor {name!r} of shape {list(lengths)} has no dimension {spec.dim} to shard;"
+            " give it the spec 'replicate'"
         )
-    dim = rule.dim % len(lengths)
-    if rule.count < 1 or lengths[dim] % rule.count:
+    dim = spec.dim % len(lengths)
+    if spec.count < 1 or lengths[dim] % spec.count:
         raise ValueError(
-            f"tensor {name!r}: dimension {dim} of {list(lengths)} cannot hold {rule.count}"
+            f"tensor {name!r}: dimension {dim} of {list(lengths)} cannot hold {spec.count}"
             " tensors of equal size"
         )
-    each = lengths[dim] // rule.count
+    each = lengths[dim] // spec.count
     begin, end = chunk(each, rank, size)
     whole = tuple((0, length, 1) for length in lengths)
-    cuts = [(number * each + begin, number * each + end, 1) for number in range(rule.count)]
-    parts = tuple(Region(lengths, (*whole[:dim], cut, *whole[dim + 1 :])) for cut in cuts)
-    return Shard(parts, dim)
+    cuts = [(number * each + begin, number * each + end, 1) for number in range(spec.count)]
+    regions = tuple(Region(lengths, (*whole[:dim], cut, *whole[dim + 1 :])) for cut in cuts)
+    return Shard(regions, dim)
 
 
 def _bounds(cut: slice, length: int, name: str) -> tuple[int, int, int]:
     try:
         start, stop, step = cut.indices(length)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"tensor {name!r}: a slice that cannot be: {cut!r}: {error}") from None
+        raise ValueError(f"tensor {name!r}: {cut!r} is no valid slice: {error}") from None
     if step < 1:
-        raise ValueError(f"tensor {name!r}: steps are positive, as torch's: {cut!r}")
+        raise ValueError(f"tensor {name!r}: {cut!r}: steps must be positive, as torch's")
     return start, max(start, stop), step
 
 
-def _check_owner(rule: Owner, name: str, size: int) -> None:
-    ranks: Iterable[Any] = (rule.ranks,) if isinstance(rule.ranks, int) else rule.ranks
+def _check_owner(spec: Owner, name: str, size: int) -> None:
+    ranks: Iterable[Any] = (spec.ranks,) if isinstance(spec.ranks, int) else spec.ranks
     for rank in ranks:
         if not isinstance(rank, int) or not 0 <= rank < size:
             raise ValueError(f"tensor {name!r}: no rank {rank!r} in a group of {size}")
 
 
-def rules_of(
+def specs_of(
     plan: Plan, described: Callable[[], Mapping[str, tuple[tuple[int, ...], torch.dtype]]],
     names: Collection[str], size: int,
-) -> Mapping[str, Rule]:  # fmt: skip
-    """A plan's rules by name; names left out are whole.
+) -> Mapping[str, ShardSpec]:  # fmt: skip
+    """A plan's specs by name; names left out are loaded whole.
 
     Args:
         plan: None: every tensor whole; a mapping; or a function of name, shape and dtype.
-        described: gives every tensor's shape and dtype, as torch holds it.
+        described: returns every tensor's shape and dtype, as torch holds it.
         names: of all tensors.
         size: of the group.
 
@@ -278,6 +281,6 @@ def rules_of(
         )
     if isinstance(plan, Mapping):
         return plan
-    sized = getattr(plan, "sized", None)  # one that depends on how many ranks there are
+    sized = getattr(plan, "sized", None)  # plans that depend on the size of the group
     plan = plan if sized is None else sized(size)
     return {name: plan(name, *each) for name, each in described().items()}

@@ -120,7 +120,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, big: Path, stacks: Path) -> Ra
         for name, (model, options, more) in SAME.items()
     ]  # fmt: skip
     cases.append({"name": "failing", "call": "failing", "arguments": {
-        "folder": str(saved("one file")), "elsewhere": str(broken)}})  # fmt: skip
+        "folder": str(saved("one file")), "broken": str(broken)}})  # fmt: skip
     (file,) = weights_in(big)
     cases += [
         {"name": name, "call": "cold", "arguments": {
@@ -214,5 +214,5 @@ def test_a_rank_that_fails_leaves_the_others_alone(ran: Callable[[str], list[Any
     for rank, one in enumerate(ran("failing")):
         assert one["patched"] == one["stock"]
         assert (one["patched"] == "loaded") is (rank == 0)
-        assert one["patched told"] == one["stock told"]
-        assert "safetensor" in one["patched told"][1].lower()
+        assert one["patched gathered"] == one["stock gathered"]
+        assert "safetensor" in one["patched gathered"][1].lower()

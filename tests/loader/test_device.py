@@ -115,14 +115,14 @@ def test_iteration_and_mapping(cuda, stock, all_dtypes, options) -> None:
 
 
 def test_the_rank_is_not_the_device(cuda, all_dtypes, monkeypatch) -> None:
-    """The current device is, where the caller gives no number."""
+    """A device without a number is the current one."""
     monkeypatch.setattr(cuda, "current", lambda: 1)
     with fastst_patch.profile() as seen, fastsafe_open(all_dtypes[0], device="cuda") as opened:
         opened.get_tensor(opened.keys()[0])
     assert seen.reports[0].device == "cuda:1"
 
 
-# ---------------------------------------------------------------- raw over the bus
+# ---------------------------------------------------------------- bytes copied to the device
 
 
 CASTS = [("F32", "F16"), ("F16", "F32"), ("BF16", "F64"), ("I64", "F32"), ("F32", "F8_E4M3")]
@@ -131,7 +131,7 @@ CASTS = [("F32", "F16"), ("F16", "F32"), ("BF16", "F64"), ("I64", "F32"), ("F32"
 @pytest.mark.parametrize(("source", "dtype"), CASTS)
 @pytest.mark.parametrize("where", ["whole", "each"])
 def test_casts_happen_on_the_device(cuda, tmp_path, stock, source, dtype, where) -> None:
-    """What is copied is what is in the file, whether the result is smaller or larger."""
+    """The file's own bytes are copied, whether the result is smaller or larger."""
     path = write(tmp_path / "m.safetensors", {f"t{i}": (source, (50, 70 + i)) for i in range(8)})
     theirs = stock.load_file(path)
     before = _copied()
@@ -139,7 +139,7 @@ def test_casts_happen_on_the_device(cuda, tmp_path, stock, source, dtype, where)
     wanted = dtype_wanted(dtype)
     for name, tensor in theirs.items():
         ours = buffer.get_tensor(name, dtype=None if where == "whole" else dtype)
-        # Payloads of NaNs are a conversion's own business; CPU and fake are one here.
+        # The fake device converts as the CPU does, so even payloads of NaNs are equal.
         assert bits(ours) == bits(tensor.to(wanted))
     buffer.close()
     engine.shutdown()
@@ -185,7 +185,7 @@ def _wanted(draw: Any) -> tuple[str, tuple[int, ...], str | None, int]:
 
 @given(data=st.data())
 def test_slices_and_casts(fake_driver, tmp_path_factory, stock, data) -> None:
-    """Any dtype, shape, conversion, dimension and slice equals what torch makes of stock's."""
+    """Any dtype, shape, conversion, dimension and slice gives torch's result on stock's tensor."""
     import fake_device
 
     folder = tmp_path_factory.mktemp("any")
@@ -219,7 +219,7 @@ def test_slices_and_casts(fake_driver, tmp_path_factory, stock, data) -> None:
 
 @pytest.mark.parametrize("tensors", ["dlpack", "owned"])
 @pytest.mark.parametrize("budget", [0, 50_000, 200_000, 800_000, None])
-def test_a_walk_over_files_stays_within_the_budget(cuda, paths, budget, tensors) -> None:
+def test_reading_files_in_order_stays_within_the_budget(cuda, paths, budget, tensors) -> None:
     limit = (256 << 20) if budget is None else budget
     loader = _loader(paths, device_memory_budget=budget, tensors=tensors, chunk_bytes=65536)
     buffer = loader.copy_files_to_device()
@@ -228,7 +228,7 @@ def test_a_walk_over_files_stays_within_the_budget(cuda, paths, budget, tensors)
     before, most = _copied(), cuda.driver.live().block_bytes
     ahead = most
     for name in loader.get_keys():
-        assert _right(name, buffer.get_tensor(name))  # and let go of
+        assert _right(name, buffer.get_tensor(name))  # and freed at once
         most = max(most, cuda.driver.live().block_bytes)
     assert most <= limit + 40_192
     engine.shutdown()
@@ -245,7 +245,7 @@ def _moved_at_most(cuda: Any, limit: int) -> bool:
 @pytest.mark.parametrize("queue", [-1, 0, 2])
 @pytest.mark.parametrize("budget", [100_000, 400_000, 2_000_000, 1 << 40])
 def test_iteration_stays_within_the_budget(cuda, paths, queue, budget) -> None:
-    """What was given, and kept, counts: then it is the budget, or the tensors and one block."""
+    """Yielded tensors count: memory is the budget, or the tensors and one block if that is more."""
     loader = ParallelLoader(
         None, paths, queue_size=queue, device="cuda", use_tqdm_on_load=False,
         device_memory_budget=budget, tensors="owned", chunk_bytes=65536,
@@ -286,7 +286,7 @@ def test_tensors_that_are_not_kept_do_not_count(cuda, paths, how, tensors) -> No
 
 
 @pytest.mark.parametrize(("queue", "files"), [(-1, 1), (0, 2), (1, 3), (9, 3)])
-def test_queue_size_is_files_under_way(cuda, paths, queue, files) -> None:
+def test_queue_size_is_files_in_progress(cuda, paths, queue, files) -> None:
     before = _copied()
     weights = ParallelLoader(
         None, paths, queue_size=queue, device="cuda", use_tqdm_on_load=False
@@ -370,7 +370,7 @@ def test_threads_share_a_buffer(cuda, paths, mode) -> None:
 
 
 def test_a_cast_is_handed_out_when_it_has_run(cuda, paths) -> None:
-    """So that any stream may use it; and what it reads stays until then, whosever it is."""
+    """Any stream may use it at once, and its input is freed only after the cast has run."""
     first, second = cuda.new_stream(), cuda.new_stream()
     with cuda.on(first), _loader(paths).copy_files_to_device() as buffer:
         buffer.get_tensor("0.00", dtype="F32")
@@ -385,7 +385,7 @@ def test_a_cast_is_handed_out_when_it_has_run(cuda, paths) -> None:
 
 @pytest.mark.parametrize("tensors", ["dlpack", "owned"])
 def test_memory_that_runs_out(cuda, paths, monkeypatch, tensors) -> None:
-    """Reading ahead gives way; then stock is asked, which allocates tensor by tensor."""
+    """Tensors read ahead are freed; then stock loads, which allocates tensor by tensor."""
     asked = StockOnCpu(monkeypatch, cuda.driver)
     with fastst_patch.config_context(fallback="auto"), fastst_patch.profile() as seen:
         loader = _loader(paths, device_memory_budget=300_000, tensors=tensors)
@@ -409,7 +409,7 @@ def test_a_failing_disk(cuda, paths) -> None:
             with pytest.raises(OSError, match=r"tensor '0.03' of .*model-0.*Input/output error"):
                 buffer.get_tensor("0.03")
             engine.clear_faults()
-            for name in loader.get_keys():  # a failure is nobody's but its own
+            for name in loader.get_keys():  # later requests succeed
                 assert _right(name, buffer.get_tensor(name))
     finally:
         engine.clear_faults()
@@ -426,7 +426,7 @@ def test_a_failing_driver(cuda, paths, monkeypatch) -> None:
     assert "handle" in asked.asked
 
 
-def test_mmap_is_left_to_stock(cuda, paths, monkeypatch) -> None:
+def test_mmap_goes_to_stock(cuda, paths, monkeypatch) -> None:
     asked = StockOnCpu(monkeypatch, cuda.driver)
     with fastst_patch.config_context(fallback="auto"), fastst_patch.profile() as seen:
         with fastst_patch.config_context(io="mmap"), fastsafe_open(paths[0], device="cuda") as f:
@@ -440,7 +440,7 @@ def test_mmap_is_left_to_stock(cuda, paths, monkeypatch) -> None:
 
 @pytest.mark.parametrize("works", [True, False])
 @pytest.mark.parametrize("asks", [{}, {"nogds": False}, {"nogds": True, "use_fgds": True}])
-def test_gds_is_what_nogds_false_asks_for(cuda, paths, monkeypatch, works, asks) -> None:
+def test_nogds_false_requests_gds(cuda, paths, monkeypatch, works, asks) -> None:
     monkeypatch.setattr(arguments, "gds_obstacle", lambda: None if works else "no such module")
     with fastst_patch.profile() as seen:
         loader = _loader(paths, **asks)
@@ -448,11 +448,11 @@ def test_gds_is_what_nogds_false_asks_for(cuda, paths, monkeypatch, works, asks)
             assert all(_right(name, buffer.get_tensor(name)) for name in loader.get_keys())
     want = {"gds (compatibility mode)"} if works else {"ring"}
     assert {report.path for report in seen.reports} == want
-    why = "GDS was asked for (nogds=False) and cannot be used: no such module"
-    assert {report.fallback_reason for report in seen.reports} == ({None} if works else {why})
+    reason = "GDS was requested (nogds=False) and cannot be used: no such module"
+    assert {report.fallback_reason for report in seen.reports} == ({None} if works else {reason})
 
 
-def test_gds_is_not_used_against_the_callers_word(cuda, paths, monkeypatch) -> None:
+def test_gds_is_not_used_if_the_caller_forbids_it(cuda, paths, monkeypatch) -> None:
     monkeypatch.setattr(arguments, "gds_obstacle", lambda: None)
     with fastst_patch.profile() as seen:
         for options in ({"nogds": True}, {"io": "buffered"}):

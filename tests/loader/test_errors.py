@@ -1,4 +1,4 @@
-"""What goes wrong: stock's exception types, and messages that name file, tensor, cause, remedy."""
+"""Errors: stock's exception types, and messages that name file, tensor, cause and remedy."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_folders_and_permissions(tmp_path, opener, stock, outcome) -> None:
 
 
 def test_one_bad_file_among_many(raw, sample) -> None:
-    """Nothing was added, and nothing stays open."""
+    """No file is added, and none stays open."""
     bad = raw.write(b"abc", "bad.safetensors")
     good = [sample, *(raw.tensors({f"t{i}": torch.ones(3)}, f"{i}.safetensors") for i in range(9))]
     loader = SafeTensorsFileLoader(None)
@@ -111,7 +111,7 @@ def test_one_bad_file_among_many(raw, sample) -> None:
         loader.add_filenames({0: [*good[1:], bad]})
     assert set(loader.get_keys()) == {"w", "b", "h"}
     weights = ParallelLoader(None, [*good, bad], use_tqdm_on_load=False).iterate_weights()
-    with pytest.raises(SafetensorError, match=bad):  # before the first tensor is given
+    with pytest.raises(SafetensorError, match=bad):  # before the first tensor is yielded
         next(weights)
 
 
@@ -124,7 +124,7 @@ def big(raw) -> str:
 
 
 @pytest.mark.parametrize("options", [{"io": "buffered"}, {"io": "direct"}, {"tensors": "owned"}])
-def test_a_file_that_is_cut_meanwhile(big, options) -> None:
+def test_a_file_that_is_truncated_meanwhile(big, options) -> None:
     loader = _add([big], device_memory_budget=0, **options)
     with loader.copy_files_to_device() as buffer:
         os.truncate(big, os.path.getsize(big) - 400_000)
@@ -157,7 +157,7 @@ def test_a_failing_disk(big, how) -> None:
     del caught
 
 
-def test_an_iterator_that_fails_lets_go(big) -> None:
+def test_an_iterator_that_fails_frees_everything(big) -> None:
     weights = ParallelLoader(
         None, [big], use_tqdm_on_load=False, io="buffered", device_memory_budget=1
     ).iterate_weights()
@@ -171,7 +171,7 @@ def test_an_iterator_that_fails_lets_go(big) -> None:
 
 
 def test_memory_that_is_refused(big, stock) -> None:
-    """Stock maps the file, as it would have."""
+    """Stock loads the tensor instead."""
     for options in ({"io": "buffered"}, {"io": "mmap"}):
         with fastst_patch.profile() as seen:
             loader = _add([big], device_memory_budget=0, **options)
@@ -214,10 +214,10 @@ def test_bad_arguments(options, kind, text) -> None:
         SafeTensorsFileLoader(options.pop("pg", None), **options)
 
 
-def test_devices_that_torch_has_not(sample) -> None:
+def test_devices_that_torch_lacks(sample) -> None:
     if torch.version.cuda or torch.version.hip:
         pytest.skip("this torch is a build with CUDA")
-    with pytest.raises(AssertionError, match="CUDA"):  # what stock raises, but before anything
+    with pytest.raises(AssertionError, match="CUDA"):  # as stock, but earlier
         SafeTensorsFileLoader(None, "cuda:0")
     with pytest.raises(AssertionError, match="CUDA"):
         fastsafe_open(sample, device="cuda")
@@ -233,13 +233,13 @@ def test_devices_and_frameworks(sample, device, framework) -> None:
 
 
 class Theirs:
-    """fastsafetensors' Device."""
+    """As fastsafetensors' Device."""
 
     def as_str(self) -> str:
         return "cpu"
 
 
-def test_where_a_tensor_is_moved_afterwards(sample, stock) -> None:
+def test_tensors_are_moved_after_loading(sample, stock) -> None:
     with fastsafe_open(sample) as opened:
         buffer = opened.fb
         assert bits(buffer.get_tensor("w", Theirs())) == bits(stock.load_file(sample)["w"])
@@ -275,12 +275,12 @@ def test_arguments_of_copying_in_their_order(sample, stock) -> None:
 
 
 FILES = [
-    (["a"], TypeError, "a dict of ranks"),
-    ("a", TypeError, "a dict of ranks"),
-    ({0: "a"}, TypeError, "a list of paths is wanted, not 'a'"),
-    ({0: [3]}, TypeError, "a path is wanted, not 3"),
-    ({0: [b"a"]}, TypeError, "a path is wanted, not b'a'"),
-    ({"0": ["a"]}, TypeError, "rank '0' is no whole number"),
+    (["a"], TypeError, "expected a dict of ranks"),
+    ("a", TypeError, "expected a dict of ranks"),
+    ({0: "a"}, TypeError, "expected a list of paths, not 'a'"),
+    ({0: [3]}, TypeError, "expected a path, not 3"),
+    ({0: [b"a"]}, TypeError, "expected a path, not b'a'"),
+    ({"0": ["a"]}, TypeError, "rank '0' is not an integer"),
     ({1: ["a"]}, ValueError, "rank 1 is not in the group, whose size is 1"),
     ({-1: ["a"]}, ValueError, "rank -1 is not in the group"),
 ]
@@ -307,7 +307,7 @@ MEANT = [
 
 
 @pytest.mark.parametrize(("given", "meant"), MEANT, ids=str)
-def test_what_arguments_mean(given, meant) -> None:
+def test_arguments_set_options(given, meant) -> None:
     import dataclasses
 
     with fastst_patch.config_context(chunk_bytes="2MiB", threads=7):

@@ -85,7 +85,7 @@ def test_every_method(paths, expected, stock) -> None:
                 assert loader.get_shape(name) == buffer.get_shape(name) == shape
                 assert bits(buffer.push_tensor(name, 0)) == expected[name]
                 assert bits(buffer.get_tensor_wrapped(name).get_raw()) == expected[name]
-                for dim in range(-1, len(tensor.shape) + 1):  # alone, whatever it is
+                for dim in range(-1, len(tensor.shape) + 1):  # in one process, any number
                     assert bits(buffer.get_sharded(name, dim)) == expected[name]
     wanted = dict.fromkeys(expected, 0)
     as_dict = buffer.as_dict(wanted)
@@ -153,10 +153,10 @@ def test_a_file_as_a_mapping(paths, expected, stock, watch) -> None:
         file["file1.I32.5x6"]
     with pytest.raises(ValueError, match="closed"):
         file.get_slice("file1.I32.5x6")
-    assert len(file) == len(theirs)  # what is known stays known
+    assert len(file) == len(theirs)  # the header stays available
 
 
-def test_a_wrapped_tensor_is_taken_for_its_tensor(sample, stock) -> None:
+def test_a_wrapped_tensor_acts_as_its_tensor(sample, stock) -> None:
     with fastsafe_open(sample) as opened:
         w = opened.get_tensor_wrapped("w")
         plain = stock.load_file(sample)["w"]
@@ -210,7 +210,7 @@ def test_the_files_own_dtypes(sample, stock, dtype) -> None:
 
 
 def test_every_dtype_to_every_other(paths, stock, outcome) -> None:
-    """Larger ones, too; what torch cannot convert is told with the tensor's name."""
+    """Larger ones, too; the error of a conversion that torch lacks names the tensor."""
     theirs = stock.load_file(paths[0])
     with loader_of(paths[:1]).copy_files_to_device() as buffer:
         for name, tensor in theirs.items():
@@ -226,7 +226,7 @@ def test_every_dtype_to_every_other(paths, stock, outcome) -> None:
                     assert name in ours.text
 
 
-# ---------------------------------------------------------------- who owns what
+# ---------------------------------------------------------------- ownership
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
@@ -256,7 +256,7 @@ def test_tensors_outlive_everything(paths, expected, options, order) -> None:
 
 def test_never_closed(paths, expected) -> None:
     loader = loader_of(paths)
-    tensor = loader.copy_files_to_device().get_tensor("file1.F32.7x130")  # the buffer is gone
+    tensor = loader.copy_files_to_device().get_tensor("file1.F32.7x130")  # the buffer is freed
     del loader
     gc.collect()
     assert bits(tensor) == expected["file1.F32.7x130"]
@@ -267,7 +267,7 @@ def test_closed(paths) -> None:
     buffer = loader.copy_files_to_device()
     name = loader.get_keys()[0]
     loader.close()
-    assert buffer.get_tensor(name).dtype is not None  # a buffer is its own
+    assert buffer.get_tensor(name).dtype is not None  # a buffer outlives its loader
     assert loader.get_keys() == []
     buffer.close()
     for call in (
@@ -304,7 +304,7 @@ def test_files_added_one_after_another(paths, expected) -> None:
     loader = SafeTensorsFileLoader(None)
     for path in paths:
         loader.add_filenames({0: [path]})
-        loader.add_filenames({0: [path]})  # no second copy of it
+        loader.add_filenames({0: [path]})  # adding it again has no effect
     assert len(loader.get_keys()) == len(expected)
     with loader.copy_files_to_device() as buffer:
         assert [bits(buffer.get_tensor(name)) for name in expected] == list(expected.values())
@@ -325,7 +325,7 @@ def test_a_cache_gives_copies(sample, stock, io) -> None:
         assert (read > before) == (io == "buffered")
 
 
-# ---------------------------------------------------------------- filters and twins
+# ---------------------------------------------------------------- filters and equal names
 
 
 def test_filter(paths, expected) -> None:
@@ -372,7 +372,7 @@ def test_names_must_be_unique(raw) -> None:
     assert set(loader.copy_files_to_device().key_to_rank_lidx) == {"a", "c"}
     with pytest.raises(FaststError, match="unique"):
         fastsafe_open([one, two])
-    # As with fastsafetensors, an iterator gives each file for itself.
+    # As with fastsafetensors, an iterator yields equal names of several files.
     assert [name for name, _ in ParallelLoader(None, [one, two], use_tqdm_on_load=False)
             .iterate_weights()] == ["a", "b", "b", "c"]  # fmt: skip
 
@@ -417,7 +417,7 @@ def test_a_fallback_is_read_by_stock(raw, stock, watch) -> None:
             fastsafe_open(path).close()
 
 
-def test_small_files_go_to_stock_if_so_wished(sample, stock, watch) -> None:
+def test_small_files_go_to_stock_by_option(sample, stock, watch) -> None:
     with watch() as seen, fastst_patch.config_context(small_file_bytes=1 << 20):
         with fastsafe_open(sample) as opened:
             assert bits(opened.get_tensor("h")) == bits(stock.load_file(sample)["h"])
@@ -450,7 +450,7 @@ def test_progress(sample, capsys) -> None:
     assert "100%" in capsys.readouterr().err
 
 
-def test_what_is_open_is_reported_at_the_end(sample) -> None:
+def test_open_files_are_reported_at_the_end(sample) -> None:
     from fastst_patch.dropin.handle import report_open_handles
 
     opened = fastsafe_open(sample)
@@ -463,7 +463,7 @@ def test_what_is_open_is_reported_at_the_end(sample) -> None:
     assert seen.reports == []
 
 
-def test_the_package_imports_it_when_it_is_asked_for(tmp_path) -> None:
+def test_the_package_imports_the_loader_lazily(tmp_path) -> None:
     code = """
 import sys, fastst_patch
 fastst_patch.patch()

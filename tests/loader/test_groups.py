@@ -1,4 +1,4 @@
-"""What the explicit loader asks of the sharding core: in whose order, with which arguments."""
+"""The explicit loader's calls of `ShardedFiles`: their order and arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastst_patch.config import Config
 
 
 class Pair:
-    """A group of two, seen by its second rank."""
+    """A group of two; this process is its second rank."""
 
     def rank(self) -> int:
         return 1
@@ -29,17 +29,17 @@ class Pair:
         return 2
 
 
-class Core:
-    """Stands for ShardedFiles: this rank's parts, by torch."""
+class FakeSharded:
+    """Replaces ShardedFiles; cuts this rank's shards by torch."""
 
-    made: ClassVar[list[Core]] = []
+    made: ClassVar[list[FakeSharded]] = []
 
     def __init__(self, files: Any, group: Any, device: Any, config: Any, *, call: str) -> None:
         from safetensors.torch import load_file
 
         self.arguments = (files, group, device, config, call)
         self.config = config
-        self.asked: list[Any] = []
+        self.calls: list[Any] = []
         self.closed = 0
         self.tensors: dict[str, torch.Tensor] = {}
         self.paths: dict[str, str] = {}
@@ -55,10 +55,10 @@ class Core:
             SimpleNamespace(path=path, metadata=functools.partial(dict, of=path))
             for path in dict.fromkeys(self.paths.values())
         ]
-        Core.made.append(self)
+        FakeSharded.made.append(self)
 
     def read_ahead(self) -> None:
-        """From the map of a file, which torch has not."""
+        """Does nothing."""
 
     def where(self, name: str) -> tuple[str, int]:
         return self.paths[name], 0
@@ -67,7 +67,7 @@ class Core:
         return tuple(self.tensors[name].shape), self.tensors[name].dtype
 
     def take(self, name: str, dim: int, dtype: Any = None) -> torch.Tensor:
-        self.asked.append(("take", name, dim, dtype))
+        self.calls.append(("take", name, dim, dtype))
         whole = self.tensors[name]
         if dim >= 0:
             length = math.ceil(whole.shape[dim] / 2)
@@ -75,7 +75,7 @@ class Core:
         return whole if dtype is None else whole.to(dtype)
 
     def push(self, name: str, dst_rank: int, dtype: Any = None) -> torch.Tensor | None:
-        self.asked.append(("push", name, dst_rank, dtype))
+        self.calls.append(("push", name, dst_rank, dtype))
         return self.take(name, -1, dtype) if dst_rank == 1 else None
 
     def refuse(self, name: str, error: Exception) -> None:
@@ -85,11 +85,11 @@ class Core:
         self.closed += 1
 
 
-class Agreeing(tuple):
-    """What is wrong is wrong on all ranks."""
+class FakeGroup(tuple):
+    """Replaces Group; all ranks have the same error."""
 
     @classmethod
-    def of(cls, pg: Any) -> Agreeing:
+    def of(cls, pg: Any) -> FakeGroup:
         return cls(("group of", type(pg)))
 
     def agree(self, error: Exception) -> None:
@@ -98,9 +98,9 @@ class Agreeing(tuple):
 
 @pytest.fixture
 def files(raw, monkeypatch) -> dict[str, torch.Tensor]:
-    monkeypatch.setattr(sharding, "ShardedFiles", Core, raising=False)
-    monkeypatch.setattr(sharding, "Group", Agreeing, raising=False)
-    Core.made.clear()
+    monkeypatch.setattr(sharding, "ShardedFiles", FakeSharded, raising=False)
+    monkeypatch.setattr(sharding, "Group", FakeGroup, raising=False)
+    FakeSharded.made.clear()
     return {
         f"{k}": raw.tensors(
             {f"{k}.w": torch.arange(30.0).view(5, 6) + k, f"{k}.b": torch.arange(3) + k},
@@ -110,29 +110,29 @@ def files(raw, monkeypatch) -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_core_takes(files) -> None:
+def test_tensors_come_from_sharded_files(files) -> None:
     loader = SafeTensorsFileLoader(Pair(), "cpu", max_threads=3)
     by_rank = {0: [files["0"], files["2"]], 1: [files["1"]]}
     loader.add_filenames(by_rank)
-    (core,) = Core.made
-    given, group, device, config, call = core.arguments
+    (fake,) = FakeSharded.made
+    given, group, device, config, call = fake.arguments
     assert (given, group, device, call) == (
         by_rank, ("group of", Pair), "cpu", "SafeTensorsFileLoader",
     )  # fmt: skip
     assert isinstance(config, Config)
     assert config.threads == 3
-    assert loader.get_keys() == core.names
+    assert loader.get_keys() == fake.names
     assert loader.get_shape("1.w") == [5, 6]
     with pytest.raises(KeyError):
         loader.get_shape("nothing")
 
     buffer = loader.copy_files_to_device(dtype="F16")
-    assert len(Core.made) == 1  # what was opened is used
+    assert len(FakeSharded.made) == 1  # the open files are used
     assert buffer.key_to_rank_lidx == {
         "0.b": (0, 0), "0.w": (0, 0), "1.b": (1, 0), "1.w": (1, 0), "2.b": (0, 1), "2.w": (0, 1),
     }  # fmt: skip
     assert buffer.get_filename("2.b") == files["2"]
-    tensors = core.tensors
+    tensors = fake.tensors
     assert bits(buffer.get_tensor("0.w")) == bits(tensors["0.w"].half())
     assert bits(buffer.get_sharded("0.w", 0)) == bits(tensors["0.w"][3:].half())
     assert bits(buffer.get_sharded("0.w", 1, None, torch.float32)) == bits(tensors["0.w"][:, 3:])
@@ -141,7 +141,7 @@ def test_the_core_takes(files) -> None:
     columns = buffer.get_multi_cols(["2.w", "0.w"], -1).get_raw()
     want = torch.cat([tensors["2.w"][:, 3:], tensors["0.w"][:, 3:]], 1)
     assert bits(columns) == bits(want.half())
-    assert core.asked == [
+    assert fake.calls == [
         ("take", "0.w", -1, torch.float16),
         ("take", "0.w", 0, torch.float16),
         ("take", "0.w", 1, torch.float32),
@@ -159,23 +159,23 @@ def test_the_core_takes(files) -> None:
     with pytest.raises(RuntimeError, match="single-process"):
         list(buffer.iter_local_tensors(["0.w"]))
     loader.close()
-    assert core.closed == 0  # the buffer's
+    assert fake.closed == 0  # the buffer closes it
     buffer.close()
     buffer.close()
-    assert core.closed == 1
+    assert fake.closed == 1
 
 
-def test_what_opens_and_closes_the_core(files) -> None:
+def test_sharded_files_are_opened_and_closed(files) -> None:
     loader = SafeTensorsFileLoader(Pair())
     loader.add_filenames({0: [files["0"]]})
     loader.add_filenames({1: [files["1"]]})
-    assert [core.closed for core in Core.made] == [1, 0]
-    assert Core.made[1].arguments[0] == {0: [files["0"]], 1: [files["1"]]}
+    assert [fake.closed for fake in FakeSharded.made] == [1, 0]
+    assert FakeSharded.made[1].arguments[0] == {0: [files["0"]], 1: [files["1"]]}
     first = loader.copy_files_to_device()
-    second = loader.copy_files_to_device()  # files of its own
+    second = loader.copy_files_to_device()  # opens the files again
     third = loader.copy_files_to_device(max_copy_block_size=1 << 20)
-    assert [core.closed for core in Core.made] == [1, 0, 0, 0]
-    assert Core.made[3].arguments[3].chunk_bytes == 1 << 20
+    assert [fake.closed for fake in FakeSharded.made] == [1, 0, 0, 0]
+    assert FakeSharded.made[3].arguments[3].chunk_bytes == 1 << 20
     assert loader.get_keys() == ["0.b", "0.w", "1.b", "1.w"]
     for buffer in (first, second, third):
         buffer.close()
@@ -183,7 +183,7 @@ def test_what_opens_and_closes_the_core(files) -> None:
     assert loader.get_keys() == []
     loader.add_filenames({0: [files["2"]]})
     loader.close()
-    assert [core.closed for core in Core.made] == [1] * 5
+    assert [fake.closed for fake in FakeSharded.made] == [1] * 5
 
 
 def test_refused_in_groups(files) -> None:
@@ -207,27 +207,27 @@ def test_filters_caches_and_metadata(files) -> None:
     assert loader.get_keys() == ["0.w", "1.w", "2.w"]
     buffer = loader.copy_files_to_device()
     for _ in range(2):
-        assert bits(buffer.get_sharded("0.w", 0)) == bits(Core.made[0].tensors["0.w"][3:])
-    assert len(Core.made[0].asked) == 1
+        assert bits(buffer.get_sharded("0.w", 0)) == bits(FakeSharded.made[0].tensors["0.w"][3:])
+    assert len(FakeSharded.made[0].calls) == 1
     with pytest.raises(ValueError, match="not found"):
         buffer.get_tensor("0.b")
     with fastsafe_open({0: list(files.values())}, pg=Pair()) as opened:
         assert opened.metadata() == {path: {"of": path} for path in files.values()}
-        assert opened.keys() == Core.made[1].names
-    assert Core.made[1].closed == 1
-    assert Core.made[1].arguments[4] == "fastsafe_open"
+        assert opened.keys() == FakeSharded.made[1].names
+    assert FakeSharded.made[1].closed == 1
+    assert FakeSharded.made[1].arguments[4] == "fastsafe_open"
 
 
 def test_iteration(files) -> None:
     loader = ParallelLoader(Pair(), list(files.values()), use_tqdm_on_load=False)
     given = {name: bits(tensor) for name, tensor in loader.iterate_weights()}
-    (core,) = Core.made
-    assert core.arguments[0] == {0: [files["0"], files["2"]], 1: [files["1"]]}
-    assert given == {name: bits(tensor) for name, tensor in core.tensors.items()}
-    assert core.closed == 1
+    (fake,) = FakeSharded.made
+    assert fake.arguments[0] == {0: [files["0"], files["2"]], 1: [files["1"]]}
+    assert given == {name: bits(tensor) for name, tensor in fake.tensors.items()}
+    assert fake.closed == 1
     alone = ParallelLoader(Pair(), list(files.values()), use_tqdm_on_load=False, all_local=True)
     assert {name: bits(tensor) for name, tensor in alone.iterate_weights()} == given
-    assert len(Core.made) == 1
+    assert len(FakeSharded.made) == 1
 
 
 RANKS = """

@@ -42,7 +42,7 @@ def test_every_tensor_in_order(paths, expected, stock, watch, queue, options) ->
     for path in paths[::-1]:
         with stock.safe_open(path, "pt") as handle:
             offsets += handle.offset_keys() if hasattr(handle, "offset_keys") else []
-    filled = {name for name, value in expected.items() if value[2]}  # the others share offsets
+    filled = {name for name, value in expected.items() if value[2]}  # empty ones share offsets
     if offsets:
         want = [name for name in offsets if name in filled]
         assert [name for name, _ in given if name in filled] == want
@@ -81,7 +81,7 @@ def test_an_early_end(paths, expected, how) -> None:
     assert bits(kept[1]) == expected[kept[0]]
 
 
-def test_what_is_given_outlives_the_iterator(paths, expected) -> None:
+def test_tensors_outlive_the_iterator(paths, expected) -> None:
     given = dict(ParallelLoader(None, paths, use_tqdm_on_load=False).iterate_weights())
     gc.collect()
     assert {name: bits(tensor) for name, tensor in given.items()} == expected
@@ -133,7 +133,7 @@ BAD = [
 def test_bad_arguments(options, kind, text) -> None:
     with pytest.raises(kind, match=text):
         ParallelLoader(None, ["x"], **options)
-    with pytest.raises(TypeError, match="hf_weights_files: a list of paths"):
+    with pytest.raises(TypeError, match="hf_weights_files: expected a list of paths"):
         ParallelLoader(None, "x")
 
 
@@ -148,7 +148,7 @@ def test_accepted_together(paths, expected) -> None:
 
 
 def test_the_signatures_are_fastsafetensors() -> None:
-    """Names, order and defaults of 0.5.0; ours come behind, by name."""
+    """Names, order and defaults of 0.5.0; our options follow, by name."""
     import inspect
 
     def arguments(function: Any) -> list[tuple[str, Any]]:

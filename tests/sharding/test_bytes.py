@@ -1,7 +1,7 @@
-"""What a sharded load reads, moves and holds, counted by the kernel, the engine and the driver.
+"""Bytes that a sharded load reads, moves and holds, counted by the kernel, engine and driver.
 
-48 MB in tensors of 8 MB, so that what is read beside them (headers, the rest of a huge page)
-weighs little.
+The files have 48 MB in tensors of 8 MB, so that other reads (headers, the rest of a huge page) are
+few in comparison.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 MIB = 1 << 20
-MORE = 1.05  # issue 6: of what is needed
+MORE = 1.05  # issue 6: bytes read, as a factor of the bytes needed
 WORLD = 4
 NODES = [{"FASTST_NODE_ID": name} for name in ("a", "a", "b", "b")]
 DIRECT: dict[str, Any] = {"io": "direct", "chunk_bytes": MIB}
 CUDA: dict[str, Any] = {"device": "cuda", "chunk_bytes": MIB, "threads": 2}
 FORMS = ("rows", "last", "whole", "alternating", "owners")
-# What is named, what is current, and where it must go: no device twice, whose context would stay.
+# Argument, current device, and expected device. Each device once, since its context stays.
 CURRENT = [("cuda", 2, 2), ("cuda", 0, 0), ("cuda:1", 3, 1)]
 
 
@@ -43,7 +43,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def _needed(files: list[str], skipped: bool = False) -> int:
-    """Bytes of the tensors that any rank gets."""
+    """Bytes of the tensors that any rank takes."""
     return sum(
         end - begin
         for file in files
@@ -85,22 +85,22 @@ def cold(nursery, big) -> Ran:
 @pytest.mark.parametrize("form", [*FORMS, "left out"])
 @pytest.mark.parametrize("way", COLD)
 def test_storage_is_read_once(cold, big, way, form) -> None:
-    """By all ranks of the machine together."""
+    """All ranks of the machine together read each byte once."""
     values = cold.values(f"{way}: {form}")
     if not values[0]["cold"]:
-        pytest.skip("this file system does not let go of cached pages (tmpfs?)")
+        pytest.skip("this file system keeps cached pages (tmpfs?)")
     read, needed = _summed(values, "read"), _needed(big, skipped=form == "left out")
     if read == 0:
         pytest.skip("this kernel does not count what processes read from storage")
     if way == "default" and form == "left out":
-        # Told apart: what is read ahead, which is all that is needed, and what touching it adds.
+        # Reading ahead brings all that is needed; touching the tensors may add little.
         assert {one["cached"] for one in values} <= {1.0, None}
         assert 0.95 * needed <= _summed(values, "read_ahead") <= MORE * needed
     assert 0.95 * needed <= read <= MORE * needed
 
 
 LEFT_OUT = ("whole or left out", "left out")
-# Chunks of the default size, which have room for whole huge pages.
+# Chunks have the default size, which fits whole huge pages.
 THROUGH_THE_CACHE: dict[str, dict[str, Any]] = {
     "default": {},
     "buffered": {"io": "buffered"},
@@ -134,19 +134,19 @@ def gaps(nursery, big, long) -> Ran:
 @pytest.mark.parametrize("form", LEFT_OUT)
 @pytest.mark.parametrize("way", THROUGH_THE_CACHE)
 @pytest.mark.parametrize("size", ["big", "long"])
-def test_what_is_left_out_stays_on_the_disk(gaps, big, long, size, way, form) -> None:
-    """The kernel reads windows around faults, and behind marks that faults and reads leave."""
+def test_tensors_left_out_stay_on_the_disk(gaps, big, long, size, way, form) -> None:
+    """Although the kernel reads windows around faults, and ahead of marks that reads leave."""
     values = gaps.values(f"{way} {size}: {form}")
     read, needed = _summed(values, "read"), _needed(big if size == "big" else long, skipped=True)
     if not values[0]["cold"] or read == 0:
-        pytest.skip("what is read from storage cannot be told here (tmpfs, or no /proc/self/io)")
+        pytest.skip("reads from storage are not counted here (tmpfs, or no /proc/self/io)")
     assert 0.95 * needed <= read <= MORE * needed
 
 
 @pytest.mark.parametrize("form", ["last", "whole", "alternating"])
 @pytest.mark.parametrize("way", ["direct", "cuda-direct"])
 def test_reading_is_shared(cold, big, way, form) -> None:
-    """What all need is read by all in equal parts, not by one for the others."""
+    """Ranks read rows that all of them need in equal parts."""
     values = cold.values(f"{way}: {form}")
     share = _needed(big) / WORLD
     for one in values:
@@ -156,7 +156,7 @@ def test_reading_is_shared(cold, big, way, form) -> None:
 
 @pytest.mark.parametrize("way", ["direct", "owned", "cuda", "cuda-direct"])
 def test_rows_are_read_by_their_owners(cold, way) -> None:
-    """No exchange: each rank reads what it gets, and nothing else."""
+    """Nothing is exchanged: each rank reads its own rows, and nothing else."""
     for one in cold.values(f"{way}: rows"):
         if way.startswith("cuda"):
             moved = one["bytes_copied"]
@@ -171,7 +171,7 @@ def test_rows_are_read_by_their_owners(cold, way) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("way", ["cuda", "cuda-direct"])
 def test_the_bus_is_crossed_once(cold, big, way, form) -> None:
-    """Host-to-device bytes of all ranks together are the file's, whatever each gets of it."""
+    """Host-to-device bytes of all ranks together are the file's, for any shards."""
     copied = _summed(cold.values(f"{way}: {form}"), "bytes_copied")
     assert 0.99 * _needed(big) <= copied <= MORE * _needed(big)
 
@@ -211,7 +211,7 @@ def test_casts_happen_on_the_device(warm, big) -> None:
 
 @pytest.mark.parametrize(("device", "current", "used"), CURRENT)
 def test_the_rank_is_no_device(warm, device, current, used) -> None:
-    """All four ranks use the current device, or the one that is named; no other has a context."""
+    """All four ranks use the current or the named device, and no other device has a context."""
     for one in warm.values(f"current {device} {current}"):
         assert one == {"ordinals": [used], "contexts": 1}
 
@@ -234,7 +234,7 @@ BUDGET = 16 * MIB
 @pytest.mark.parametrize("tensors", ["dlpack", "owned"])
 @pytest.mark.parametrize("form", FORMS)
 def test_device_memory_is_bounded(warm, form, tensors) -> None:
-    """By what is handed out and the budget for everything else."""
+    """Memory is at most the tensors handed out, and the budget for everything else."""
     for one in warm.values(f"budget {tensors}: {form}"):
         assert one["result"] <= one["peak"] <= one["result"] + BUDGET + MIB, one
 
@@ -264,7 +264,7 @@ def test_once_per_node(nodes, big, way, form) -> None:
     values = nodes.values(f"{way} node: {form}")
     for node in (values[:2], values[2:]):
         read, needed = _read(node, way), _needed(big)
-        if form == "last":  # two of four ranks need half of every row, read as whole rows or not
+        if form == "last":  # two of four ranks need half of each row; whole rows may be read
             needed //= 2
             assert needed <= read <= MORE * _needed(big)
         else:
@@ -274,7 +274,7 @@ def test_once_per_node(nodes, big, way, form) -> None:
 @pytest.mark.parametrize("form", ["last", "whole"])
 @pytest.mark.parametrize("way", NODE_WAYS)
 def test_once_per_job(nodes, big, way, form) -> None:
-    """Where the fabric beats the storage, each byte is read on one node."""
+    """With read_once="job", each byte is read on one node."""
     values = nodes.values(f"{way} job: {form}")
     assert _needed(big) <= _read(values, way) <= MORE * _needed(big)
     for node in (values[:2], values[2:]):
@@ -289,7 +289,7 @@ def test_rows_are_read_once_wherever_they_are(nodes, big, way, scope) -> None:
 
 
 def test_nodes_that_see_other_files(nursery, big) -> None:
-    """Node-local storage: one file on each, served to the other."""
+    """With node-local storage, each node reads its file for the other."""
     cases = [
         Case("cases_files.some_see",
              {"files": big, "seen": [[0, 1], [2, 3]], "form": form, "read_once": scope, **way},

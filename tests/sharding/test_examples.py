@@ -1,4 +1,4 @@
-"""The programs in examples/, run as their first lines say, by torchrun."""
+"""The programs in examples/, run by torchrun as their docstrings say."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _start(arguments: Sequence[str], folder: Path, **environment: str) -> subpro
 
 
 def _finish(running: Sequence[subprocess.Popen[str]], status: int = 0) -> tuple[list[str], str]:
-    """Sorted lines and the errors of all; none of them may leave a process behind."""
+    """Sorted lines and the errors of all programs; none may leave a process running."""
     lines: list[str] = []
     errors = ""
     for one in running:
@@ -81,21 +81,21 @@ def test_four_ranks(tmp_path) -> None:
     lines, _ = _finish([_start([*arguments, str(model)], tmp_path)])
     # 10 rows or columns over four ranks: 3, 3, 3, 1; 8 columns: 2 each; the norm: all of it.
     nbytes = [2 * (2 * 8 * n * 2 + 3 * 2 * 4 + 8 * 4) for n in (3, 3, 3, 1)]
-    said = [f"rank {rank} of 4: 8 tensors, {n} bytes" for rank, n in enumerate(nbytes)]
+    expected = [f"rank {rank} of 4: 8 tensors, {n} bytes" for rank, n in enumerate(nbytes)]
     shapes = [
         ("self_attn.q_proj", [3, 8], "bfloat16"), ("mlp.down_proj", [3, 2], "float32"),
         ("self_attn.o_proj", [8, 3], "bfloat16"), ("input_layernorm", [8], "float32"),
     ]  # fmt: skip
-    said += [
+    expected += [
         f"  model.layers.{layer}.{name}.weight {shape} torch.{dtype} on cpu"
         for layer in range(2) for name, shape, dtype in shapes
     ]  # fmt: skip
     if not torch.cuda.is_available():
-        assert lines == sorted(said)
+        assert lines == sorted(expected)
 
 
-def test_four_ranks_are_told_of_an_error(tmp_path) -> None:
-    """Each says the same line, and torchrun ends with an error."""
+def test_four_ranks_fail_together(tmp_path) -> None:
+    """Each prints the error, and torchrun ends with a status of failure."""
     arguments = ["--standalone", "--nproc-per-node", "2", "--local-addr", "127.0.0.1",
                  str(EXAMPLES / "four_ranks.py"), "nowhere.safetensors"]  # fmt: skip
     _, errors = _finish([_start(arguments, tmp_path)], status=1)
@@ -105,7 +105,7 @@ def test_four_ranks_are_told_of_an_error(tmp_path) -> None:
 
 @pytest.mark.parametrize("scope", ["node", "job"])
 def test_two_nodes(tmp_path, scope) -> None:
-    """Two torchruns on one machine, which take themselves for two."""
+    """Two torchruns on one machine, with the node ids of two."""
     path = tmp_path / "model.safetensors"
     tensors = [(f"layers.0.experts.{n}.up.weight", "BF16", (16, 4)) for n in range(6)]
     sharded.write_file(path, [("norm.weight", "F32", (16,)), *tensors])

@@ -1,7 +1,7 @@
-"""One rank meets an error: all are told within seconds which one and why, and go on together.
+"""One rank fails: within seconds all raise its number and cause, and then load again together.
 
 Faults are injected into the engine's system calls, the fake driver or a plan of one rank
-(cases_faults.py). The group's timeout is a minute, so that what is found by it is found too late.
+(cases_faults.py). The group's timeout is a minute, so an error found by the timeout is too late.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 SOON_S = 10.0  # issue 6
 SMALL = {"chunk_bytes": 64 << 10, "threads": 2}
-# Ways that read by themselves. On a map, stock's way, a bad read is SIGBUS.
+# Ways that read into memory. On a map, as with stock, a bad read is SIGBUS.
 WAYS: dict[str, dict[str, Any]] = {
     "buffered": {"io": "buffered", **SMALL},
     "direct": {"io": "direct", **SMALL},
@@ -37,7 +37,7 @@ FORMS = ("rows", "last", "whole")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two files of 3 MB each, so that every rank has several chunks of each to read, and small."""
+    """Two files of 3 MB each, small, but with several chunks for each rank to read."""
     folder = tmp_path_factory.mktemp("files")
     found = []
     for number in range(2):
@@ -51,27 +51,28 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def raised(outcomes: Sequence[Outcome | dict[str, Any]]) -> list[tuple[Failure, float]]:
-    """Errors and seconds of outcomes, also of those that a case returned as its value."""
+    """Errors and seconds of outcomes; a case may also return an outcome as its value."""
     found = []
     for rank, one in enumerate(outcomes):
-        said = one if isinstance(one, dict) else vars(one)
-        assert said["error"] is not None, f"rank {rank} was told nothing"
-        error = said["error"]
-        found.append((error if isinstance(error, Failure) else Failure(**error), said["seconds"]))
+        outcome = one if isinstance(one, dict) else vars(one)
+        error = outcome["error"]
+        assert error is not None, f"rank {rank} raised nothing"
+        failure = error if isinstance(error, Failure) else Failure(**error)
+        found.append((failure, outcome["seconds"]))
     return found
 
 
-def assert_told(
+def assert_all_raise(
     outcomes: Sequence[Any], bad: int, kind: str, cause: str, soon: float = SOON_S
 ) -> list[Failure]:
-    """A RankError in all ranks, which names the rank and the cause, and soon.
+    """All ranks raise a RankError that names the rank and the cause, within seconds.
 
     Args:
         outcomes: of all ranks.
-        bad: the rank in which it happened.
-        kind: the type of what it met there.
-        cause: must be said of it.
-        soon: seconds.
+        bad: the rank that failed.
+        kind: type of its exception.
+        cause: text that the errors must contain.
+        soon: limit in seconds.
     """
     errors = raised(outcomes)
     for rank, (error, seconds) in enumerate(errors):
@@ -116,7 +117,7 @@ def unreadable(nursery, files) -> dict[int, Ran]:
 @pytest.mark.parametrize(("world", "way", "form", "first"), READS)
 def test_bad_reads(unreadable, world, way, form, first) -> None:
     values = unreadable[world].values(f"{way} {form} {first}")
-    assert_told(values, world - 1, "OSError", "Input/output error")
+    assert_all_raise(values, world - 1, "OSError", "Input/output error")
     error = raised(values)[world - 1][0]
     assert error.cause_errno == errno.EIO
     assert "part-" in error.text
@@ -128,8 +129,8 @@ def test_bad_reads(unreadable, world, way, form, first) -> None:
 @pytest.mark.parametrize("way", ["default", "direct", "cuda"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_bad_headers(unreadable, world, way, bad) -> None:
-    """Found before any rank has moved a byte, which the case itself asserts."""
-    errors = assert_told(
+    """They are found before any rank reads data, as the case asserts."""
+    errors = assert_all_raise(
         unreadable[world].values(f"header {way} {bad}"), bad, "OSError", "Input/output error"
     )
     assert errors[bad].cause_errno == errno.EIO
@@ -158,26 +159,26 @@ def device(nursery, files) -> Ran:
 @pytest.mark.parametrize("form", FORMS)
 def test_out_of_device_memory(device, form) -> None:
     values = device.values(f"memory {form} 1")
-    assert_told(values, 1, torch.cuda.OutOfMemoryError.__name__, "out of memory")
+    assert_all_raise(values, 1, torch.cuda.OutOfMemoryError.__name__, "out of memory")
     assert [one["blocks"] for one in values] == [0, 0]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_out_of_device_memory_later(device, form) -> None:
-    """At the second block, if there is one: all load, or none does."""
+    """At the second block, if there is one: all ranks load, or none does."""
     values = device.values(f"memory {form} 2")
     if any(one["error"] for one in values):
-        assert_told(values, 1, torch.cuda.OutOfMemoryError.__name__, "out of memory")
+        assert_all_raise(values, 1, torch.cuda.OutOfMemoryError.__name__, "out of memory")
         assert [one["blocks"] for one in values] == [0, 0]
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("call", CALLS)
 def test_driver_that_fails(device, call, form) -> None:
-    """All load, by another way, or none does and all are told of the driver's error."""
+    """All ranks load, by another way, or all raise the driver's error."""
     values = device.values(f"{call} {form}")
     if any(one["error"] for one in values):
-        assert_told(values, 0, "Exception", "719")
+        assert_all_raise(values, 0, "Exception", "719")
 
 
 # ---------------------------------------------------------------- plans and files
@@ -191,7 +192,7 @@ OPTION_ALONE = {"option": "io", "read_once": "read_once"}
 def disagreed(nursery, files, tmp_path_factory) -> Ran:
     folder = tmp_path_factory.mktemp("others")
     others = {"longer": [(f"0.w{k}", "BF16", (512 + k, 302)) for k in range(9)]}
-    # As long as the first file, to the byte.
+    # Exactly as long as the first file.
     tensors = [(f"0.w{k}", "BF16", (512 + k, 301)) for k in range(9)]
     tensors += [("F32.7x4", "F32", (4, 7)), ("F32.", "F32", ())]
     others["as long"] = tensors
@@ -230,41 +231,41 @@ def disagreed(nursery, files, tmp_path_factory) -> Ran:
 @pytest.mark.parametrize("way", ["default", "cuda"])
 @pytest.mark.parametrize("error", RAISED[:3])
 def test_plan_that_raises(disagreed, error, way) -> None:
-    assert_told(disagreed.values(f"plan {error} {way}"), 1, error, "no rule for")
+    assert_all_raise(disagreed.values(f"plan {error} {way}"), 1, error, "no spec for")
 
 
 @pytest.mark.parametrize("way", ["default", "cuda"])
 @pytest.mark.parametrize("error", RAISED[3:])
 def test_plan_that_ends_its_program(disagreed, error, way) -> None:
-    """That rank goes as it wanted to; the others are told."""
+    """That rank raises its own exception; the others raise RankError."""
     errors = raised(disagreed.values(f"plan {error} {way}"))
     assert errors[1][0].is_a(error) or error in errors[1][0].cause_bases, errors[1][0].trace
     for rank in (0, 2, 3):
-        told, seconds = errors[rank]
-        assert told.type == "RankError"
-        assert told.rank == 1
-        assert error in (told.cause or "")
+        failure, seconds = errors[rank]
+        assert failure.type == "RankError"
+        assert failure.rank == 1
+        assert error in (failure.cause or "")
         assert seconds < SOON_S
 
 
 @pytest.mark.parametrize("what", ONE_ALONE)
 def test_argument_of_one_rank(disagreed, what) -> None:
-    assert_told(disagreed.values(what), 2, "ValueError", ONE_ALONE[what])
+    assert_all_raise(disagreed.values(what), 2, "ValueError", ONE_ALONE[what])
 
 
 @pytest.mark.parametrize("what", OPTION_ALONE)
 def test_option_of_one_rank(nursery, files, what) -> None:
-    """Refused before it has met the others: they must not wait for it until their timeout."""
+    """It is refused before the ranks communicate; the others must not wait for the timeout."""
     case = Case("cases_faults.wrong_on_one", {"files": files, "bad": 2, "what": what}, name=what)
     ran = nursery.run([case], 4, timeout=20, limit=60)
-    assert_told(ran.values(case), 2, "ValueError", OPTION_ALONE[what])
+    assert_all_raise(ran.values(case), 2, "ValueError", OPTION_ALONE[what])
 
 
 @pytest.mark.parametrize("way", ["default", "cuda"])
 @pytest.mark.parametrize("bad", [2, 3])
 @pytest.mark.parametrize("other", ["longer", "as long"])
 def test_another_file_on_one_rank(disagreed, other, bad, way) -> None:
-    """By size, or by its header alone. No rank has moved a byte, which the case itself asserts."""
+    """It differs in size, or in its header alone. No rank reads data, as the case asserts."""
     for error, seconds in raised(disagreed.values(f"{other} {bad} {way}")):
         assert error.type == "RankError", error.trace
         assert error.rank == bad, error.text
@@ -281,7 +282,7 @@ def test_fewer_files_on_one_rank(disagreed) -> None:
 
 
 @pytest.mark.parametrize("way", ["default", "cuda"])
-def test_a_file_that_nobody_has(disagreed, way) -> None:
+def test_a_file_that_no_rank_has(disagreed, way) -> None:
     for error, seconds in raised(disagreed.values(f"missing {way}")):
         assert "FileNotFoundError" in (*error.bases, *error.cause_bases), error.trace
         assert "nowhere.safetensors" in error.text
@@ -290,7 +291,7 @@ def test_a_file_that_nobody_has(disagreed, way) -> None:
 
 @pytest.mark.parametrize("way", ["default", "cuda"])
 def test_a_file_that_is_damaged(disagreed, way) -> None:
-    """Stock's own exception and words, in each rank or as the cause."""
+    """Stock's own exception and text, in each rank or as the cause."""
     for error, seconds in raised(disagreed.values(f"damaged {way}")):
         assert "SafetensorError" in (*error.bases, *error.cause_bases), error.trace
         assert "incomplete metadata, file not fully covered" in error.text
@@ -314,12 +315,12 @@ def _ends(ran: Ran, name: str) -> list[int]:
     return [end for _, end in sharded.data_offsets(found).values()]
 
 
-# ---------------------------------------------------------------- who sees what
+# ---------------------------------------------------------------- files that some ranks see
 
 SEEN = {
     "all but one": [[0, 1, 2], [0, 1, 2, 3]],
     "one alone": [[2], [0, 1, 2, 3]],
-    "turn about": [[0, 3], [1]],
+    "one file each": [[0, 3], [1]],
     "one has none": [[0, 1, 2], [0, 1, 2]],
 }
 
@@ -338,11 +339,11 @@ def partly(nursery, files) -> Ran:
 @pytest.mark.parametrize("form", [*FORMS, "owners", "each its own"])
 @pytest.mark.parametrize("seen", SEEN)
 def test_a_file_that_some_see(partly, seen, form, way) -> None:
-    """It is served by those."""
+    """The ranks that see it read it for the others."""
     partly.values(f"{seen} {form} {way}")
 
 
-# ---------------------------------------------------------------- death
+# ---------------------------------------------------------------- killed ranks
 
 TIMEOUT_S = 5.0
 DEATHS = {
@@ -355,7 +356,7 @@ DEATHS = {
 
 @pytest.mark.parametrize("how", DEATHS)
 def test_a_killed_rank(nursery, files, how) -> None:
-    """The others end with an error, by themselves, within the timeout."""
+    """The others raise an error within the timeout."""
     call, arguments = DEATHS[how]
     case = Case(call, {"files": files, "bad": 1, **arguments}, name=how)
     ran = nursery.run([case], 4, timeout=TIMEOUT_S, limit=60, meet=False)
@@ -369,7 +370,7 @@ def test_a_killed_rank(nursery, files, how) -> None:
 
 
 def test_a_rank_that_hangs(nursery, files) -> None:
-    """Its storage does not answer: the others give up within the timeout."""
+    """Its storage does not answer: the others raise within the timeout."""
     arguments = {"files": files, "form": "last", "bad": 1, **WAYS["direct"]}
     case = Case("cases_faults.stuck_reading", arguments, name="stuck")
     ran = nursery.run([case], 4, timeout=TIMEOUT_S, limit=40, meet=False, doomed=[1])

@@ -1,7 +1,7 @@
-"""SafeTensorsFileLoader over four ranks: torch's chunks, also where fastsafetensors has no answer.
+"""SafeTensorsFileLoader over four ranks: torch's chunks, also where fastsafetensors gives none.
 
-`test_beside_fastsafetensors` needs that package and is skipped without it; what it would show is
-what the other tests ask of torch.
+`test_beside_fastsafetensors` is skipped without that package. The other tests compare the same
+results with torch's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _files(folder, shapes) -> list[str]:
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory) -> list[str]:
-    """Sizes that four ranks cannot share evenly, and some that leave ranks without any."""
+    """Sizes that four ranks cannot share evenly, some of which leave ranks empty."""
     return _files(
         tmp_path_factory.mktemp("odd"),
         [("a", "BF16", (7, 10)), ("b", "F32", (3, 5, 2)), ("c", "I64", (9,)), ("d", "U8", (2, 6))],
@@ -63,7 +63,7 @@ def even(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def ran(nursery, odd, even) -> Ran:
     cases = [
-        Case("cases_loader.taken", {"files": files, "way": way}, name=f"{name} {label}")
+        Case("cases_loader.take_all", {"files": files, "way": way}, name=f"{name} {label}")
         for name, files in (("odd", odd), ("even", even)) for label, way in WAYS.items()
     ]  # fmt: skip
     return nursery.run(cases, 4)
@@ -71,7 +71,7 @@ def ran(nursery, odd, even) -> Ran:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("sizes", ["odd", "even"])
-def test_parts_are_torchs(ran, sizes, way) -> None:
+def test_shards_are_torchs(ran, sizes, way) -> None:
     """get_sharded, get_tensor, push_tensor, get_multi_cols."""
     values = ran.values(f"{sizes} {way}")
     assert values[0] > 30
@@ -88,24 +88,29 @@ def mistaken(nursery, odd) -> Ran:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_mistake_of_one_rank_is_told_to_all_that_wait(mistaken, way) -> None:
-    """Where ranks exchange, all raise; where each takes from the map, it is that rank's alone."""
-    told = mistaken.values(way)
-    names = list(told[0])
+def test_a_mistake_of_one_rank_raises_on_all_that_wait(mistaken, way) -> None:
+    """Where ranks exchange, all raise. Where tensors come from the map, that rank alone does."""
+    raised = mistaken.values(way)
+    names = list(raised[0])
     assert len(names) == 14
     for name in names:
-        said = [one[name] for one in told]
+        errors = [one[name] for one in raised]
         if name == "no name anywhere":
-            assert said == [said[0]] * 4
-            assert said[0].startswith("ValueError: key nope")
+            assert errors == [errors[0]] * 4
+            assert errors[0].startswith("ValueError: key nope")
         elif way == "default" and name not in ("no rank to read", "no option"):
-            assert [bool(one) for one in said] == [False, name.startswith("no "), False, False]
-            assert not said[1].startswith("RankError")
+            assert [bool(error) for error in errors] == [
+                False,
+                name.startswith("no "),
+                False,
+                False,
+            ]
+            assert not errors[1].startswith("RankError")
         else:
-            assert said == [said[0]] * 4, name
-            assert said[0].startswith("RankError: rank 1: "), name
+            assert errors == [errors[0]] * 4, name
+            assert errors[0].startswith("RankError: rank 1: "), name
             if name.startswith("another"):
-                assert "where rank 0" in said[0]
+                assert "where rank 0" in errors[0]
 
 
 def test_beside_fastsafetensors(nursery, even) -> None:

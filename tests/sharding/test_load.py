@@ -1,6 +1,6 @@
-"""load_sharded over gloo: what each rank gets is torch's own slice of stock's tensor, bit for bit.
+"""load_sharded over gloo: each rank gets torch's own slice of stock's tensor, bit for bit.
 
-The cases run in processes of their own (cases_forms.py, cases_files.py), many in one group.
+The cases run in the ranks' processes (cases_forms.py, cases_files.py), many in one group.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "cuda-owned": {"device": "cuda", "tensors": "owned", **SMALL},
     "cuda-little": {"device": "cuda", "device_memory_budget": 100_000, **SMALL},
 }
-# What does not depend on the number of ranks is not tried with all of them; nor are ways that
-# differ from others in little tried with all forms.
+# Not every way is tried with every number of ranks, and ways that differ little from others are
+# not tried with all forms.
 FEW = ("rows", "last", "alternating", "steps", "owners", "each its own")
 IN_LITTLE = ("mmap", "buffered", "drop", "cuda-owned", "cuda-direct")
 WAYS_OF = {
@@ -72,7 +72,7 @@ def formed(nursery: Nursery, zoo: list[str]) -> dict[int, Ran]:
     ("world", "way", "form"), [(world, *key) for world in WAYS_OF for key in _form_cases([], world)]
 )
 def test_form(formed, zoo, world: int, way: str, form: str) -> None:
-    """Each case compares every tensor in its ranks; here their sizes must add up."""
+    """Each case compares every tensor in its ranks; here the sizes must add up."""
     total = sum(end - begin for file in zoo for begin, end in sharded.data_offsets(file).values())
     values = formed[world].values(_form_cases(zoo, world)[way, form])
     if form in ("whole", "empty mapping", "replicate"):
@@ -107,16 +107,16 @@ def grouped(nursery, zoo) -> Ran:
 
 @pytest.mark.parametrize("way", ["default", "direct", "cuda"])
 def test_subgroups_side_by_side(grouped, way) -> None:
-    """Ranks 1, 3 beside 0, 2; groups of one; the default group by None and by name."""
+    """Ranks 1, 3 while 0, 2 load; groups of one; the default group by None and by name."""
     grouped.values(way)
 
 
-def test_columns_are_views_unless_they_shall_be_contiguous(grouped) -> None:
+def test_columns_are_views_by_default(grouped) -> None:
     assert all(count > 0 for count in grouped.values("views"))
 
 
-def test_ranks_tell_each_other_little(grouped) -> None:
-    """What each found, what each wants, and how it went; each costs milliseconds."""
+def test_ranks_exchange_three_messages(grouped) -> None:
+    """The reports of opening, the requests, and the errors. Each exchange costs milliseconds."""
     assert grouped.values("rounds") == [3] * 4
 
 
@@ -125,14 +125,15 @@ def test_two_groups_of_the_same_ranks_in_threads(grouped, way) -> None:
     grouped.values(f"threads: {way}")
 
 
-# What follows hung once, so that each has ranks of its own, and little time.
+# The cases below hung once, so each has its own ranks and a short timeout.
 
 
 @pytest.mark.parametrize("server", [False, True], ids=["file", "server"])
 def test_two_groups_meet_first_in_threads(nursery, zoo, server) -> None:
-    """Whatever a group needs of its own is made in each thread without regard to the other.
+    """Each thread connects its group without waiting for the other thread.
 
-    By a server's store, too, of which a process has one connection that waits for one at a time.
+    Also by a server's store, to which a process has one connection, where one thread waits at a
+    time.
     """
     if server and not hasattr(dist.Store, "clone"):
         pytest.skip("this torch has no second connection to a store: see docs/programs.md")
@@ -142,18 +143,18 @@ def test_two_groups_meet_first_in_threads(nursery, zoo, server) -> None:
 
 @pytest.mark.parametrize("named", ["folder", "index"])
 def test_a_list_of_files_that_some_see(nursery, zoo, named) -> None:
-    """The others take their word for what is in it; rank 0 is not always among them."""
+    """The others use the list of a rank that sees it, which need not be rank 0."""
     cases = [
         Case("cases_files.some_see_the_list", {"files": zoo, "named": named, "seen": seen},
              name=str(seen))
         for seen in ([0], [1], [1, 2])
     ]  # fmt: skip
-    nobody = Case("cases_files.some_see_the_list", {"files": zoo, "named": named, "seen": []},
-                  name="nobody")  # fmt: skip
-    ran = nursery.run([*cases, nobody], 3)
+    unseen = Case("cases_files.some_see_the_list", {"files": zoo, "named": named, "seen": []},
+                  name="unseen")  # fmt: skip
+    ran = nursery.run([*cases, unseen], 3)
     for case in cases:
         ran.values(case)
-    for outcome in ran.of(nobody):
+    for outcome in ran.of(unseen):
         assert "No such file" in outcome.error.text
         assert outcome.error.type == "RankError"
 
@@ -172,7 +173,7 @@ def test_a_rank_outside_the_group(nursery, zoo) -> None:
 
 @pytest.mark.parametrize("way", ["default", "buffered", "cuda"])
 def test_without_a_group(nursery, zoo, way) -> None:
-    """One process that never heard of torch.distributed: every form, over one rank."""
+    """One process without torch.distributed: every form, over one rank."""
     case = Case("cases_forms.no_group", {"files": zoo, "forms": list(FORMS), **WAYS[way]}, name="x")
     ran = nursery.run([case], 1, group=False)
     ran.values(case)
@@ -194,7 +195,7 @@ def _mesh_cases(zoo: list[str], world: int) -> list[Case]:
         for mesh, ranks, name in MESHES if ranks == world
         for way in ("default", "cuda")
     ]  # fmt: skip
-    cases.append(Case("cases_files.placed_rule", {"files": zoo}, name="rule"))
+    cases.append(Case("cases_files.placed_spec", {"files": zoo}, name="spec"))
     cases.append(Case("cases_files.partial", {"files": zoo}, name="partial"))
     if world == 4:
         cases.append(Case("cases_files.sub_mesh", {"files": zoo}, name="sub-mesh"))
@@ -209,13 +210,13 @@ def meshed(nursery, zoo) -> dict[int, Ran]:
 @pytest.mark.parametrize("way", ["default", "cuda"])
 @pytest.mark.parametrize(("mesh", "world", "name"), MESHES)
 def test_placements(meshed, mesh, world, name, way) -> None:
-    """What distribute_tensor leaves with each rank, meshes of two dimensions included."""
+    """Tensors equal those of distribute_tensor, also on meshes of two dimensions."""
     meshed[world].values(f"{way}: {mesh} {name}")
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_shard_is_the_rule_of_its_dimension(meshed, world) -> None:
-    meshed[world].values("rule")
+def test_shard_is_the_spec_of_its_dimension(meshed, world) -> None:
+    meshed[world].values("spec")
 
 
 def test_a_dimension_of_a_mesh(meshed) -> None:
@@ -230,12 +231,12 @@ def test_partial_is_refused(meshed, world) -> None:
         assert "F32.7x4" in error["text"]
 
 
-# ---------------------------------------------------------------- what may be named
+# ---------------------------------------------------------------- names of files
 
 
 @pytest.fixture(scope="module")
 def folder(zoo, tmp_path_factory) -> Path:
-    """A model's folder: two of the files, their index, and what else lies about."""
+    """A model's folder: two of the files, their index, and other files."""
     path = tmp_path_factory.mktemp("model")
     names = []
     for file in zoo[:2]:
@@ -285,7 +286,7 @@ def test_names_of_files(named, name) -> None:
     named.values(name)
 
 
-# ---------------------------------------------------------------- what is handed out
+# ---------------------------------------------------------------- tensors handed out
 
 DTYPES = ("float32", "bfloat16", "float64")
 HELD_WAYS = ("default", "buffered", "direct", "owned", "cuda", "cuda-owned")
@@ -316,7 +317,7 @@ def test_dtype(handed_out, dtype, form, way) -> None:
 @pytest.mark.parametrize("way", HELD_WAYS)
 @pytest.mark.parametrize("form", ["whole", "rows", "last"])
 def test_tensors_are_a_ranks_own(handed_out, form, way) -> None:
-    """Writing to them changes neither the file nor anybody else's; each outlives the others."""
+    """Writes change neither the file nor other ranks' tensors; each outlives the others."""
     handed_out.values(f"{way}: {form} is private")
 
 
@@ -341,5 +342,5 @@ def mixed(nursery, zoo) -> Ran:
 @pytest.mark.parametrize("form", ["rows", "last", "whole"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_options_may_differ(mixed, name, form) -> None:
-    """They say how a rank reads: the same tensors come out, and nobody waits in vain."""
+    """They change how a rank reads: the tensors are the same, and no rank hangs."""
     mixed.values(f"{name}: {form}")

@@ -1,7 +1,7 @@
-"""Plans from transformers' tp_plan and from DTensor placements, against what those libraries take.
+"""Plans from transformers' tp_plan and DTensor placements, against those libraries' own shards.
 
-A module's style is applied by transformers itself to an empty parameter, and the file's tensor
-read by its own shard-on-read; see cases_plans.py.
+transformers applies a module's style to an empty parameter, and reads the file's tensor by its own
+shard-on-read; see cases_plans.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from ranks import Case, Ran
 
 from fastst_patch import engine, sharding
-from fastst_patch.sharding.spec import take_of
+from fastst_patch.sharding.spec import shard_of
 
 pytestmark = pytest.mark.skipif(
     engine.native_error() is not None, reason=str(engine.native_error())
@@ -67,7 +67,7 @@ def model(tmp_path_factory) -> tuple[str, dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory) -> str:
-    """Six experts in each of two layers, over 4 ranks 2, 2, 2 and 0; and what is no expert."""
+    """Six experts in each of two layers, over 4 ranks 2, 2, 2 and 0; and two other tensors."""
     tensors = [("model.norm.weight", "BF16", (6,)), ("model.layers.0.q.weight", "F32", (4, 4))]
     tensors += [
         (f"model.layers.{layer}.mlp.experts.{number}.{part}.weight", "BF16", (4, 6))
@@ -104,7 +104,7 @@ def test_style(styled, model, style, way) -> None:
     assert (values == [total] * len(values)) == whole
 
 
-# As transformers 5 has them for Qwen3-MoE and Mixtral, less what is not about experts.
+# From transformers 5, for Qwen3-MoE and Mixtral, reduced to attention and experts.
 MERGED_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
     "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
@@ -121,8 +121,8 @@ MERGED_PLAN = {
         ("block_sparse_moe", "w1", "w3", "w2"),
     ],
 )
-def test_experts_apart_are_cut_as_merged_ones(module, gate, up, down, size) -> None:
-    """What ranks get of each, merged, is what they get of the merged ones."""
+def test_separate_experts_are_sharded_as_merged_ones(module, gate, up, down, size) -> None:
+    """A rank's shards of separate experts, merged, equal its shard of the merged experts."""
     count, inner, hidden = 3, 10, 6
     prefix = f"model.layers.0.{module}.experts"
     whole = {
@@ -141,24 +141,25 @@ def test_experts_apart_are_cut_as_merged_ones(module, gate, up, down, size) -> N
         ]),
     }  # fmt: skip
 
-    def taken(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    def shards(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
         plan = sharding.plan_from_tp_plan(MERGED_PLAN, list(tensors)).sized(size)
         found = {}
         for name, tensor in tensors.items():
-            take = take_of(plan(name, tensor.shape, tensor.dtype), name, tensor.shape, rank, size)
-            assert take is not None
-            pieces = [tensor[part.index] for part in take.parts]
-            found[name] = torch.cat(pieces, take.dim) if len(pieces) > 1 else pieces[0]
+            spec = plan(name, tensor.shape, tensor.dtype)
+            shard = shard_of(spec, name, tensor.shape, rank, size)
+            assert shard is not None
+            pieces = [tensor[region.index] for region in shard.regions]
+            found[name] = torch.cat(pieces, shard.dim) if len(pieces) > 1 else pieces[0]
         return found
 
     for rank in range(size):
-        apart, together = taken(whole, rank), taken(merged, rank)
+        apart, together = shards(whole, rank), shards(merged, rank)
         for e in range(count):
-            of = f"{prefix}.{e}"
-            ours = torch.cat([apart[f"{of}.{p}.weight"] for p in (gate, up)])
+            expert = f"{prefix}.{e}"
+            ours = torch.cat([apart[f"{expert}.{p}.weight"] for p in (gate, up)])
             assert torch.equal(ours, together["model.layers.0.mlp.experts.gate_up_proj"][e])
             theirs = together["model.layers.0.mlp.experts.down_proj"][e]
-            assert torch.equal(apart[f"{of}.{down}.weight"], theirs)
+            assert torch.equal(apart[f"{expert}.{down}.weight"], theirs)
 
 
 def test_no_tp_plan_means_whole() -> None:
@@ -191,7 +192,7 @@ def test_unknown_style(planned) -> None:
 
 
 def test_placement_of_a_name_that_no_file_has(planned) -> None:
-    """As in any other plan."""
+    """It raises as any other plan does."""
     for error in planned.values("placed name"):
         assert error is not None, "nothing was raised"
         assert "ValueError" in error["bases"]

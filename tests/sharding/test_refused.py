@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     engine.native_error() is not None, reason=str(engine.native_error())
 )
 
-# What the message must name, where that is not the tensor.
+# Text that the message must contain, where it is not the name F32.7x4.
 NAMES = {"unknown name": "nobody", "unknown name, whole": "nobody", "scalar": "F32.",
          "scalar from the end": "F32."}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -42,17 +42,17 @@ def refused(request, nursery, zoo) -> Ran:
 
 @pytest.mark.parametrize("what", WRONG)
 def test_plan(refused, what) -> None:
-    """Refused in every rank alike, with the tensor's name; then the group goes on."""
+    """All ranks refuse it alike, with the tensor's name; then the group loads again."""
     for error in refused.values(what):
         assert error is not None, "nothing was raised"
         assert NAMES.get(what, "F32.7x4") in error["text"], error
-        said = {"ValueError", "TypeError"} & {*error["bases"], *error["text"].split(": ")}
-        assert said, error
+        kinds = {"ValueError", "TypeError"} & {*error["bases"], *error["text"].split(": ")}
+        assert kinds, error
 
 
 @pytest.mark.parametrize("what", NAMES)
-def test_plan_that_all_have_is_a_value_error(refused, what) -> None:
-    """It is no rank's fault more than another's."""
+def test_plan_of_all_ranks_is_a_value_error(refused, what) -> None:
+    """All ranks have the same error, so it is no RankError."""
     for error in refused.values(what):
         assert "ValueError" in error["bases"], error
 

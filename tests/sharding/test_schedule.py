@@ -1,7 +1,7 @@
-"""Who reads and exchanges what, without any process: the pure functions of sharding.
+"""Which rank reads and exchanges which rows: the pure functions of sharding, in one process.
 
-A file is simulated as bytes. Whatever ranks want of it, what `schedule` makes of that must give
-each what torch's slicing gives it, with every byte read once.
+A file is simulated as bytes. For any plans, `schedule` must bring each rank the bytes that torch's
+slicing gives, and read every byte once.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from fastst_patch.layout import ARENA_ALIGNMENT
 from fastst_patch.runs import Runs
 from fastst_patch.sharding import SKIP, Owner
 from fastst_patch.sharding.schedule import Extent, pack, part_bytes, ranges_of, segments, split
-from fastst_patch.sharding.spec import chunk, take_of
+from fastst_patch.sharding.spec import chunk, shard_of
 
 few = settings(max_examples=60)
 
 
 class World(NamedTuple):
-    """A file, and what each rank wants of it."""
+    """A file, and each rank's specs for it."""
 
     shapes: list[list[int]]
     itemsizes: list[int]
-    rules: list[list[Any]]  # by rank, then by tensor
+    specs: list[list[Any]]  # by rank, then by tensor
     readers: list[int]
 
     @property
     def size(self) -> int:
-        return len(self.rules)
+        return len(self.specs)
 
 
 _dims = st.lists(st.integers(0, 9), max_size=3)
@@ -45,7 +45,7 @@ _slices = st.builds(slice, _edge, _edge, st.none() | st.integers(1, 4))
 
 
 @st.composite
-def _rules(draw: Any, shape: list[int], world: int) -> Any:
+def _specs(draw: Any, shape: list[int], world: int) -> Any:
     ranks = st.integers(0, world - 1)
     kinds = [st.sampled_from([None, "replicate", SKIP]), st.builds(Owner, ranks)]
     kinds.append(st.builds(Owner, st.sets(ranks)))
@@ -61,14 +61,14 @@ def _worlds(draw: Any) -> World:
     size = draw(st.integers(1, 7))
     shapes = draw(st.lists(_dims, min_size=1, max_size=6))
     itemsizes = [draw(st.sampled_from([1, 2, 4, 8])) for _ in shapes]
-    alike = [draw(_rules(shape, size)) for shape in shapes]
+    alike = [draw(_specs(shape, size)) for shape in shapes]
     same = draw(st.booleans())
-    rules = [
-        alike if same else [draw(_rules(shape, size)) for shape in shapes] for _ in range(size)
+    specs = [
+        alike if same else [draw(_specs(shape, size)) for shape in shapes] for _ in range(size)
     ]
     readers = draw(st.sets(st.integers(0, size - 1), min_size=1))
     readers = set(range(size)) if draw(st.booleans()) else readers
-    return World(shapes, itemsizes, rules, sorted(readers))
+    return World(shapes, itemsizes, specs, sorted(readers))
 
 
 def _extents(world: World) -> tuple[list[Extent], int]:
@@ -81,16 +81,16 @@ def _extents(world: World) -> tuple[list[Extent], int]:
     return found, begin
 
 
-def _takes(world: World, rank: int) -> list[Any]:
+def _shards(world: World, rank: int) -> list[Any]:
     return [
-        take_of(rule, f"t{i}", shape, rank, world.size)
-        for i, (rule, shape) in enumerate(zip(world.rules[rank], world.shapes, strict=True))
+        shard_of(spec, f"t{i}", shape, rank, world.size)
+        for i, (spec, shape) in enumerate(zip(world.specs[rank], world.shapes, strict=True))
     ]
 
 
 def _needs(world: World) -> list[list[int]]:
     return [
-        [edge for take in _takes(world, rank) for edge in (take.rows if take else (0, 0))]
+        [edge for shard in _shards(world, rank) for edge in (shard.rows if shard else (0, 0))]
         for rank in range(world.size)
     ]
 
@@ -110,32 +110,32 @@ def _listed(rows: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
 @few
 @given(world=_worlds())
 def test_split(world: World) -> None:
-    """Alone is what one rank needs that can read; shared the rest; together all, once."""
+    """Alone are rows that one reading rank needs, shared all others; no row is in both."""
     extents, _ = _extents(world)
     needs = _needs(world)
     alone, shared = split(extents, needs, world.readers)
     solid = {i for i, extent in enumerate(extents) if extent.row_bytes}
     wanted = [{(i, row) for i, row in _rows(one) if i in solid} for one in needs]
     assert len(alone) == world.size
-    takers: dict[tuple[int, int], list[int]] = {}
+    users: dict[tuple[int, int], list[int]] = {}
     for rank, rows in enumerate(wanted):
         for row in rows:
-            takers.setdefault(row, []).append(rank)
+            users.setdefault(row, []).append(rank)
     for rank, rows in enumerate(alone):
         assert _listed(rows) == sorted(_listed(rows))
         for row in _listed(rows):
-            assert takers[row] == [rank]
+            assert users[row] == [rank]
             assert rank in world.readers
     assert _listed(shared) == sorted(_listed(shared))
     for row in _listed(shared):
-        assert len(takers[row]) > 1 or takers[row][0] not in world.readers
+        assert len(users[row]) > 1 or users[row][0] not in world.readers
     moved = [row for rows in (*alone, shared) for row in _listed(rows)]
     assert len(moved) == len(set(moved))
-    assert set(moved) == set(takers)
+    assert set(moved) == set(users)
 
 
 def _read(file: bytes, flat: array[int], into: bytearray) -> int:
-    """Do what an engine does with triples; returns the bytes read."""
+    """Read triples as the engine does; return the bytes read."""
     total, before = 0, -1
     for at in range(0, len(flat), 3):
         begin, nbytes, place = flat[at : at + 3]
@@ -150,8 +150,8 @@ def _read(file: bytes, flat: array[int], into: bytearray) -> int:
 
 @few
 @given(world=_worlds(), size=st.sampled_from([1, 7, 64, 300, 5000]), seed=st.integers(0, 99))
-def test_what_is_moved_is_what_torch_slices(world: World, size: int, seed: int) -> None:
-    """Units are read in parts by the readers, the parts joined, and sliced by every rank."""
+def test_moved_bytes_are_torchs_slices(world: World, size: int, seed: int) -> None:
+    """Readers read parts of units; the parts are joined, and every rank slices them."""
     extents, end = _extents(world)
     generator = torch.Generator().manual_seed(seed)
     file = bytes(torch.randint(0, 256, (end,), dtype=torch.uint8, generator=generator).tolist())
@@ -199,50 +199,50 @@ def test_what_is_moved_is_what_torch_slices(world: World, size: int, seed: int) 
 def _check_rank(
     world: World, rank: int, extents: list[Extent], file: bytes, rows: dict[Any, bytes]
 ) -> None:
-    """Slicing what a rank has of a tensor gives what torch slices of the whole."""
-    for i, take in enumerate(_takes(world, rank)):
+    """Slices of the rows that a rank has equal torch's slices of the whole tensor."""
+    for i, shard in enumerate(_shards(world, rank)):
         shape, itemsize, extent = world.shapes[i], world.itemsizes[i], extents[i]
         nbytes = extent.rows * extent.row_bytes
         whole = _as_tensor(file[extent.begin : extent.begin + nbytes], shape, itemsize)
-        expected = _expected(world.rules[rank][i], whole, rank, world.size)
+        expected = _expected(world.specs[rank][i], whole, rank, world.size)
         if expected is None:
-            assert take is None
+            assert shard is None
             continue
-        assert take is not None
+        assert shard is not None
         have = bytearray(b"\xaa" * nbytes)
-        for row in range(*take.rows):
+        for row in range(*shard.rows):
             place = row * extent.row_bytes
             have[place : place + extent.row_bytes] = rows.get((i, row), b"")[: extent.row_bytes]
-        assert len(have) == nbytes, "rows that nobody brought"
+        assert len(have) == nbytes, "rows that no rank read"
         ours = _as_tensor(bytes(have), shape, itemsize)
-        pieces = [ours[part.index] for part in take.parts]
-        result = pieces[0] if len(pieces) == 1 else torch.cat(pieces, take.dim)
+        pieces = [ours[region.index] for region in shard.regions]
+        result = pieces[0] if len(pieces) == 1 else torch.cat(pieces, shard.dim)
         assert result.shape == expected.shape
         assert torch.equal(result, expected)
-        assert [part.size for part in take.parts] == [list(piece.shape[:-1]) for piece in pieces]
+        assert [one.size for one in shard.regions] == [list(piece.shape[:-1]) for piece in pieces]
 
 
 def _as_tensor(data: bytes, shape: list[int], itemsize: int) -> torch.Tensor:
-    """Whole numbers, as many bytes each as the dtype has."""
+    """Each element as a row of its bytes."""
     raw = torch.tensor(list(data), dtype=torch.uint8)
     return raw.view(*shape, itemsize) if shape else raw.view(itemsize)
 
 
-def _expected(rule: Any, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor | None:
+def _expected(spec: Any, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor | None:
     dims = whole.dim() - 1  # without the bytes of an element
-    if rule is SKIP:
+    if spec is SKIP:
         return None
-    if isinstance(rule, Owner):
-        ranks = [rule.ranks] if isinstance(rule.ranks, int) else rule.ranks
+    if isinstance(spec, Owner):
+        ranks = [spec.ranks] if isinstance(spec.ranks, int) else spec.ranks
         return whole if rank in ranks else None
-    if isinstance(rule, int):
-        return sharded.chunk(whole, rule % dims, rank, size)
-    return whole if rule in (None, "replicate") else whole[rule]
+    if isinstance(spec, int):
+        return sharded.chunk(whole, spec % dims, rank, size)
+    return whole if spec in (None, "replicate") else whole[spec]
 
 
 @given(length=st.integers(0, 40), size=st.integers(1, 12))
 def test_chunk_is_torchs(length: int, size: int) -> None:
-    """And DTensor's; where they differ, at no elements, nobody gets any."""
+    """DTensor's chunks are the same; they differ only where a chunk is empty."""
     tensor = torch.arange(length)
     for rank in range(size):
         begin, end = chunk(length, rank, size)
@@ -256,16 +256,16 @@ def test_chunk_is_torchs(length: int, size: int) -> None:
     window=st.tuples(st.integers(0, 9), st.integers(0, 9)),
 )
 def test_within(shape: list[int], cuts: list[slice], window: tuple[int, int]) -> None:
-    """Some rows of a tensor hold some rows of a part, and indexing them gives those."""
+    """Indexing some rows of a tensor gives the rows of a region that are among them."""
     first, last = sorted(min(edge, shape[0]) for edge in window)
-    rule = tuple(cuts[: len(shape)])
-    take = take_of(rule, "t", shape, 0, 1)
-    assert take is not None
-    (part,) = take.parts
+    spec = tuple(cuts[: len(shape)])
+    shard = shard_of(spec, "t", shape, 0, 1)
+    assert shard is not None
+    (region,) = shard.regions
     whole = torch.arange(math.prod(shape)).view(*shape)
-    expected = whole[rule]
-    found = part.within(first, last)
-    inside = [k for k, row in enumerate(torch.arange(shape[0])[rule[0]]) if first <= row < last]
+    expected = whole[spec]
+    found = region.within(first, last)
+    inside = [k for k, row in enumerate(torch.arange(shape[0])[spec[0]]) if first <= row < last]
     if not inside:
         assert found is None
         return
@@ -276,7 +276,7 @@ def test_within(shape: list[int], cuts: list[slice], window: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("size", [1, 100, 1 << 20])
-def test_pack_goes_on_behind_rows_that_are_larger_than_a_unit(size: int) -> None:
+def test_pack_continues_after_rows_that_are_larger_than_a_unit(size: int) -> None:
     extents = [Extent(0, 3, 1000), Extent(3000, 0, 8), Extent(3000, 5, 0), Extent(3000, 1, 1)]
     alone, shared = split(extents, [[0, 3, 0, 0, 0, 5, 0, 1]] * 2, [0, 1])
     assert alone == [[], []]

@@ -1,6 +1,6 @@
-"""Parts that ranks of a machine exchange on the host go through memory that they have in common.
+"""Ranks of a machine exchange parts on the host through shared memory.
 
-And by gloo where that cannot be had, whichever rank it is that cannot.
+They exchange by gloo where any of them cannot have it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "small": {"io": "direct", "device_memory_budget": 1 << 20},
 }
 NOTHING = {"maps": 0, "descriptors": 0}
-LEADER = ("no call", "no pages", "no room", "a namesake")
+LEADER = ("no call", "no pages", "no room", "wrong token")
 OTHERS = ("out of reach", "no map")
 TROUBLE = [*((what, [0]) for what in LEADER), *((what, [2]) for what in OTHERS)]
 
@@ -36,7 +36,7 @@ TROUBLE = [*((what, [0]) for what in LEADER), *((what, [2]) for what in OTHERS)]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two files of 6 MB, with a scalar, an empty tensor, and lengths that 4 does not divide."""
-    folder = tmp_path_factory.mktemp("commons")
+    folder = tmp_path_factory.mktemp("shared")
     found = []
     for number in range(2):
         path = folder / f"part-{number}.safetensors"
@@ -48,7 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def _case(files: list[str], name: str, form: str = "columns", **arguments: Any) -> Case:
-    return Case("cases_commons.load", {"files": files, "form": form, **arguments}, name=name)
+    return Case("cases_shared_buffer.load", {"files": files, "form": form, **arguments}, name=name)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,12 @@ def alone(nursery, files) -> Ran:
         for what, where in TROUBLE
     ]
     cases += [
-        Case("cases_commons.tensor_by_tensor", {"files": files, "io": "direct"}, name="one by one"),
-        Case("cases_commons.no_memory", {"files": files, "bad": 1}, name="no memory"),
+        Case(
+            "cases_shared_buffer.tensor_by_tensor",
+            {"files": files, "io": "direct"},
+            name="one by one",
+        ),
+        Case("cases_shared_buffer.no_memory", {"files": files, "bad": 1}, name="no memory"),
     ]
     return nursery.run(cases, WORLD)
 
@@ -81,33 +85,33 @@ def _assert_all(values: Sequence[dict[str, Any]], **expected: Any) -> None:
 
 @pytest.mark.parametrize("form", ["columns", "whole", "alternating", "windows", "each its own"])
 @pytest.mark.parametrize("way", WAYS)
-def test_in_common(alone, way, form) -> None:
-    _assert_all(alone.values(f"{way}: {form}"), **{"in common": 2, "by gloo": 0}, **NOTHING)
+def test_shared(alone, way, form) -> None:
+    _assert_all(alone.values(f"{way}: {form}"), **{"shared": 2, "by gloo": 0}, **NOTHING)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_and_a_scalar(alone, way) -> None:
     values = alone.values(f"{way}: rows")
-    # The scalar is everybody's.
-    _assert_all(values, **{"in common": 2, "by gloo": 0}, **NOTHING)
+    # All ranks take the scalar.
+    _assert_all(values, **{"shared": 2, "by gloo": 0}, **NOTHING)
 
 
 @pytest.mark.parametrize("slow", [[0], [3], [1, 2]], ids=str)
-def test_who_is_late_finds_what_was_read(alone, slow) -> None:
-    """The case itself compares every byte."""
-    _assert_all(alone.values(f"slow {slow}"), **{"in common": 2, "by gloo": 0}, **NOTHING)
+def test_late_copies_find_their_units(alone, slow) -> None:
+    """The case compares every byte."""
+    _assert_all(alone.values(f"slow {slow}"), **{"shared": 2, "by gloo": 0}, **NOTHING)
 
 
 @pytest.mark.parametrize(("what", "where"), TROUBLE, ids=str)
-def test_without_memory_in_common(alone, what, where) -> None:
+def test_without_shared_memory(alone, what, where) -> None:
     values = alone.values(f"{what} {where}")
-    _assert_all(values, **{"in common": 0}, **NOTHING)
+    _assert_all(values, **{"shared": 0}, **NOTHING)
     assert all(one["by gloo"] > 0 for one in values)
 
 
 def test_tensors_taken_one_by_one(alone) -> None:
     values = alone.values("one by one")
-    _assert_all(values, **{"in common": 18, "by gloo": 0}, **NOTHING)
+    _assert_all(values, **{"shared": 18, "by gloo": 0}, **NOTHING)
     assert len(values[0]["made"]) <= 2, values
     assert [one["made"] for one in values[1:]] == [[], [], []]
 
@@ -120,47 +124,47 @@ def test_no_memory_at_all(alone) -> None:
 
 
 def test_nodes_have_their_own(nursery, files) -> None:
-    """And one that has none exchanges by gloo, beside one that has."""
+    """Each node shares memory of its own; a node that has none exchanges by gloo."""
     both = [_case(files, form, form, **WAYS["small"]) for form in ("columns", "whole")]
     one = _case(files, "one", where=[2], what="no call", **WAYS["small"])
     job = _case(files, "job", "columns", read_once="job", **WAYS["small"])
     ran = nursery.run([*both, one, job], WORLD, environments=NODES)
     for case in both:
-        _assert_all(ran.values(case), **{"in common": 2, "by gloo": 0}, **NOTHING)
+        _assert_all(ran.values(case), **{"shared": 2, "by gloo": 0}, **NOTHING)
     values = ran.values(one)
-    _assert_all(values[:2], **{"in common": 2, "by gloo": 0})
-    _assert_all(values[2:], **{"in common": 0})
+    _assert_all(values[:2], **{"shared": 2, "by gloo": 0})
+    _assert_all(values[2:], **{"shared": 0})
     assert all(one["by gloo"] > 0 for one in values[2:])
     values = ran.values(job)
-    _assert_all(values, **{"in common": 0})
+    _assert_all(values, **{"shared": 0})
     assert all(one["by gloo"] > 0 for one in values)
     ran.assert_ended()
 
 
-# ---------------------------------------------------------------- errors on the way
+# ---------------------------------------------------------------- errors
 
 
-STRUCK = [(where, by_name) for where in ("preparing", "joining") for by_name in (False, True)]
+STRUCK = [(where, by_name) for where in ("preparing", "mapping") for by_name in (False, True)]
 FAILS = {"unmapped": "MemoryError: no map", "unread": "no such sector"}
 
 
 @pytest.fixture(scope="module")
 def failing(nursery, files) -> Ran:
     cases = [
-        Case("cases_commons.struck", {"files": files, "bad": 1, "where": where, "by_name": name},
-             name=f"{where} {name}")
+        Case("cases_shared_buffer.struck",
+             {"files": files, "bad": 1, "where": where, "by_name": name}, name=f"{where} {name}")
         for where, name in STRUCK
     ]  # fmt: skip
     cases += [
-        Case(f"cases_commons.{name}", {"files": files, "bad": 2}, name=name)
+        Case(f"cases_shared_buffer.{name}", {"files": files, "bad": 2}, name=name)
         for name in (*FAILS, "retried")
     ]
     return nursery.run(cases, 4)
 
 
 @pytest.mark.parametrize(("where", "by_name"), STRUCK, ids=str)
-def test_an_interrupt_is_told_once(failing, where, by_name) -> None:
-    """And is an interrupt still, in the rank that it struck."""
+def test_an_interrupt_is_raised_once(failing, where, by_name) -> None:
+    """In the interrupted rank it stays an interrupt."""
     values = failing.values(f"{where} {by_name}")
     for rank, one in enumerate(values):
         assert one["error"]["type"] == ("KeyboardInterrupt" if rank == 1 else "RankError"), one
@@ -170,7 +174,7 @@ def test_an_interrupt_is_told_once(failing, where, by_name) -> None:
 
 
 @pytest.mark.parametrize("what", FAILS)
-def test_what_failed_is_told(failing, what) -> None:
+def test_all_ranks_raise(failing, what) -> None:
     for one in failing.values(what):
         assert one["error"]["type"] == "RankError"
         assert one["error"]["rank"] == 2
@@ -178,7 +182,7 @@ def test_what_failed_is_told(failing, what) -> None:
         assert one["seconds"] < 10
 
 
-def test_nothing_adds_up(failing) -> None:
+def test_nothing_accumulates(failing) -> None:
     for held in failing.values("retried"):
         assert held == [NOTHING] * 4
 

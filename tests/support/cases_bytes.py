@@ -1,4 +1,4 @@
-"""Cases of ranks: what a load reads, moves and holds."""
+"""Cases of ranks: bytes that a load reads, moves and holds."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastst_patch.bench import residency
 
 
 def _io() -> dict[str, int]:
-    """What the kernel counts for this process: rchar by system calls, read_bytes by storage."""
+    """The kernel's counts of this process: rchar by system calls, read_bytes from storage."""
     with open("/proc/self/io", encoding="ascii") as file:
         return {line.split(":")[0]: int(line.split(":")[1]) for line in file}
 
 
 def _evicted(rank: Any, files: list[str]) -> bool:
-    """Nothing of the files is cached; False where this file system keeps it."""
+    """Evict the files from the page cache; False where the file system keeps them."""
     cold = True
     if rank.rank == 0:
         cold = residency.prepare("cold", files).verified is not False
@@ -30,16 +30,16 @@ def _evicted(rank: Any, files: list[str]) -> bool:
 
 
 def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dict[str, Any]:
-    """A load, every byte of it touched, in figures.
+    """Counts of a load, every byte of which is touched.
 
     Returns:
-        ``cold``: whether the files could be evicted; ``read``: bytes from storage, and
-        ``read_ahead``, ``cached``: those before anything was touched, and how much of the tensors
-        that are not left out was in the page cache by then (of that form only);
-        ``bytes_*``: of the engine; ``result``: handed out; ``peak``: most device memory;
-        ``ordinals``: of the devices that were used.
+        ``cold``: whether the files could be evicted; ``read``: bytes from storage; for the form
+        "left out", ``read_ahead``: of these, before any tensor was touched, and ``cached``: the
+        fraction of the tensors not left out that was in the page cache by then; ``bytes_*``: of
+        the engine; ``result``: bytes handed out; ``peak``: most device memory; ``ordinals``: of
+        the devices used.
     """
-    # No tensor of stock's may map the files, or they could not be evicted.
+    # Mapped files cannot be evicted, so stock must not load them yet.
     me = Me(rank.rank, rank.world)
     plan, _ = FORMS[form](Outline(files), me)
     with way_of(rank, way) as options:
@@ -49,7 +49,7 @@ def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dic
             load_sharded(files, None, plan, **options)
             engine.shutdown()
             _watch(rank.runtime, seen)
-        rank.meet()  # nobody reads or maps them any more
+        rank.meet()  # no rank reads or maps the files any more
         evicted = _evicted(rank, files) if cold else False
         if not cold and rank.rank == 0:
             for file in files:
@@ -59,7 +59,7 @@ def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dic
         result = load_sharded(files, None, plan, **options)
         ahead: dict[str, Any] = {}
         if form == "left out":
-            engine.shutdown()  # waits for what this rank reads
+            engine.shutdown()  # waits for the reads of this rank
             rank.meet()
             read = _io()["read_bytes"] - before["read_bytes"]
             ahead = {"read_ahead": read, "cached": _cached(files) if cold else None}
@@ -87,7 +87,7 @@ def moved(rank: Any, files: list[str], form: str, cold: bool, **way: Any) -> dic
 
 
 def _cached(files: list[str]) -> float | None:
-    """How much of the tensors that are not left out is in the page cache; None: nobody can tell."""
+    """Fraction of the tensors not left out that is in the page cache; None if it is unknown."""
     found = wanted = 0
     for path in files:
         opened = engine.open_file(path)
@@ -108,20 +108,20 @@ def _touch(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _watch(runtime: Any, seen: dict[str, Any]) -> None:
-    """Note the most memory of the device that was in use, whenever some is taken."""
-    take = runtime._block
+    """Record the most device memory in use, whenever a block is allocated."""
+    allocate = runtime._block
 
     def watched(nbytes: int, ordinal: int) -> int:
-        taken = take(nbytes, ordinal)
+        block = allocate(nbytes, ordinal)
         seen["peak"] = max(seen["peak"], int(runtime.driver.live().block_bytes))
         seen["ordinals"].add(ordinal)
-        return taken
+        return block
 
     runtime._block = watched
 
 
 def current_device(rank: Any, files: list[str], device: str, current: int) -> dict[str, Any]:
-    """Where a load goes: the current device, whatever the rank's number is."""
+    """A load goes to the current device, whatever the rank's number."""
     with rank.fake_cuda(devices=4) as runtime:
         before = runtime.driver.live().contexts
         seen: dict[str, Any] = {"peak": 0, "ordinals": set()}
@@ -135,7 +135,7 @@ def current_device(rank: Any, files: list[str], device: str, current: int) -> di
 
 
 def default_device(rank: Any, files: list[str]) -> list[str]:
-    """Over gloo a load goes to the CPU, whatever devices there are."""
+    """Over gloo, a load goes to the CPU by default."""
     with rank.fake_cuda() as runtime:
         result = load_sharded(files)
         assert runtime.driver.live().blocks == 0
@@ -143,7 +143,7 @@ def default_device(rank: Any, files: list[str]) -> list[str]:
 
 
 def zero_copy(rank: Any, files: list[str], form: str) -> bool:
-    """Whole tensors and rows are pages of the file: no memory of our own, no copies."""
+    """Whole tensors and rows are pages of the file: nothing is allocated or copied."""
     full = Full(files)
     plan, expect = FORMS[form](full, Me(rank.rank, rank.world))
     before = engine.counters()
@@ -173,7 +173,7 @@ def _maps_of(files: list[str]) -> list[tuple[int, int]]:
 
 
 def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Neighbours as one: the kernel splits a map where pages were written to."""
+    """Merge neighbours: the kernel splits a map where pages were written to."""
     joined: list[tuple[int, int]] = []
     for begin, end in sorted(spans):
         if joined and joined[-1][1] == begin:
@@ -184,7 +184,7 @@ def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def casts_on_the_device(rank: Any, files: list[str], **way: Any) -> Mapping[str, int]:
-    """What crosses the bus is the file's bytes, whatever dtype is asked for."""
+    """The file's own bytes are copied to the device, whatever dtype is requested."""
     with way_of(rank, way) as options:
         before = engine.counters()["bytes_copied"]
         result = load_sharded(files, None, None, dtype=torch.float32, **options)

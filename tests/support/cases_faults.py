@@ -1,4 +1,4 @@
-"""Cases of ranks: one of them meets an error, and what the others are told."""
+"""Cases of ranks: one of them fails, and the errors that the others raise."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def _form(rank: Any, files: list[str], form: str) -> Any:
 
 
 def _read_calls(way: Mapping[str, Any]) -> str:
-    """The system call that brings data; pread is that of headers, too."""
+    """The system call that reads data; pread also reads headers."""
     return "pread" if way.get("io") == "direct" else "preadv"
 
 
 def _header_reads(files: list[str]) -> int:
-    """How many preads the opening of all files takes."""
+    """Number of preads that open all files."""
     engine.set_fault("pread", first=FOREVER)
     for file in files:
         engine.read_layout(engine.open_file(file))
@@ -43,7 +43,7 @@ def _header_reads(files: list[str]) -> int:
 
 @contextlib.contextmanager
 def fault(call: str, **options: Any) -> Iterator[None]:
-    """A fault of the engine's system calls in a ``with`` block."""
+    """Inject a fault into the engine's system calls in a ``with`` block."""
     engine.set_fault(call, **options)
     try:
         yield
@@ -52,14 +52,14 @@ def fault(call: str, **options: Any) -> Iterator[None]:
 
 
 def _held(rank: Any) -> dict[str, Any]:
-    """What a rank holds once everything that it was handed has gone."""
+    """Resources that a rank holds after its tensors are gone."""
     gc.collect()
     engine.shutdown()
     counters = engine.counters()
     held: dict[str, Any] = {
         name: counters[name] for name in ("threads", "jobs", "arenas", "arena_bytes", "files")
     }
-    # Symbolic, since a socket of gloo's may be replaced by another.
+    # By path: gloo may replace a socket by another.
     held["descriptors"] = sorted(
         path for fd in os.listdir("/proc/self/fd")
         for path in [_target(fd)] if path.startswith(("/", "memfd:")) and "/proc" not in path
@@ -92,10 +92,14 @@ def _failing(
     way: Mapping[str, Any],
     trouble: Callable[[Any], contextlib.AbstractContextManager[Any]],
 ) -> dict[str, Any]:
-    """A load with trouble in it, and what is true after: nothing held, and the group still loads.
+    """A load that fails; afterwards nothing is held, and the group loads again.
 
     Args:
-        trouble: given the runtime of the device, or None, the context of the load that fails.
+        rank: this process.
+        files: to load.
+        form: of the plan.
+        way: options.
+        trouble: returns the context of the failing load; takes the device's runtime, or None.
     """
     full = full_of(files)
     plan, expect = _form(rank, files, form)
@@ -107,13 +111,13 @@ def _failing(
         with trouble(runtime):
             outcome = attempt(lambda: load_sharded(files, None, plan, **options) and None)
         if runtime is not None:
-            engine.shutdown()  # workers let go of what was under way when it failed
+            engine.shutdown()  # workers release the reads in progress
             outcome["blocks"] = runtime.driver.live().blocks
-            # What a stream of ours still waits for is nobody's memory; copies would be.
+            # Streams may still wait for events; no copy may be left.
             runtime.driver.lib.fake_drain()
             outcome["pending"] = runtime.driver.violations()
         after = _held(rank)
-        rank.meet()  # files of shared memory are the node's
+        rank.meet()  # the node's ranks share files of shared memory
         after["shm"] = before["shm"] = []
         assert after == before
         rank.meet()
@@ -138,7 +142,7 @@ def unreadable(rank: Any, files: list[str], form: str, bad: int, first: int = 1,
 
 
 def unreadable_header(rank: Any, files: list[str], bad: int, **way: Any) -> Any:
-    """One rank cannot even read a header; none may move data then."""
+    """One rank cannot read a header; then no rank reads data."""
 
     @contextlib.contextmanager
     def trouble(_: Any) -> Iterator[None]:
@@ -185,11 +189,11 @@ def broken_driver(rank: Any, files: list[str], form: str, bad: int, call: str) -
 
 
 class Planned(Exception):
-    """What a plan raises."""
+    """Raised by a plan."""
 
 
 def bad_plan(rank: Any, files: list[str], bad: int, error: str, **way: Any) -> Any:
-    """One rank's callable raises, at a tensor in the middle."""
+    """One rank's plan raises at a tensor in the middle."""
     kinds: dict[str, type[BaseException]] = {
         "Planned": Planned, "KeyboardInterrupt": KeyboardInterrupt, "MemoryError": MemoryError,
         "SystemExit": SystemExit, "StopIteration": StopIteration,
@@ -198,7 +202,7 @@ def bad_plan(rank: Any, files: list[str], bad: int, error: str, **way: Any) -> A
 
     def plan(name: str, shape: Any, dtype: Any) -> Any:
         if rank.rank == bad and name == middle:
-            raise kinds[error](f"no rule for {name}")
+            raise kinds[error](f"no spec for {name}")
         return 0 if len(shape) else None
 
     with way_of(rank, way) as options:
@@ -209,7 +213,7 @@ def bad_plan(rank: Any, files: list[str], bad: int, error: str, **way: Any) -> A
 
 
 def wrong_on_one(rank: Any, files: list[str], bad: int, what: str) -> Any:
-    """One rank alone says something that is not allowed."""
+    """One rank alone has a wrong argument."""
     plan: Any = {"F32.7x4": 0}
     options: dict[str, Any] = {}
     if rank.rank == bad:
@@ -222,7 +226,7 @@ def wrong_on_one(rank: Any, files: list[str], bad: int, what: str) -> Any:
 
 
 def other_file(rank: Any, files: list[str], other: str, bad: int, **way: Any) -> Any:
-    """One rank finds another file under the name. No data is moved before that is known."""
+    """One rank finds another file under the name. No rank reads data before all know that."""
     name = "mine.safetensors"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name)
@@ -246,7 +250,7 @@ def other_names(rank: Any, files: list[str], bad: int) -> Any:
 
 
 def missing(rank: Any, files: list[str], **way: Any) -> Any:
-    """Nobody has one of the files."""
+    """No rank has one of the files."""
     with way_of(rank, way) as options:
         return attempt(lambda: load_sharded([*files, "nowhere.safetensors"], None, None, **options))
 
@@ -258,21 +262,21 @@ def damaged(rank: Any, file: str, **way: Any) -> Any:
 
 
 def picklable(rank: Any, files: list[str]) -> bool:
-    """A RankError that was sent to another process says the same there."""
+    """A RankError is the same after pickling."""
     try:
         load_sharded(files, None, lambda *_: 1 / 0 if rank.rank == 0 else None)
     except RankError as error:
         again = pickle.loads(pickle.dumps(error))
-        said = (type(error), str(error), error.rank, error.cause)
-        return said == (type(again), str(again), again.rank, again.cause)
+        expected = (type(error), str(error), error.rank, error.cause)
+        return expected == (type(again), str(again), again.rank, again.cause)
     return False
 
 
-# ---------------------------------------------------------------- death
+# ---------------------------------------------------------------- killed ranks
 
 
 def killed_in_plan(rank: Any, files: list[str], bad: int, **way: Any) -> Any:
-    """A rank is gone before anything was agreed on."""
+    """A rank is killed before the ranks agreed on anything."""
 
     def plan(name: str, shape: Any, dtype: Any) -> Any:
         if rank.rank == bad:
@@ -284,7 +288,7 @@ def killed_in_plan(rank: Any, files: list[str], bad: int, **way: Any) -> Any:
 
 
 def _hold(files: list[str], way: Mapping[str, Any], then: Callable[[], None]) -> None:
-    """Reads of this process stop short of their end, over and over; `then` once they do."""
+    """Make this process's reads return early again and again; call ``then`` once they do."""
     call = _read_calls(way)
     after = _header_reads(files) if call == "pread" else 0
     engine.set_fault(call, first=1 + after, errno=errno.EINTR)
@@ -298,7 +302,7 @@ def _hold(files: list[str], way: Mapping[str, Any], then: Callable[[], None]) ->
 
 
 def killed_reading(rank: Any, files: list[str], form: str, bad: int, **way: Any) -> Any:
-    """A rank is gone in the middle of its reads."""
+    """A rank is killed in the middle of its reads."""
     full_of(files)
     with way_of(rank, way) as options:
         if rank.rank == bad:
@@ -308,7 +312,7 @@ def killed_reading(rank: Any, files: list[str], form: str, bad: int, **way: Any)
 
 
 def stuck_reading(rank: Any, files: list[str], form: str, bad: int, **way: Any) -> Any:
-    """A rank's storage hangs: the others need not wait for longer than the group's timeout."""
+    """A rank's storage hangs: the others wait for the group's timeout at most."""
     full_of(files)
     with way_of(rank, way) as options:
         if rank.rank == bad:
@@ -318,14 +322,14 @@ def stuck_reading(rank: Any, files: list[str], form: str, bad: int, **way: Any) 
 
 
 def absent(rank: Any, files: list[str], bad: int) -> Any:
-    """A rank that never calls, and ends: its own program took another way."""
+    """A rank ends without calling load_sharded."""
     if rank.rank == bad:
         return None
     return attempt(lambda: load_sharded(files, None, None) and None)
 
 
 def owner_names(rank: Any, files: list[str]) -> int:
-    """Every rank names its own tensors alone, and skips the others'."""
+    """Every rank takes its own tensors, and skips the others'."""
     full = full_of(files)
     mine = sorted(full.tensors)[rank.rank :: rank.world]
     plan = {name: None if name in mine else sharding.SKIP for name in full.tensors}

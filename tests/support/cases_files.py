@@ -1,4 +1,4 @@
-"""Cases of ranks: what may be named, what is handed out, and what is refused."""
+"""Cases of ranks: names of files, tensors handed out, and refused arguments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def named(rank: Any, what: Any, files: list[str], as_path: bool = False) -> int:
 
 
 def tuple_of_files(rank: Any, files: list[str]) -> int:
-    """Any sequence of paths will do."""
+    """Paths may be any sequence."""
     return assert_tensors(loaded(tuple(files), None, None), full_of(files), lambda _, t: t)
 
 
@@ -49,19 +49,19 @@ def cast(rank: Any, files: list[str], dtype: str, form: str, **way: Any) -> None
     full = full_of(files)
     wanted = getattr(torch, dtype)
     plan, expect = FORMS[form](full, Me(rank.rank, rank.world))
-    # Which NaN a cast makes of a NaN is the processor's affair.
+    # NaNs are compared as such: their payloads depend on the processor.
     packed = {name for name, t in full.tensors.items() if not _casts(t, wanted)}
     floating = {n for n, t in full.tensors.items() if t.is_floating_point()} - packed
     plan = {**plan, **dict.fromkeys(packed, sharding.SKIP)}
 
     def same_numbers(name: str, t: torch.Tensor) -> torch.Tensor | None:
-        part = None if name in packed else expect(name, t)
-        if part is None or name not in floating:
-            return part
-        part = part.to(wanted)
+        shard = None if name in packed else expect(name, t)
+        if shard is None or name not in floating:
+            return shard
+        shard = shard.to(wanted)
         found = result[name].isnan()
-        assert torch.equal(found, part.isnan()), name
-        return torch.where(found, result[name], part)
+        assert torch.equal(found, shard.isnan()), name
+        return torch.where(found, result[name], shard)
 
     with way_of(rank, way) as options:
         result = loaded(files, None, plan, dtype=wanted, **options)
@@ -69,9 +69,9 @@ def cast(rank: Any, files: list[str], dtype: str, form: str, **way: Any) -> None
 
 
 def private(rank: Any, files: list[str], form: str, **way: Any) -> None:
-    """Written to by one rank, a tensor is as it was for the others, in the file, and loaded anew.
+    """A write to a tensor by one rank changes neither other ranks' tensors nor the file.
 
-    Those of one rank that are left outlive the others, the group's next load and the handles.
+    A rank's remaining tensors outlive the others, the group's next load and the handles.
     """
     full = full_of(files)
     plan, expect = FORMS[form](full, Me(rank.rank, rank.world))
@@ -100,7 +100,7 @@ def two_threads(rank: Any, files: list[str], times: int, met: bool, **way: Any) 
 
     Args:
         rank: this process.
-        files: what they load.
+        files: to load.
         times: how often each does.
         met: whether both groups have loaded before, one after the other.
         way: options.
@@ -128,14 +128,14 @@ def two_threads(rank: Any, files: list[str], times: int, met: bool, **way: Any) 
         ]
         for thread in threads if rank.rank % 2 else reversed(threads):
             thread.start()
-            time.sleep(0 if met else 0.5)  # each first waits for one that comes second there
+            time.sleep(0 if met else 0.5)  # each rank first starts the other rank's second thread
         for thread in threads:
             thread.join()
     assert not errors, errors[0]["trace"]
 
 
 def many(rank: Any, files: list[str], times: int, **way: Any) -> int:
-    """Again and again in one group; nothing is left of any load but what was handed out."""
+    """Many loads in one group."""
     full = full_of(files)
     for number in range(times):
         name = ("rows", "columns", "whole", "owners")[number % 4]
@@ -154,19 +154,19 @@ WRONG: dict[str, Any] = {
     "dimension from the end": lambda full: {"F32.7x4": -3},
     "unknown name": lambda full: {"F32.7x4": 0, "nobody": 0},
     "unknown name, whole": lambda full: {"nobody": None},
-    "word": lambda full: {"F32.7x4": "sideways"},
+    "text": lambda full: {"F32.7x4": "sideways"},
     "boolean": lambda full: {"F32.7x4": True},
     "float": lambda full: {"F32.7x4": 0.5},
     "step 0": lambda full: {"F32.7x4": slice(None, None, 0)},
     "step back": lambda full: {"F32.7x4": slice(None, None, -1)},
     "too many slices": lambda full: {"F32.7x4": (slice(None),) * 3},
-    "callable's word": lambda full: lambda name, *_: "sideways" if name == "F32.7x4" else None,
+    "function's text": lambda full: lambda name, *_: "sideways" if name == "F32.7x4" else None,
     "owner": lambda full: {"F32.7x4": sharding.Owner(99)},
 }
 
 
 def wrong(rank: Any, files: list[str], what: str) -> Any:
-    """A plan that no rank can follow; then the group loads as if nothing had been."""
+    """A plan that every rank refuses; then the group loads again."""
     plan = WRONG[what](full_of(files))
     outcome = attempt(lambda: load_sharded(files, None, plan))
     good, expect = FORMS["rows"](full_of(files), Me(rank.rank, rank.world))
@@ -175,23 +175,23 @@ def wrong(rank: Any, files: list[str], what: str) -> Any:
 
 
 def refused(rank: Any, files: list[str], **options: Any) -> Any:
-    """An option that is not allowed, in all ranks."""
+    """An option that all ranks refuse."""
     return attempt(lambda: load_sharded(files, **options))["error"]
 
 
 def own_options(rank: Any, files: list[str], form: str, each: list[dict[str, Any]]) -> int:
-    """Every rank has other options: they are about how a rank reads, not about what."""
+    """Every rank has other options for reading."""
     full = full_of(files)
     plan, expect = FORMS[form](full, Me(rank.rank, rank.world))
     result = load_sharded(files, None, plan, **each[rank.rank % len(each)])
     return assert_tensors(result, full, expect)
 
 
-# ---------------------------------------------------------------- who sees what
+# ---------------------------------------------------------------- files that some ranks see
 
 
 def some_see(rank: Any, files: list[str], seen: list[list[int]], form: str, **way: Any) -> int:
-    """File i is there for the ranks seen[i] alone; all have the same, relative, names."""
+    """Only the ranks seen[i] see file i; relative paths are the same on all ranks."""
     full = full_of(files)
     names = [os.path.basename(file) for file in files]
     for name, file, ranks in zip(names, files, seen, strict=True):
@@ -206,7 +206,7 @@ def some_see(rank: Any, files: list[str], seen: list[list[int]], form: str, **wa
 
 
 def some_see_the_list(rank: Any, files: list[str], named: str, seen: list[int]) -> None:
-    """A folder, or an index beside its files, that is there for some ranks alone."""
+    """Only some ranks see a folder, or an index with its files."""
     folder = pathlib.Path(f"{named} {seen}")
     if rank.rank in seen:
         folder.mkdir()
@@ -234,8 +234,8 @@ PLACED = {
 }  # fmt: skip
 
 
-# Without it, rank 0 sends what the others have already.
-_NO_TALK: dict[str, Any] = (
+# Without it, rank 0 sends tensors that the others have already.
+_NO_BROADCAST: dict[str, Any] = (
     {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters
     else {}
 )  # fmt: skip
@@ -246,7 +246,7 @@ def _placements(words: tuple[str, ...]) -> list[Any]:
 
 
 def placed(rank: Any, files: list[str], placements: str, mesh_of: list[int], **way: Any) -> None:
-    """What torch's distribute_tensor leaves with a rank."""
+    """A rank's local tensors, as of torch's distribute_tensor."""
     mesh = init_device_mesh("cpu", tuple(mesh_of))
     full = full_of(files)
     chosen = _placements(PLACED[placements])
@@ -257,9 +257,9 @@ def placed(rank: Any, files: list[str], placements: str, mesh_of: list[int], **w
     def expect(name: str, t: torch.Tensor) -> torch.Tensor:
         if name not in names:
             return t
-        # Positions are distributed, and bytes taken from there: not all of torch knows float4.
+        # Distribute positions, and take bytes by them: few of torch's functions take float4.
         positions = torch.arange(t.numel(), dtype=torch.int64).reshape(t.shape)
-        local = distribute_tensor(positions, mesh, names[name], **_NO_TALK).to_local()
+        local = distribute_tensor(positions, mesh, names[name], **_NO_BROADCAST).to_local()
         units = t.reshape(-1).view(torch.uint8).reshape(t.numel(), t.itemsize)
         return units[local.reshape(-1)].reshape(-1).view(t.dtype).reshape(local.shape)
 
@@ -267,8 +267,8 @@ def placed(rank: Any, files: list[str], placements: str, mesh_of: list[int], **w
         assert_tensors(loaded(files, None, plan, **options), full, expect)
 
 
-def placed_rule(rank: Any, files: list[str]) -> None:
-    """An int in a plan is what Shard is on a mesh of the group's ranks."""
+def placed_spec(rank: Any, files: list[str]) -> None:
+    """An int in a plan equals Shard on a mesh of the group's ranks."""
     mesh = init_device_mesh("cpu", (rank.world,))
     full = full_of(files)
     for dim in (0, 1, -1):
@@ -281,7 +281,7 @@ def placed_rule(rank: Any, files: list[str]) -> None:
 
 
 def partial(rank: Any, files: list[str]) -> Any:
-    """A file holds no partial sums."""
+    """Partial is refused: a file holds no partial sums."""
     mesh = init_device_mesh("cpu", (rank.world,))
     return attempt(lambda: load_sharded(
         files, None, sharding.plan_from_placements(mesh, {"F32.7x4": [Partial()]})
@@ -289,7 +289,7 @@ def partial(rank: Any, files: list[str]) -> Any:
 
 
 def sub_mesh(rank: Any, files: list[str]) -> None:
-    """A dimension of a mesh is a group: ranks 0, 2 and 1, 3, which load side by side."""
+    """A dimension of a mesh is a group: ranks 0, 2 and 1, 3 load at the same time."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))["data"]
     full: Full = full_of(files)
     names = [n for n, t in full.tensors.items() if t.dim()]

@@ -1,4 +1,4 @@
-"""Cases of ranks: every form of a plan, and what torch makes of the same tensors."""
+"""Cases of ranks: every form of a plan, and torch's slices of the same tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Me(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A plan, and what it means for this rank."""
+    """A plan, and this rank's expected shard of each tensor."""
 
     plan: Any
     expect: Expect
@@ -43,7 +43,7 @@ def full_of(files: list[str]) -> Full:
 
 
 def _by_dim(choose: Callable[[str, torch.Tensor], int | None]) -> Callable[[Full, Me], Form]:
-    """A mapping from names to dimensions; those without one are left out of it, thus whole."""
+    """A mapping from names to dimensions; tensors without one are left out, and thus whole."""
 
     def form(full: Full, me: Me) -> Form:
         dims = {name: choose(name, tensor) for name, tensor in full.tensors.items()}
@@ -78,7 +78,7 @@ def _by_slices(choose: Callable[[torch.Size, Me], Any]) -> Callable[[Full, Me], 
 
 
 def _window(shape: torch.Size, me: Me) -> tuple[slice, ...]:
-    """Overlapping windows on each dimension, another for each rank."""
+    """Windows on each dimension, which differ between ranks and overlap."""
     return tuple(slice(me.index % (n + 1), n - (me.size - me.index) // 3) for n in shape)
 
 
@@ -111,24 +111,24 @@ def _owners(full: Full, me: Me) -> Form:
 
 
 def _skipped(full: Full, me: Me) -> Form:
-    """Some by all, some by this rank alone; the rest in rows."""
+    """All ranks skip some tensors, this rank skips others, and takes rows of the rest."""
 
-    def rule(name: str, shape: Any, dtype: Any) -> Any:
+    def spec(name: str, shape: Any, dtype: Any) -> Any:
         if _number(name) % 3 == 0 or _number(name) % 5 == me.index:
             return sharding.SKIP
         return 0 if len(shape) else None
 
     def expect(name: str, t: torch.Tensor) -> torch.Tensor | None:
-        found = rule(name, t.shape, t.dtype)
+        found = spec(name, t.shape, t.dtype)
         if found is sharding.SKIP:
             return None
         return t if found is None else chunk(t, 0, *me)
 
-    return Form(rule, expect)
+    return Form(spec, expect)
 
 
 def _left_out(full: Full, me: Me) -> Form:
-    """By all ranks, whole tensors."""
+    """All ranks skip the same tensors."""
     plan: dict[str, Any] = {
         name: sharding.SKIP if left_out(name) else 0 if tensor.dim() else None
         for name, tensor in full.tensors.items()
@@ -143,7 +143,7 @@ def _left_out(full: Full, me: Me) -> Form:
 
 
 def _whole_or_left_out(full: Full, me: Me) -> Form:
-    """By all ranks whole or not at all."""
+    """All ranks take a tensor whole, or skip it."""
     plan = {name: sharding.SKIP for name in full.tensors if left_out(name)}
     return Form(plan, lambda name, t: None if left_out(name) else t)
 
@@ -154,10 +154,10 @@ def left_out(name: str) -> bool:
 
 
 def _callable(full: Full, me: Me) -> Form:
-    """What it is told is what the tensors are."""
+    """A function, which is called with the tensors' shapes and dtypes."""
     asked: dict[str, Any] = {}
 
-    def rule(name: str, shape: Any, dtype: Any) -> Any:
+    def spec(name: str, shape: Any, dtype: Any) -> Any:
         asked[name] = (tuple(shape), dtype)
         return "replicate" if len(shape) < 2 else -1
 
@@ -166,16 +166,16 @@ def _callable(full: Full, me: Me) -> Form:
         assert str(asked[name][1]) == str(t.dtype), (name, asked[name])
         return t if t.dim() < 2 else chunk(t, -1, *me)
 
-    return Form(rule, expect)
+    return Form(spec, expect)
 
 
 def _each_its_own(full: Full, me: Me) -> Form:
-    """Every rank has another rule for every tensor."""
+    """Every rank has another spec for every tensor."""
 
     def choose(name: str, t: torch.Tensor) -> int:
         return (_number(name) + me.index) % 5 if t.dim() else 1
 
-    def rule(name: str, shape: Any, dtype: Any) -> Any:
+    def spec(name: str, shape: Any, dtype: Any) -> Any:
         chosen = choose(name, full.tensors[name])
         if chosen == 0:
             return slice(0, (shape[0] + 1) // 2)
@@ -189,7 +189,7 @@ def _each_its_own(full: Full, me: Me) -> Form:
             return t[: (t.shape[0] + 1) // 2]
         return t if chosen == 1 else None
 
-    return Form(rule, expect)
+    return Form(spec, expect)
 
 
 FORMS: Mapping[str, Callable[[Full, Me], Form]] = {
@@ -222,7 +222,7 @@ SLICED = ("windows", "steps", "inner step", "from the end", "beyond", "each its 
 
 @contextlib.contextmanager
 def way_of(rank: Any, way: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Keywords of load_sharded; ``device="cuda"`` is the fake one, which checks its own rules."""
+    """Keywords of load_sharded; ``device="cuda"`` is the fake device, which checks its rules."""
     if not str(way.get("device")).startswith("cuda"):
         yield dict(way)
         return
@@ -232,7 +232,7 @@ def way_of(rank: Any, way: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def loaded(files: Any, group: Any, plan: Any, **options: Any) -> dict[str, torch.Tensor]:
-    """load_sharded, by our own path alone."""
+    """load_sharded, without fallbacks."""
     with fastst_patch.profile() as seen:
         result = load_sharded(files, group, plan, **options)
     assert seen.reports, "nothing was reported"
@@ -253,7 +253,7 @@ def form(rank: Any, files: list[str], form: str, **way: Any) -> int:
 
 
 def views_by_default(rank: Any, files: list[str]) -> int:
-    """Columns of the default path are where the file has them, and nothing of them is copied."""
+    """By default, columns are views of the file's map."""
     full = full_of(files)
     plan, expect = FORMS["last"](full, Me(rank.rank, rank.world))
     result = fastst_patch.load_sharded(files, None, plan)
@@ -262,7 +262,7 @@ def views_by_default(rank: Any, files: list[str]) -> int:
 
 
 def rounds(rank: Any, files: list[str]) -> int:
-    """How often the ranks tell each other something in a load from maps."""
+    """Number of message exchanges in a load from maps."""
     gather, counted = sharding.Group.gather, 0
 
     def counting(self: Any, value: Any) -> list[Any]:
@@ -278,7 +278,7 @@ def rounds(rank: Any, files: list[str]) -> int:
 
 
 def groups(rank: Any, files: list[str], forms: list[str], **way: Any) -> None:
-    """Two groups at once, with ranks 1, 3 and 0, 2 of four; then a group of one, and all again."""
+    """Two groups at once, with ranks 1, 3 and 0, 2 of four; then groups of one, and of all."""
     pairs = [dist.new_group([1, 3]), dist.new_group([0, 2])]
     alone = [dist.new_group([k]) for k in range(4)]
     full = full_of(files)
@@ -296,7 +296,7 @@ def groups(rank: Any, files: list[str], forms: list[str], **way: Any) -> None:
 
 
 def no_group(rank: Any, files: list[str], forms: list[str], **way: Any) -> None:
-    """Without any process group a process is all ranks there are."""
+    """Without a process group, a process is the only rank."""
     assert not dist.is_initialized()
     full = full_of(files)
     with way_of(rank, way) as options:
@@ -306,7 +306,7 @@ def no_group(rank: Any, files: list[str], forms: list[str], **way: Any) -> None:
 
 
 def outside(rank: Any, files: list[str]) -> str:
-    """A rank that is not of the group is told so, and does not wait; the others load."""
+    """A rank outside the group raises and does not wait; the others load."""
     group = dist.new_group([0])
     if rank.rank == 0:
         assert len(load_sharded(files, group)) == len(full_of(files).tensors)
@@ -315,11 +315,11 @@ def outside(rank: Any, files: list[str]) -> str:
         load_sharded(files, group)
     except ValueError as error:
         return type(error).__name__
-    return "nothing was said"
+    return "nothing was raised"
 
 
 def uneven_groups(rank: Any, files: list[str]) -> None:
-    """Rank 0 loads in two groups of which others know nothing, before they all meet."""
+    """Ranks load in groups that others are not in, before all load together."""
     few = [dist.new_group([0]), dist.new_group([0, 3]), dist.new_group([1, 2, 3])]
     full = full_of(files)
     for group, members in zip(few, ([0], [0, 3], [1, 2, 3]), strict=True):

@@ -1,4 +1,4 @@
-"""Cases of ranks: the explicit loader over a group, under fastsafetensors' names and rules."""
+"""Cases of ranks: the explicit loader over a group, by fastsafetensors' interface."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import fastst_patch
 
 
 def _opened(package: Any, files: list[str], device: str, **options: Any) -> tuple[Any, Any]:
-    """A loader and its buffers: a file for each rank, around."""
+    """A loader and its buffers; files go to the ranks in turn."""
     world = dist.get_world_size()
     loader = package.SafeTensorsFileLoader(dist.group.WORLD, device, nogds=True, **options)
     loader.add_filenames({rank: files[rank::world] for rank in range(world)})
@@ -23,12 +23,12 @@ def _opened(package: Any, files: list[str], device: str, **options: Any) -> tupl
 
 
 def _columns(names: list[str]) -> list[list[str]]:
-    """Groups of tensors that differ in their first dimension only, within files and over them."""
+    """Names of tensors that can be concatenated, in two groups over all files."""
     return [[n for n in names if n.endswith(end)] for end in (".a", ".b")]
 
 
-def taken(rank: Any, files: list[str], way: dict[str, Any]) -> int:
-    """Everything by every method: torch's chunks, uneven ones too."""
+def take_all(rank: Any, files: list[str], way: dict[str, Any]) -> int:
+    """All tensors by every method; shards are torch's chunks, uneven ones too."""
     full = full_of(files)
     me = rank.rank, rank.world
     options = {name: value for name, value in way.items() if name != "device"}
@@ -70,14 +70,14 @@ def _raw(tensor: Any) -> torch.Tensor:
 
 
 def beside(rank: Any, files: list[str]) -> int:
-    """The same calls of both packages, whose results are the same wherever theirs has one."""
+    """The same calls of both packages give equal results wherever fastsafetensors has one."""
     packages = [importlib.import_module(name) for name in ("fastsafetensors", "fastst_patch")]
     full = full_of(files)
     found: list[dict[str, torch.Tensor]] = []
     for package in packages:
         loader, buffers = _opened(package, files, "cpu")
         results: dict[str, torch.Tensor] = {}
-        # Theirs frees a file once each of its tensors was asked for: what counts comes first.
+        # fastsafetensors frees a file once each of its tensors was requested: request these first.
         for name in sorted(full.tensors):
             shape = full.tensors[name].shape
             even = [d for d, n in enumerate(shape) if n and n % rank.world == 0]
@@ -99,21 +99,21 @@ def beside(rank: Any, files: list[str]) -> int:
 
 
 def _named(files: list[str], device: str, io: str) -> None:
-    """A loader of its own: a mistake in making it is heard when the others name files."""
+    """A separate loader: the other ranks receive an error of its arguments when they add files."""
     loader = fastst_patch.SafeTensorsFileLoader(dist.group.WORLD, device, io=io)
     loader.add_filenames({0: files[:1]})
     loader.close()
 
 
 def mistaken(rank: Any, files: list[str], way: dict[str, Any]) -> dict[str, str]:
-    """What rank 1 does otherwise than the others, and what each rank is told; "" for nothing.
+    """By each mistake of rank 1, the error that this rank raises; "" for none.
 
-    After each, whatever it was, the group goes on and every byte is right.
+    After each, the group loads again, and every byte is right.
     """
     full, odd = full_of(files), rank.rank == 1
     options = {name: value for name, value in way.items() if name != "device"}
     device = way.get("device", "cpu")
-    told: dict[str, str] = {}
+    errors: dict[str, str] = {}
     with way_of(rank, way), fastst_patch.config_context(**options):
         loader, b = _opened(fastst_patch, files, device)
         other = fastst_patch.SafeTensorsFileLoader(dist.group.WORLD, device)
@@ -137,13 +137,13 @@ def mistaken(rank: Any, files: list[str], way: dict[str, Any]) -> dict[str, str]
         for name, call in calls.items():
             try:
                 call()
-                told[name] = ""
+                errors[name] = ""
             except Exception as error:
-                told[name] = f"{type(error).__name__}: {error}"
+                errors[name] = f"{type(error).__name__}: {error}"
             rank.meet()
             for right in ("0.b", "1.a"):
                 assert_owns(b.get_tensor(right), full.tensors[right], right)
         b.close()
         loader.close()
         other.close()
-    return told
+    return errors

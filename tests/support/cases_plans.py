@@ -1,4 +1,4 @@
-"""Cases of ranks: plans from transformers' tensor parallelism, judged by its own reading."""
+"""Cases of ranks: plans from transformers' tensor parallelism, against its own shards."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastst_patch import sharding
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
-def _told(style: str, name: str, tensor: torch.Tensor, mesh: Any) -> torch.Tensor:
-    """What transformers takes of a parameter: its placeholder, and its reading on the shard."""
+def _shard_of(style: str, name: str, tensor: torch.Tensor, mesh: Any) -> torch.Tensor:
+    """A parameter's shard as transformers takes it, by its placeholder and shard-on-read."""
     from transformers.core_model_loading import DtensorShardOperation
     from transformers.distributed import expert_parallel  # noqa: F401 - registers its styles
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
@@ -50,7 +50,7 @@ def styled(rank: Any, files: list[str], styles: Mapping[str, str], **way: Any) -
 
     def expect(name: str, tensor: torch.Tensor) -> torch.Tensor:
         module = name.split(".", 3)[-1].rpartition(".")[0]
-        return _told(styles[module], name, tensor, mesh) if module in styles else tensor
+        return _shard_of(styles[module], name, tensor, mesh) if module in styles else tensor
 
     with way_of(rank, way) as options:
         return assert_tensors(loaded(files, None, plan, **options), full, expect)
@@ -61,14 +61,14 @@ def unknown_style(rank: Any, files: list[str]) -> Any:
 
 
 def unknown_placed_name(rank: Any, files: list[str]) -> Any:
-    """A name that no file has, in a plan made of placements."""
+    """A plan of placements has a name that is in no file."""
     mesh = init_device_mesh("cpu", (rank.world,))
     plan = sharding.plan_from_placements(mesh, {"nobody": [Shard(0)]})
     return attempt(lambda: load_sharded(files, None, plan) and None)["error"]
 
 
 def experts(rank: Any, files: list[str], count: int) -> int:
-    """Experts that are tensors of their own go to the rank that would hold them merged."""
+    """Separate experts go to the ranks that would hold them merged."""
     full = full_of(files)
     patterns = {"layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
                 "layers.*.mlp.experts.down_proj": "grouped_gemm"}  # fmt: skip

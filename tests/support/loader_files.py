@@ -22,7 +22,7 @@ SHAPES = ((), (0,), (3, 0, 2), (1,), (5, 6), (2, 3, 4), (7, 130))
 
 
 def write(path: Path, entries: dict[str, tuple[str, tuple[int, ...]]], seed: int = 0) -> str:
-    """A file of random bytes, none of whose tensors begins where its dtype would like it."""
+    """Write a file of random bytes, whose tensors are not aligned to their dtypes."""
     rnd = random.Random(seed)
     header, data, at = {"__metadata__": {"seed": str(seed)}}, b"", 0
     for name, (dtype, shape) in entries.items():
@@ -35,7 +35,7 @@ def write(path: Path, entries: dict[str, tuple[str, tuple[int, ...]]], seed: int
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
         at += nbytes
     text = json.dumps(header).encode()
-    text += b" " * ((3 - len(text)) % 8)  # 8 + this is odd
+    text += b" " * ((3 - len(text)) % 8)  # so that data begins at an odd offset
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return str(path)
 
@@ -73,7 +73,7 @@ def loads(folder: Path, dtype: str) -> bool:
 
 
 def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
-    """All that must be equal of a tensor."""
+    """Dtype, shape and bytes of a tensor, for comparison."""
     raw = torch.empty(0, dtype=torch.uint8)
     if tensor.numel():
         raw = tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -81,7 +81,7 @@ def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
 
 
 def loader_of(paths: list[str], device: Any = "cpu", **options: Any) -> SafeTensorsFileLoader:
-    """A loader of one process that these files were added to."""
+    """A loader of one process with these files."""
     loader = SafeTensorsFileLoader(SingleGroup(), device, **options)
     loader.add_filenames({0: paths})
     return loader

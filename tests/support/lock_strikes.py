@@ -294,8 +294,8 @@ class Groups(Scenario):
 
         if os.getpid() != self.process or dist.group.WORLD in groups._groups:
             return
-        making = groups._making.get(dist.group.WORLD)
-        if making is not None and getattr(making, "under_way", True):
+        connecting = groups._connecting.get(dist.group.WORLD)
+        if connecting is not None and getattr(connecting, "in_progress", True):
             try:
                 groups.Group.of(dist.group.WORLD)
             except fastst_patch.FaststError:

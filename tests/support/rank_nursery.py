@@ -1,9 +1,9 @@
 """Ranks of a process group that start in milliseconds: forks of a process that imported torch.
 
-``python rank_nursery.py`` reads one job as a line of JSON from stdin, forks its ranks, waits for
-them until a deadline and prints what they did as a line of JSON. A rank runs a list of cases,
-functions ``case(rank, **arguments)`` of the modules ``cases_*``; what they return or raise is
-judged by pytest, whose side of this is ranks.py. Nothing of the engine or of gloo is started
+``python rank_nursery.py`` reads a job as a line of JSON from stdin, forks its ranks, waits for
+them until a deadline and prints their ends as a line of JSON. A rank runs a list of cases,
+functions ``case(rank, **arguments)`` of the modules ``cases_*``, and writes their values and
+exceptions to a file, which tests read through ranks.py. Neither the engine nor gloo is started
 before the fork.
 """
 
@@ -29,19 +29,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.tensor
 
-import fastst_patch  # noqa: F401 - as these, because importing takes long
+import fastst_patch  # noqa: F401 - before the fork, because importing takes long
 
-torch.set_num_threads(1)  # threads of torch's would not survive the fork
+torch.set_num_threads(1)  # torch's threads would not survive the fork
 
 GRACE_S = 3.0  # from a rank's SIGABRT, which prints its stacks, to its SIGKILL
 
 
 class Rank:
-    """What a case knows of the process it runs in.
+    """The process that a case runs in.
 
     Attributes:
         rank: in the default group.
-        world: its size.
+        world: size of that group.
         folder: of the job, the same for all ranks; the current folder is the rank's own.
         library: the fake device driver; None where it could not be built.
         limit: the group's timeout in seconds.
@@ -59,7 +59,7 @@ class Rank:
 
     @contextlib.contextmanager
     def fake_cuda(self, **options: Any) -> Iterator[Any]:
-        """The fake device in CUDA's place; its rules are checked at the end of the block."""
+        """Use the fake device as CUDA; check its rules at the end of the block."""
         if self._driver is None:
             assert self.library is not None
             self._driver = fake_device.Driver(Path(self.library))
@@ -68,7 +68,7 @@ class Rank:
             yield runtime
 
     def everyone(self, value: Any) -> list[Any]:
-        """What each rank has here, by rank."""
+        """Each rank's value, by rank."""
         found: list[Any] = [None] * self.world
         if self.world == 1:
             return [value]
@@ -76,13 +76,13 @@ class Rank:
         return found
 
     def meet(self) -> None:
-        """Wait for all others."""
+        """Wait for all other ranks."""
         if self.world > 1:
             dist.barrier()
 
 
 def _described(error: BaseException) -> dict[str, Any]:
-    """An exception for pytest's eyes."""
+    """An exception as JSON."""
     cause = error.__cause__
     return {
         "type": type(error).__name__,
@@ -98,7 +98,7 @@ def _described(error: BaseException) -> dict[str, Any]:
 
 
 def attempt(call: Any) -> dict[str, Any]:
-    """Run something that may raise: value or error, and how long it took."""
+    """Call a function: its value or exception, and the seconds it took."""
     begin = time.monotonic()
     try:
         return {"value": call(), "error": None, "seconds": time.monotonic() - begin}
@@ -114,7 +114,7 @@ def _find(name: str) -> Any:
 
 
 def _store(rank: Rank, server: bool) -> dist.Store:
-    """Where ranks meet: a file, or a server of rank 0 whose port is in a file."""
+    """The ranks' store: a file, or a server in rank 0 whose port is in a file."""
     if not server:
         return dist.FileStore(str(rank.folder / "store"), rank.world)
     port = rank.folder / "port"
@@ -157,7 +157,7 @@ def _be_rank(job: dict[str, Any], number: int) -> None:
 
 
 def _fork_rank(job: dict[str, Any], number: int) -> int:
-    """The child's pid, in the parent; the child ends as any program does, by SystemExit."""
+    """Fork a rank and return its pid; the child ends by SystemExit, as any program does."""
     pid = os.fork()
     if pid:
         return pid
@@ -187,7 +187,7 @@ def _fork_rank(job: dict[str, Any], number: int) -> int:
 
 
 def _alive(group: int) -> bool:
-    """Whether any process of a group is left, once its leader was waited for."""
+    """Whether a process of a group is left after its leader was waited for."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -196,9 +196,9 @@ def _alive(group: int) -> bool:
 
 
 def _wait(pids: list[int], limit: float, doomed: list[int]) -> list[dict[str, Any]]:
-    """How ranks ended: statuses as subprocess has them. Who is late is aborted, then killed.
+    """Wait for ranks, and return their ends; a status is as of subprocess.
 
-    Late is also who is doomed once all others have ended.
+    Ranks that are late are aborted, then killed. A doomed rank is late once all others have ended.
     """
     begin = time.monotonic()
     ends: dict[int, dict[str, Any]] = {}
@@ -234,7 +234,7 @@ def main() -> None:
         for module in job["preload"]:
             importlib.import_module(module)
         gc.collect()
-        gc.freeze()  # pages that no collection in a rank shall copy
+        gc.freeze()  # else collections in ranks copy the objects' pages
         sys.stdout.flush()
         pids = [_fork_rank(job, number) for number in range(job["world"])]
         print(json.dumps(_wait(pids, job["limit"], job["doomed"])), flush=True)

@@ -1,7 +1,7 @@
-"""Process groups of a few ranks for tests, and what they did; the ranks' side is rank_nursery.py.
+"""Process groups of a few ranks for tests, and their outcomes; rank_nursery.py is the ranks' side.
 
-A test module runs the cases of a group in one job, since even a fork and gloo's handshake cost
-something, and then asserts case by case.
+A test module runs the cases of a group in one job, because a fork and gloo's handshake take time.
+Its tests then assert one case each.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import torch
 
 NURSERY = Path(__file__).resolve().with_name("rank_nursery.py")
 
-# A rank that is aborted has had this long for its job, unless told otherwise.
+# A rank is aborted after this time, unless a job sets another limit.
 LIMIT_S = 90.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call in every rank.
+    """A function call in every rank.
 
     Attributes:
         call: ``module.function``.
-        arguments: its keywords, of JSON's kinds.
-        name: unique in a job; of the call and its arguments if not given.
+        arguments: its keywords; values are of JSON's types.
+        name: unique in a job; by default made of the call and its arguments.
     """
 
     call: str
@@ -41,13 +41,13 @@ class Case:
 
     @property
     def key(self) -> str:
-        said = "-".join(str(one) for one in self.arguments.values())
-        return self.name or f"{self.call.split('.')[1]}-{said}"
+        values = "-".join(str(one) for one in self.arguments.values())
+        return self.name or f"{self.call.split('.')[1]}-{values}"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception that a rank's call raised; ``cause*`` of fastst_patch's RankError."""
+    """An exception that a rank's call raised; ``cause*`` describe the cause of a RankError."""
 
     type: str
     bases: Sequence[str]
@@ -60,13 +60,13 @@ class Failure:
     trace: str
 
     def is_a(self, name: str) -> bool:
-        """Whether its class has this name, or one of its class's bases."""
+        """Whether its class or a base of it has this name."""
         return name in self.bases
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one case in one rank."""
+    """The outcome of one case in one rank."""
 
     value: Any
     error: Failure | None
@@ -75,7 +75,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class End:
-    """How a rank ended: as subprocess says it, how late, and whether it left processes behind."""
+    """How a rank ended: its status, its time, whether it was late, and left processes running."""
 
     status: int
     seconds: float
@@ -85,28 +85,28 @@ class End:
 
 @dataclass(frozen=True)
 class Ran:
-    """All that is known of a job."""
+    """Ends and outcomes of a job's ranks."""
 
     folder: Path
     ends: Sequence[End]
     outcomes: Sequence[Mapping[str, Outcome]]
 
     def log(self) -> str:
-        """What the ranks printed, their stacks included if they hung."""
+        """Output of the ranks, with their stacks if they hung."""
         return "\n".join(
             f"--- rank {rank}, {end}\n{(self.folder / f'log-{rank}').read_text(errors='replace')}"
             for rank, end in enumerate(self.ends)
         )
 
     def of(self, case: Case | str) -> list[Outcome]:
-        """What each rank did in a case, by rank; fails if one did not come to its end."""
+        """Each rank's outcome of a case, by rank; fails if a rank did not finish it."""
         key = case if isinstance(case, str) else case.key
         missing = [rank for rank, found in enumerate(self.outcomes) if key not in found]
         assert not missing, f"ranks {missing} did not finish {key}\n{self.log()}"
         return [found[key] for found in self.outcomes]
 
     def values(self, case: Case | str) -> list[Any]:
-        """What each rank returned in a case; fails with the traceback where one raised."""
+        """Each rank's value of a case; fails with the traceback where one raised."""
         outcomes = self.of(case)
         traces = [
             f"--- rank {rank}\n{one.error.trace}" for rank, one in enumerate(outcomes) if one.error
@@ -115,14 +115,14 @@ class Ran:
         return [one.value for one in outcomes]
 
     def errors(self, case: Case | str) -> list[Failure]:
-        """What each rank raised in a case; fails where one did not."""
+        """Each rank's exception in a case; fails where a rank raised none."""
         outcomes = self.of(case)
         missing = [(rank, one.value) for rank, one in enumerate(outcomes) if one.error is None]
         assert not missing, f"no exception in ranks {missing}"
         return [one.error for one in outcomes if one.error is not None]
 
     def assert_ended(self) -> None:
-        """All ranks came to their ends by themselves, with status 0, and left nobody behind."""
+        """Assert that all ranks ended by themselves, with status 0 and no process left."""
         for end in self.ends:
             assert (end.status, end.late, end.orphans) == (0, False, False), self.log()
 
@@ -171,12 +171,12 @@ class Nursery:
             cases: what to run, the same in every rank.
             world: how many ranks.
             environment: of all ranks, besides pytest's own.
-            environments: of each rank.
+            environments: of each rank, besides.
             timeout: of the process group, in seconds.
             limit: seconds after which a rank that has not ended is aborted.
-            group: whether there is a process group at all.
-            meet: whether ranks wait for each other between cases, which the dead do not do.
-            doomed: ranks that will not end by themselves: late as soon as all others have ended.
+            group: whether to make a process group.
+            meet: whether ranks wait for each other between cases; not if a case kills a rank.
+            doomed: ranks that do not end by themselves: late as soon as all others have ended.
             preload: modules that all ranks need, imported once.
             server: whether ranks meet at a TCP store, as torchrun's do, instead of a file.
         """
@@ -203,7 +203,7 @@ class Nursery:
     def _ask(self, line: str, limit: float) -> str:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        # The nursery keeps to its own limits; that it should hang itself must not hang us.
+        # The nursery aborts late ranks. The timer ends the nursery where that itself hangs.
         watchdog = threading.Timer(limit, self._process.kill)
         watchdog.start()
         try:
@@ -225,9 +225,9 @@ def _outcomes(folder: Path, rank: int) -> dict[str, Outcome]:
         return {}
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        said = json.loads(line)
-        error = None if said["error"] is None else Failure(**said["error"])
-        found[said["name"]] = Outcome(said["value"], error, said["seconds"])
+        outcome = json.loads(line)
+        error = None if outcome["error"] is None else Failure(**outcome["error"])
+        found[outcome["name"]] = Outcome(outcome["value"], error, outcome["seconds"])
     return found
 
 

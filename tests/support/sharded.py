@@ -1,6 +1,6 @@
-"""What sharded loading is compared with: hand-made files, torch's own slicing of stock's tensors.
+"""Files for sharded loading, and comparison with torch's own slices of stock's tensors.
 
-Used by tests and, in other processes, by their ranks (cases_*.py).
+Used by tests and, in the ranks' processes, by their cases (cases_*.py).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ BITS = {
     "F4": 4,
 }
 
-# Uneven over 2 and 4 ranks, smaller than 4, of no elements, scalar; F4 halves the last.
+# Uneven over 2 and 4 ranks, smaller than 4, empty, scalar; F4 halves the last dimension.
 SHAPES = ((), (0,), (1,), (6,), (7, 4), (4, 6), (3, 2), (0, 4), (5, 0), (2, 5, 6), (9, 1, 2))
 
-# What a load may be called that was ours; a fallback has a name or a reason of its own.
+# Paths of loads without a fallback, as reports name them.
 FAST = {
     *("mmap", "mmap+readahead", "buffered", "direct", "owned"),
     *("ring", "ring+direct", "exchange", "exchange+direct"),
@@ -43,12 +43,12 @@ Expect = Callable[[str, torch.Tensor], "torch.Tensor | None"]
 
 
 def write_file(path: Path, tensors: Sequence[tuple[str, str, Sequence[int]]], pad: int = 0) -> None:
-    """Random bytes, placed back to back in the order given: odd addresses where sizes are odd.
+    """Write random bytes, tensor after tensor in the given order, without alignment.
 
     Args:
         path: of the file.
         tensors: name, dtype as the format calls it, shape.
-        pad: spaces behind the header.
+        pad: spaces after the header.
     """
     numbers = random.Random(str((tensors, pad)))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -76,10 +76,10 @@ def loads(folder: Path, dtype: str) -> bool:
 
 
 def write_zoo(folder: Path) -> list[Path]:
-    """Every dtype that stock can load in every shape of `SHAPES`, over three files of odd layout.
+    """Write three files with every dtype that stock can load, in every shape of `SHAPES`.
 
     Returns:
-        The files; names are of the form ``DTYPE.SHAPE``, no file repeats another's.
+        The files. Names have the form ``DTYPE.SHAPE``, and are unique over the files.
     """
     wanted = []
     for dtype in sorted(d for d in BITS if loads(folder, d)):
@@ -88,7 +88,7 @@ def write_zoo(folder: Path) -> list[Path]:
                 continue
             wanted.append((f"{dtype}.{'x'.join(map(str, shape))}", dtype, shape))
     random.Random(5).shuffle(wanted)
-    # Larger than chunks of 64 KiB, and odd in every dimension.
+    # Larger than chunks of 64 KiB, with odd lengths.
     big = [("big.rows", "BF16", (1021, 129)), ("big.columns", "F32", (37, 1201))]
     big += [("big.cube", "U8", (7, 211, 97)), ("big.flat", "I16", (100_003,))]
     files = []
@@ -104,11 +104,13 @@ class Full:
 
     Attributes:
         tensors: by name.
-        places: (file, begin, end) by name; tensors of no bytes may share one.
+        places: (file, begin, end) by name; empty tensors may share one.
     """
 
     def __init__(self, files: Sequence[str | Path]) -> None:
-        assert type(safetensors.torch.safe_open) is type, "patched: there is nothing to compare to"
+        assert type(safetensors.torch.safe_open) is type, (
+            "safetensors is patched: there is no stock to compare with"
+        )
         self.tensors: Tensors = {}
         self.places: dict[str, tuple[int, int, int]] = {}
         for number, file in enumerate(files):
@@ -118,7 +120,7 @@ class Full:
 
 
 class Outline(Full):
-    """What is known of files without mapping them: shapes, but neither bytes nor dtypes."""
+    """Shapes and places of tensors, read without mapping the files; no bytes or dtypes."""
 
     def __init__(self, files: Sequence[str | Path]) -> None:
         self.tensors, self.places = {}, {}
@@ -129,7 +131,7 @@ class Outline(Full):
 
 
 def header_of(file: str | Path) -> dict[str, dict[str, Any]]:
-    """Entries by name, as they stand in the file."""
+    """The header's entries by name, in the file's order."""
     with open(file, "rb") as opened:
         header: dict[str, Any] = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
     header.pop("__metadata__", None)
@@ -137,33 +139,33 @@ def header_of(file: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def data_offsets(file: str | Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor's bytes lie behind the header, by offset."""
+    """Begin and end of each tensor's bytes, counted from the header's end, by offset."""
     spans = {name: tuple(one["data_offsets"]) for name, one in header_of(file).items()}
     return dict(sorted(spans.items(), key=lambda item: item[1]))
 
 
-# ---------------------------------------------------------------- what a rank gets
+# ---------------------------------------------------------------- results of a rank
 
 
 def chunk(tensor: torch.Tensor, dim: int, index: int, size: int) -> torch.Tensor:
-    """Part `index` of `size`, as torch.chunk splits it; behind its last chunk, nothing."""
-    parts = torch.chunk(tensor, size, dim)
-    if index < len(parts):
-        return parts[index]
+    """Chunk `index` of `size`, as torch.chunk splits; empty after its last chunk."""
+    chunks = torch.chunk(tensor, size, dim)
+    if index < len(chunks):
+        return chunks[index]
     return tensor.narrow(dim, 0, 0)
 
 
 def storage_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole storage as bytes, whatever dtype looks at it."""
+    """The whole storage, as bytes."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
 def assert_owns(ours: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    """The same bits, contiguous, in storage of exactly their size."""
+    """Assert the same bits, contiguous, in storage of exactly their size."""
     assert type(ours) is torch.Tensor, name
     whole = expected.detach().clone(memory_format=torch.contiguous_format)
-    for what in ("dtype", "shape", "device", "requires_grad"):
-        assert getattr(ours, what) == getattr(whole, what), (name, what, ours.shape, whole.shape)
+    for each in ("dtype", "shape", "device", "requires_grad"):
+        assert getattr(ours, each) == getattr(whole, each), (name, each, ours.shape, whole.shape)
     assert ours.is_contiguous(), name
     assert ours.storage_offset() == 0, name
     assert ours.untyped_storage().nbytes() == ours.nbytes == whole.nbytes, name
@@ -171,8 +173,8 @@ def assert_owns(ours: torch.Tensor, expected: torch.Tensor, name: str) -> None:
 
 
 def assert_view(ours: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    """The same bits where torch's own slice has them, and not a copy."""
-    if ours.untyped_storage().nbytes() == ours.nbytes:  # all of it, complete rows, or joined
+    """Assert the same bits and strides as torch's own slice, not copied."""
+    if ours.untyped_storage().nbytes() == ours.nbytes:  # whole, complete rows, or joined regions
         assert_owns(ours, expected, name)
         return
     assert ours.stride() == expected.stride(), name
@@ -181,23 +183,23 @@ def assert_view(ours: torch.Tensor, expected: torch.Tensor, name: str) -> None:
 
 
 def load_sharded(*arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
-    """Ours, with tensors that `assert_owns` can hold to its word unless views are asked for."""
+    """fastst_patch.load_sharded, by default without views, as `assert_owns` needs."""
     return fastst_patch.load_sharded(*arguments, **{"contiguous": True, **options})
 
 
 def assert_tensors(
     ours: Mapping[str, torch.Tensor], full: Full, expect: Expect, *, views: bool = False
 ) -> int:
-    """A rank's result: names in file order, and each tensor what `expect` says of the full one.
+    """Assert a rank's result: names in file order, and the tensors that `expect` gives.
 
     Args:
         ours: the result.
         full: whole tensors.
-        expect: of a name and the whole tensor; None: it is not in the result.
-        views: parts of maps may be views.
+        expect: function of a name and the whole tensor; None: the result does not have it.
+        views: shards of maps may be views.
 
     Returns:
-        The bytes of them all.
+        The bytes of all tensors.
     """
     assert type(ours) is dict
     wanted = {name: expect(name, tensor) for name, tensor in full.tensors.items()}

@@ -1,8 +1,8 @@
-"""What each rank of test_tensor_parallel.py does: from_pretrained with a tp_plan, by torchrun.
+"""The ranks of test_tensor_parallel.py: from_pretrained with a tp_plan, by torchrun.
 
-``torchrun tp_ranks.py JOB`` runs the cases of a JSON file in order, in all ranks, and leaves what
-they found in a file of each rank. Ranks meet between the cases, so that one that waits for
-another which is not coming shows as an error of its case.
+``torchrun tp_ranks.py JOB`` runs the cases of a JSON file in order, in all ranks, and writes their
+results to a file for each rank. Ranks meet between the cases, so a rank that waits for another in
+vain fails in its own case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastst_patch.files.readahead import ReadAhead
 from fastst_patch.files.readahead_share import STRIPE
 from fastst_patch.integrations import tensor_parallel
 
-MEETING_S = 20.0  # what a rank waits for another, in a program's own collectives
+MEETING_S = 20.0  # timeout of the program's own collectives
 
 
 def load(folder: str, **options: Any) -> Any:
@@ -66,9 +66,9 @@ def placed(tensor: torch.Tensor, mapped: bool) -> str:
 
 
 def assert_same(ours: Any, theirs: Any, mapped: bool = True) -> int:
-    """All parameters and buffers, and what the models compute; how many are sharded.
+    """Compare parameters, buffers and logits; return how many tensors are sharded.
 
-    A shard is a view of the whole tensor as stock's is, unless only its rows were read.
+    A shard is a view of the whole tensor, as stock's is, unless only its rows were read.
     """
     mine, yours = ours.state_dict(keep_vars=True), theirs.state_dict(keep_vars=True)
     assert list(mine) == list(yours)
@@ -93,19 +93,19 @@ def reported(seen: Any) -> list[dict[str, Any]]:
 def same(folder: str, options: dict[str, Any], load_options: dict[str, Any]) -> dict[str, Any]:
     """Stock, patched, and stock again."""
     theirs = load(folder, **load_options)
-    promised = []
-    by_us = tensor_parallel.Shards.local
+    returned = []
+    local_shard = tensor_parallel.Shards.local
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        promised.append(by_us(*args, **kwargs))
-        return promised[-1]
+        returned.append(local_shard(*args, **kwargs))
+        return returned[-1]
 
     tensor_parallel.Shards.local = watched
     try:
         with fastst_patch.patched(**options), fastst_patch.profile() as seen:
             ours = load(folder, **load_options)
     finally:
-        tensor_parallel.Shards.local = by_us
+        tensor_parallel.Shards.local = local_shard
     mapped = options.get("io") != "buffered" and options.get("tensors") != "owned"
     sharded = assert_same(ours, theirs, mapped)
     with fastst_patch.profile() as after:
@@ -113,7 +113,7 @@ def same(folder: str, options: dict[str, Any], load_options: dict[str, Any]) -> 
     assert_same(again, theirs)
     return {
         "sharded": sharded, "reports": reported(seen), "after": len(after.reports),
-        "views": sum(one is not None for one in promised), "asked": len(promised),
+        "views": sum(one is not None for one in returned), "asked": len(returned),
     }  # fmt: skip
 
 
@@ -127,16 +127,16 @@ def one_by_one(**arguments: Any) -> dict[str, Any]:
 
 
 def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, Any]:
-    """A file that is not cached: who reads what ahead, and what came from storage."""
-    was = True
-    gc.collect()  # what is mapped stays cached
+    """Load a file that is not cached: each rank's reading ahead, and bytes from storage."""
+    evicted = True
+    gc.collect()  # mapped files stay cached
     dist.barrier()
     if int(os.environ["RANK"]) == 0:
-        was = residency.prepare("cold", [file]).verified is not False
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, was)
+        evicted = residency.prepare("cold", [file]).verified is not False
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, evicted)
     plans = []
-    plan, looked = readahead_share.in_turn, ReadAhead.cold
+    plan, is_cold = readahead_share.in_turn, ReadAhead.cold
 
     def watched(alone: Any, shared: Any, turn: int, turns: int) -> Any:
         result = plan(alone, shared, turn, turns)
@@ -146,7 +146,7 @@ def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, 
         return result
 
     readahead_share.in_turn = watched
-    if force:  # whatever the file system keeps
+    if force:  # even where the file system keeps the file cached
         ReadAhead.cold = lambda self: True
     before, counted = io(), engine.counters()
     try:
@@ -154,10 +154,10 @@ def cold(folder: str, file: str, force: bool, **load_options: Any) -> dict[str, 
             model = load(folder, **load_options)
             total = sum(local(tensor).double().sum() for tensor in model.state_dict().values())
     finally:
-        readahead_share.in_turn, ReadAhead.cold = plan, looked
+        readahead_share.in_turn, ReadAhead.cold = plan, is_cold
     after, count = io(), engine.counters()
     return {
-        "evicted": all(told), "plans": plans, "stripe": STRIPE, "sum": float(total),
+        "evicted": all(gathered), "plans": plans, "stripe": STRIPE, "sum": float(total),
         "reports": reported(seen), "storage": after["read_bytes"] - before["read_bytes"],
         "ahead": count["bytes_prefetched"] - counted["bytes_prefetched"],
     }  # fmt: skip
@@ -168,23 +168,23 @@ def io() -> dict[str, int]:
         return {line.split(":")[0]: int(line.split(":")[1]) for line in file}
 
 
-def failing(folder: str, elsewhere: str) -> dict[str, Any]:
-    """One rank is told to load a file that is none; the others load, as with stock."""
+def failing(folder: str, broken: str) -> dict[str, Any]:
+    """One rank loads a damaged model; the others load theirs, as with stock."""
     found = {}
     for which in ("stock", "patched"):
         begin = time.monotonic()
         patched = fastst_patch.patched() if which == "patched" else contextlib.nullcontext()
         try:
             with patched:
-                load(elsewhere if os.environ["RANK"] == "1" else folder)
+                load(broken if os.environ["RANK"] == "1" else folder)
             found[which] = "loaded"
         except Exception as error:
             found[which] = f"{type(error).__name__}: {error}"
         found[f"{which} seconds"] = time.monotonic() - begin
-        # What the program itself does next works, in step.
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, found[which])
-        found[f"{which} told"] = told
+        # The program's own collectives still work.
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, found[which])
+        found[f"{which} gathered"] = gathered
     return found
 
 

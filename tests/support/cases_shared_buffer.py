@@ -1,4 +1,4 @@
-"""Cases of ranks: what is exchanged by memory in common, and what happens where there is none."""
+"""Cases of ranks: exchange through shared memory, and by gloo where it is not available."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from fastst_patch.loader import SafeTensorsFileLoader
 from fastst_patch.sharding import exchange, shared_buffer
 
 
-def _none(*_: Any) -> Any:
+def _fail(*_: Any) -> Any:
     raise OSError(38, "no such call")
 
 
-def _lie(real: Any) -> Any:
-    """The first rank of a node tells the others of memory that is not its own."""
+def _with_wrong_token(real: Any) -> Any:
+    """The first rank of a node offers memory that is not its own."""
 
-    def wish(self: Any, nbytes: int) -> Any:
-        found = real(self, nbytes)
-        return dataclasses.replace(found, token=b"?" * len(found.token))
+    def offer(self: Any, nbytes: int) -> Any:
+        made = real(self, nbytes)
+        return dataclasses.replace(made, token=b"?" * len(made.token))
 
-    return wish
+    return offer
 
 
 @contextlib.contextmanager
 def trouble(what: str | None) -> Iterator[None]:
-    """Why memory in common cannot be had, by this rank."""
+    """Make shared memory fail in this rank."""
     patches = {
-        "no call": lambda: mock.patch.object(os, "memfd_create", _none),
-        "no pages": lambda: mock.patch.object(os, "posix_fallocate", _none),
+        "no call": lambda: mock.patch.object(os, "memfd_create", _fail),
+        "no pages": lambda: mock.patch.object(os, "posix_fallocate", _fail),
         "no room": lambda: mock.patch.object(engine, "memory_headroom", return_value=0),
-        "out of reach": lambda: mock.patch.object(os, "readlink", _none),
-        "no map": lambda: mock.patch.object(shared_buffer, "_join", return_value=None),
-        "a namesake": lambda: mock.patch.object(shared_buffer.SharedBuffer, "wish",
-                                                _lie(shared_buffer.SharedBuffer.wish)),
+        "out of reach": lambda: mock.patch.object(os, "readlink", _fail),
+        "no map": lambda: mock.patch.object(shared_buffer, "_map", return_value=None),
+        "wrong token": lambda: mock.patch.object(shared_buffer.SharedBuffer, "offer",
+                                                 _with_wrong_token(shared_buffer.SharedBuffer.offer)),
     }  # fmt: skip
     with patches[what]() if what is not None else contextlib.nullcontext():
         yield
@@ -58,7 +58,7 @@ def trouble(what: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _slow(seconds: float) -> Iterator[None]:
-    """What was exchanged is copied out late, when others may already read what comes next."""
+    """Copy results late, when other ranks may already read later steps."""
     place = exchange._place
 
     def late(*args: Any, **named: Any) -> None:
@@ -70,20 +70,20 @@ def _slow(seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _seen(counts: dict[str, int]) -> Iterator[None]:
-    """Count the files of which units are in common memory, and exchanges by gloo."""
-    share, circle = exchange.Exchange.share, exchange.Subgroup.exchange
+def _counted(counts: dict[str, int]) -> Iterator[None]:
+    """Count the files whose units are in shared memory, and the exchanges by gloo."""
+    use, by_gloo = exchange.Exchange.use_shared_buffer, exchange.Subgroup.exchange
 
     def shared(self: Any, memory: Any) -> None:
-        counts["in common"] += 1
-        share(self, memory)
+        counts["shared"] += 1
+        use(self, memory)
 
     def exchanged(self: Any, *args: Any) -> Any:
         counts["by gloo"] += 1
-        return circle(self, *args)
+        return by_gloo(self, *args)
 
     with (
-        mock.patch.object(exchange.Exchange, "share", shared),
+        mock.patch.object(exchange.Exchange, "use_shared_buffer", shared),
         mock.patch.object(exchange.Subgroup, "exchange", exchanged),
     ):
         yield
@@ -110,21 +110,25 @@ def load(
     slow: list[int] | None = None,
     **way: Any,
 ) -> dict[str, Any]:
-    """A load that exchanges, with trouble on some ranks; right in any case.
+    """A load that exchanges, with trouble on some ranks. The tensors are right in any case.
 
     Args:
+        rank: this process.
+        files: to load.
+        form: of the plan.
         where: ranks that have trouble.
-        what: trouble.
-        slow: ranks that copy late.
+        what: the trouble.
+        slow: ranks that copy results late.
+        way: options.
 
     Returns:
-        How often each way to exchange was taken, and what is held afterwards.
+        How often each way to exchange was taken, and maps and descriptors that are left.
     """
     full = full_of(files)
     plan, expect = FORMS[form](full, Me(rank.rank, rank.world))
-    counts = {"in common": 0, "by gloo": 0}
+    counts = {"shared": 0, "by gloo": 0}
     late = 0.002 if slow and rank.rank in slow else 0.0
-    with trouble(what if where and rank.rank in where else None), _seen(counts), _slow(late):
+    with trouble(what if where and rank.rank in where else None), _counted(counts), _slow(late):
         result = load_sharded(files, None, plan, **way)
     assert_tensors(result, full, expect)
     del result
@@ -132,9 +136,9 @@ def load(
 
 
 def tensor_by_tensor(rank: Any, files: list[str], **way: Any) -> dict[str, Any]:
-    """Memory in common grows with what is asked for, and is used again."""
+    """Shared memory grows with the requested tensors, and is reused."""
     full = full_of(files)
-    counts = {"in common": 0, "by gloo": 0}
+    counts = {"shared": 0, "by gloo": 0}
     made: list[int] = []
     make = shared_buffer._make
 
@@ -142,7 +146,7 @@ def tensor_by_tensor(rank: Any, files: list[str], **way: Any) -> dict[str, Any]:
         made.append(nbytes)
         return make(nbytes, token)
 
-    with _seen(counts), mock.patch.object(shared_buffer, "_make", counted):
+    with _counted(counts), mock.patch.object(shared_buffer, "_make", counted):
         loader = SafeTensorsFileLoader(dist.group.WORLD, "cpu", **way)
         loader.add_filenames({0: files})
         buffers = loader.copy_files_to_device()
@@ -157,7 +161,7 @@ def tensor_by_tensor(rank: Any, files: list[str], **way: Any) -> dict[str, Any]:
 
 
 def no_memory(rank: Any, files: list[str], bad: int) -> dict[str, Any]:
-    """No memory in common, and none of its own on one rank: all are told."""
+    """One rank gets neither shared memory nor its own: all ranks raise."""
 
     def refused(self: Any, **_: Any) -> None:
         raise MemoryError("none left")
@@ -182,16 +186,16 @@ def _refusing(rank: Any, files: list[str], bad: int, refused: Any) -> None:
 
 
 class _Interrupted:
-    """Ctrl-C, wherever it strikes."""
+    """Ctrl-C in the patched function."""
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt("struck")
 
 
 def struck(rank: Any, files: list[str], bad: int, where: str, by_name: bool) -> dict[str, Any]:
-    """One rank is interrupted before it exchanges: it goes at once, and the others are told."""
+    """One rank is interrupted before it exchanges: it ends at once, and the others raise."""
     places = {
-        "preparing": (exchange.Memory, "empty"), "joining": (shared_buffer, "_join"),
+        "preparing": (exchange.Memory, "empty"), "mapping": (shared_buffer, "_map"),
     }  # fmt: skip
     plan, expect = FORMS["columns"](full_of(files), Me(rank.rank, rank.world))
     name = next(iter(full_of(files).tensors))
@@ -213,7 +217,7 @@ def struck(rank: Any, files: list[str], bad: int, where: str, by_name: bool) -> 
 
 
 def retried(rank: Any, files: list[str], bad: int) -> list[dict[str, Any]]:
-    """Loads of the same files fail and are tried again: nothing adds up."""
+    """Loads of the same files fail and are tried again: nothing accumulates."""
 
     def refused(*_: Any) -> Any:
         raise MemoryError("none left")
@@ -239,7 +243,7 @@ def retried(rank: Any, files: list[str], bad: int) -> list[dict[str, Any]]:
 
 
 def unmapped(rank: Any, files: list[str], bad: int) -> dict[str, Any]:
-    """One rank has no address space for a map, which reading ahead is the first to need."""
+    """One rank has no address space for a map, which reading ahead needs first."""
 
     def refused(*_: Any) -> Any:
         raise MemoryError("no map")
@@ -253,7 +257,7 @@ def unmapped(rank: Any, files: list[str], bad: int) -> dict[str, Any]:
 
 
 def unread(rank: Any, files: list[str], bad: int) -> dict[str, Any]:
-    """With verify=True one rank's storage fails: what the others lack is no difference to stock."""
+    """With verify=True one rank's storage fails: the others do not report a difference to stock."""
 
     def refused(*_: Any) -> Any:
         raise OSError(5, "no such sector")
