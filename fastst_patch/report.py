@@ -146,7 +146,7 @@ class Account:
     bytes: int = 0
     tensors: int = 0
     resident: float | None = None
-    note: str | None = None
+    reason: str | None = None
     seconds: float = 0.0
     reported: bool = False
     _calls: int = 0
@@ -180,7 +180,7 @@ class Account:
             self.bytes = self.tensors = 0
             self.seconds = 0.0
             self.reported = True
-        emit(LoadReport(call, file, device, self.path, *counts, self.resident, self.note))
+        emit(LoadReport(call, file, device, self.path, *counts, self.resident, self.reason))
 
 
 _unfinished: list[Callable[[], None]] = []

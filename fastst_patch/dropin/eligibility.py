@@ -141,19 +141,21 @@ def opened_for(
     return DeviceFile(file, layout, config, target)
 
 
-def fell_back(config: Config, call: str, path: str, reason: Fallback) -> None:
+def fell_back(config: Config, call: str, path: str, fallback: Fallback) -> None:
     """Warn or raise as the ``fallback`` option says. Stock has accepted the call by now."""
-    if isinstance(reason, SmallFile) or config.fallback == "auto":
+    if isinstance(fallback, SmallFile) or config.fallback == "auto":
         return
-    text = f"{call} of {path} was left to stock safetensors: {reason.reason}"
+    text = f"{call} of {path} was left to stock safetensors: {fallback.reason}"
     if config.fallback == "error":
         raise FaststError(text)
     warn_caller(text, FallbackWarning)
 
 
-def report_stock(call: str, file: object, device: object, reason: Fallback, **counts: Any) -> None:
+def report_stock(
+    call: str, file: object, device: object, fallback: Fallback, **counts: Any
+) -> None:
     """Report a call that stock did. Counts are ``bytes``, ``tensors`` and ``seconds``."""
-    account = Account("stock", note=reason.reason, **counts)
+    account = Account("stock", reason=fallback.reason, **counts)
     account.emit(call, str(file), str("cpu" if device is None else device))
 
 

@@ -295,7 +295,7 @@ class FastHandle:
         opened = self._opened
         result = getattr(self._stock(), method)(*args, **kwargs)
         if opened is not None:
-            opened.account.note = fallback.reason
+            opened.account.reason = fallback.reason
             fell_back(opened.config, method, opened.file.path, fallback)
         return result
 

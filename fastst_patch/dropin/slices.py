@@ -122,7 +122,7 @@ class FastSlice:
     def _left_to_stock(self, fallback: Fallback, index: Any) -> Any:
         opened = self._opened
         result = self._stock()[index]
-        opened.account.note = fallback.reason
+        opened.account.reason = fallback.reason
         fell_back(opened.config, "get_slice", opened.file.path, fallback)
         return result
 

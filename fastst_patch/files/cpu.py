@@ -294,4 +294,4 @@ class HostFile(OpenedFile):
         if self._direct and refused:
             if self.account.path == "direct":
                 self.account.path = "buffered"
-            self.account.note = f"O_DIRECT was refused ({os.strerror(refused)})"
+            self.account.reason = f"O_DIRECT was refused ({os.strerror(refused)})"

@@ -445,12 +445,12 @@ class DeviceFile(OpenedFile):
         stats = job.stats()
         if stats.gds_refused:
             self.account.path = "ring+direct" if stats.bytes_direct else "ring"
-            self.account.note = f"cuFile gave way: {stats.gds_note}"
+            self.account.reason = f"cuFile gave way: {stats.gds_note}"
         elif stats.bytes_gds:
             self.account.path = f"gds ({stats.gds_note})"
         if stats.direct_errno:
             self.account.path = "ring"
-            self.account.note = f"O_DIRECT was refused ({os.strerror(stats.direct_errno)})"
+            self.account.reason = f"O_DIRECT was refused ({os.strerror(stats.direct_errno)})"
 
 
 def _plain(index: Any) -> bool:
