@@ -124,6 +124,12 @@ class OpenedFile(TensorFile):
         kind = self.config.tensors
         return kind == "owned" or (kind == "auto" and self.device != "cpu")
 
+    def check(self, i: int | None = None) -> None:
+        """Raise Fallback unless tensor i, or every tensor when None, can be made now."""
+        tensors.check(self.layout, i)
+        if not tensors.ordinary_mode():
+            raise Fallback("a torch mode or default device is in force")
+
     @abc.abstractmethod
     def all_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, in offset order. Raises as `tensor`."""

@@ -149,9 +149,7 @@ class HostFile(OpenedFile):
             Fallback: stock must do it, or a torch mode is in force: then they are made one by one.
             OSError, MemoryError: there is no map, or no memory.
         """
-        tensors.check(self.layout)
-        if not tensors.ordinary_mode():
-            raise Fallback("a torch mode or default device is in force")
+        self.check()
         asked = Counter(numbers)
         wanted = array("Q", sorted(asked))
         job = None
@@ -167,7 +165,7 @@ class HostFile(OpenedFile):
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone; not for mapped files."""
-        tensors.check(self.layout, i)
+        self.check(i)
         first, last = plan_rows(self.layout, i, start, stop)
         self._require_room(last - first)
         result = tensors.empty(self.layout, i, stop - start)

@@ -235,9 +235,7 @@ class DeviceFile(OpenedFile):
     def check(self, i: int | None = None) -> None:
         """Raise Fallback unless tensor i, or any, may be moved now."""
         self._target.check()
-        tensors.check(self.layout, i)
-        if not tensors.ordinary_mode():
-            raise Fallback("a torch mode or default device is in force")
+        super().check(i)
 
     def failed(self, error: BaseException, trace: Any) -> None:
         """Let go of the device's memory; being out of it is a Fallback.
