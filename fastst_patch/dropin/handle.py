@@ -41,9 +41,9 @@ __all__ = [
     "FastHandle",
     "load_file",
     "load_model",
-    "open_handle",
     "report_open_handles",
     "safe_open",
+    "safe_open_handle",
 ]
 
 # ---- load_file ----
@@ -60,7 +60,7 @@ def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     config, started = current(), time.perf_counter()
     try:
         path, opened, result = _fast_load_file(config, args, kwargs)
-    except Fallback as error:
+    except (Fallback, MemoryError) as error:
         fallback = Fallback.alone(error)
     else:
         opened.account.seconds = time.perf_counter() - started
@@ -82,17 +82,10 @@ def _fast_load_file(
         raise Fallback("the arguments are not load_file's") from None
     path = path_of(filename)
     opened = open_fast(path, config, check_call("pt", device, backend))
-    return path, opened, _load_opened(opened)
-
-
-def _load_opened(opened: OpenedFile) -> dict[str, torch.Tensor]:
-    try:
-        result = opened.all_tensors()
-    except MemoryError as error:
-        raise Fallback(f"not enough memory: {error}") from error
+    result = opened.all_tensors()
     if "offset_keys" not in stock.HANDLE_METHODS:  # before 0.6 load_file followed keys()
-        return {name: result[name] for name in opened.layout.sorted_names}
-    return result
+        result = {name: result[name] for name in opened.layout.sorted_names}
+    return path, opened, result
 
 
 def _stock_load_file(
@@ -125,7 +118,7 @@ def _bind_safe_open(
     return filename, framework, device, backend
 
 
-def open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any:
+def _open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any:
     """A fast handle where it equals stock's, else stock's own.
 
     Args:
@@ -158,7 +151,7 @@ def open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any
 
 def safe_open(*args: Any, **kwargs: Any) -> Any:
     """``safetensors.safe_open``, faster: same arguments, methods, results and exceptions."""
-    return open_handle(stock.safe_open, path_of, args, kwargs)
+    return _open_handle(stock.safe_open, path_of, args, kwargs)
 
 
 # For `help` and interactive shells.
@@ -170,7 +163,12 @@ for _function, _module in (
     vars(_function)["__signature__"] = stock.Signature(_module, _function.__name__)
 
 
-def path_of_file_object(file: Any) -> str:
+def safe_open_handle(*args: Any, **kwargs: Any) -> Any:
+    """``safetensors._safe_open_handle``: `safe_open` for file objects."""
+    return _open_handle(stock.safe_open_handle, _path_of_file_object, args, kwargs)
+
+
+def _path_of_file_object(file: Any) -> str:
     """What ``_safe_open_handle`` opens for a file object: the file at its name."""
     _ = file.fileno
     return path_of(file.name)

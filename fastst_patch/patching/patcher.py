@@ -102,11 +102,11 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def _safetensors(module: str, name: str, summary: str, fast: Any) -> PatchTarget:
-    def settled(original: Any, args: Any, kwargs: Any) -> Any:
+def _safetensors(module: str, name: str, summary: str, fast: Callable[..., Any]) -> PatchTarget:
+    def settled(_: Any, args: Any, kwargs: Any) -> Any:
         if _unsettled and not interrupted():
             _settle()
-        return fast(original, args, kwargs)
+        return fast(*args, **kwargs)
 
     hook = Hook("safetensors", module, name, settled)
     return PatchTarget(f"{module}.{name}", summary, (PatchPoint(hook),))
@@ -119,27 +119,25 @@ _TARGETS = {
             "safetensors",
             "safe_open",
             "CPU: zero-copy map, batched tensors, parallel read-ahead; CUDA: pinned ring",
-            lambda original, args, kwargs: handle.safe_open(*args, **kwargs),
+            handle.safe_open,
         ),
         _safetensors(
             "safetensors",
             "_safe_open_handle",
             "the same for file objects",
-            lambda original, args, kwargs: handle.open_handle(
-                original, handle.path_of_file_object, args, kwargs
-            ),
+            handle.safe_open_handle,
         ),
         _safetensors(
             "safetensors.torch",
             "load_file",
             "whole files in one batch, to the CPU or a CUDA device",
-            lambda original, args, kwargs: handle.load_file(*args, **kwargs),
+            handle.load_file,
         ),
         _safetensors(
             "safetensors.torch",
             "load_model",
             "stock's own code over the fast load_file",
-            lambda original, args, kwargs: handle.load_model(*args, **kwargs),
+            handle.load_model,
         ),
         *(
             PatchTarget(
