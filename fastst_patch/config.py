@@ -71,15 +71,15 @@ class Config:
             cuFile (to the CPU it is ``auto``), and ``mmap`` is left to stock.
         page_cache: ``auto`` and ``keep`` leave the file cached; ``drop`` leaves it uncached,
             which makes ``io="auto"`` read with O_DIRECT.
-        threads: most workers on one load, 1 to 64; 0 chooses by CPUs. For O_DIRECT to the CPU
-            that is twice as many, with a quarter of ``chunk_bytes`` each.
+        threads: most workers on one load, 1 to 64; 0 chooses by CPUs. With O_DIRECT
+            to the CPU, 0 means twice as many, each with a quarter of ``chunk_bytes``.
         chunk_bytes: bytes one worker handles at a time, 64 KiB to 64 MiB.
         pinned_bytes: most host memory the process pins for copies to devices; None: 256 MiB.
-            Pinned as needed, and kept. With less than one chunk, nothing is pinned.
+            Memory is pinned as needed, and kept. With less than one chunk, nothing is pinned.
         device_memory_budget: most device memory, in bytes, of tensors that a handle reads ahead
             of their use, and the largest block that tensors share; None: 256 MiB. With 0 a
-            handle reads nothing ahead. A tensor larger than it gets a block of its own. What
-            integrations move ahead is bounded by it, too; None: see
+            handle reads nothing ahead. A tensor larger than it gets a block of its own. It also
+            bounds the tensors that integrations move ahead; None: see
             `fastst_patch.integrations.prefetch`.
         tensors: ``dlpack`` places tensors in shared arenas, each with storage of its own;
             ``owned`` gives each an allocation of its own from torch; ``auto`` is ``dlpack`` on
@@ -87,8 +87,8 @@ class Config:
         fallback: when a call goes to stock: ``auto`` reports it, ``warn`` also warns,
             ``error`` raises FaststError.
         verify: load with stock too and compare every byte; on a difference stock's result
-            is returned and an error logged. What integrations would move to a device is left
-            to stock, and reported.
+            is returned and an error logged. Moves to a device by integrations are left to
+            stock, and reported.
         progress: show a tqdm bar with GB/s; a load then returns when its bytes are there.
         log_level: level of the ``fastst_patch`` logger, with output to stderr.
         small_file_bytes: files of at most this size go to stock. 0, because the fast path was
@@ -113,7 +113,7 @@ class Config:
 
 
 class Options(TypedDict, total=False):
-    """The fields of `Config` as keywords, for whoever completes them as a program is written.
+    """The fields of `Config` as keyword arguments, for editors and type checkers.
 
     Text is read as from the environment: ``chunk_bytes="8MiB"``, ``threads="4"``.
     """
@@ -158,16 +158,16 @@ def _size(name: str, value: object, low: int, high: int) -> int:
         if digits.isdecimal() and factor is not None:
             number = int(digits) * factor
     if number is None or not low <= number <= high:
-        # Counts are small; of sizes nobody wants to read the bytes.
+        # Bounds of counts are shown as they are, bounds of sizes in KiB or MiB.
         bounds = f"whole numbers from {low} to {high}"
         if high >= KIB:
-            bounds = f"sizes in bytes, or such as 4MiB (KiB, MiB, GiB), from {_said(low)}"
-            bounds += f" to {_said(high)}" if high < _NO_LIMIT else " on"
+            bounds = f"sizes in bytes, or such as 4MiB (KiB, MiB, GiB), from {_readable(low)}"
+            bounds += f" to {_readable(high)}" if high < _NO_LIMIT else " on"
         raise OptionError(f"option {name}={value!r}: allowed are {bounds}")
     return number
 
 
-def _said(nbytes: int) -> str:
+def _readable(nbytes: int) -> str:
     return f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB" if nbytes else "0"
 
 
@@ -233,7 +233,7 @@ def _check_together(result: Config) -> Config:
 
 
 def with_options(base: Config, options: Mapping[str, Any]) -> Config:
-    """A Config like ``base`` but for some options; nothing in force changes.
+    """A copy of ``base`` with other values for some options; the options in force stay.
 
     Raises:
         OptionError: a name or value is not allowed, or two exclude each other.
@@ -245,13 +245,13 @@ def _environment() -> dict[str, Any]:
     found = {
         name: os.environ[f"FASTST_{name.upper()}"]
         for name in _VALIDATORS
-        if os.environ.get(f"FASTST_{name.upper()}")  # empty is as good as unset
+        if os.environ.get(f"FASTST_{name.upper()}")  # an empty one counts as unset
     }
     return _validated(found, "FASTST_")
 
 
 def environment_enabled() -> bool | None:
-    """``FASTST_ENABLED``: False forbids patching, True patches on import, None is silent."""
+    """``FASTST_ENABLED``: True patches on import, False forbids patching; None: not set."""
     value = os.environ.get("FASTST_ENABLED")
     return _boolean("FASTST_ENABLED", value) if value else None
 
@@ -263,16 +263,16 @@ def environment_targets() -> tuple[str, ...] | None:
 
 
 _WARNED = "FASTST_WARNED"
-"""Set by the launcher, which has warned of misspelt variables, for the program and its children."""
+"""Set for programs whose launcher has warned of misspelt variables."""
 
 _warned = False
 
 
 def unknown_variables() -> dict[str, str | None]:
-    """Names in the environment that look like options of ours and are none.
+    """Variables that begin with ``FASTST_`` and name no option.
 
     Returns:
-        Each with the variable that it is most like; None when it is like none.
+        For each, the variable of an option with the most similar name; None when none is similar.
     """
     known = {f"FASTST_{name.upper()}" for name in _VALIDATORS} | {"FASTST_ENABLED"}
     known |= {"FASTST_TARGETS"}
@@ -298,12 +298,12 @@ def misspelt_variables() -> list[str]:
 
 
 def environment_profile() -> tuple[str, int] | None:
-    """What ``fastst-patch run --profile`` left: a file, and who prints it.
+    """Where ``fastst-patch run --profile`` has loads written, and the process that prints them.
 
     Returns:
         ``FASTST_PROFILE_FILE``, to which each process appends its loads, and
-        ``FASTST_PROFILE_PID``, the process that prints them at its end (0: none does, since
-        somebody waits for it). None without the first.
+        ``FASTST_PROFILE_PID``, the process that prints them at its end (0: the launcher waits
+        for the program and prints). None without the first.
     """
     path = os.environ.get("FASTST_PROFILE_FILE")
     pid = os.environ.get("FASTST_PROFILE_PID", "")
@@ -311,9 +311,9 @@ def environment_profile() -> tuple[str, int] | None:
 
 
 def local_ranks() -> tuple[int, int] | None:
-    """Our number among the ranks that ``torchrun`` started on this node, and how many they are.
+    """The number of this rank among those of its node, and their count, as ``torchrun`` sets them.
 
-    None where nobody said so, or it cannot be.
+    None when the variables are missing or are not valid.
     """
     try:
         rank, count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -325,17 +325,17 @@ def local_ranks() -> tuple[int, int] | None:
 def child_environment(
     options: Mapping[str, str], site: str, profile: tuple[str, int] | None = None
 ) -> dict[str, str]:
-    """Our environment, with which a Python and its children patch themselves.
+    """The environment for a Python that patches itself, as its children do.
 
-    ``FASTST_ENABLED=0`` is the user's word and stays.
+    ``FASTST_ENABLED=0``, which the user has set, stays.
 
     Args:
-        options: names of options, ``targets`` too, and what ``FASTST_<NAME>`` shall say.
+        options: values of ``FASTST_<NAME>`` by the option's name; ``targets`` may be among them.
         site: the folder of our sitecustomize; goes in front of ``PYTHONPATH``.
-        profile: what `environment_profile` shall find there.
+        profile: the result of `environment_profile` in the program.
 
     Raises:
-        OptionError: an option, or the environment as it is, is not allowed.
+        OptionError: an option, or a variable that is set already, has a value that is not allowed.
     """
     wanted = {name: value for name, value in options.items() if name != "targets"}
     _check_together(Config(**{**_environment(), **_validated(wanted)}))
@@ -347,7 +347,7 @@ def child_environment(
         result[_WARNED] = "1"
     if profile is not None:
         result["FASTST_PROFILE_FILE"], result["FASTST_PROFILE_PID"] = profile[0], str(profile[1])
-    # Empty is as good as unset, but an empty entry among others means the current folder.
+    # An empty variable counts as unset, but an empty entry among others is the current folder.
     old = result.get("PYTHONPATH")
     entries = old.split(os.pathsep) if old else []
     result["PYTHONPATH"] = os.pathsep.join([site, *(e for e in entries if e != site)])
@@ -355,9 +355,9 @@ def child_environment(
 
 
 def undecided_environment() -> dict[str, str]:
-    """Our environment for a Python that decides for itself whether to patch.
+    """The environment for a Python whose code decides whether to patch.
 
-    Without ``FASTST_ENABLED``; misspelt variables have been warned of.
+    ``FASTST_ENABLED`` is not in it. The caller has warned of misspelt variables.
     """
     kept = {name: value for name, value in os.environ.items() if name != "FASTST_ENABLED"}
     return {**kept, _WARNED: "1"}
@@ -365,8 +365,8 @@ def undecided_environment() -> dict[str, str]:
 
 # ---- layers ----
 
-# Under the lock `shared`. A signal's handler may push and pop in the middle of an update: layers
-# come and go in one operation each, and `_resolve` looks whether they are still the same.
+# Guarded by the lock `shared`. A signal handler may push and pop in the middle of an update. So a
+# layer is added or removed in one operation, and `_resolve` starts again when layers have changed.
 _layers: list[tuple[object, dict[str, Any]]] = []
 _current: Config | None = None
 _last_environment: dict[str, Any] = {}
@@ -428,10 +428,10 @@ def push(options: Mapping[str, Any]) -> object:
 
 
 def pop(token: object) -> None:
-    """Take a layer away again, wherever it lies; a token already popped is ignored.
+    """Remove a layer, wherever it lies; a token already popped is ignored.
 
-    Never raises, since it is called to put things back, maybe after an exception: where the
-    environment has a bad value by now, what it said before counts until `config` is called.
+    Never raises, since it is called to clean up, maybe after an exception. When the environment
+    has become invalid, its last valid values count until `config` is called.
     """
     with shared:
         for layer in tuple(_layers):
@@ -440,17 +440,17 @@ def pop(token: object) -> None:
         try:
             _resolve()
         except OptionError:
-            with contextlib.suppress(OptionError):  # what is left excludes each other
+            with contextlib.suppress(OptionError):  # the layers that are left exclude each other
                 _resolve(_last_environment)
 
 
 def current() -> Config:
-    """The options in force, without looking at the environment again."""
+    """The options in force, without reading the environment again."""
     return _current or config()
 
 
 def config() -> Config:
-    """The options in force now, the environment re-read.
+    """Read the environment again; return the options in force.
 
     Raises:
         OptionError: the environment holds a bad value.

@@ -34,11 +34,11 @@ class NameClashError(FaststError, ValueError):
 
 
 class RankError(FaststError):
-    """A load by several ranks failed on one of them, and so on all.
+    """A load by several ranks failed on one of them, and therefore on all.
 
     Attributes:
-        rank: in the process group; None where it cannot be told which one is gone.
-        cause: what went wrong there. On that rank ``__cause__`` is the exception itself.
+        rank: in the process group; None when it is not known which rank is gone.
+        cause: text of the error there. On that rank ``__cause__`` is the exception itself.
     """
 
     def __init__(self, rank: int | None, cause: str) -> None:
@@ -47,7 +47,7 @@ class RankError(FaststError):
         self.cause = cause
 
     def __reduce__(self) -> tuple[type[RankError], tuple[int | None, str]]:
-        """Pickled as it was made: torch sends exceptions between processes."""
+        """Pickle the arguments: torch sends exceptions between processes."""
         return type(self), (self.rank, self.cause)
 
 
@@ -74,7 +74,7 @@ def warn_caller(text: str, category: type[Warning]) -> None:
 
 
 class Fallback(Exception):  # noqa: N818 - internal control flow, not an error
-    """The fast path cannot be sure to equal stock here: ask stock. Never leaves the package."""
+    """The fast path might differ from stock, so stock does the call. Never leaves the package."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -82,10 +82,10 @@ class Fallback(Exception):  # noqa: N818 - internal control flow, not an error
 
     @classmethod
     def alone(cls, error: Exception) -> Fallback:
-        """A Fallback, or another exception as one, without what it keeps alive.
+        """An exception as a Fallback without a traceback, cause or context.
 
-        Stock is asked after the ``except`` block: memory that we held is free by then, and
-        what stock raises has nothing of ours in its context.
+        It is used after the ``except`` block. By then the memory of the failed attempt is free,
+        and an exception of stock's has none of ours as its context.
         """
         if isinstance(error, Fallback):
             fallback = error

@@ -1,4 +1,4 @@
-"""What happened: one LoadReport per load, totals, profiles, log lines.
+"""Reports: one LoadReport per load, totals, profiles, log lines.
 
 Silent by default: the ``fastst_patch`` logger has a NullHandler. INFO is one line per load.
 """
@@ -70,7 +70,7 @@ class LoadReport:
             f"{self.call} {self.file}: {self.bytes / 1e9:.3f} GB in {self.tensors} tensors,"
             f" {self.seconds:.4f} s"
         )
-        mapped = self.path.startswith("mmap")  # which takes no time that its bytes would matter to
+        mapped = self.path.startswith("mmap")  # takes the same time for any number of bytes
         text += f", path {self.path}" if mapped else f", {self.gb_per_s:.2f} GB/s, path {self.path}"
         if mapped:
             text += " (mapped, not copied"
@@ -101,8 +101,8 @@ class _Totals:
     seconds: float = 0.0
 
 
-# Under the lock `shared`. Collecting a handle reports it, and may happen in the middle of an
-# update: so each is one operation, or adds up whatever happens between.
+# Guarded by the lock `shared`. The garbage collector may report a handle in the middle of an
+# update, so an update is one operation, or stays right when another one comes in between.
 _paths: dict[str, _Totals] = {}
 _fallbacks: dict[str, int] = {}
 _profiles: list[Profile] = []
@@ -138,15 +138,15 @@ def listen(listener: Callable[[LoadReport], None]) -> None:
 class Account:
     """What one call or handle has moved so far; becomes its LoadReport.
 
-    A call is made ``with`` it: time counts once, however many threads' calls it is spent in.
-    Calls nested in the middle of an update leave the counts right; some time may be lost.
+    Calls run inside ``with account``: time that several threads spend at once counts once. A
+    signal handler's call in the middle of an update leaves the counts right, but time may be lost.
     """
 
     path: str = "mmap"
     bytes: int = 0
     tensors: int = 0
     resident: float | None = None
-    note: str | None = None
+    reason: str | None = None
     seconds: float = 0.0
     reported: bool = False
     _calls: int = 0
@@ -160,7 +160,7 @@ class Account:
 
     def __exit__(self, *exc_info: object) -> None:
         with shared:
-            if self._calls == 1:  # counted before it is over: nested code begins no other
+            if self._calls == 1:  # first: a nested call then starts no second interval
                 self.seconds += time.perf_counter() - self._since
             self._calls -= 1
 
@@ -171,7 +171,7 @@ class Account:
             call: as of `LoadReport`.
             file: as of `LoadReport`.
             device: as of `LoadReport`.
-            last: nothing more will be counted. A load of no tensors is reported then, once.
+            last: nothing more will be counted. Then a load of no tensors is reported, too, once.
         """
         with shared:
             if not self.tensors and (self.reported or not last):
@@ -180,19 +180,19 @@ class Account:
             self.bytes = self.tensors = 0
             self.seconds = 0.0
             self.reported = True
-        emit(LoadReport(call, file, device, self.path, *counts, self.resident, self.note))
+        emit(LoadReport(call, file, device, self.path, *counts, self.resident, self.reason))
 
 
 _unfinished: list[Callable[[], None]] = []
 
 
 def before_the_end(tell: Callable[[], None]) -> None:
-    """Call ``tell`` where a program or cell ends: it reports what is open and has handed out."""
+    """Register a function that reports loads that are still open when a program or cell ends."""
     _unfinished.append(tell)
 
 
 def tell_unfinished() -> None:
-    """Let everybody report what is still open."""
+    """Call the functions registered by `before_the_end`."""
     for tell in _unfinished:
         tell()
 

@@ -13,8 +13,8 @@ from .terminal import width, wrapped
 __all__ = ["NOTHING", "fitted", "grid", "render"]
 
 NOTHING = (
-    "fastst_patch: no safetensors loads were seen; seen are those that went through a function"
-    " while it was patched: see `fastst-patch doctor`"
+    "fastst_patch: no safetensors loads were seen. A load is seen when it goes through a patched"
+    " function: see `fastst-patch doctor`"
 )
 
 _HEADINGS = ("pid", "file", "call", "device", "path", "loads", "tensors", "GB", "s", "GB/s")
@@ -22,8 +22,15 @@ _LEFT = frozenset(("file", "call", "device", "path"))
 _ROWS = 40
 _REASONS = 20
 _WIDTH = 60
-_NARROW = 16  # of a file's name, where columns are few
-_DROP = ("GB/s", "tensors", "loads", "device", "call", "pid")  # for want of columns, in this order
+_NARROW = 16  # the least width of a file's name
+_DROP = (
+    "GB/s",
+    "tensors",
+    "loads",
+    "device",
+    "call",
+    "pid",
+)  # left out in this order when the table is too wide
 
 
 @dataclasses.dataclass
@@ -44,7 +51,7 @@ class _Sum:
         self.files[report.file] = None
 
     def cells(self, rated: bool = True) -> tuple[str, ...]:
-        """The numbers; without GB/s where a map has handed out what nobody has read yet."""
+        """The numbers as text. A map has no GB/s: its bytes are read later."""
         known = rated and self.bytes and self.seconds
         rate = f"{self.bytes / self.seconds / 1e9:.2f}" if known else "-"
         numbers = (f"{self.bytes / 1e9:.3f}", f"{self.seconds:.4f}", rate)
@@ -76,13 +83,13 @@ def grid(cells: Sequence[tuple[str, ...]], left: Iterable[str]) -> list[str]:
 def fitted(
     cells: Sequence[tuple[str, ...]], left: Iterable[str], columns: int, drop: Sequence[str]
 ) -> list[str]:
-    """Lines of a table that is at most so wide, if leaving columns out is enough.
+    """Lines of a table, without columns of ``drop`` as long as it is wider than the terminal.
 
     Args:
         cells: as for `grid`.
         left: as for `grid`.
-        columns: of the terminal.
-        drop: headings of columns that may go, the first of them first.
+        columns: width of the terminal.
+        drop: headings of columns that may be left out, in this order.
     """
     left = frozenset(left)
     lines = grid(cells, left)
@@ -102,7 +109,7 @@ def render(
 
     Args:
         loads: reports in the order in which loads finished, each with its process.
-        columns: of the terminal; those of this one when None.
+        columns: width of the terminal; that of this process when None.
         verbose: show every column and whole names, however wide that is.
     """
     columns = width() if columns is None else columns
@@ -111,7 +118,7 @@ def render(
     reasons: dict[tuple[str, str, str], _Sum] = {}
     paths: dict[_Key, str] = {}
     for pid, report in loads:
-        # One file of which a part was cached at one time and all at another is one row.
+        # Loads of one mapped file share a row, whether or not they read ahead.
         key = (pid, report.file, report.call, report.device, report.path.partition("+")[0])
         if not report.path.startswith("mmap"):
             key = (*key[:4], report.path)
@@ -148,7 +155,7 @@ def render(
         notes.append("mmap: mapped, not copied; s does not count reading the bytes later.")
     notes += _reason_lines(reasons)
     verdict = wrapped([_verdict(rows, total)], columns)
-    # The command is not wrapped: it is there to be copied.
+    # The command is not wrapped, so that it can be copied.
     return "\n".join([*verdict, *lines, *wrapped(notes, columns), *_compare_line(rows)])
 
 

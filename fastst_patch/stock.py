@@ -1,8 +1,8 @@
-"""The installed safetensors, as it was before anybody patched it.
+"""The installed safetensors, as it is without a patch.
 
-Everything that asks stock goes through here, so that no wrapper of ours is ever called by
-ourselves. Importing safetensors does not import torch; ``safetensors.torch`` does, and is
-only touched by functions that need it.
+All calls to stock go through this module, so that our code never calls our own wrappers.
+Importing safetensors does not import torch; ``safetensors.torch`` does, and only functions that
+need it import it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Signature(inspect.Signature):
 
 
 def unwrapped(value: Any) -> Any:
-    """What a wrapt proxy of ours (or anybody's) stands for."""
+    """The object behind wrapt proxies, ours and others'."""
     while hasattr(type(value), "__wrapped__") and hasattr(value, "__wrapped__"):
         value = value.__wrapped__
     return value
@@ -76,7 +76,7 @@ safe_open: Any = unwrapped(safetensors.safe_open)
 safe_open_handle: Any = unwrapped(getattr(safetensors, "_safe_open_handle", None))
 
 HANDLE_METHODS = frozenset(name for name in dir(safe_open) if not name.startswith("_"))
-"""Public methods of the installed version's handle; ours has no others."""
+"""Public methods of the installed version's handle; our handle has the same."""
 
 BACKENDS = "backend" in str(getattr(safe_open, "__text_signature__", ""))
 """Whether this version knows ``backend=`` (0.8 and later)."""
@@ -90,15 +90,15 @@ def original(module_name: str, name: str) -> Any:
         AttributeError: the installed version has no such name.
         ImportError: its module cannot be imported.
     """
-    # Not through the import system where it can be helped: a thread in the middle of importing
-    # the module may be waiting for us in a post-import hook.
+    # Not by an import when the module is there: a thread that is importing it may be waiting for
+    # us in a post-import hook.
     module = sys.modules.get(module_name) or importlib.import_module(module_name)
     return unwrapped(operator.attrgetter(name)(module))
 
 
 @contextlib.contextmanager
 def small_file(header: bytes, nbytes: int = 0) -> Iterator[Any]:
-    """A file in memory with this header and zeros behind it, for questions to stock.
+    """A file in memory with this header and zeros behind it, to see what stock does with it.
 
     Has ``name`` and ``fileno`` as a file object has.
 
@@ -118,7 +118,7 @@ def opens(header: bytes) -> bool:
     try:
         with small_file(header) as file, safe_open(file.name, "pt"):
             return True
-    except Exception:  # whatever it raises, the user shall see it from stock
+    except Exception:  # of any class; the user's own call to stock raises it again
         return False
 
 
@@ -128,7 +128,7 @@ def loads(header: bytes, nbytes: int) -> bool:
         with small_file(header, nbytes) as file, safe_open(file.name, "pt") as opened:
             opened.get_tensor("x")
             return True
-    except Exception:  # whatever it raises, the user shall see it from stock
+    except Exception:  # of any class; the user's own call to stock raises it again
         return False
 
 
@@ -172,7 +172,7 @@ def trimmed(error: BaseException) -> BaseException:
 
 
 def load_file(*args: Any, **kwargs: Any) -> Any:
-    """Stock's ``safetensors.torch.load_file``, whatever it looks up while we are patched in."""
+    """Stock's ``safetensors.torch.load_file`` over stock's ``safe_open``, under a patch too."""
     return call(_with_globals("load_file", safe_open=safe_open), args, kwargs)
 
 
@@ -183,7 +183,7 @@ def load_model(fast_load_file: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 
 def _with_globals(name: str, **replaced: Any) -> Callable[..., Any]:
-    """The stock function, seeing some other globals: its own code decides everything else."""
+    """A copy of a stock function in which some global names are replaced."""
     function = original("safetensors.torch", name)
     if not inspect.isfunction(function):
         return function  # type: ignore[no-any-return]

@@ -1,6 +1,7 @@
-"""What a terminal can show, and whether our own command line is what runs in it.
+"""What a terminal can show, and whether our own command runs in this process.
 
-Every `import fastst_patch` imports this module: what takes milliseconds is imported when used.
+Every `import fastst_patch` imports this module, so modules whose import takes milliseconds are
+imported when they are used.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ def marks(stream: IO[str] | None = None) -> dict[str, str]:
 
 
 def say(text: str, stream: IO[str] | None = None) -> None:
-    """Print a line or more; what the stream's encoding lacks is escaped."""
+    """Print text; characters that the stream's encoding lacks are escaped."""
     stream = sys.stdout if stream is None else stream
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 def wrapped(lines: Iterable[str], columns: int) -> Iterator[str]:
-    """Break lines that are too long; what follows a break is indented by four columns more.
+    """Break lines that are too long; the rest of a line is indented by four more columns.
 
-    A word longer than a line stays whole: a path can be copied then.
+    A word longer than a line stays whole, so that a path can be copied.
     """
     import textwrap
 
@@ -56,7 +57,7 @@ def wrapped(lines: Iterable[str], columns: int) -> Iterator[str]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that a misspelt one is most like; None when it is like none."""
+    """The known word that is most similar to another; None when none is similar."""
     import difflib
 
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -1,35 +1,34 @@
-"""Switches fastst_patch on in every Python that a program run by ``fastst-patch run`` starts.
+"""Patches every Python that a program run by ``fastst-patch run`` starts.
 
-The launcher puts this folder in front of PYTHONPATH, and the ``site`` module imports us. That
-happens in whichever Pythons the program starts, so: nothing is imported before safetensors or
-torch is, a Python without fastst_patch goes on as it was, and the ``sitecustomize`` that would
-have been imported without us is imported then. Not a module of the package, which may not be
-there: hence no relative imports, and the environment is read here and not by
-``fastst_patch.config``.
+The launcher puts this folder in front of PYTHONPATH, and the ``site`` module imports this file.
+That happens in every Python that the program starts. So it imports nothing before safetensors or
+torch is imported, a Python without fastst_patch runs as without this file, and the
+``sitecustomize`` that this one hides is imported at its end. This file is no module of the
+package, which may be missing: it has no relative imports and reads the environment itself.
 """
 
 import os
 import sys
 
-TYPE_CHECKING = False  # typing itself would take longer than all that is here
+TYPE_CHECKING = False  # importing typing would take longer than this file
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
 _HERE = os.path.dirname(__file__) if __name__ == "sitecustomize" else ""
-_WATCHED = ("safetensors", "torch")  # what nobody needs us before
+_WATCHED = ("safetensors", "torch")  # patching is not needed before
 _TRUE = ("1", "true", "yes", "on")  # as in fastst_patch.config
 _PRINT = """
 import sys
-sys.path[:] = filter(None, sys.path)  # whatever lies in the current folder
+sys.path[:] = filter(None, sys.path)  # nothing from the current folder
 from fastst_patch.patching import child_hook
 child_hook.print_table(sys.argv[1])
 """
 
 
 class _FaststWatch:
-    """A finder that finds what the others find, and imports fastst_patch behind it.
+    """A finder that finds modules by the other finders, and imports fastst_patch after them.
 
     ``import fastst_patch`` patches by itself, since FASTST_ENABLED is set.
     """
@@ -43,7 +42,7 @@ class _FaststWatch:
         if name not in _WATCHED:
             return None
         finders = list(sys.meta_path)
-        # Finders before us have been asked already. We may be gone, by another thread's import.
+        # Finders before this one have found nothing. Another thread may have removed this one.
         later = finders[finders.index(self) + 1 :] if self in finders else []
         for finder in later:
             find = getattr(finder, "find_spec", None)
@@ -54,7 +53,7 @@ class _FaststWatch:
         return None
 
     def _watch(self, loader: object) -> None:
-        """Have the module executed by the loader's own method, and then ourselves called."""
+        """Let the loader execute the module, and patch afterwards."""
         execute = getattr(loader, "exec_module", None)
         if execute is None or isinstance(loader, type):
             return
@@ -64,12 +63,12 @@ class _FaststWatch:
             execute(module)
             self._switch_on()
 
-        # Python leaves its own frames out of the traceback of a failing import: this one too.
+        # Python leaves frames of its import system out of tracebacks, and so this one.
         if hasattr(exec_module.__code__, "replace"):
             exec_module.__code__ = exec_module.__code__.replace(
                 co_filename="<frozen importlib._bootstrap>"
             )
-        if hasattr(loader, "__dict__"):  # else it cannot be told, and the program stays as it was
+        if hasattr(loader, "__dict__"):  # else the program stays unpatched
             vars(loader)["exec_module"] = exec_module
 
     def _switch_on(self) -> None:
@@ -88,7 +87,7 @@ def _say(line: str) -> None:
     try:
         sys.stderr.write(line + "\n")
     except (AttributeError, OSError, ValueError):
-        return  # there is none, or it is closed
+        return  # stderr is missing or closed
 
 
 def _watch_imports() -> None:
@@ -103,7 +102,7 @@ def _watch_imports() -> None:
 
 
 def _print_at_end() -> None:
-    """The process that ``run --profile`` became prints what it and its children loaded."""
+    """Print the loads of this process and its children at its end, for ``run --profile``."""
     import atexit
 
     ours, path = os.getpid(), os.environ["FASTST_PROFILE_FILE"]
@@ -115,16 +114,16 @@ def _print_at_end() -> None:
         if hook is not None:
             hook.finish(path)
             return
-        # Not imported now: what runs an exec() of text, as dataclasses do, makes Python forget
-        # that it was interrupted, and so end with status 1 instead of by SIGINT.
+        # Another process prints: importing dataclasses now would run exec() of text, after which
+        # an interrupted Python ends with status 1 instead of by SIGINT.
         command = [sys.executable, "-c", _PRINT, path]
         os.waitpid(os.posix_spawn(sys.executable, command, os.environ), 0)
 
-    atexit.register(finish)  # first of all, so it is called last
+    atexit.register(finish)  # the first one, so it is called last
 
 
 def _leave() -> None:
-    """Be gone from where the program could see us; PYTHONPATH stays for its children."""
+    """Remove this module from the program's view; PYTHONPATH stays for its children."""
     sys.path[:] = [entry for entry in sys.path if entry != _HERE]
     sys.path_importer_cache.pop(_HERE, None)
     sys.modules.pop(__name__, None)
@@ -136,6 +135,6 @@ if __name__ == "sitecustomize":  # else it is the line that `fastst-patch enable
     if ours and "FASTST_PROFILE_FILE" in os.environ:
         _print_at_end()
     _leave()
-    # The one that would have come without us. There being none, or its raising, is then told to
-    # `site` as it would have been: as an ImportError of this name, or as what it raised.
+    # The hidden sitecustomize. If there is none, or it raises, `site` gets the same exception as
+    # it would without this file.
     import sitecustomize  # type: ignore[import-not-found, unused-ignore]  # noqa: F401

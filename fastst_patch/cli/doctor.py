@@ -1,7 +1,7 @@
-"""``fastst-patch doctor``: what there is here, what ``patch()`` would do, and what not, and why.
+"""``fastst-patch doctor``: what the machine offers, and what ``patch()`` would do and why not.
 
-CUDA is looked at in a child process, because initialising it would break children that this
-process forks later.
+A child process examines CUDA, because initialising it would break children that this process
+forks later.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from ..machine import NETWORKED, cpu_limit, io_threads
 from ..terminal import marks, say, width
 from .doctor_text import diagnose, render
 
-# What imports safetensors is imported within functions: without it the rest is still told.
+# Modules that import safetensors are imported in functions: without it the rest still works.
 if TYPE_CHECKING:
     from ..integrations import Hook
 
 __all__ = ["SCHEMA", "examine", "main"]
 
 SCHEMA = 1
-"""Version of the JSON; grows when a key goes or changes its meaning."""
+"""Version of the JSON; increased when a key is removed or changes its meaning."""
 
 _REQUIRED = ("safetensors", "torch", "wrapt", "numpy", "tqdm", "_cffi_backend")
 
@@ -95,16 +95,16 @@ def _versions() -> dict[str, str | None]:
 
 
 def _missing() -> dict[str, str]:
-    """Packages that the fast path needs and that cannot be imported here, and why."""
+    """Packages that the fast path needs and that cannot be imported, with the reason."""
     found: dict[str, str] = {}
     for module in _REQUIRED:
         package = "cffi" if module == "_cffi_backend" else module
         try:
             if importlib.util.find_spec(module) is None:
                 found[package] = "not installed"
-            elif module != "torch":  # which takes a second or two; `_accelerators` imports it
+            elif module != "torch":  # takes a second or two; `_accelerators` imports it
                 importlib.import_module(module)
-        except Exception as error:  # whatever a broken installation raises
+        except Exception as error:  # of any class: the installation is broken
             found[package] = f"{type(error).__name__}: {error}"
     return found
 
@@ -139,7 +139,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _file_system(path: str) -> dict[str, Any]:
-    """What can be done with a file, or with those in a folder; reads headers, and no data."""
+    """What can be done with a file, or with the files of a folder. Reads headers, no data."""
     result: dict[str, Any] = {"path": path}
     if not os.path.exists(path):
         result["error"] = "there is no such file or folder"
@@ -155,7 +155,7 @@ def _file_system(path: str) -> dict[str, Any]:
             scratch.flush()
             result.update(_probe_file(scratch.name))
     except (OSError, Fallback) as error:
-        result["error"] = f"{getattr(error, 'strerror', None) or error}; name a model file of it"
+        result["error"] = f"{getattr(error, 'strerror', None) or error}; name a model file in it"
     return result
 
 
@@ -164,7 +164,7 @@ def _model_files(folder: str) -> list[str]:
 
 
 def _contents(files: Sequence[str]) -> dict[str, Any]:
-    """What is in safetensors files, how much of them is cached, and which stock has to read."""
+    """Contents of safetensors files, how much is cached, and which files are left to stock."""
     tensors = nbytes = cached = 0
     left: dict[str, str] = {}
     bad: list[str] = []
@@ -188,13 +188,13 @@ def _contents(files: Sequence[str]) -> dict[str, Any]:
 
 
 def _refused_by_stock(path: str) -> bool:
-    """Whether stock cannot open the file either: truncated, or not of safetensors at all."""
+    """Whether stock cannot open the file either: it is truncated, or no safetensors file."""
     from .. import stock
 
     try:
         with stock.safe_open(path, "np"):
             return False
-    except Exception:  # of several classes, one of which is stock's own
+    except Exception:  # of several classes, among them stock's own
         return True
 
 
@@ -219,7 +219,7 @@ def _probe_file(path: str) -> dict[str, Any]:
 
 
 def _hooks() -> list[Hook]:
-    """Of integrations whose package is installed."""
+    """Hooks of integrations whose package is installed."""
     from ..integrations import INTEGRATIONS
 
     return [
@@ -242,11 +242,11 @@ def _tested() -> dict[str, list[str]]:
 
 
 def _patching() -> dict[str, Any]:
-    """What ``patch()`` would replace. Patches for a moment, and puts everything back."""
+    """What ``patch()`` would replace. Patches for a moment, and undoes it."""
     from ..integrations import INTEGRATIONS
     from ..patching import patcher
 
-    # Targets can be looked at only once they are imported.
+    # Targets can be examined only when they are imported.
     for module in ("safetensors.torch", *(hook.module for hook in _hooks())):
         with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -267,12 +267,12 @@ def _patching() -> dict[str, Any]:
         "reason": report.reason,
         "targets": targets,
         "left_to_stock": {
-            "device other than cpu and cuda": "torch and stock know how",
-            "framework other than torch": "numpy, tf, jax, mlx, paddle: stock does it",
-            'backend="pread"': "stock's stricter indexing and copies are kept",
+            "device other than cpu and cuda": "stock and torch load to it",
+            "framework other than torch": "numpy, tf, jax, mlx and paddle are not accelerated",
+            'backend="pread"': "its indexing is stricter, and it copies",
             "safetensors.torch.load(bytes)": "no file is read",
-            **({f"files up to {small} bytes": "small_file_bytes says so"} if small else {}),
-            "a torch mode, default device or inference mode": "tensors must come out its way",
+            **({f"files up to {small} bytes": "the option small_file_bytes"} if small else {}),
+            "a torch mode, default device or inference mode": "it decides how tensors are made",
         },
     }
 
@@ -281,8 +281,8 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
     """Everything ``doctor`` knows, as data.
 
     Args:
-        paths: files or folders whose file systems are of interest; the current folder and
-            the temporary one when empty.
+        paths: files or folders to examine; the current folder and the temporary one when
+            empty.
     """
     misspelt_variables()  # reported below: patch() shall not warn of them as well
     native = {"loaded": engine.native_file(), "reason": engine.native_error()}
@@ -325,11 +325,10 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def main(paths: Sequence[str] = (), as_json: bool = False, *, verbose: bool = False) -> int:
-    """Print what `examine` found.
+    """Print the result of `examine`.
 
     Returns:
-        0 when the fast path can be taken here, and every path that was named can be loaded;
-        else 1.
+        0 when the fast path works here and every path that was named can be loaded; else 1.
     """
     found = examine(paths)
     if as_json:

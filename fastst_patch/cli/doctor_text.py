@@ -1,4 +1,4 @@
-"""What ``doctor`` makes of its findings: the verdict, and the lines that a person reads."""
+"""The verdict of ``doctor``, and the text that it prints."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _LATER = "is not imported yet; it is patched when it is"
 
 @dataclass
 class Verdict:
-    """What is broken, and what deserves a look.
+    """The judgement of `doctor.examine`'s result.
 
     Attributes:
         text: one sentence.
-        problems: what keeps the fast path from being taken, or a named path from loading.
-        remarks: what works, but not as well as it could or as the user may think.
+        problems: reasons why the fast path cannot be taken, or a named path not be loaded.
+        remarks: things that work, but less well than they could or than the user may think.
     """
 
     text: str = ""
@@ -34,7 +34,7 @@ class Verdict:
 
 
 def diagnose(found: Mapping[str, Any]) -> Verdict:
-    """Judge what `doctor.examine` found."""
+    """Judge the result of `doctor.examine`."""
     verdict = Verdict()
     problems = verdict.problems
     problems += [f"{package}: {why}" for package, why in found["missing"].items()]
@@ -52,7 +52,7 @@ def diagnose(found: Mapping[str, Any]) -> Verdict:
         _diagnose_path(entry, verdict)
     for name, near in found["unknown_variables"].items():
         hint = f"; did you mean {near}?" if near else ""
-        verdict.remarks.append(f"options: no such option, and no effect: {name}{hint}")
+        verdict.remarks.append(f"options: {name} has no effect: there is no such option{hint}")
     for gpu in found["gpus"]:
         if not gpu["engine"].startswith("ready"):
             verdict.remarks.append(f"GPU {gpu['name']}: {gpu['engine']}")
@@ -87,7 +87,7 @@ def _diagnose_path(entry: Mapping[str, Any], verdict: Verdict) -> None:
 def render(
     found: Mapping[str, Any], marks: Mapping[str, str], columns: int, *, verbose: bool
 ) -> list[str]:
-    """Lines for a person: the verdict, what led to it, and with ``verbose`` everything."""
+    """Lines to print: the verdict, its reasons, and with ``verbose`` everything."""
     verdict = diagnose(found)
     mark = marks["bad"] if verdict.problems else marks["warn"] if verdict.remarks else marks["ok"]
     lines = [f"{mark} {verdict.text}"]
@@ -98,12 +98,12 @@ def render(
     if verbose:
         lines += ["", *_lines(found), *_path_lines(found), *_patch_lines(found)]
     else:
-        lines.append("`fastst-patch doctor -v` tells everything, `--json` the same as JSON.")
+        lines.append("`fastst-patch doctor -v` shows everything, `--json` the same as JSON.")
     return list(wrapped(lines, columns))
 
 
 def _good(found: Mapping[str, Any]) -> Iterator[str]:
-    """What works, a line for each part."""
+    """A line for each part that works."""
     versions = found["versions"]
     packages = [f"{name} {versions[name]}" for name in ("torch", "safetensors") if versions[name]]
     if packages:
@@ -126,7 +126,7 @@ def _good(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _absent(found: Mapping[str, Any]) -> Iterator[str]:
-    """What is not there, and need not be."""
+    """A line for each part that is not there and need not be."""
     if not found["gpus"]:
         yield f"GPU: none ({found['gpu_reason']}); loads to the CPU need none"
     for one in _targets(found):

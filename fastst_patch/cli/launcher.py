@@ -1,9 +1,9 @@
-"""``fastst-patch run``: start a program that patches itself, and whose children do.
+"""``fastst-patch run``: start a program that patches itself, as its children do.
 
-We become the program: nothing of ours is between it and whoever started us, so that arguments,
-exit status, signals, tracebacks and the terminal are its own. What switches it on is in its
-environment: options, and `_site` in front of PYTHONPATH. The one exception is ``--profile`` of a
-command, which need not be Python and so might not print: there we wait, and print at its end.
+The launcher's process becomes the program by ``exec``, so that arguments, exit status, signals,
+tracebacks and the terminal are the program's own. Its environment makes it patch itself: options,
+and `_site` in front of PYTHONPATH. The one exception is ``--profile`` of a command, which need not
+be Python and so might not print the table: then the launcher waits, and prints it at the end.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ..patching.patcher import is_patched
 
 __all__ = ["interpreter_flags", "launch"]
 
-_NOT_FOUND, _NOT_STARTED = 127, 126  # as a shell says it
+_NOT_FOUND, _NOT_STARTED = 127, 126  # exit statuses of shells
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 _OURS = re.compile(r"fastst_patch(\.__main__)?")
-_SENT_BY_KERNEL = 0x80  # si_code of what a terminal sends, to the program as well
-# Passed on while we wait. Stopping and continuing reach us both, from the terminal.
+_SENT_BY_KERNEL = 0x80  # si_code of signals from a terminal, which the program gets, too
+# Passed on while the launcher waits. A terminal stops and continues both processes itself.
 _PASSED_ON = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2,
     signal.SIGALRM, signal.SIGWINCH,
@@ -39,7 +39,7 @@ _PASSED_ON = (
 def launch(
     target: Sequence[str], options: Mapping[str, str], *, verbose: bool, profile: bool
 ) -> int:
-    """Become the program, or wait for it.
+    """Become the program, or run it and wait for it.
 
     Args:
         target: a command after ``"--"``, else what follows ``python`` on a command line.
@@ -48,11 +48,11 @@ def launch(
         profile: print a table at the end.
 
     Returns:
-        The exit status, where we could not become the program or waited for it.
+        The exit status, when the program could not be started, or was waited for.
 
     Raises:
         OptionError: an option, or one in the environment, is not allowed; or Python was called
-            with flags that keep the program from being switched on.
+            with flags that keep the program from being patched.
     """
     is_command = target[0] == "--"
     command = list(target[1:])
@@ -61,7 +61,7 @@ def launch(
     wanted = dict(options)
     if verbose and wanted.get("log_level") != "debug":
         wanted["log_level"] = "info"
-    # Launched by a launcher that profiles, we are in its table.
+    # When this launcher was started by one that profiles, the loads are in that one's table.
     path = _profile_file() if profile and not _is_profiled() else None
     try:
         printing = 0 if is_command else os.getpid()
@@ -74,23 +74,23 @@ def launch(
         if is_command and path is not None:
             return _wait_for(command, environment, path)
         return _become(command, environment)
-    finally:  # not reached where we became the program
+    finally:  # not reached when this process has become the program
         if path is not None:
             _remove(path)
 
 
 def interpreter_flags(original: Sequence[str], arguments: int) -> list[str]:
-    """The flags of ``python -X dev -m fastst_patch ...``, which are meant for the program.
+    """The flags of ``python -X dev -m fastst_patch ...``, which the program shall get.
 
     Args:
         original: ``sys.orig_argv``.
         arguments: how many of them, at its end, are ours.
 
     Returns:
-        None, when we were started as a script, whose flags are the installer's.
+        None of them when ``fastst-patch`` was started as a script: its flags are the installer's.
 
     Raises:
-        OptionError: the flags keep the program from being switched on.
+        OptionError: the flags keep the program from being patched.
     """
     head = list(original[1 : len(original) - arguments])
     if len(head) > 1 and _OURS.fullmatch(head[-1]) and re.fullmatch(r"-[a-zA-Z]*m", head[-2]):
@@ -102,24 +102,27 @@ def interpreter_flags(original: Sequence[str], arguments: int) -> list[str]:
     if module_flag != "-":
         head.append(module_flag)
     if sys.flags.ignore_environment or sys.flags.no_site:
-        raise OptionError("python -E, -I and -S keep a program from being switched on")
+        raise OptionError(
+            "a program cannot be patched under python -E, -I or -S: -E and -I ignore PYTHONPATH,"
+            " and -S imports no sitecustomize"
+        )
     return head
 
 
 def _check_targets(environment: Mapping[str, str]) -> None:
     for name in environment.get("FASTST_TARGETS", "").split(","):
         if name.strip():
-            is_patched(name.strip())  # raises where there is no such target
+            is_patched(name.strip())  # raises when there is no such target
 
 
 def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):  # printed, and so removed
+    with contextlib.suppress(OSError):  # printing removes it
         os.unlink(path)
 
 
 def _python() -> str:
     if not sys.executable:
-        raise OptionError("this Python does not know its own path; use -- command")
+        raise OptionError("Python does not know its own path (sys.executable); use -- COMMAND")
     return sys.executable
 
 
@@ -127,12 +130,14 @@ def _site() -> str:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     site = os.path.join(package, "_site")
     if os.pathsep in site:
-        raise OptionError(f"{site!r} cannot be put on PYTHONPATH, because of the {os.pathsep!r}")
+        raise OptionError(
+            f"the path {site!r} contains {os.pathsep!r}, so it cannot be in PYTHONPATH"
+        )
     return site
 
 
 def _is_profiled() -> bool:
-    """Whether loads of the program go to a table that somebody prints already."""
+    """Whether another launcher prints the loads of the program."""
     profile = environment_profile()
     return profile is not None and os.path.exists(profile[0])
 
@@ -146,11 +151,11 @@ def _profile_file() -> str:
     return path
 
 
-# ---- becoming it ----
+# ---- becoming the program ----
 
 
 def _become(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Replace this process. Returns an exit status, having said why, where that fails."""
+    """Replace this process. If that fails, print why and return an exit status."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
@@ -164,14 +169,14 @@ def _become(command: Sequence[str], environment: Mapping[str, str]) -> int:
         return _NOT_FOUND if isinstance(error, FileNotFoundError) else _NOT_STARTED
 
 
-# ---- waiting for it ----
+# ---- waiting for the program ----
 
 
 def _wait_for(command: Sequence[str], environment: Mapping[str, str], path: str) -> int:
     """Run a command, pass signals on, print the file of loads, and end as it ended."""
     waited = {*_PASSED_ON, signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
-    on_child_end = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, nobody could wait
+    on_child_end = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, waitpid would fail
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGCHLD, on_child_end)
@@ -185,7 +190,7 @@ def _wait_for(command: Sequence[str], environment: Mapping[str, str], path: str)
         elif received.si_code != _SENT_BY_KERNEL:
             os.kill(child, received.si_signo)
     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-    if killed_by in (None, signal.SIGINT):  # a program that was interrupted ends in its own way
+    if killed_by in (None, signal.SIGINT):  # interrupted, which is an ordinary end
         verbose = environment.get("FASTST_LOG_LEVEL", "").lower() in ("info", "debug")
         print_table(path, verbose)
     if killed_by is not None:
@@ -200,7 +205,7 @@ def _be_child(
     status = _NOT_STARTED
     try:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # or it would be ours until the exec
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # not Python's handler until the exec
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         status = _become(command, environment)
     finally:
@@ -208,9 +213,9 @@ def _be_child(
 
 
 def _die_of(number: int) -> None:
-    """Look to our parent as the program would have."""
+    """End by the same signal as the program, without a core file."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    with contextlib.suppress(OSError, ValueError):  # some can be neither caught nor reset
+    with contextlib.suppress(OSError, ValueError):  # some signals have no other action
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     os.kill(os.getpid(), number)

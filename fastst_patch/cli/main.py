@@ -18,13 +18,13 @@ _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations, and names the option that a misspelt one is like."""
+    """A parser that takes no abbreviations, and suggests an option for a misspelt one."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Exit with the usage of this command and what the arguments may have meant."""
+        """Exit with the usage of this command, and suggestions for the arguments."""
         known = [name for action in self._actions for name in action.option_strings]
         words = [text.partition("=")[0] for text in unknown if text.startswith("-")]
         guesses = list(filter(None, (nearest(word, known) for word in words)))
@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Prints what is installed, and names what is not."""
+    """Prints the installed versions."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from .. import engine
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, *, run_is_meant: bool = False) -> in
 
     Args:
         argv: arguments; those of this process when None.
-        run_is_meant: what does not begin with a command is the rest of ``run``.
+        run_is_meant: arguments that do not begin with a command are those of ``run``.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if run_is_meant and given and given[0] not in (*_COMMANDS, "-h", "--help", "--version"):
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, *, run_is_meant: bool = False) -> in
     try:
         return _dispatch(given, target, run_is_meant)
     except BrokenPipeError:  # as in `fastst-patch doctor | head -1`
-        # Python flushes stdout once more at its end, and would tell of the same error there.
+        # Python flushes stdout again at its end, and would report the same error there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return _BROKEN_PIPE
 
@@ -89,7 +89,7 @@ def _dispatch(given: list[str], target: list[str], run_is_meant: bool) -> int:
 
 
 def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divide the arguments of ``run`` into ours and the program's, which argparse must not see."""
+    """Divide the arguments of ``run`` into ours, for argparse, and the program's."""
     i = 1
     while i < len(given):
         argument = given[i]
@@ -131,7 +131,7 @@ def _enable(parser: _Parser, args: argparse.Namespace) -> int:
 def _parser(
     run_is_meant: bool,
 ) -> tuple[_Parser, dict[str, _Parser]]:
-    """The parser of everything, and those of the commands."""
+    """The parser of the command line, and those of the commands."""
     parser = _Parser(
         prog="python -m fastst_patch" if run_is_meant else "fastst-patch",
         description="Loads safetensors files at the speed of the hardware.",
@@ -258,7 +258,7 @@ def option(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not name.isidentifier() or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value  # patch() reads text, as it does from the environment
+    return name, value  # text, which patch() reads as it reads the environment
 
 
 def _version(distribution: str) -> str:

@@ -1,1 +1,1 @@
-"""safe_open, load_file and load_model: what programs get in place of the originals."""
+"""safe_open, load_file and load_model, as programs get them in place of the originals."""

@@ -1,7 +1,7 @@
-"""When the fast path may be taken, what happens when it may not, and checking it.
+"""Which calls take the fast path, how the others are reported, and the comparison of ``verify``.
 
-A `Fallback` raised here or below means: stock does it. Whoever catches it calls stock with the
-caller's own arguments, then `fell_back` and `report_stock`.
+A `Fallback` raised here or below means that stock does the call. The code that catches it calls
+stock with the caller's own arguments, then `fell_back` and `report_stock`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _TORCH = ("pt", "torch", "pytorch")
 
 
 def path_of(filename: object) -> str:
-    """The path that a caller's file name means; Raise Fallback when it is none that we know."""
+    """The path that a caller's file name means. Raises Fallback unless it is a str or a Path."""
     if type(filename) is str:
         return filename
     try:
@@ -60,7 +60,7 @@ def check_call(framework: object, device: object, backend: object) -> Device | N
     """The device that a call for torch tensors names, if any.
 
     Raises:
-        Fallback: the call wants something else, or a torch mode is in force.
+        Fallback: the call is for another framework or device, or a torch mode is in force.
     """
     error = engine.native_error()
     if error is not None:
@@ -76,12 +76,12 @@ def check_call(framework: object, device: object, backend: object) -> Device | N
 
 
 def check_descriptors() -> None:
-    """Raise Fallback when our handles already hold a quarter of the descriptors allowed.
+    """Raise Fallback when our handles hold a quarter of the descriptors that the process may have.
 
-    Stock's hold none once they are open, and programs rely on that: they open every shard of
+    Stock's handles hold none once they are open. Programs rely on that: they open every shard of
     a model and close none.
     """
-    import resource  # Unix only, as everything behind it
+    import resource  # Unix only, like the engine
 
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed != resource.RLIM_INFINITY and engine.open_files() >= allowed // 4:
@@ -97,15 +97,15 @@ def check_move(config: Config) -> None:
 
 
 class SmallFile(Fallback):
-    """Stock is faster on a file this small: not a shortcoming, so never warned about."""
+    """The file is so small that stock is faster. This is intended, so nothing warns of it."""
 
 
 def open_fast(path: str, config: Config, target: Device | None) -> OpenedFile:
-    """Open a file whose header is certainly fine; Raise Fallback on everything else.
+    """Open a file with a valid header. Raises Fallback when stock must judge it.
 
     Args:
         path: of the file.
-        config: in force for it from now on.
+        config: options for this file, as long as it is open.
         target: the device its tensors go to; None for the CPU.
     """
     check_size(path, config)
@@ -131,7 +131,7 @@ def check_size(path: str, config: Config) -> None:
 def opened_for(
     file: engine.File, layout: FileLayout, config: Config, target: Device | None
 ) -> OpenedFile:
-    """An open file on its way to where a target says, with an account of its own.
+    """An open file whose tensors go to a device, or to the CPU when None.
 
     Raises:
         Fallback: the options leave it to stock.
@@ -141,19 +141,21 @@ def opened_for(
     return DeviceFile(file, layout, config, target)
 
 
-def fell_back(config: Config, call: str, path: str, reason: Fallback) -> None:
-    """Warn or raise as the ``fallback`` option says. Stock has accepted the call by now."""
-    if isinstance(reason, SmallFile) or config.fallback == "auto":
+def fell_back(config: Config, call: str, path: str, fallback: Fallback) -> None:
+    """Warn or raise as the option ``fallback`` says. Called after stock has accepted the call."""
+    if isinstance(fallback, SmallFile) or config.fallback == "auto":
         return
-    text = f"{call} of {path} was left to stock safetensors: {reason.reason}"
+    text = f"{call} of {path} was left to stock safetensors: {fallback.reason}"
     if config.fallback == "error":
         raise FaststError(text)
     warn_caller(text, FallbackWarning)
 
 
-def report_stock(call: str, file: object, device: object, reason: Fallback, **counts: Any) -> None:
+def report_stock(
+    call: str, file: object, device: object, fallback: Fallback, **counts: Any
+) -> None:
     """Report a call that stock did. Counts are ``bytes``, ``tensors`` and ``seconds``."""
-    account = Account("stock", note=reason.reason, **counts)
+    account = Account("stock", reason=fallback.reason, **counts)
     account.emit(call, str(file), str("cpu" if device is None else device))
 
 

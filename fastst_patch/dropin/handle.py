@@ -1,8 +1,8 @@
-"""Stock-compatible handle, slice, ``load_file`` and ``load_model``.
+"""Stock-compatible handle, ``load_file`` and ``load_model``.
 
-The rule everywhere: do it ourselves only when the outcome is certainly stock's, else let stock
-do it with the caller's own arguments. Stock is reached lazily through the descriptor we hold,
-so it sees the very file that was opened, even when the path means another one by now.
+Our code does a call only when the result certainly equals stock's; else stock does it with the
+caller's own arguments. A stock handle is opened when it is needed, through our descriptor, so it
+reads the file that was opened even when the path leads to another one by now.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ __all__ = [
     "FastHandle",
     "load_file",
     "load_model",
-    "open_handle",
     "report_open_handles",
     "safe_open",
+    "safe_open_handle",
 ]
 
 # ---- load_file ----
@@ -60,7 +60,7 @@ def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     config, started = current(), time.perf_counter()
     try:
         path, opened, result = _fast_load_file(config, args, kwargs)
-    except Fallback as error:
+    except (Fallback, MemoryError) as error:
         fallback = Fallback.alone(error)
     else:
         opened.account.seconds = time.perf_counter() - started
@@ -82,17 +82,10 @@ def _fast_load_file(
         raise Fallback("the arguments are not load_file's") from None
     path = path_of(filename)
     opened = open_fast(path, config, check_call("pt", device, backend))
-    return path, opened, _load_opened(opened)
-
-
-def _load_opened(opened: OpenedFile) -> dict[str, torch.Tensor]:
-    try:
-        result = opened.all_tensors()
-    except MemoryError as error:
-        raise Fallback(f"not enough memory: {error}") from error
+    result = opened.all_tensors()
     if "offset_keys" not in stock.HANDLE_METHODS:  # before 0.6 load_file followed keys()
-        return {name: result[name] for name in opened.layout.sorted_names}
-    return result
+        result = {name: result[name] for name in opened.layout.sorted_names}
+    return path, opened, result
 
 
 def _stock_load_file(
@@ -125,7 +118,7 @@ def _bind_safe_open(
     return filename, framework, device, backend
 
 
-def open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any:
+def _open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any:
     """A fast handle where it equals stock's, else stock's own.
 
     Args:
@@ -158,10 +151,10 @@ def open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any
 
 def safe_open(*args: Any, **kwargs: Any) -> Any:
     """``safetensors.safe_open``, faster: same arguments, methods, results and exceptions."""
-    return open_handle(stock.safe_open, path_of, args, kwargs)
+    return _open_handle(stock.safe_open, path_of, args, kwargs)
 
 
-# For `help` and interactive shells.
+# `help` and interactive shells show it.
 for _function, _module in (
     (load_file, "safetensors.torch"),
     (load_model, "safetensors.torch"),
@@ -170,7 +163,12 @@ for _function, _module in (
     vars(_function)["__signature__"] = stock.Signature(_module, _function.__name__)
 
 
-def path_of_file_object(file: Any) -> str:
+def safe_open_handle(*args: Any, **kwargs: Any) -> Any:
+    """``safetensors._safe_open_handle``: `safe_open` for file objects."""
+    return _open_handle(stock.safe_open_handle, _path_of_file_object, args, kwargs)
+
+
+def _path_of_file_object(file: Any) -> str:
     """What ``_safe_open_handle`` opens for a file object: the file at its name."""
     _ = file.fileno
     return path_of(file.name)
@@ -178,7 +176,7 @@ def path_of_file_object(file: Any) -> str:
 
 @functools.cache
 def _closed_stock(stock_class: Any) -> Any:
-    """A stock handle that is closed: the words for everything done to a closed handle."""
+    """A closed stock handle, which raises stock's exceptions for uses of a closed handle."""
     with stock.small_file(b"{}      ") as file:
         handle = stock_handle(stock_class, file.name)
     handle.__exit__(None, None, None)
@@ -186,10 +184,10 @@ def _closed_stock(stock_class: Any) -> Any:
 
 
 class FastHandle:
-    """Answers like a stock ``safe_open`` handle; whatever it does not know stock is asked.
+    """Behaves like a stock ``safe_open`` handle; stock does all calls that it does not know.
 
-    Closing forgets the file; tensors and slices handed out stay valid. Never closed, it goes
-    with its last reference. Usable from many threads at once.
+    Closing it releases the file; tensors and slices handed out stay valid. Without being closed
+    it is released with its last reference. Usable from many threads at once.
     """
 
     __slots__ = ("_opened", "_stock_class", "_stock_handle")
@@ -204,7 +202,7 @@ class FastHandle:
     def __class__(self) -> Any:  # isinstance(handle, safe_open) holds, as with stock's
         return self._stock_class
 
-    # ---- asking stock ----
+    # ---- calls of stock ----
 
     def _stock(self) -> Any:
         opened = self._opened
@@ -215,18 +213,18 @@ class FastHandle:
         return self._stock_handle
 
     def __getattr__(self, name: str) -> Any:
-        # Only reached for what this class lacks: a version's news, or a misspelling. Of our own
-        # an instance lacks what whoever made it has not set: an interrupt, or torch.compile.
+        # Called for names that this class lacks: methods of newer versions, and misspellings. Our
+        # own attributes are missing after an interrupt in the constructor, or under torch.compile.
         if name in FastHandle.__slots__:
             raise AttributeError(name)
         return getattr(self._stock(), name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Handles cannot be pickled; stock says so in its own words."""
+        """Raise stock's exception: handles cannot be pickled."""
         return self._stock().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
-        """As stock's, with our address."""
+        """Stock's text with the address of this object."""
         return repr_as(self, self._stock_class)
 
     # ---- the interface ----
@@ -280,8 +278,8 @@ class FastHandle:
         self._close()
 
     def __del__(self, _at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
-        # At exit modules are taken apart, and the report's may be gone already.
-        if not _at_exit() and hasattr(self, "_opened"):  # else interrupted as it was made
+        # When Python exits, the report's module may be gone already.
+        if not _at_exit() and hasattr(self, "_opened"):  # else the constructor was interrupted
             self._close()
 
     # ---- inside ----
@@ -295,7 +293,7 @@ class FastHandle:
         opened = self._opened
         result = getattr(self._stock(), method)(*args, **kwargs)
         if opened is not None:
-            opened.account.note = fallback.reason
+            opened.account.reason = fallback.reason
             fell_back(opened.config, method, opened.file.path, fallback)
         return result
 
@@ -308,15 +306,15 @@ class FastHandle:
 
 
 def report_open_handles() -> None:
-    """Report what handles have handed out that nobody has closed yet.
+    """Report what handles that are still open have handed out.
 
-    For the end of a program or a cell: a handle's own report comes when it is closed, which
-    handles in a script's globals never are. They stay open, and report what comes later apart.
+    For the end of a program or a cell: a handle reports when it is closed, and handles in a
+    script's globals never are. They stay open; tensors handed out later go into another report.
     """
-    # Handles are found, not kept in a list: opening is worth more than this.
+    # Handles are searched for, not kept in a list, which would make opening slower.
     for found in gc.get_objects():
         if type(found) is FastHandle:
-            try:  # not as an attribute: one that another thread is making has none yet
+            try:  # an unfinished handle of another thread has none, and would call stock
                 opened = object.__getattribute__(found, "_opened")
             except AttributeError:
                 continue
@@ -351,14 +349,14 @@ def _get_tensors(self: FastHandle, *args: Any, **kwargs: Any) -> Any:
     return self._left_to_stock("get_tensors", fallback, args, kwargs)
 
 
-# Methods that came with later versions exist on our handle when they exist on stock's.
+# Later versions added these methods: our handle has those that stock's handle has.
 for _name, _method in (("offset_keys", _offset_keys), ("get_tensors", _get_tensors)):
     if _name in stock.HANDLE_METHODS:
         setattr(FastHandle, _name, _method)
 
 
 def _number(opened: OpenedFile, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The tensor that get_tensor/get_slice arguments name; None when stock must say."""
+    """The number of the tensor that arguments name; None when stock must judge them."""
     if len(args) == 1 and not kwargs:
         name = args[0]
     elif not args and len(kwargs) == 1:

@@ -1,7 +1,6 @@
-"""A stock-compatible slice, and the stock handle over a file that is open here.
+"""A stock-compatible slice, and stock handles over files that are open here.
 
-As everywhere, what is not certainly stock's outcome is stock's to give: through the descriptor
-we hold, so that it sees the very file that was opened, even when the path means another by now.
+As with handles, stock does what might differ from stock, through our descriptor.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ __all__ = ["FastSlice", "behind", "leading_rows", "repr_as", "stock_handle", "st
 
 
 def stock_over(opened: OpenedFile, stock_class: Any = stock.safe_open) -> Any:
-    """A stock handle over the very file that is open here."""
+    """A stock handle over the file that is open here, whatever its path leads to by now."""
     link = f"/proc/self/fd/{opened.file.fd}"
     path = link if os.path.exists(link) else opened.file.path
     return stock_handle(stock_class, path, opened.device_argument)
@@ -38,12 +37,12 @@ def stock_handle(stock_class: Any, path: str, device: object = "cpu") -> Any:
 
 
 def repr_as(self: object, stock_class: Any) -> str:
-    """What stock's class would show at our object's address."""
+    """The text that stock's class shows, with the address of our object."""
     return f"<{stock_class.__module__}.{stock_class.__qualname__} object at {id(self):#x}>"
 
 
 class FastSlice:
-    """Answers like stock's slice: the shape, the dtype, and reading when indexed.
+    """Behaves like stock's slice: has a shape and a dtype, and reads when it is indexed.
 
     Stays valid when its handle is closed.
     """
@@ -59,7 +58,7 @@ class FastSlice:
         return stock.slice_class()
 
     def __repr__(self) -> str:
-        """As stock's, with our address."""
+        """Stock's text with the address of this object."""
         return repr_as(self, stock.slice_class())
 
     def _stock(self) -> Any:
@@ -71,7 +70,7 @@ class FastSlice:
         return getattr(self._stock(), name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Slices cannot be pickled; stock says so in its own words."""
+        """Raise stock's exception: slices cannot be pickled."""
         return self._stock().__reduce_ex__(protocol)
 
     def get_shape(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,19 +121,22 @@ class FastSlice:
     def _left_to_stock(self, fallback: Fallback, index: Any) -> Any:
         opened = self._opened
         result = self._stock()[index]
-        opened.account.note = fallback.reason
+        opened.account.reason = fallback.reason
         fell_back(opened.config, "get_slice", opened.file.path, fallback)
         return result
 
 
 def behind(found: Any) -> tuple[OpenedFile, int] | None:
-    """The file and the number of the tensor that a slice of ours stands for; None for others'."""
-    # Not isinstance: ours call themselves stock's class. No attribute of ours: nor do they show.
+    """The file and the tensor's number behind a slice of ours; None for other objects."""
+    # Not isinstance: our slices claim stock's class. Not a public attribute: stock's has none.
     return (found._opened, found._i) if type(found) is FastSlice else None
 
 
 def leading_rows(index: Any, shape: list[int]) -> tuple[int, int, Any] | None:
-    """Rows that an index with a leading plain slice needs, and what is left to index."""
+    """First row, end of the rows, and the index into these rows, of an index by a leading slice.
+
+    None when the index does not begin with a slice of step 1.
+    """
     first = index[0] if isinstance(index, tuple) and index else index
     if not isinstance(first, slice) or not shape:
         return None

@@ -1,4 +1,4 @@
-"""One opened file on its way to tensors: what the CPU's and a device's ways have in common."""
+"""A file whose tensors are loaded: the common part of loading to the CPU and to a device."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def open_checked(path: str) -> tuple[engine.File, FileLayout]:
     """Open a file and validate its header.
 
     Raises:
-        Fallback: stock must look at it.
-        OSError, MemoryError: it cannot be read; stock says so in its own words.
+        Fallback: stock must judge it.
+        OSError, MemoryError: it cannot be read; callers leave it to stock, which raises its own.
     """
     file = engine.open_file(path)
     layout = engine.read_layout(file)
@@ -46,12 +46,12 @@ def open_checked(path: str) -> tuple[engine.File, FileLayout]:
 
 
 class TensorFile(abc.ABC):
-    """Tensors of one file, by number. The engine reads it, or stock does. Usable from any thread.
+    """Tensors of one file, by number, read by the engine or by stock. Usable from any thread.
 
     Attributes:
         layout: of the file.
         config: in force when it was opened.
-        account: what was moved so far.
+        account: counts of what was moved so far.
         device: where the tensors are.
     """
 
@@ -64,7 +64,7 @@ class TensorFile(abc.ABC):
 
     @abc.abstractmethod
     def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
-        """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
+        """Tensor i, usable at once; ``for_slice``: as stock makes a tensor to slice it.
 
         Raises:
             Fallback: stock must do it.
@@ -108,11 +108,18 @@ class OpenedFile(TensorFile):
     def owned(self) -> bool:
         """Whether each tensor has an allocation of its own from torch, else shared memory.
 
-        ``auto``: as stock has it. It maps files for the CPU; on a device only memory of its own
-        can be shared with other processes and resized, and heeds ``record_stream``.
+        ``auto`` does as stock: shared on the CPU, where stock maps the file; owned on a device,
+        where only memory of a tensor's own can be shared with other processes and resized, and
+        heeds ``record_stream``.
         """
         kind = self.config.tensors
         return kind == "owned" or (kind == "auto" and self.device != "cpu")
+
+    def check(self, i: int | None = None) -> None:
+        """Raise Fallback unless tensor i, or every tensor when None, can be made now."""
+        tensors.check(self.layout, i)
+        if not tensors.ordinary_mode():
+            raise Fallback("a torch mode or default device is in force")
 
     @abc.abstractmethod
     def all_tensors(self) -> dict[str, torch.Tensor]:
@@ -139,17 +146,17 @@ class OpenedFile(TensorFile):
 
     @abc.abstractmethod
     def note(self, job: engine.Job) -> None:
-        """Put how a finished job came by its bytes into the account."""
+        """Put into the account how a finished job has read its bytes."""
 
     def part(self, i: int, index: Any, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """What stock's slice gives for an index into tensor i, of which it takes some rows.
+        """The result of stock's slice for an index into tensor i, which needs some of its rows.
 
         Raises as `tensor`.
         """
         return self.index(self.tensor(i, for_slice=True), index)
 
     def index(self, whole: torch.Tensor, index: Any) -> torch.Tensor:
-        """What stock's slice gives for an index into a tensor, or into some rows of it."""
+        """The result of stock's slice for an index into a tensor, or into some rows of it."""
         result: torch.Tensor = stock.call(operator.getitem, (whole, index), {})
         return result
 
@@ -172,7 +179,7 @@ def places_in_arena(
 
 @contextmanager
 def progress_bar(path: str, nbytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar with GB/s for one load; it is told how many bytes are there by now."""
+    """A progress bar of one load with GB/s; yields a function of the bytes read so far."""
     from tqdm import tqdm
 
     bar: Any = None

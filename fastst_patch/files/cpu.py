@@ -1,4 +1,4 @@
-"""One opened file on its way to CPU tensors.
+"""A file whose tensors are loaded to the CPU.
 
 =================  ==========================================================================
 path               what happens
@@ -35,14 +35,14 @@ __all__ = ["HostFile"]
 
 MIB = 1 << 20
 CHUNK_MIN = 64 << 10
-"""The least that ``chunk_bytes`` may be."""
+"""The smallest ``chunk_bytes`` that is allowed."""
 
 LOOK_EVERY = 64 * MIB
-"""Bytes taken for reads from one look at the memory that is left to the next (some 0.1 ms)."""
+"""Bytes of reads between two looks at the memory that is left. A look takes some 0.1 ms."""
 
 
 class HostFile(OpenedFile):
-    """An open file whose tensors are the CPU's. Usable from any thread.
+    """An open file whose tensors go to the CPU. Usable from any thread.
 
     Holds the descriptor and, from the first tensor on, the map; tensors handed out hold the
     map themselves and outlive this object.
@@ -58,7 +58,7 @@ class HostFile(OpenedFile):
 
     @once
     def ahead_of(self) -> ReadAhead:
-        """What is read ahead of it. Made late: of many files only the header is looked at."""
+        """Its read-ahead, made for the first tensor: of many files only the header is read."""
         return ReadAhead(self.file, self.layout, self.config, self.account)
 
     # ---- which path ----
@@ -85,7 +85,7 @@ class HostFile(OpenedFile):
     # ---- tensors ----
 
     def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
-        """Tensor i, usable at once; ``for_slice`` as stock makes the one that it slices.
+        """Tensor i, usable at once; ``for_slice``: as stock makes a tensor to slice it.
 
         Raises:
             Fallback: stock must do it.
@@ -98,13 +98,13 @@ class HostFile(OpenedFile):
     def part(
         self, i: int, index: Any, rows: tuple[int, int] | None = None, *, ahead: bool = True
     ) -> torch.Tensor:
-        """What stock's slice gives for an index into tensor i. Raises as `tensor`.
+        """The result of stock's slice for an index into tensor i. Raises as `tensor`.
 
         Args:
             i: number of the tensor.
             index: as torch takes it.
-            rows: the first row that it takes and the one behind the last; None: all.
-            ahead: whether to read ahead where the file is mapped.
+            rows: first row that it needs, and the row behind the last; None: all.
+            ahead: whether to read ahead in a mapped file.
         """
         whole = self._made(i, for_slice=True, ahead=ahead, rows=rows)
         result = self.index(whole, index)
@@ -141,17 +141,16 @@ class HostFile(OpenedFile):
         return dict(zip(layout.names, made, strict=True))
 
     def ahead(self, numbers: Sequence[int]) -> PendingHostTensors:
-        """Start bringing in tensors that will be asked for, each as often as its number is given.
+        """Start loading tensors that will be requested, each as often as its number is given.
 
-        Mapped ones are made at once, and workers read ahead what is not cached of them.
+        In a mapped file they are made at once, and workers read ahead what is not cached of them.
 
         Raises:
-            Fallback: stock must do it, or a torch mode is in force: then they are made one by one.
+            Fallback: stock must do it, or a torch mode is in force, in which the caller makes
+                tensors one by one.
             OSError, MemoryError: there is no map, or no memory.
         """
-        tensors.check(self.layout)
-        if not tensors.ordinary_mode():
-            raise Fallback("a torch mode or default device is in force")
+        self.check()
         asked = Counter(numbers)
         wanted = array("Q", sorted(asked))
         job = None
@@ -167,7 +166,7 @@ class HostFile(OpenedFile):
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone; not for mapped files."""
-        tensors.check(self.layout, i)
+        self.check(i)
         first, last = plan_rows(self.layout, i, start, stop)
         self._require_room(last - first)
         result = tensors.empty(self.layout, i, stop - start)
@@ -177,9 +176,9 @@ class HostFile(OpenedFile):
         return result
 
     def _in_mode(self, i: int, for_slice: bool) -> torch.Tensor:
-        """Tensor i the way stock makes it, for torch modes to see.
+        """Tensor i by the same torch calls as stock's, for torch modes to act on.
 
-        Over our own map, so that what was changed in place through earlier tensors is there.
+        Over our own map, so that it shows what was changed in place through earlier tensors.
         """
         if not self.mapped:
             raise Fallback("a torch mode or default device is in force")
@@ -200,26 +199,28 @@ class HostFile(OpenedFile):
             with shared:
                 if self._map is None:
                     made = engine.map_arena(self.file)
-                    if self._map is None:  # a signal handler may have made one meanwhile
+                    if self._map is None:  # a signal handler may have made one
                         self._map = made
                 found = self._map
         return found
 
     def keep_to(self, wanted: array[int]) -> None:
-        """Keep the kernel from reading what nobody wants of a mapped file, before it is used.
+        """Keep the kernel from reading more of a mapped file than the given extents.
+
+        Call it before the map is used.
 
         Args:
-            wanted: flat triples (file offset, bytes, ignored) of all that is wanted, by offset.
+            wanted: flat triples (file offset, bytes, ignored) of these extents, by offset.
         """
-        if self.config.io != "mmap":  # that is how the kernel reads by itself
+        if self.config.io != "mmap":  # which leaves reading to the kernel
             self.map().keep_to(wanted)
 
     # ---- read into memory of our own ----
 
     def _require_room(self, nbytes: int) -> None:
-        """Leave to stock, whose map takes no memory, what would not fit.
+        """Raise Fallback when a read does not fit the memory; stock's map needs none.
 
-        Linux hands out memory that is not there, and kills whoever then writes to it.
+        Linux hands out more memory than there is, and kills a process that then writes to it.
         """
         taken = HostFile._taken = HostFile._taken + nbytes
         if taken < LOOK_EVERY:
@@ -240,7 +241,7 @@ class HostFile(OpenedFile):
     def _places(
         self, wanted: array[int]
     ) -> tuple[list[torch.Tensor], engine.Arena, array[int], int]:
-        """Tensors over memory that is yet to be filled, and what goes where in it."""
+        """Tensors over memory that is yet to be filled: tensors, arena, segments and bytes."""
         if self.owned:
             made = [tensors.empty(self.layout, i) for i in wanted]
             places = [
@@ -267,8 +268,8 @@ class HostFile(OpenedFile):
     def _workers(self) -> tuple[int, int]:
         """Most workers on a read, and the bytes that each handles at a time.
 
-        With O_DIRECT a worker that copies what it has read keeps no request at the disk; so there
-        are more of them, each with so little that all their buffers stay in the cache.
+        With O_DIRECT a worker has no request at the disk while it copies what it has read. So
+        there are more workers, and their chunks are small enough for all to stay in the CPU cache.
         """
         threads, chunk_bytes = io_threads(self.config.threads), self.config.chunk_bytes
         if not self._direct or self.config.threads:
@@ -276,7 +277,7 @@ class HostFile(OpenedFile):
         return 2 * threads, max(chunk_bytes // 4, CHUNK_MIN)
 
     def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
-        """Start reading extents into memory of the host's."""
+        """Start reading extents into host memory."""
         threads, chunk_bytes = self._workers()
         return engine.read(
             self.file,
@@ -289,9 +290,9 @@ class HostFile(OpenedFile):
         )
 
     def note(self, job: engine.Job) -> None:
-        """Put how a finished job came by its bytes into the account."""
+        """Put into the account how a finished job has read its bytes."""
         refused = job.stats().direct_errno
         if self._direct and refused:
             if self.account.path == "direct":
                 self.account.path = "buffered"
-            self.account.note = f"O_DIRECT was refused ({os.strerror(refused)})"
+            self.account.reason = f"O_DIRECT was refused ({os.strerror(refused)})"

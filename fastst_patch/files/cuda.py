@@ -242,9 +242,7 @@ class DeviceFile(OpenedFile):
     def check(self, i: int | None = None) -> None:
         """Raise Fallback unless tensor i, or any, may be moved now."""
         self._target.check()
-        tensors.check(self.layout, i)
-        if not tensors.ordinary_mode():
-            raise Fallback("a torch mode or default device is in force")
+        super().check(i)
 
     def failed(self, error: BaseException, trace: Any) -> None:
         """Let go of the device's memory; being out of it is a Fallback.
@@ -354,12 +352,12 @@ class DeviceFile(OpenedFile):
         stats = job.stats()
         if stats.gds_refused:
             self.account.path = "ring+direct" if stats.bytes_direct else "ring"
-            self.account.note = f"cuFile gave way: {stats.gds_note}"
+            self.account.reason = f"cuFile gave way: {stats.gds_note}"
         elif stats.bytes_gds:
             self.account.path = f"gds ({stats.gds_note})"
         if stats.direct_errno:
             self.account.path = "ring"
-            self.account.note = f"O_DIRECT was refused ({os.strerror(stats.direct_errno)})"
+            self.account.reason = f"O_DIRECT was refused ({os.strerror(stats.direct_errno)})"
 
 
 def _plain(index: Any) -> bool:

@@ -342,7 +342,7 @@ class _Load:
             target.native()
             return _File(opened, target)
         except Fallback as fallback:
-            opened.account.note = fallback.reason
+            opened.account.reason = fallback.reason
             fell_back(opened.config, "from_pretrained", opened.file.path, fallback)
         except (RuntimeError, TypeError):  # no device that torch knows: stock's to say
             pass
@@ -404,7 +404,7 @@ class _Load:
         except Exception as error:
             fallback = Fallback.alone(error)
         del tensor
-        file.moving.account.note = file.moving.account.note or fallback.reason
+        file.moving.account.reason = file.moving.account.reason or fallback.reason
         try:
             result = by_stock(call.stock)
         except Exception as error:

@@ -199,7 +199,7 @@ class Uploads:
         account = self._account
         account.path = "upload" if account.tensors else "stock"
         account.seconds = time.perf_counter() - self._started
-        account.note = self._fallback.reason if self._fallback else None
+        account.reason = self._fallback.reason if self._fallback else None
         account.emit(self._call, self._name, self._target.name)
         if self._fallback is not None and error is None:  # else stock's error is what matters
             fell_back(self._config, self._call, self._name, self._fallback)

@@ -60,7 +60,7 @@ class Entry:
         if self.file is not None:
             try:
                 made = opened_for(self.file, self.layout, config, target)
-                made.account.note = note
+                made.account.reason = note
                 return made
             except Fallback as error:
                 fallback = Fallback.alone(error)

@@ -195,7 +195,7 @@ class LocalFiles:
             return self._verified(opened, k, i, ours) if self._config.verify else ours
         ahead.drop()  # what was read ahead may be the memory that is missing
         result: torch.Tensor = self._stock(opened, k).get_tensor(opened.layout.names[i])
-        opened.account.note = fallback.reason
+        opened.account.reason = fallback.reason
         fell_back(self._config, self._call, self._paths[k], fallback)
         return result
 

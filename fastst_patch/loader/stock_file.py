@@ -35,7 +35,7 @@ class StockFile(TensorFile):
         self.path = path
         self.device = device
         self.account.path = "stock"
-        self.account.note = fallback.reason
+        self.account.reason = fallback.reason
         self._fallback = fallback
         self._handle = slices.stock_handle(stock.safe_open, path, device)
 

@@ -1,8 +1,8 @@
-"""What a process does that the environment has switched on, besides patching itself.
+"""What a process does when ``FASTST_ENABLED`` has patched it.
 
-It logs what was patched. With ``run --profile`` it also appends each load to a file that all
-processes share, which outlives whichever of them is killed, and one of them, or the launcher,
-prints it at the end.
+It logs the patched targets. With ``run --profile`` it also appends each load to a file that all
+processes share, and that stays when one of them is killed. One of them, or the launcher, prints
+the file at the end.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(LoadReport))
 
 
 def begin(patched: PatchReport) -> None:
-    """Called once, by the ``import fastst_patch`` that patches.
+    """Begin to log and to record. Called once, by the ``import fastst_patch`` that patches.
 
     Args:
-        patched: what ``patch()`` returned.
+        patched: result of ``patch()``.
     """
     _log.info("%s", _what_was_done(patched))
     profile = environment_profile()
@@ -45,7 +45,7 @@ def begin(patched: PatchReport) -> None:
 
 
 def _what_was_done(patched: PatchReport) -> str:
-    """In a line, since each process says it."""
+    """The report in one line, since each process logs it."""
     if patched.reason is not None:
         return f"process {os.getpid()}: nothing patched: {patched.reason}"
     by_reason: dict[str, list[str]] = {}
@@ -58,9 +58,9 @@ def _what_was_done(patched: PatchReport) -> str:
 
 def _append(path: str, report: LoadReport) -> None:
     record = {"pid": os.getpid(), **dataclasses.asdict(report)}
-    # One write, so that records of processes do not mix; begun with the newline, so that one
-    # that was cut spoils no other. Opened anew, since programs close descriptors they do not know,
-    # and never created: without it, nobody is there any more to read it.
+    # One write per record, so that records of processes do not mix. The newline comes first, so
+    # that a record that was cut off spoils no other one. The file is opened each time, because
+    # programs close descriptors that they do not know, and never created: its reader removes it.
     line = b"\n" + json.dumps(record).encode("ascii")
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -71,32 +71,32 @@ def _append(path: str, report: LoadReport) -> None:
 
 
 def _report_at_end() -> None:
-    # Children of multiprocessing end without atexit, but they call their own finalizers; forked
-    # ones forget those of their parent first.
+    # Children of multiprocessing do not run atexit functions but their finalizers. Forked children
+    # drop the finalizers of their parent first.
     from multiprocessing import util
 
     def at_end(_: object = None) -> None:
-        util.Finalize(None, report_open_handles, exitpriority=-100)  # after the others
+        util.Finalize(None, report_open_handles, exitpriority=-100)  # after all others
 
     util.register_after_fork(_report_at_end, at_end)
     at_end()
 
 
-# ---- the one that prints ----
+# ---- printing ----
 
 
 def finish(path: str) -> None:
-    """Print what this process and its children have loaded, at the end of this one."""
+    """Print the loads of this process and its children, at the end of this process."""
     report_open_handles()
     print_table(path)
 
 
 def print_table(path: str, verbose: bool | None = None) -> None:
-    """Print and remove a file of loads; nothing when it is gone.
+    """Print and remove a file of loads; does nothing when it is gone.
 
     Args:
         path: of the file.
-        verbose: more than fits the terminal; None: as the log level in force says.
+        verbose: print all columns, however wide; None: if the log level is info or debug.
     """
     try:
         lines = Path(path).read_bytes().splitlines()
@@ -114,7 +114,7 @@ def print_table(path: str, verbose: bool | None = None) -> None:
 
 
 def _is_verbose() -> bool:
-    """Whether ``run -v``, or the environment, asks for more than fits the terminal."""
+    """Whether ``run -v``, or the environment, asks for all columns."""
     try:
         return current().log_level in ("info", "debug")
     except OptionError:
@@ -122,7 +122,7 @@ def _is_verbose() -> bool:
 
 
 def _load(line: bytes) -> list[tuple[int, LoadReport]]:
-    """The load in a line; none in an empty line or one that was cut."""
+    """The load in a line; none when the line is empty or was cut off."""
     try:
         record: dict[str, Any] = json.loads(line)
         return [(record["pid"], LoadReport(**{name: record[name] for name in _FIELDS}))]

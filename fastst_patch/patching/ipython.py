@@ -1,6 +1,6 @@
 """``%load_ext fastst_patch``: patched while loaded, and the magic ``fastst_profile``.
 
-Nothing of IPython is imported: its shell is handed to us.
+This module does not import IPython, which passes its shell.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def load(shell: Any) -> None:
 
 
 def unload(shell: Any) -> None:
-    """Undo `load`. What ``patch()`` and others have patched stays."""
+    """Undo `load`. What ``patch()`` has patched stays patched."""
     for kind in ("line", "cell"):
         shell.magics_manager.magics[kind].pop(_NAME, None)
     while _loaded:
@@ -59,7 +59,7 @@ def _print(loads: Profile) -> None:
 
 @contextlib.contextmanager
 def _profiled() -> Any:
-    report_open_handles()  # what they have done so far belongs to earlier cells
+    report_open_handles()  # their tensors so far belong to earlier cells
     with profile() as loads:
         try:
             yield

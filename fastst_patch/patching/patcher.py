@@ -1,10 +1,10 @@
-"""What is replaced and put back: which targets there are, and nesting.
+"""The targets of ``patch()``, and its nesting.
 
-A target is a name in safetensors, or an integration, which may replace several names; how is in
-`targets`. Putting back restores only what is still ours.
+A target is a name in safetensors, or an integration, which may replace several names; `targets`
+does the replacing. Only names that still hold our object are put back.
 
-Activity is counted, not stacked: ``patch()`` marks its targets until ``unpatch()``, and every
-``patched()`` marks its own for as long as it lasts, in any thread and any order.
+Uses are counted, not stacked: ``patch()`` uses its targets until ``unpatch()``, and every
+``patched()`` uses its own until its block ends, in any thread and any order.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class TargetStatus:
-    """Where a target stands.
+    """The state of a target.
 
     Attributes:
         name: dotted name.
         patched: whether calls reach the fast version now.
-        reason: why not, when they do not.
+        reason: why they do not; None when they do.
         aliases: other names in imported modules that were rebound, as ``module.name``.
         summary: what the fast version does.
     """
@@ -77,7 +77,7 @@ class TargetStatus:
 
 @dataclasses.dataclass(frozen=True)
 class PatchReport:
-    """What one ``patch()`` did.
+    """The result of one ``patch()``.
 
     Attributes:
         targets: status of every known target afterwards, by name.
@@ -102,11 +102,11 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def _safetensors(module: str, name: str, summary: str, fast: Any) -> PatchTarget:
-    def settled(original: Any, args: Any, kwargs: Any) -> Any:
+def _safetensors(module: str, name: str, summary: str, fast: Callable[..., Any]) -> PatchTarget:
+    def settled(_: Any, args: Any, kwargs: Any) -> Any:
         if _unsettled and not interrupted():
             _settle()
-        return fast(original, args, kwargs)
+        return fast(*args, **kwargs)
 
     hook = Hook("safetensors", module, name, settled)
     return PatchTarget(f"{module}.{name}", summary, (PatchPoint(hook),))
@@ -119,27 +119,25 @@ _TARGETS = {
             "safetensors",
             "safe_open",
             "CPU: zero-copy map, batched tensors, parallel read-ahead; CUDA: pinned ring",
-            lambda original, args, kwargs: handle.safe_open(*args, **kwargs),
+            handle.safe_open,
         ),
         _safetensors(
             "safetensors",
             "_safe_open_handle",
             "the same for file objects",
-            lambda original, args, kwargs: handle.open_handle(
-                original, handle.path_of_file_object, args, kwargs
-            ),
+            handle.safe_open_handle,
         ),
         _safetensors(
             "safetensors.torch",
             "load_file",
             "whole files in one batch, to the CPU or a CUDA device",
-            lambda original, args, kwargs: handle.load_file(*args, **kwargs),
+            handle.load_file,
         ),
         _safetensors(
             "safetensors.torch",
             "load_model",
             "stock's own code over the fast load_file",
-            lambda original, args, kwargs: handle.load_model(*args, **kwargs),
+            handle.load_model,
         ),
         *(
             PatchTarget(
@@ -159,7 +157,7 @@ _log = logging.getLogger("fastst_patch")
 
 
 def _hook(module_name: str) -> None:
-    """Patch a module's targets when it is imported; hooks stay, so they ask first."""
+    """Patch a module's targets when it is imported. Hooks cannot be removed, so it checks uses."""
     if module_name in _hooked:
         return
     _hooked.add(module_name)
@@ -186,11 +184,11 @@ def _install(targets: Sequence[PatchTarget], rebind_aliases: bool) -> None:
 
 
 def _install_quietly(targets: Sequence[PatchTarget]) -> None:
-    """Inside an import or a load of the program's, which is not to fail of it."""
+    """Install targets inside an import or a load of the program, which must not fail by it."""
     for target in targets:
         try:
             _install([target], True)
-        except Exception as error:  # a warning that is an error here
+        except Exception as error:  # such as a warning that is turned into an error
             target.missing = f"{type(error).__name__}: {error}"
             target.remove()
             sweep(target.places, back=True)
@@ -198,7 +196,7 @@ def _install_quietly(targets: Sequence[PatchTarget]) -> None:
 
 
 def _settle() -> None:
-    """Patch what was just being imported when it was to be patched, if that is over."""
+    """Patch modules that were in the middle of their import when ``patch()`` was called."""
     with _lock:
         names = set(_unsettled)
         _unsettled.clear()
@@ -230,7 +228,7 @@ def _use(names: Iterable[str], rebind_aliases: bool) -> None:
             _TARGETS[name].uses += 1
             used.append(name)
         _install([_TARGETS[name] for name in used], rebind_aliases)
-    except BaseException:  # a warning that is an error here, or Ctrl-C
+    except BaseException:  # such as a warning turned into an error, or Ctrl-C
         _drop(used)
         raise
 
@@ -254,7 +252,7 @@ def _impossible() -> str | None:
 
 @functools.cache
 def _say_impossible(reason: str) -> None:
-    if engine.native_error() is not None:  # FASTST_ENABLED=0 is the user's own word
+    if engine.native_error() is not None:  # FASTST_ENABLED=0 was set by the user
         warn_caller(f"fastst_patch patches nothing: {reason}", FallbackWarning)
 
 
@@ -308,7 +306,7 @@ def patch(
 
 
 def unpatch() -> None:
-    """End what ``patch()`` did; ``patched()`` blocks still running keep theirs."""
+    """Undo every ``patch()``; targets that running ``patched()`` blocks use stay patched."""
     with _lock:
         _drop(_permanent)
         _permanent.clear()
@@ -374,7 +372,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
         return cast(_F, decorated)
 
     def __enter__(self) -> PatchReport:
-        """Patch; returns what was done."""
+        """Patch, and return the report."""
         targets, rebind_aliases, options = self._arguments
         names = _chosen(targets)
         with _lock:
@@ -394,7 +392,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
             return PatchReport(patch_map(), reason)
 
     def __exit__(self, *exc_info: object) -> None:
-        """Put back what this block alone had patched."""
+        """Put back the targets that nothing else uses."""
         with _lock:
             names, token = self._entered.pop()
             _drop(names)
@@ -431,7 +429,7 @@ def _reason(target: PatchTarget) -> str | None:
 
 
 def patch_map() -> Mapping[str, TargetStatus]:
-    """Every target there is, by name, and where it stands."""
+    """The state of every target, by name."""
     with _lock:
         _settle()
         return types.MappingProxyType({name: _status(target) for name, target in _TARGETS.items()})

@@ -1,10 +1,10 @@
-"""One target of ``patch()``: the names it replaces, how, and putting them back.
+"""Targets of ``patch()``: replacing their names, and putting them back.
 
-Names of modules are replaced by a wrapt proxy or a function of an integration, and so are the
-aliases that other modules hold (``from safetensors import safe_open`` is the rule), found by
-identity in ``sys.modules``. Methods are replaced on their class by plain functions, which bind,
-pickle and show their source as methods do. While a target is not in use everything of ours
-passes through, so references captured while it was stay valid.
+A name of a module is replaced by a wrapt proxy, or by a function of an integration. The same
+happens to its aliases in other modules (``from safetensors import safe_open`` is the rule), which
+are found by identity in ``sys.modules``. Methods are replaced on their class by plain functions,
+which bind, pickle and show their source as methods do. While a target is not in use our objects
+call the original, so references that were taken while it was in use stay valid.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..integrations import Hook
 __all__ = ["LATER", "PatchPoint", "PatchTarget", "sweep", "untested_version", "warn_of_untested"]
 
 LATER = "is not imported yet; it is patched when it is"
-"""The end of why a target is not patched that will be."""
+"""How the reason ends when a target is patched later."""
 
 # The oldest and newest versions that the test suite has passed with.
 TESTED = {"safetensors": ("0.4.3", "0.8.0"), "torch": ("2.4.0", "2.15.0")}
@@ -43,7 +43,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def untested_version(package: str, oldest: str, newest: str) -> str | None:
-    """The installed version of a package where it is outside a tested range; else None."""
+    """The installed version of a package when it is outside a tested range; else None."""
     try:
         installed = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -69,7 +69,7 @@ def warn_of_untested(package: str, oldest: str, newest: str) -> None:
 
 
 class Proxy(wrapt.FunctionWrapper):  # type: ignore[type-arg,misc,unused-ignore]
-    """A wrapt proxy that pickles by name, as the function or class it stands for does."""
+    """A wrapt proxy that pickles by name, as the function or class behind it does."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by name; a reference that outlived the patch pickles as the original."""
@@ -107,10 +107,10 @@ def _skip_module(name: str) -> bool:
 
 
 def sweep(places: Iterable[PatchPoint], *, back: bool = False) -> None:
-    """Rebind what other modules hold of these places: ours for the original's, or back.
+    """Rebind the aliases of these places in other modules, or restore them with ``back``.
 
-    One pass for all of them, since a process may have thousands of modules. Reads ``__dict__``
-    only: no lazy imports.
+    One pass for all places, since a process may have thousands of modules. It reads ``__dict__``
+    only, which triggers no lazy import.
     """
     wanted: dict[int, tuple[Any, Any, PatchPoint]] = {}
     for place in places:
@@ -137,7 +137,7 @@ def sweep(places: Iterable[PatchPoint], *, back: bool = False) -> None:
 
 
 def _function(original: Any, fast: Callable[..., Any], active: Callable[[], bool]) -> Any:
-    """A plain function in the original's place: a method of a class, or what dynamo may trace."""
+    """A plain function in the original's place, for methods and for functions dynamo may trace."""
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -160,7 +160,7 @@ def _proxy(original: Any, fast: Callable[..., Any], active: Callable[[], bool]) 
 
 @dataclasses.dataclass(eq=False)
 class PatchPoint:
-    """One name that a target replaces, and what stands there while it is in use."""
+    """One name that a target replaces, and its replacement."""
 
     hook: Hook
     replacement: Any = None
@@ -168,7 +168,7 @@ class PatchPoint:
     rebound: list[tuple[types.ModuleType, str]] = dataclasses.field(default_factory=list)
 
     def _owner(self) -> tuple[Any, str]:
-        """The module or class that has the name, which is the second."""
+        """The module or class that holds the name, and the name in it."""
         owner: Any = sys.modules[self.hook.module]
         *classes, name = self.hook.name.split(".")
         for class_name in classes:
@@ -176,7 +176,10 @@ class PatchPoint:
         return owner, name
 
     def install(self, active: Callable[[], bool]) -> str | None:
-        """Put the replacement in place; why that cannot be, or None. The module is imported."""
+        """Put the replacement in place. Returns why that is impossible, else None.
+
+        The module has been imported.
+        """
         try:
             owner, name = self._owner()
             current = owner.__dict__[name]
@@ -191,31 +194,31 @@ class PatchPoint:
                 return f"{self.hook.name} {why}"
             make = _function if isinstance(owner, type) or self.hook.parameters else _proxy
             made = make(original, self.hook.fast, active)
-            if self.replacement is None:  # a signal handler may have patched meanwhile
+            if self.replacement is None:  # a signal handler may have patched
                 self.original, self.replacement = original, made
         if current is self.original:
             setattr(owner, name, self.replacement)
-        elif not self.stands():  # what others put around ours is fine
+        elif not self.stands():  # others may wrap ours
             return "somebody else has replaced it"
         return None
 
     def in_progress(self) -> bool:
-        """Whether its module is being imported: by whoever made us patch, or by a thread."""
+        """Whether its module is being imported, by this thread or by another one."""
         spec = getattr(sys.modules.get(self.hook.module), "__spec__", None)
         return bool(getattr(spec, "_initializing", False))
 
     def stands(self) -> bool:
-        """Whether the name still leads to ours, be it through what others put around it."""
+        """Whether the name leads to our object, directly or through wrappers of others."""
         place = self._found()
         found = None if place is None else place[0].__dict__.get(place[1])
-        for _ in range(32):  # some stand for themselves
+        for _ in range(32):  # some wrappers wrap themselves
             if found is None or found is self.replacement:
                 break
             found = getattr(found, "__wrapped__", None)
         return found is not None and found is self.replacement
 
     def remove(self) -> None:
-        """Put the original back if ours stands there; `sweep` does it elsewhere."""
+        """Put the original back if the name holds ours; `sweep` does so for aliases."""
         self.rebound.clear()
         if self.replacement is not None and (found := self._found()) is not None:
             owner, name = found
@@ -223,8 +226,8 @@ class PatchPoint:
                 setattr(owner, name, self.original)
 
     def has_aliases(self) -> bool:
-        """Whether other modules may hold the object that this place names."""
-        # Of a class nobody holds functions; somebody may have thrown the module away.
+        """Whether other modules may hold the original under names of their own."""
+        # Modules do not hold methods of a class.
         return self.hook.elsewhere and "." not in self.hook.name
 
     def _found(self) -> tuple[Any, str] | None:
@@ -235,7 +238,7 @@ class PatchPoint:
 
 
 def _unlike(original: Any, parameters: tuple[str, ...]) -> str | None:
-    """Why a function is not the one an integration was written for; None when it is."""
+    """Why a function is not the one that an integration was written for; None when it is."""
     if not parameters:
         return None
     try:
@@ -257,11 +260,11 @@ class PatchTarget:
     Attributes:
         name: as ``patch()`` takes it.
         summary: what the fast version does.
-        places: all in place, or the target counts as not patched.
+        places: the names. When one of them cannot be replaced, none is.
         tested: package and range of versions that an integration was tested with.
         uses: how many ``patch()`` and ``patched()`` are in force.
-        missing: why not all places are ours.
-        unsettled: whether that may be over at any moment, as no hook will tell.
+        missing: why the names are not replaced.
+        unsettled: whether ``missing`` is an import in progress, whose end calls no hook.
     """
 
     name: str
@@ -281,7 +284,7 @@ class PatchTarget:
         return list(dict.fromkeys(place.hook.module for place in self.places))
 
     def install(self) -> None:
-        """Replace what is imported by now; `missing` says what could not be."""
+        """Replace the names of imported modules; `missing` says why that was impossible."""
         self.missing = None
         self.unsettled = False
         for place in self.places:
@@ -291,30 +294,30 @@ class PatchTarget:
                 if self.tested is not None:
                     warn_of_untested(*self.tested)
                 why = place.install(self._active)
-            if why is not None:  # all or nothing
+            if why is not None:
                 self.missing = why
                 self.unsettled = place.in_progress()
                 self.remove()
                 return
 
     def why_not(self) -> str | None:
-        """Why calls do not reach the fast version though it is in use; None when they do."""
+        """Why calls do not reach the fast version of a target in use; None when they do."""
         if self.missing is None and not all(place.stands() for place in self.places):
             return "somebody else has replaced it since"
         return self.missing
 
     def remove(self) -> None:
-        """Put back what is ours."""
+        """Put the originals back where our objects are."""
         for place in self.places:
             place.remove()
 
     @property
     def rebound(self) -> list[tuple[types.ModuleType, str]]:
-        """Where else names were replaced."""
+        """Aliases that were rebound: module and name."""
         return [found for place in self.places for found in place.rebound]
 
     def original(self) -> Any:
-        """Stock's own object behind the first place.
+        """Stock's object behind the first place.
 
         Raises:
             AttributeError: the installed version does not have it.

@@ -126,7 +126,7 @@ class ShardedFiles:
         for source in self.sources:
             account = source.account
             if self._fallback is not None and source.fallback is None:
-                account.path, account.note, account.resident = "stock", self._fallback, None
+                account.path, account.reason, account.resident = "stock", self._fallback, None
             if account.seconds:
                 account.emit(self._call, source.path, "cpu" if target is None else target.name)
             source.close()

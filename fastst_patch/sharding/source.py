@@ -43,7 +43,7 @@ class Source:
     def account(self) -> Account:
         """Counts of the tensors loaded so far."""
         if self.fallback is not None:
-            return Account("stock", note=self.fallback)
+            return Account("stock", reason=self.fallback)
         return Account("exchange") if self.opened is None else self.opened.account
 
     def open_by_stock(self) -> None:

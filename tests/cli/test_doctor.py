@@ -108,7 +108,9 @@ def test_what_is_not_there_is_told(
     assert main(["doctor", str(tmp_path / "nope")]) == 1
     text = " ".join(capsys.readouterr().out.split())
     assert f"{tmp_path}/nope: there is no such file or folder" in text
-    assert "no such option, and no effect: FASTST_TREADS; did you mean FASTST_THREADS?" in text
+    assert (
+        "FASTST_TREADS has no effect: there is no such option; did you mean FASTST_THREADS?" in text
+    )
 
 
 def test_absent_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

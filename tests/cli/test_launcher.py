@@ -21,7 +21,7 @@ from launching import LAUNCH, LOOK, SITE, Runner
 
 from fastst_patch import OptionError
 from fastst_patch.cli import launcher
-from fastst_patch.cli.main import main
+from fastst_patch.cli.main import _split, main
 from fastst_patch.config import child_environment
 from fastst_patch.report_table import NOTHING
 
@@ -52,7 +52,7 @@ def run(tmp_path: Path) -> Runner:
     ],
 )
 def test_arguments_are_divided(given: list[str], target: list[str]) -> None:
-    ours, theirs = main._split(["run", *given])
+    ours, theirs = _split(["run", *given])
     assert theirs == target
     assert [*ours, *theirs] == ["run", *given]
 
@@ -104,7 +104,7 @@ def test_a_misspelt_command_is_no_script(capsys: pytest.CaptureFixture[str]) -> 
 def test_flags_that_make_it_impossible(run: Runner, flag: str) -> None:
     done = run([sys.executable, flag, "-m", "fastst_patch", "-c", "print('ran')"])
     assert (done.returncode, done.stdout) == (2, "")
-    assert "keep a program from being switched on" in done.stderr
+    assert "cannot be patched under python -E" in done.stderr
 
 
 @pytest.mark.parametrize(

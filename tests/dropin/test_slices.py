@@ -98,6 +98,20 @@ def test_rows_of_a_leading_slice(index: Any, shape: list[int], rows: Any) -> Non
     assert leading_rows(index, shape) == rows
 
 
+@pytest.mark.parametrize("io", ["auto", "buffered", "direct"])
+@pytest.mark.parametrize("index", [slice(1, 3), (slice(0, 9), 1), 1], ids=str)
+def test_slices_under_a_mode_of_torch(
+    sample: str, stock: Any, fast: Any, assert_same: Any, io: str, index: Any
+) -> None:
+    """Rows are read into memory that torch makes: under a mode it may be no memory at all."""
+    for mode in (torch.device("meta"), torch.inference_mode()):
+        with fastst_patch.config_context(io=io), fast.safe_open(sample, "pt") as handle:
+            ours = handle.get_slice("w")
+        theirs = stock.safe_open(sample, "pt").get_slice("w")
+        with mode:
+            assert_same(ours[index], theirs[index])
+
+
 def test_only_slices_of_ours_have_a_file_behind_them(sample: str, stock: Any, fast: Any) -> None:
     with fast.safe_open(sample, "pt") as handle:
         found = behind(handle.get_slice("w"))
