@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return guarded("benchmarks ceilings", lambda: ceilings.run(args))
     if args.command == "readme":
-        from benchmarks.race import readme
+        from benchmarks import readme
 
         return guarded("benchmarks readme", lambda: readme.main(args.check))
     from benchmarks.race import command

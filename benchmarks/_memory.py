@@ -15,14 +15,14 @@ state          what is free while the clock runs
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastst_patch.bench import hardware
 from fastst_patch.bench.failures import BenchError
-from fastst_patch.bench.settle import HUGE, SMALL, Reserve
+from fastst_patch.bench.settle import HUGE, POPULATE_WRITE, SMALL, Reserve, advise
 
 STATES = ("lent", "huge", "small", "fragmented", "fresh")
 
@@ -32,10 +32,6 @@ LEFT = 512 << 20  # for everybody else while the rest is held
 FEW_BLOCKS = 16  # free ones of 2 MiB: no load gets far with them
 TAKEN_BACK_S = 4.0  # free page reporting runs every two seconds
 HOLE_EVERY = 3  # pages; what lies between keeps free pages from joining
-
-_libc = ctypes.CDLL(None)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_POPULATE_WRITE = 23
 
 
 class Fragmented:
@@ -75,13 +71,13 @@ class Fragmented:
     def _fill(self) -> None:
         """Take all there is, punch the holes, and then take what is still whole."""
         made = 0
-        while free_bytes() > LEFT + BLOCK and self._take(BLOCK, SMALL):
+        while hardware.meminfo("MemFree") > LEFT + BLOCK and self._take(BLOCK, SMALL):
             pass
         if len(self._held) * BLOCK < HOLE_EVERY * self._wanted:
             raise BenchError("there is too little memory to make holes for this load")
         for held in self._held:
             for at in range(0, BLOCK, HOLE_EVERY * mmap.PAGESIZE):
-                _madvise(held, at, mmap.PAGESIZE, mmap.MADV_DONTNEED)
+                advise(held, at, mmap.PAGESIZE, mmap.MADV_DONTNEED)
                 made += mmap.PAGESIZE
             if made >= self._wanted:
                 break
@@ -94,15 +90,10 @@ class Fragmented:
     def _take(self, nbytes: int, kind: int) -> bool:
         held = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         held.madvise(kind)
-        taken = _madvise(held, 0, nbytes, _POPULATE_WRITE) == 0
+        taken = advise(held, 0, nbytes, POPULATE_WRITE)
         if taken:
             self._held.append(held)
         return taken
-
-
-def _madvise(held: mmap.mmap, at: int, nbytes: int, advice: int) -> int:
-    begin = ctypes.c_char.from_buffer(held)
-    return int(_libc.madvise(ctypes.addressof(begin) + at, nbytes, advice))
 
 
 def free_blocks() -> int:
@@ -112,14 +103,6 @@ def free_blocks() -> int:
         counts = [int(field) for field in line.split("zone", 1)[1].split()[1:]]
         found += sum(count << (order - 9) for order, count in enumerate(counts) if order >= 9)
     return found
-
-
-def free_bytes() -> int:
-    """MemFree."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemFree:"):
-            return int(line.split()[1]) * 1024
-    raise BenchError("/proc/meminfo names no free memory")
 
 
 class Fresh:

@@ -7,12 +7,9 @@ libraries themselves, in a process of their own.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -43,16 +40,6 @@ class Model:
     files: tuple[str, ...]  # its weights, for the page cache
     file_bytes: int
     tensors: int  # in the files; a model may hold fewer, made of many
-
-
-@contextlib.contextmanager
-def scratch(directory: Path) -> Iterator[Path]:
-    """Hold a folder that exists as long as the context does, whatever ends it."""
-    folder = Path(tempfile.mkdtemp(prefix="fastst-bench-", dir=directory))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def describe(folder: Path) -> Model:
@@ -177,7 +164,7 @@ def _write(folder: Path, config: dict[str, Any], specs: Sequence[TensorSpec]) ->
     bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False,
                desc=f"writing a {config['model_type']} model in {folder.parent}")  # fmt: skip
     try:
-        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        write_config(folder, config)
         with bar:
             for number, shard in enumerate(shards, 1):
                 name = f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -186,11 +173,19 @@ def _write(folder: Path, config: dict[str, Any], specs: Sequence[TensorSpec]) ->
                 write_checkpoint(folder / name, shard, bar.update)
                 weight_map |= {spec.name: name for spec in shard}
         if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+            write_index(folder, weight_map)
     except OSError as error:
         raise BenchError(f"{folder}: writing a model: {error.strerror}") from error
     return describe(folder)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
 
 
 def _shards(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:

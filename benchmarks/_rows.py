@@ -7,13 +7,11 @@ The same function serves stock and patched; nothing in it knows which it is.
 from __future__ import annotations
 
 import functools
-import gc
 import hashlib
 import importlib
 import inspect
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -308,10 +306,9 @@ def digest_of(tensors: Tensors, sums: Iterable[int]) -> str:
 # ---- one run ------------------------------------------------------------
 
 
-def run(job: Job) -> Sample:
+def run(job: Job, gate: Callable[..., None]) -> Sample:
     """Time one row once, in this process. Ends the process where it cannot be a fair race."""
-    from fastst_patch.bench import child, residency, settle
-    from fastst_patch.bench.job import READY
+    from fastst_patch.bench import child
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.update(job.variables)
@@ -324,35 +321,26 @@ def run(job: Job) -> Sample:
     for name in line.imports:
         importlib.import_module(name)
     imported = time.perf_counter()
-    _open(job.device)
+    child.open_context(job.device)
     parts = _time_weights(job.device) if "transformers" in line.packages else []
     ready = time.perf_counter()
     call = line.start(job)
     child.synchronize(job.device)
     prepare_s = time.perf_counter() - ready
-    print(READY, flush=True)
-    sys.stdin.readline()  # now there is memory
-    settle.forget_peak()
-    gc.collect()
-    gc.freeze()  # the patched process imported more: neither shall pay for traversing that
-    resident = residency.resident_fraction(job.files)[0]
     parts.clear()
-
-    with child.reports_of(job.loader) as reports:
-        began = time.perf_counter()
+    with child.clock(job.loader, job.files, job.device, gate) as timed:
         result = call.run()
         child.synchronize(job.device)
-        ended = time.perf_counter()
-    memory = child.process_memory() | child.device_memory(job.device)
+        timed.lap("whole")
     tensors = call.tensors(result)
     touching = time.perf_counter()
     sums = touch(tensors)
     touched = time.perf_counter()
-    carried = _accelerated(job, reports) if job.loader == "patched" else []
+    carried = _accelerated(job, timed.reports) if job.loader == "patched" else []
     return Sample(
         import_s=imported - begin,
         prepare_s=prepare_s,
-        whole_s=ended - began,
+        whole_s=timed.seconds["whole"],
         weights_s=sum(parts) if parts else None,
         touch_s=touched - touching if line.cache == "cold" else 0.0,
         digest=digest_of(tensors, sums),
@@ -360,26 +348,11 @@ def run(job: Job) -> Sample:
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         path=", ".join(dict.fromkeys(str(report.path) for report in carried)) or "stock",
         accelerated_bytes=sum(report.bytes for report in carried),
-        fallbacks=tuple(sorted({r.fallback_reason for r in reports if r.fallback_reason})),
-        resident_before=resident,
-        memory=memory,
-        device_name=_device_name(job.device),
+        fallbacks=timed.fallbacks,
+        resident_before=timed.resident,
+        memory=timed.memory,
+        device_name=child.device_name(job.device),
     )
-
-
-def _open(device: str) -> None:
-    """Create the context, which costs a program its first second whatever it loads."""
-    if device != "cpu":
-        import torch
-
-        torch.empty(1, device=device)
-        torch.cuda.synchronize(device)
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    return "cpu" if device == "cpu" else str(torch.cuda.get_device_name(device))
 
 
 def _time_weights(device: str) -> list[float]:
@@ -425,15 +398,6 @@ def _accelerated(job: Job, reports: Sequence[Any]) -> list[Any]:
 # ---- what else a process is asked ---------------------------------------
 
 
-def ask() -> dict[str, Any]:
-    """Tell whether torch can use a CUDA device; the parent needs no torch."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {"cuda": None}
-    return {"cuda": torch.cuda.get_device_name(0), "free": torch.cuda.mem_get_info(0)[0]}
-
-
 def offers() -> dict[str, Any]:
     """Tell which of OFFERS the installed versions have."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -446,22 +410,12 @@ def offers() -> dict[str, Any]:
     return there
 
 
-def pinned_copy(rehearse: bool, quick: bool) -> float:
-    """Return the GB/s that copies from pinned memory reach at most, as gpu_ceilings.py does."""
-    import gpu_ceilings
-
-    gpu = (gpu_ceilings.StandIn if rehearse else gpu_ceilings.Gpu)(0)
-    total = (64 << 20) if rehearse else (1 << 30) if quick else (4 << 30)
-    copies = gpu_ceilings.pinned_copies(gpu, total, 1 if quick or rehearse else 3)
-    return max(float(one["gb_per_s"]) for one in copies)
-
-
-def child(message: dict[str, Any]) -> dict[str, Any]:
+def child(message: dict[str, Any], gate: Callable[..., None]) -> Mapping[str, Any]:
     """Do what the parent asks for in one JSON message, and return the answer."""
     kind = message.pop("kind")
     if kind == "run":
         message["files"] = tuple(message["files"])
-        return asdict(run(Job(**message)))
+        return asdict(run(Job(**message), gate))
     if kind == "make":
         import _models
 
@@ -470,6 +424,6 @@ def child(message: dict[str, Any]) -> dict[str, Any]:
         return {}
     if kind == "offers":
         return offers()
-    if kind == "pinned copy":
-        return {"gb_per_s": pinned_copy(**message)}
-    return ask()
+    import gpu_ceilings
+
+    return gpu_ceilings.facts() if kind == "device" else gpu_ceilings.copies(**message)

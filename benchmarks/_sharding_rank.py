@@ -1,6 +1,4 @@
-"""One rank of sharding.py: a job as JSON on stdin, what it measured as JSON on stdout.
-
-Rank 0 says "ready" before the clock, and waits for one more line.
+"""One rank of sharding.py. Rank 0 waits at the gate before the clock, the others for rank 0.
 
 Whatever the loader, the rank ends with its part of every tensor of the checkpoint and has read
 each of its bytes once, by the same torch sum.
@@ -13,7 +11,6 @@ import gc
 import hashlib
 import json
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +24,7 @@ import torch.distributed as dist
 from fastst_patch import engine
 from fastst_patch.bench import residency
 from fastst_patch.bench.child import process_memory, reports_of, require_stock
+from fastst_patch.bench.process import serve
 
 Tensors = dict[str, torch.Tensor]
 
@@ -73,8 +71,6 @@ def stock(job: dict[str, Any]) -> Callable[[], Tensors]:
 
 def fastsafetensors(job: dict[str, Any]) -> Callable[[], Tensors]:
     """A file for each rank, scattered tensor by tensor, as its examples do it."""
-    if job["folder"]:
-        sys.path.insert(0, job["folder"])
     from fastsafetensors import SafeTensorsFileLoader
 
     dims = dims_of(job["files"])
@@ -151,18 +147,17 @@ def digest(tensors: Tensors) -> str:
     return found.hexdigest()
 
 
-def start_line(job: dict[str, Any]) -> residency.CacheState | None:
-    """All ranks wait here until page cache and memory are as they should be."""
-    state = None
+def start_line(job: dict[str, Any], gate: Callable[..., None]) -> float | None:
+    """Wait until page cache and memory are as they should be; tell what is cached then."""
+    resident = None
     dist.barrier()
     if job["rank"] == 0:
-        state = residency.prepare(job["cache"], job["files"])
-        print("ready", flush=True)
-        sys.stdin.readline()  # memory has been freed for us
+        gate()
+        resident = residency.resident_fraction(job["files"])[0]
     gc.collect()
     gc.freeze()
     dist.barrier()
-    return state
+    return resident
 
 
 def store_of(job: dict[str, Any]) -> dist.Store:
@@ -182,15 +177,14 @@ def store_of(job: dict[str, Any]) -> dist.Store:
     return dist.TCPStore("127.0.0.1", int(port.read_text(encoding="ascii")), is_master=False)
 
 
-def main() -> int:
-    job = json.loads(sys.stdin.readline())
+def act(job: dict[str, Any], gate: Callable[..., None]) -> dict[str, Any]:
     torch.set_num_threads(1)  # as many ranks as there are share the machine
     dist.init_process_group(
         "gloo", store=store_of(job), rank=job["rank"], world_size=job["ranks"],
         timeout=datetime.timedelta(seconds=300),
     )  # fmt: skip
     load = (pretrained if job["model"] else LOADERS[job["loader"]])(job)
-    state = start_line(job)
+    resident = start_line(job, gate)
     before = read_bytes()
     with reports_of("patched" if job["loader"] == "fastst" else "stock") as reports:
         begin = time.perf_counter()
@@ -201,15 +195,13 @@ def main() -> int:
     after = read_bytes()
     memory = process_memory()
     dist.barrier()
-    print(json.dumps({
+    answer = {
         "begin": begin, "ready": ready, "end": end, "read_bytes": after - before,
         "peak_rss": memory["peak_rss"], "bytes": sum(t.nbytes for t in tensors.values()),
-        "digest": digest(tensors), "path": _path(job["loader"], reports),
-        "resident": None if state is None else state.fraction,
-        "verified": None if state is None else state.verified,
-    }), flush=True)  # fmt: skip
+        "digest": digest(tensors), "path": _path(job["loader"], reports), "resident": resident,
+    }  # fmt: skip
     dist.destroy_process_group()
-    return 0
+    return answer
 
 
 def _path(loader: str, reports: list[Any]) -> str:
@@ -222,4 +214,4 @@ def _path(loader: str, reports: list[Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    serve(act)

@@ -19,19 +19,18 @@ import contextlib
 import gc
 import importlib
 import itertools
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import _harness as harness
+import _scenario as scenario
 
 from fastst_patch import engine
-from fastst_patch.bench import checkpoint_files, hardware, stats, write_json
+from fastst_patch.bench import checkpoint_files, hardware, harness, residency, stats
 from fastst_patch.bench.checkpoint import (
     TensorSpec,
     moe_specs,
@@ -63,12 +62,10 @@ class Case:
 
 
 def cases() -> list[Case]:
-    tiny = [Case(f"{file}", file, mode, 0) for file in ("200 B", "256 B") for mode in MODES]
-    big = [
-        Case(f"dense, {'1 thread' if threads else 'default threads'}", "dense", mode, threads)
-        for threads in (1, 0)
-        for mode in MODES
-    ]
+    tiny = [Case(f"{file}, {mode}", file, mode, 0) for file in ("200 B", "256 B") for mode in MODES]
+    threads = {"1 thread": 1, "default threads": 0}
+    big = [Case(f"dense, {how}, {mode}", "dense", mode, count)
+           for how, count in threads.items() for mode in MODES]  # fmt: skip
     return tiny + big
 
 
@@ -97,7 +94,7 @@ class BumpRuntime:
         return made
 
 
-def child(message: dict[str, Any]) -> dict[str, Any]:
+def child(message: dict[str, Any], _gate: object) -> dict[str, Any]:
     """Time one load, in a process that has loaded a small file before."""
     import torch
 
@@ -119,10 +116,6 @@ def child(message: dict[str, Any]) -> dict[str, Any]:
         if message["tensors"] == "owned":
             room = message["bytes"] + 512 * message["count"]
             bump = BumpRuntime(runtime, runtime.empty([room], torch.uint8, 0))
-        if message["warm_slots"]:  # the slots stay, pinned
-            fastst_patch.load_file(message["path"], device="cuda")
-            if bump is not None:
-                bump.at = bump.calls = 0
         gc.collect()
         gc.freeze()
         calls = {name: driver.calls(name) for name in _CALLS}
@@ -137,15 +130,10 @@ def child(message: dict[str, Any]) -> dict[str, Any]:
             "copies": calls["cuMemcpyHtoDAsync_v2"],
             "calls": sum(calls.values()),
             "allocator_seconds": _allocator_seconds(bump),
-            "pinned_bytes": engine.counters()["pinned_bytes"],
             "violations": driver.violations(),
+            "bytes": message["bytes"],
+            "count": message["count"],
         }
-        if message["profile"]:
-            _profile(
-                lambda: fastst_patch.load_file(message["path"], device="cuda"),
-                bump,
-                Path(message["profile"]),
-            )
         del loaded, bump
         gc.collect()
         engine.shutdown()
@@ -171,23 +159,6 @@ def _allocator_seconds(bump: BumpRuntime | None) -> float:
     taken = time.perf_counter() - begin
     del kept
     return taken
-
-
-def _profile(load: Any, bump: BumpRuntime | None, file: Path) -> None:
-    import cProfile
-    import pstats
-
-    if bump is not None:
-        bump.at = 0
-    profile = cProfile.Profile()
-    profile.runcall(load)
-    with file.open("w", encoding="utf-8") as stream:
-        pstats.Stats(profile, stream=stream).sort_stats("tottime").print_stats(25)
-
-
-def _profile_file(args: argparse.Namespace, case: Case) -> Path:
-    name = f"{case.name}-{case.tensors}.txt".replace(" ", "-").replace(",", "")
-    return Path(args.profile).absolute() / name
 
 
 def _fake_device() -> Any:
@@ -222,26 +193,24 @@ def written(directory: Path, nbytes: int) -> Iterator[dict[str, checkpoint_files
         yield found
 
 
-def measure(args: argparse.Namespace, library: Path, made: dict[str, Any]) -> dict[str, Any]:
-    dense, by_name = made["dense"], {f"{case.name}, {case.tensors}": case for case in cases()}
-    profiled: set[Case] = set()
-    reads: dict[int, list[float]] = {1: [], 0: []}
-    turn = itertools.count(1)
+def measure(
+    args: argparse.Namespace, library: Path, made: dict[str, Any], reads: dict[int, list[float]]
+) -> dict[str, list[Any]]:
+    """Run the rounds; the raw reads beside them go into ``reads``, by number of threads."""
+    by_name, turn = {case.name: case for case in cases()}, itertools.count(1)
 
     def read() -> None:
-        for threads, seconds in reads.items():
-            count = threads or hardware.cpu_count()
+        for threads, rates in reads.items():
             nbytes, taken = engine.read_ceiling(
-                dense.path, direct=False, threads=count, chunk_bytes=4 << 20
+                made["dense"].path, direct=False, threads=threads, chunk_bytes=4 << 20
             )
-            seconds.append(nbytes / taken / 1e9)
+            rates.append(nbytes / taken / 1e9)
 
-    def run_case(name: str) -> dict[str, Any]:
+    def run_case(name: str) -> Any:
         case = by_name[name]
         file = made[case.file]
-        harness.prepared("warm", [file.path])
-        profile = bool(args.profile) and case not in profiled
-        profiled.add(case)
+        if residency.prepare("warm", [file.path]).verified is False:
+            raise BenchError(f"{file.path}: does not stay in the page cache")
         message = {
             "library": str(library),
             "small": made["small"].path,
@@ -250,103 +219,80 @@ def measure(args: argparse.Namespace, library: Path, made: dict[str, Any]) -> di
             "bytes": file.tensor_bytes,
             "tensors": case.tensors,
             "threads": case.threads,
-            "warm_slots": args.warm_slots,
-            "profile": str(_profile_file(args, case)) if profile else "",
         }
-        answer = harness.fresh(__file__, message, name)
-        if answer["violations"]:
-            raise BenchError(f"{name}: the fake driver objects: {answer['violations'][0]}")
+        answer = scenario.fresh(__file__, message, name)
+        if answer.violations:
+            raise BenchError(f"{name}: the fake driver objects: {answer.violations[0]}")
         if next(turn) % len(by_name) == 0:  # in every round, as the loads
             read()
         return answer
 
-    runs = harness.race([*by_name], args.rounds, run_case)
-    return {"runs": {by_name[name]: some for name, some in runs.items()}, "reads": reads}
+    return harness.race([*by_name], args.rounds, run_case)
 
 
-def report(measured: dict[str, Any], made: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Print the table; return its numbers."""
-    print(
-        f"{TENSORS} tensors of 200 and of 256 bytes, and {made['dense'].tensor_bytes / 1e9:.2f} GB "
-        f"in {len(made['dense'].order)}; warm, over the fake driver with free copies;\n"
-        f"medians of {rounds} rounds in fresh processes, ± {stats.SPREAD}; "
-        f"load average {os.getloadavg()[0]:.1f} on {hardware.cpu_count()} CPUs"
-    )
-    print(f"{'file':22} {'tensors':8} {'ms':>14} {'CPU ms':>14} {'µs a tensor':>14} "
-          f"{'GB/s':>13} {'GB/s a core':>13} {'copies':>7} {'calls':>7}")  # fmt: skip
-    rows = [_row(case, runs, made[case.file]) for case, runs in measured["runs"].items()]
-    read = {threads: stats.summarize(rates) for threads, rates in measured["reads"].items()}
-    print(f"raw page-cache read into one reused buffer a thread: {with_spread(read[1])} GB/s with "
-          f"1 thread, {with_spread(read[0])} with {hardware.cpu_count()}")  # fmt: skip
-    print("µs a tensor: without the stand-in for torch's allocator, which took "
-          f"{max(row['allocator_microseconds'] for row in rows):.2f} µs a tensor where each is "
-          "owned.\nGB/s a core: bytes over the processor time of the whole process.")  # fmt: skip
-    worst = max(row["microseconds_a_tensor"] for row in rows if row["file"] != "dense")
-    single = min(row["gb_per_s_a_core"] for row in rows if row["threads"] == 1)
-    print(f"targets: at most {TARGET_MICROSECONDS:g} µs a tensor: "
-          f"{'met' if worst <= TARGET_MICROSECONDS else 'MISSED'} ({worst:.2f}); at least "
-          f"{TARGET_GB_PER_S:g} GB/s a core from the page cache: "
-          f"{'met' if single >= TARGET_GB_PER_S else 'MISSED'} ({single:.2f})")  # fmt: skip
-    return {
-        "rows": rows,
-        "page_cache_read_gb_per_s": {str(k): v.median for k, v in read.items()},
-        "targets": {"microseconds_a_tensor": TARGET_MICROSECONDS, "gb_per_s": TARGET_GB_PER_S},
-    }
+def microseconds_a_tensor(one: Any) -> float:
+    """Without the stand-in for torch's allocator."""
+    return float(1e6 * (one.seconds - one.allocator_seconds) / one.count)
 
 
-def _row(
-    case: Case, runs: list[dict[str, Any]], file: checkpoint_files.CheckpointFile
-) -> dict[str, Any]:
-    gb, count, tiny = file.tensor_bytes / 1e9, len(file.order), case.file != "dense"
-    found = {
-        "ms": [1e3 * one["seconds"] for one in runs],
-        "cpu_ms": [1e3 * one["cpu_seconds"] for one in runs],
-        "microseconds_a_tensor": [
-            1e6 * (one["seconds"] - one["allocator_seconds"]) / count for one in runs
-        ],
-        "gb_per_s": [gb / one["seconds"] for one in runs],
-        "gb_per_s_a_core": [gb / one["cpu_seconds"] for one in runs],
-    }
-    summaries = {name: stats.summarize(values) for name, values in found.items()}
-    shown = {name: with_spread(summary) for name, summary in summaries.items()}
-    for name in ("gb_per_s", "gb_per_s_a_core") if tiny else ("microseconds_a_tensor",):
-        shown[name] = "-"
-    print(
-        f"{case.name:22} {case.tensors:8} {shown['ms']:>14} {shown['cpu_ms']:>14} "
-        f"{shown['microseconds_a_tensor']:>14} {shown['gb_per_s']:>13} "
-        f"{shown['gb_per_s_a_core']:>13} {runs[0]['copies']:>7} {runs[0]['calls']:>7}"
-    )
-    allocator = stats.summarize([1e6 * one["allocator_seconds"] / count for one in runs]).median
+def gb_per_s_a_core(one: Any) -> float:
+    """Bytes over the processor time of the whole process."""
+    return float(one.bytes / one.cpu_seconds / 1e9)
+
+
+def table() -> scenario.Table:
+    return scenario.Table([
+        scenario.Column("ms", scenario.answer("seconds"), 1e3),
+        scenario.Column("CPU ms", scenario.answer("cpu_seconds"), 1e3),
+        scenario.Column("µs a tensor", microseconds_a_tensor),
+        scenario.Column("of the allocator", lambda one: 1e6 * one.allocator_seconds / one.count),
+        scenario.Column("GB/s", lambda one: one.bytes / one.seconds / 1e9),
+        scenario.Column("GB/s a core", gb_per_s_a_core),
+        scenario.Column("copies", scenario.answer("copies"), 1, 0),
+        scenario.Column("calls", scenario.answer("calls"), 1, 0),
+    ])  # fmt: skip
+
+
+def targets(runs: dict[str, list[Any]]) -> str:
+    """What should be reached, and whether it was."""
+    by_name = {case.name: case for case in cases()}
+
+    def medians(of: Any, chosen: Any) -> list[float]:
+        return [stats.summarize([of(one) for one in some]).median
+                for name, some in runs.items() if chosen(by_name[name])]  # fmt: skip
+
+    worst = max(medians(microseconds_a_tensor, lambda case: case.file != "dense"))
+    single = min(medians(gb_per_s_a_core, lambda case: case.threads == 1))
     return (
-        asdict(case)
-        | {name: summary.median for name, summary in summaries.items()}
-        | {f"{name}_spread": summary.spread for name, summary in summaries.items()}
-        | {"allocator_microseconds": allocator, "count": count, "bytes": file.tensor_bytes}
-        | {"runs": runs}
+        f"targets: at most {TARGET_MICROSECONDS:g} µs a tensor: "
+        f"{'met' if worst <= TARGET_MICROSECONDS else 'MISSED'} ({worst:.2f}); at least "
+        f"{TARGET_GB_PER_S:g} GB/s a core from the page cache: "
+        f"{'met' if single >= TARGET_GB_PER_S else 'MISSED'} ({single:.2f})"
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    place = pick_directory(args.dir)
+def main() -> int:
+    parser = scenario.arguments(__doc__, "--dir", rounds=5)
+    parser.add_argument("--gb", type=float, default=1.0, help="size of the dense file")
+    args = parser.parse_args()
+    place, reads = pick_directory(args.dir), {1: [], hardware.cpu_count(): []}
     with tempfile.TemporaryDirectory() as folder, written(place, int(args.gb * 1e9)) as made:
         library = _fake_device().build(Path(folder))
         if library is None:
             raise BenchError("needs a C compiler, to build the fake device driver")
-        environment = hardware.environment(made["dense"].path)
-        found = report(measure(args, library, made), made, args.rounds)
-    if args.json:
-        write_json(args.json, {"environment": environment, "rounds": args.rounds} | found)
-    return 0
-
-
-def main() -> int:
-    parser = harness.arguments(__doc__, "--dir", rounds=5)
-    parser.add_argument("--gb", type=float, default=1.0, help="size of the dense file")
-    parser.add_argument("--warm-slots", action="store_true",
-                        help="load the same file once before the clock starts")  # fmt: skip
-    parser.add_argument("--profile", metavar="FOLDER", help="write a cProfile of each row there")
-    return run(parser.parse_args())
+        environment, dense = hardware.environment(made["dense"].path), made["dense"]
+        runs = measure(args, library, made, reads)
+    shown = table()
+    shown.add(runs)
+    title = (f"{TENSORS} tensors of 200 and of 256 bytes, and {dense.tensor_bytes / 1e9:.2f} GB in "
+             f"{len(dense.order)}; warm, over the fake driver with free copies")  # fmt: skip
+    status = scenario.report(args, title, shown, environment=environment, page_cache_read=reads)
+    for threads, rates in reads.items():
+        print(f"raw page-cache read into one reused buffer a thread: "
+              f"{with_spread(stats.summarize(rates))} GB/s with {threads}")  # fmt: skip
+    print(targets(runs))
+    return status
 
 
 if __name__ == "__main__":
-    harness.script("device_overhead", main, child)
+    scenario.script("device_overhead", main, child)

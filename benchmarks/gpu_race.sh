@@ -17,10 +17,6 @@
 #   LIMIT    seconds for the whole (quick 530, rehearse 600, else 6 hours)
 # Further arguments go to `python -m benchmarks race`.
 set -uo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
-absolute() { case $1 in '' | /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac; }
-out=$(absolute "${OUT:-}") wheels=$(absolute "${WHEELS:-}") data=$(absolute "${DATA:-}")
-case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") && export PYTHON ;; esac
 mode=${1:-full}
 shift $(($# > 0))
 case $mode in
@@ -31,35 +27,14 @@ rehearse) limit=${LIMIT:-600} race=(--device cuda --suite quick --rounds 1 --no-
 *) echo "usage: $0 [full | quick | rehearse] [argument of the race ...]" >&2 && exit 2 ;;
 esac
 
-work=$(mktemp -d)
+# shellcheck source=benchmarks/_gpu_common.sh
+. "$(dirname "$0")/_gpu_common.sh"
 trap 'rm -rf "$work"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
-unset CI FASTST_ENABLED
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_RETRIES=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export FASTST_RACE_ENVIRONMENTS=$work/environments
-python=$work/venv/bin/python
-from=()
-if [ -n "$wheels" ]; then from=(--no-index --find-links "$wheels"); fi
-pip() { "$python" -m pip install -q "${from[@]}" "$@"; }
 say() { printf '=== %s (at %s s)\n' "$*" "$SECONDS" >&2; }
 
-# What the chosen python sees is seen by the new one, also when that is a venv's own.
-base=${PYTHON:-python3}
 say environment
-"$base" -m venv --without-pip --system-site-packages "$work/venv" || exit 1
-"$base" -c 'import sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))' \
-    >"$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/base.pth"
-"$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null || exit 1
-pip 'setuptools>=77' 'cffi>=1.17' numpy 'safetensors>=0.4.3' 'tqdm>=4.60' 'wrapt>=1.16' \
-    'matplotlib>=3.7' || exit 1
-if "$python" -m pip install -q --no-deps --no-build-isolation --force-reinstall "$root"; then
-    echo "built from the repository" >&2
-elif [ -n "$wheels" ] && pip --no-deps --force-reinstall fastst-patch; then
-    echo "NOT built from the repository: the wheel carried is used" >&2
-else
-    exit 1
-fi
+environment 'matplotlib>=3.7' || exit 1
 # Each rival on its own: one that cannot be installed is missing from the race, with its reason.
 # The bounds are those of the extra `bench`; none may change what is installed already.
 "$python" - "$root/pyproject.toml" >"$work/rivals" <<'PY'
@@ -71,25 +46,19 @@ PY
 "$python" -m pip freeze 2>/dev/null | grep -E '^(torch|numpy|safetensors|nvidia-[a-z0-9-]+)==' >"$work/kept"
 while read -r rival; do
     # What it needs beside it may be neither carried nor needed to load: then without.
-    pip -c "$work/kept" "$rival" 2>"$work/refusal" || pip --no-deps "$rival" 2>"$work/refusal" ||
+    install -c "$work/kept" "$rival" 2>"$work/refusal" || install --no-deps "$rival" 2>"$work/refusal" ||
         echo "not installed: $rival: $(grep -m1 ERROR "$work/refusal" || echo "no reason given")" >&2
 done <"$work/rivals"
 
-name=rehearsal
 if [ "$mode" != rehearse ]; then
     say gpu
-    "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else
-f"gpu_race.sh: torch {torch.__version__} sees no usable GPU")' || exit 2
-    name=$("$python" -c 'import torch; print(torch.cuda.get_device_name(0))')
-    name=$(printf '%s' "$name" | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9' '-' | sed 's/^-//; s/-$//')
-    results=${out:-$root/benchmarks/results/$name/race}
+    see_gpu >&2 || exit 2
+    results=${out:-$root/benchmarks/results/$(gpu_name)/race}
 else
     results=${out:-$work/results}
     say "fake driver"
-    (cd "$root/tests/support" && "$python" -c '
-import sys, pathlib, fake_device
-assert fake_device.build(pathlib.Path(sys.argv[1])), "no compiler"' "$work") || exit 1
-    export REHEARSAL_DRIVER=$work/libfake_cuda.so PYTHONPATH=$root/tests/support/rehearsal
+    fake_driver || exit 1
+    rehearse
 fi
 
 # The race plans with what is left, and keeps a minute for drawing and for being wrong.
@@ -98,7 +67,7 @@ if [ "$mode" = quick ]; then
     race+=(--minutes "$minutes")
 fi
 if [ -n "$wheels" ]; then race+=(--wheels "$wheels"); fi
-if [ -n "$data" ]; then race+=(--dir "$data"); fi
+if [ -n "$data_folder" ]; then race+=(--dir "$data_folder"); fi
 left=$((limit - SECONDS))
 say "race, at most $left s, results in $results"
 cd "$root" || exit 1

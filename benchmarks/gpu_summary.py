@@ -38,8 +38,8 @@ def summary(found: dict[str, Any]) -> str:
     parts = [
         conditions(found),
         bench_table(found),
-        many_table(found),
-        first_table(found.get("first-load")),
+        scenario_table(found, "many"),
+        scenario_table(found, "first-load"),
         whole_table(found.get("end-to-end")),
         ceilings_table(found.get("ceilings")),
         steps_table(found["steps"]),
@@ -94,37 +94,24 @@ def bench_table(found: dict[str, Any]) -> str:
     )
 
 
-def many_table(found: dict[str, Any]) -> str:
-    lines = []
-    for name, run in found.items():
-        if not name.startswith("many-"):
+def scenario_table(found: dict[str, Any], name: str) -> str:
+    """The rows of a script's `_scenario.Table`, of every step whose name begins so."""
+    lines, headings = [], ""
+    for step, run in found.items():
+        if not step.startswith(name):
             continue
-        each = {
-            loader: 1e6 * sorted(seconds)[len(seconds) // 2] / run["tensors"]
-            for loader, seconds in run["seconds"].items()
-        }
-        lines.append(
-            f"| {run['tensors']} | {run['options'].get('tensors')} | {each['stock']:.2f} µs "
-            f"| {each['patched']:.2f} µs | **{run['ratio_to_stock']:.2f}** | {run['path']} |"
-        )
-    return _table(
-        "| tensors of 32 KiB, warm | mode | stock, each | patched, each | patched / stock | path |",
-        lines,
-    )
+        for row in run["results"]:
+            cells = {key: _cell(value) for key, value in row.items() if key != "runs"}
+            headings = f"| {name} | {' | '.join(cells)} |"
+            options = ", ".join(f"{key}={value}" for key, value in run["options"].items())
+            lines.append(f"| {options} | {' | '.join(cells.values())} |")
+    return _table(headings, lines)
 
 
-def first_table(run: dict[str, Any] | None) -> str:
-    lines = [
-        f"| {row['loader']} | {row['turn']} | {row['context_s']:.2f} | {row['engine_s']:.3f} "
-        f"| {row['pinning_s']:.3f} | {row['load_s']:.2f} | {row['device_used'] / 1e9:.2f} GB "
-        f"| {row['pinned'] / 1e6:.0f} MB | {row['peak_rss'] / 1e6:.0f} MB | {row['path']} |"
-        for row in (run or {}).get("rows", [])
-    ]
-    return _table(
-        "| loader | cold, then again in a new process | context s | engine s "
-        "| pinning s, all workers | load s | device | pinned | host peak | path |",
-        lines,
-    )
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value["median"]
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def whole_table(run: dict[str, Any] | None) -> str:
@@ -161,19 +148,19 @@ def _ratio(row: dict[str, Any], name: str) -> str:
 
 
 def ceilings_table(run: dict[str, Any] | None) -> str:
-    lines = []
-    for name, value in (run or {}).items():
-        if name == "environment":
-            continue
-        for row in value if isinstance(value, list) else [value]:
-            if isinstance(row.get("slot"), int):
-                row = row | {"slot": f"{row['slot'] >> 20} MiB"}  # noqa: PLW2901
-            cells = [
-                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in row.items()
-                if value is not None
-            ]
-            lines.append(f"| {name} | {', '.join(cells)} |")
+    """What is read and copied at most, and the sections of gpu_ceilings.py."""
+    run = run or {"ceilings": []}
+    lines = [
+        f"| {one['name']} | {one['gb_per_s']:.3g} GB/s, {one['variant']} |"
+        if one["gb_per_s"]
+        else f"| {one['name']} | not available: {one['unavailable']} |"
+        for one in run["ceilings"]
+    ]
+    for name, value in run.items():
+        if name not in ("environment", "ceilings"):
+            for row in value if isinstance(value, list) else [value]:
+                cells = [f"{key} {_cell(one)}" for key, one in row.items() if one is not None]
+                lines.append(f"| {name} | {', '.join(cells)} |")
     return _table("| ceiling | |", lines)
 
 

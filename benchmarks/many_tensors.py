@@ -9,45 +9,39 @@ To a device the bytes are copied too.
 
 from __future__ import annotations
 
-import _harness as harness
+import _scenario as scenario
 
-from fastst_patch.bench import checkpoint_files, hardware, stats, write_json
+from fastst_patch.bench import checkpoint_files, hardware, harness
 from fastst_patch.bench.checkpoint import moe_specs, pick_directory, temporary_checkpoint
 from fastst_patch.bench.job import Sample
 from fastst_patch.bench.runner import LOADERS
 
 
 def main() -> int:
-    parser = harness.arguments(__doc__, "--device", "--dir", "-o")
+    parser = scenario.arguments(__doc__, "--device", "--dir", "-o")
     parser.add_argument("--tensors", type=int, default=18_867)
     args = parser.parse_args()
-    options = dict(args.options)
     specs = moe_specs(args.tensors)
     with temporary_checkpoint(pick_directory(args.dir), specs) as path:
         environment, file = hardware.environment(path), checkpoint_files.describe(path)
 
         def run(loader: str) -> Sample:
-            harness.prepared("warm", [file.path])
-            return harness.load(loader, [file], args.device, options, touch=False)
+            return scenario.in_cache("warm", [file.path], lambda gate: scenario.load(
+                loader, [file], args.device, dict(args.options), gate, touch=False))  # fmt: skip
 
-        measured = harness.race(LOADERS, args.rounds, run, lambda one: one.digests)
-    seconds = {loader: [one.load_s for one in measured[loader]] for loader in LOADERS}
-    print(f"{args.tensors} tensors, {file.file_bytes / 1e6:.0f} MB, to {args.device}, warm, load "
-          f"only; ± {stats.SPREAD}")  # fmt: skip
-    for loader in LOADERS:
-        each = harness.shown(seconds[loader], 1e6 / args.tensors, 2)
-        print(f"{loader:8} {harness.shown(seconds[loader])} s   {each} µs a tensor   "
-              f"path {measured[loader][0].path}")  # fmt: skip
-    pair = seconds["patched"], seconds["stock"]
-    print(f"patched/stock {harness.shown_ratio(*pair, decimals=3)}")
-    if args.json:
-        write_json(args.json, {"environment": environment, "tensors": args.tensors,
-                               "device": args.device, "options": options,
-                               "file_bytes": file.file_bytes, "seconds": seconds,
-                               "path": measured["patched"][0].path,
-                               **harness.ratio(*pair, "ratio_to_stock")})  # fmt: skip
-    return 0
+        runs = harness.race(LOADERS, args.rounds, run, lambda one: one.digests)
+    seconds = scenario.answer("load_s")
+    table = scenario.Table(
+        [scenario.Column("s", seconds), scenario.Column("µs a tensor", seconds, 1e6 / args.tensors),
+         scenario.ratio(seconds, "stock", 3)],
+        text={"path": lambda samples: samples[0].path},
+    )  # fmt: skip
+    table.add(runs)
+    title = (f"{args.tensors} tensors, {file.file_bytes / 1e6:.0f} MB, to {args.device}, warm, "
+             "load only")  # fmt: skip
+    return scenario.report(args, title, table, environment=environment, tensors=args.tensors,
+                           device=args.device, file_bytes=file.file_bytes)  # fmt: skip
 
 
 if __name__ == "__main__":
-    harness.script("many_tensors", main)
+    scenario.script("many_tensors", main)

@@ -3,26 +3,23 @@
     python benchmarks/open_many.py [--files 40] [--tensors 500] [--rounds 7] [--json FILE]
 
 Warm. Beside fastsafetensors where it can be imported (``PYTHONPATH`` may name its folder), and
-plain safetensors: a handle and its ``keys()`` for each file. Each round starts one fresh process
-per loader, in alternating order; a process opens all files several times and reports the first
-time, when everything is new to it, and the median of the later ones.
+plain safetensors: a handle and its ``keys()`` for each file. A process opens all files several
+times and reports the first time, when everything is new to it, and the median of the later ones.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import _harness as harness
+import _scenario as scenario
 
-from fastst_patch.bench import hardware, stats, write_json
-from fastst_patch.bench.checkpoint import TensorSpec, pick_directory, write_checkpoint
+from fastst_patch.bench import hardware, harness
+from fastst_patch.bench.checkpoint import TensorSpec
 
 OURS, RIVAL, STOCK = "fastst_patch", "fastsafetensors", "safetensors"
-KINDS = ("first", "later")
+LATER_CALLS = 5
 
 
 def opener(loader: str, paths: list[str]) -> Callable[[], int]:
@@ -47,57 +44,46 @@ def opener(loader: str, paths: list[str]) -> Callable[[], int]:
     return open_all
 
 
-def child(job: dict[str, Any]) -> dict[str, float]:
+def child(job: dict[str, Any], _gate: object) -> dict[str, float]:
     open_all = opener(job["loader"], job["paths"])
 
     def opened() -> None:
         names = open_all()
         assert names == job["names"], f"{names} names, not {job['names']}"
 
-    return {"first": harness.timed(opened), "later": harness.median_of_calls(opened, job["calls"])}
+    first = scenario.timed(opened)
+    return {"first": first, "later": scenario.median_of_calls(opened, LATER_CALLS)}
 
 
 def main() -> int:
-    parser = harness.arguments(__doc__, "--dir")
+    parser = scenario.arguments(__doc__, "--dir")
     parser.add_argument("--files", type=int, default=40)
     parser.add_argument("--tensors", type=int, default=500)
-    parser.add_argument("--calls", type=int, default=5)
     args = parser.parse_args()
-    loaders = [OURS, STOCK]
-    if importlib.util.find_spec(RIVAL) is not None:
-        loaders.append(RIVAL)
-    with tempfile.TemporaryDirectory(dir=pick_directory(args.dir)) as folder:
-        paths = [str(Path(folder) / f"model-{k:05}.safetensors") for k in range(args.files)]
-        for k, path in enumerate(paths):
+    loaders = [OURS, STOCK, *scenario.installed(RIVAL)]
+    with scenario.folder(args.dir) as folder:
+        paths = []
+        for k in range(args.files):
             specs = [TensorSpec(f"model.layers.{k}.experts.{i}.w", (8, 8))
                      for i in range(args.tensors)]  # fmt: skip
-            write_checkpoint(Path(path), specs, progress=lambda _: None)
+            paths.append(scenario.write(folder / f"model-{k:05}.safetensors", specs))
         environment = hardware.environment(paths[0])
 
-        def run(loader: str) -> dict[str, float]:
-            job = {"loader": loader, "paths": paths, "names": args.files * args.tensors,
-                   "calls": args.calls}  # fmt: skip
-            return harness.fresh(__file__, job, f"{loader} loader")
+        def run(loader: str) -> Any:
+            job = {"loader": loader, "paths": paths, "names": args.files * args.tensors}
+            return scenario.fresh(__file__, job, f"{loader} loader")
 
-        measured = harness.race(loaders, args.rounds, run)
-    print(f"{args.files} files of {args.tensors} tensors, warm, headers only; "
-          f"milliseconds, ± {stats.SPREAD}")  # fmt: skip
-    results = []
-    for kind in KINDS:
-        seconds = {loader: [one[kind] for one in measured[loader]] for loader in loaders}
-        for loader in loaders:
-            pair = seconds[OURS], seconds[loader]
-            print(f"{kind:6} {loader:16} {harness.shown(seconds[loader], 1e3)}   "
-                  f"ours/{loader} {harness.shown_ratio(*pair, decimals=3)}")  # fmt: skip
-            results.append({"kind": kind, "loader": loader, "seconds": seconds[loader],
-                            **harness.ratio(*pair, "ratio_of_ours")})  # fmt: skip
-    if RIVAL not in loaders:
-        print(f"{RIVAL} cannot be imported here, and was not timed")
-    if args.json:
-        write_json(args.json, {"environment": environment, "files": args.files,
-                               "tensors": args.tensors, "results": results})  # fmt: skip
-    return 0
+        runs = harness.race(loaders, args.rounds, run)
+    columns = []
+    for kind in ("first", "later"):
+        of = scenario.answer(kind)
+        columns += [scenario.Column(f"{kind} ms", of, 1e3), scenario.ratio(of, OURS, 3)]
+    table = scenario.Table(columns)
+    table.add(runs)
+    title = f"{args.files} files of {args.tensors} tensors, warm, headers only"
+    return scenario.report(args, title, table, environment=environment, files=args.files,
+                           tensors=args.tensors)  # fmt: skip
 
 
 if __name__ == "__main__":
-    harness.script("open_many", main, child)
+    scenario.script("open_many", main, child)

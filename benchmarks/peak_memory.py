@@ -2,27 +2,19 @@
 
     python benchmarks/peak_memory.py [PATH ...] [--rounds 3] [--json FILE]
 
-Fresh processes; without PATH a synthetic checkpoint is used. File-mapped memory can be
-dropped by the kernel and is shared between processes; anonymous memory cannot and is not.
+GB that the load added to a process that had imported torch. Without PATH a synthetic checkpoint is
+used. File-mapped memory can be dropped by the kernel and is shared between processes; anonymous
+memory cannot and is not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import statistics
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import _harness as harness
+import _scenario as scenario
 
-from fastst_patch.bench import (
-    checkpoint_files,
-    hardware,
-    residency,
-    synthetic_checkpoint,
-    write_json,
-)
+from fastst_patch.bench import checkpoint_files, hardware, harness, synthetic_checkpoint
 from fastst_patch.bench.job import Sample
 
 CONTENDERS: dict[str, dict[str, object]] = {  # options for patch()
@@ -39,45 +31,32 @@ COLUMNS = {  # key in Sample.memory: heading
 }
 
 
-def medians(samples: Sequence[Sample]) -> dict[str, float]:
-    """Of each kind of memory: what the load added to a process that had imported torch."""
-    return {
-        key: statistics.median(one.memory[key] - one.memory_before[key] for one in samples)
-        for key in COLUMNS
-    }
-
-
 def main() -> int:
-    parser = harness.arguments(__doc__, "--dir", rounds=3)
+    parser = scenario.arguments(__doc__, "--dir", rounds=3)
     parser.add_argument("paths", nargs="*", metavar="PATH")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        paths: list[str] = args.paths
-        if not paths:
-            paths = [str(stack.enter_context(synthetic_checkpoint(args.dir)))]
-        measured_files = checkpoint_files.expand(paths)
-        environment = hardware.environment(Path(measured_files[0].path))
+        given = args.paths or [str(stack.enter_context(synthetic_checkpoint(args.dir)))]
+        files = checkpoint_files.expand(given)
+        environment = hardware.environment(Path(files[0].path))
+        paths = [file.path for file in files]
 
         def run(name: str) -> Sample:
-            state = residency.prepare("cold", [file.path for file in measured_files])
-            if state.verified is False:
-                print(f"{name}: the files were {state.fraction:.0%} cached", file=sys.stderr)
-            return harness.load(name, measured_files, options=CONTENDERS[name])
+            return scenario.in_cache("cold", paths, lambda gate: scenario.load(
+                name, files, options=CONTENDERS[name], gate=gate))  # fmt: skip
 
-        measured = harness.race([*CONTENDERS], args.rounds, run, lambda one: one.digests)
-    total = sum(file.tensor_bytes for file in measured_files)
-    added = {name: medians(samples) for name, samples in measured.items()}
-    taken = {name: samples[0].path for name, samples in measured.items()}
-    print(f"{total / 1e9:.2f} GB of tensors; GB added by loading and reading them, medians of "
-          f"{args.rounds} rounds")  # fmt: skip
-    print(f"{'loader':20}" + "".join(f"{heading:>13}" for heading in COLUMNS.values()) + "  path")
-    for name, row in added.items():
-        print(f"{name:20}{''.join(f'{row[key] / 1e9:13.2f}' for key in COLUMNS)}  {taken[name]}")
-    if args.json:
-        results = {name: {**added[name], "path": taken[name]} for name in added}
-        write_json(args.json, {"environment": environment, "bytes": total, "results": results})
-    return 0
+        runs = harness.race([*CONTENDERS], args.rounds, run, lambda one: one.digests)
+    total = sum(file.tensor_bytes for file in files)
+    columns = [
+        scenario.Column(heading, lambda one, key=key: one.memory[key] - one.memory_before[key],
+                        1e-9, 2)
+        for key, heading in COLUMNS.items()
+    ]  # fmt: skip
+    table = scenario.Table(columns, text={"path": lambda samples: samples[0].path})
+    table.add(runs)
+    title = f"{total / 1e9:.2f} GB of tensors; GB added by loading and reading them"
+    return scenario.report(args, title, table, environment=environment, bytes=total)
 
 
 if __name__ == "__main__":
-    harness.script("peak_memory", main)
+    scenario.script("peak_memory", main)

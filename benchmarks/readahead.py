@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import _harness as harness
+import _scenario as scenario
 
 from fastst_patch.bench import guarded, synthetic_checkpoint, write_json
 from fastst_patch.bench.failures import EXIT_INTERRUPTED
@@ -51,7 +51,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         path = Path(args.path) if args.path else stack.enter_context(synthetic_checkpoint(args.dir))
         for kb in args.kb:
-            with harness.read_ahead(path, kb):
+            with scenario.read_ahead(path, kb):
                 for mode in MODES:
                     print(f"\n=== read-ahead {kb} KiB, io={mode}", flush=True)
                     status, report = bench(path, mode, args.repeat, args.max_seconds)

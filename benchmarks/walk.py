@@ -1,16 +1,14 @@
 """A file read name by name through `safe_open`, as engines and scripts do; against stock.
 
     python benchmarks/walk.py [--order NAME,…] [--how tensor,slice] [--use copy,touch]
-                              [--cache cold,warm] [--memory STATE,…] [--kb KIB …]
-                              [--layout natural|sorted] [--gb 1.2] [--rounds 9] [--access]
-                              [--json FILE]
+                              [--cache cold,warm] [--memory STATE,…] [--kb KIB …] [--gb 1.2]
+                              [--rounds 9] [--access] [--json FILE]
 
 A process opens the file, takes one tensor after another in some order, and copies each into memory
-that it has allocated (`copy`), or reads every byte (`touch`). Fresh processes, stock and patched
-alternating, the page cache proven cold or warm before each, free memory in a state of its own
-(`_memory.py`). Every tensor's bytes are compared with those of the first run. The clock runs from
-before the file is opened until the last byte was read. `--kb` sets the disk's read-ahead, which
-needs root, and puts it back.
+that it has allocated (`copy`), or reads every byte (`touch`). The file is written layer by layer,
+so that sorted names jump in it; free memory is in a state of its own (`_memory.py`). Every tensor's
+bytes are compared with those of the first run. The clock runs from before the file is opened until
+the last byte was read. `--kb` sets the disk's read-ahead, which needs root, and puts it back.
 """
 
 from __future__ import annotations
@@ -19,54 +17,37 @@ import argparse
 import codecs
 import contextlib
 import errno
-import gc
+import math
 import os
 import random
 import re
 import resource
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import _harness as harness
+import _scenario as scenario
 from _memory import STATES, reserve
 from tqdm import tqdm
 
-from fastst_patch.bench import hardware, residency, stats, write_json
-from fastst_patch.bench.checkpoint import (
-    TensorSpec,
-    pick_directory,
-    transformer_specs,
-    write_checkpoint,
-)
+from fastst_patch.bench import hardware, harness
+from fastst_patch.bench.checkpoint import TensorSpec, transformer_specs
 from fastst_patch.bench.failures import UsageError
-from fastst_patch.bench.job import READY
-from fastst_patch.bench.table import with_spread
-from fastst_patch.cli.main import option
-from fastst_patch.report_table import grid
+from fastst_patch.bench.runner import LOADERS
 
 THREADS = 4
 NOBODY = 65534
-VARIANTS: dict[str, dict[str, Any]] = {
-    "stock": {"loader": "stock"},
-    "patched": {"loader": "patched"},
-}
 ACCESS: dict[str, dict[str, Any]] = {
-    "own file": {"loader": "patched"},
-    "another's": {"loader": "patched", "nobody": True},
-    "no cachestat": {"loader": "patched", "blind": True},
-    "another's, no cachestat": {"loader": "patched", "nobody": True, "blind": True},
+    "own file": {},
+    "another's": {"nobody": True},
+    "no cachestat": {"blind": True},
+    "another's, no cachestat": {"nobody": True, "blind": True},
 }
 """With --access: who reads whose file, and what the kernel tells of the cache; the first is what
 the others are compared with."""
 ORDERS = ("sorted", "file", "reversed", "random", "layer", "tenth", "handles", "threads")
-
-_HEADINGS = ("what", "order", "how", "use", "cache", "memory", "KiB", "base s", "its s",
-             "its/base", "storage", "path")  # fmt: skip
 
 
 # ---- the process that is timed ------------------------------------------
@@ -91,61 +72,54 @@ def names_in(order: str, keys: list[str], in_file: list[str]) -> list[str]:
     return keys
 
 
-def child(job: dict[str, Any]) -> dict[str, Any]:
+def child(job: dict[str, Any], gate: Callable[..., None]) -> dict[str, Any]:
     import safetensors
     import torch
 
     from fastst_patch import engine  # in both: stock's bytes are compared, too
+    from fastst_patch.bench.child import clock, patch_with, require_stock
 
-    reports: Any = contextlib.nullcontext()
     if job["loader"] == "patched":
-        import fastst_patch
-
-        fastst_patch.patch(**job["options"])
-        reports = fastst_patch.profile()
+        patch_with(job["options"])
+    else:
+        require_stock()
     safe_open, path = safetensors.safe_open, job["path"]
     names = names_in(job["order"], job["keys"], job["in_file"])
     copies = {name: torch.empty(job["shapes"][name], dtype=torch.bfloat16) for name in names}
-    sums: dict[str, int] = {}
 
-    def use(name: str, tensor: torch.Tensor) -> None:
-        if job["use"] == "copy":
-            copies[name].copy_(tensor)
-        else:
-            sums[name] = engine.touch(tensor.data_ptr(), tensor.nbytes)
+    sums: dict[str, int] = {}
 
     def take(handle: Any, name: str) -> None:
         found = handle.get_slice(name)[:] if job["how"] == "slice" else handle.get_tensor(name)
-        use(name, found)
+        if job["use"] == "copy":
+            copies[name].copy_(found)
+        else:
+            sums[name] = engine.touch(found.data_ptr(), found.nbytes)
 
-    print(READY, flush=True)
-    sys.stdin.readline()
-    with safe_open(job["tiny"], "pt") as handle:  # the other user may not be able to import
-        handle.get_tensor("x")
-        codecs.lookup("ascii")
-    if job.get("nobody"):
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
-    if job.get("blind"):
-        engine.set_fault("cachestat", errno=errno.ENOSYS)
-    gc.collect()
-    gc.freeze()  # patching imports more: neither shall pay for traversing that
-    resident = residency.resident_fraction([path])[0]
-    read_before = read_bytes()
-    with reports as profile:
-        begin = time.perf_counter()
+    def as_another(**told: object) -> None:
+        gate(**told)
+        with safe_open(job["tiny"], "pt") as handle:  # the other user may not be able to import
+            handle.get_tensor("x")
+            codecs.lookup("ascii")
+        if job.get("nobody"):
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        if job.get("blind"):
+            engine.set_fault("cachestat", errno=errno.ENOSYS)
+
+    with clock(job["loader"], [path], "cpu", as_another) as timed:
+        read_before = read_bytes()
         _walk(job["order"], safe_open, path, names, take)
-        seconds = time.perf_counter() - begin
+        timed.lap("walk")
+        read = read_bytes() - read_before
     return {
-        "seconds": seconds,
-        "read_bytes": read_bytes() - read_before,
-        "resident_before": resident,
-        "path": "stock" if profile is None else ", ".join(
-            dict.fromkeys(report.path for report in profile.reports)),
-        "sums": sums or {
-            name: engine.touch(copy.data_ptr(), copy.nbytes) for name, copy in copies.items()
-        },
-    }  # fmt: skip
+        "seconds": timed.seconds["walk"],
+        "read_bytes": read,
+        "resident_before": timed.resident,
+        "path": ", ".join(dict.fromkeys(one.path for one in timed.reports)) or "stock",
+        "sums": sums
+        or {name: engine.touch(copy.data_ptr(), copy.nbytes) for name, copy in copies.items()},
+    }
 
 
 def _walk(
@@ -190,82 +164,45 @@ def read_bytes() -> int:
 
 def measure(
     args: argparse.Namespace, job: dict[str, Any], cache: str, lender: Any, bar: tqdm
-) -> dict[str, list[dict[str, Any]]]:
-    variants = ACCESS if args.access else VARIANTS
-
-    def run(name: str) -> dict[str, Any]:
-        options = {} if name == "stock" else dict(args.options)
-        message = job | variants[name] | {"options": options}
-        answer, _ = harness.proven(
-            cache, [job["path"]], lender,
-            lambda gate: harness.fresh(__file__, message, f"{name} walk", gate),
-            lambda one: one["resident_before"],
+) -> dict[str, list[Any]]:
+    def run(name: str) -> Any:
+        loader = "patched" if args.access else name
+        options = {} if loader == "stock" else dict(args.options)
+        message = job | {"loader": loader, "options": options} | ACCESS.get(name, {})
+        answer = scenario.in_cache(
+            cache, [job["path"]],
+            lambda gate: scenario.fresh(__file__, message, f"{name} walk", gate), lender,
         )  # fmt: skip
         bar.update()
         return answer
 
-    runs = harness.race([*variants], args.rounds, run, lambda answer: answer["sums"])
-    for some in runs.values():
-        for answer in some:
-            del answer["sums"]
+    runs = harness.race(contenders(args), args.rounds, run, lambda one: one.sums)
+    for one in (one for some in runs.values() for one in some):
+        del one.sums
     return runs
 
 
-@contextlib.contextmanager
-def file_of(directory: Path, gb: float, layout: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+def contenders(args: argparse.Namespace) -> Sequence[str]:
+    return tuple(ACCESS) if args.access else LOADERS
+
+
+def written(folder: Path, gb: float) -> dict[str, Any]:
     """The file to walk, and what a process has to know of it."""
-    import tempfile
-
     specs = transformer_specs(int(gb * 1e9))
-    with tempfile.TemporaryDirectory(prefix="fastst-bench-", dir=directory) as folder:
-        path = Path(folder) / "model.safetensors"
-        write_checkpoint(path, specs, lambda _: None, as_given=layout == "natural")
-        keys = sorted(spec.name for spec in specs)
-        known = {
-            "path": str(path),
-            "tiny": str(path.with_name("tiny.safetensors")),
-            "keys": keys,
-            "in_file": [spec.name for spec in specs] if layout == "natural" else keys,
-            "shapes": {spec.name: spec.shape for spec in specs},
-        }
-        write_checkpoint(Path(known["tiny"]), [TensorSpec("x", (2,))], lambda _: None)
-        yield path, known
-
-
-def rows(case: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """One for each variant but the first, which it is compared with."""
-    seconds = {name: [run["seconds"] for run in some] for name, some in runs.items()}
-    read = {
-        name: stats.summarize([run["read_bytes"] for run in some]).median
-        for name, some in runs.items()
+    path = scenario.write(folder / "model.safetensors", specs, as_given=True)
+    tiny = scenario.write(folder / "tiny.safetensors", [TensorSpec("x", (2,))])
+    for place in (folder, Path(path), Path(tiny)):  # for another user
+        place.chmod(0o755 if place.is_dir() else 0o644)
+    return {
+        "path": path,
+        "tiny": tiny,
+        "keys": sorted(spec.name for spec in specs),
+        "in_file": [spec.name for spec in specs],
+        "shapes": {spec.name: spec.shape for spec in specs},
     }
-    base, *others = runs
-    for name in others:
-        yield case | {
-            "variant": name,
-            "seconds": seconds[name],
-            "base": base,
-            "base_seconds": seconds[base],
-            "read_bytes": read[name],
-            "base_read_bytes": read[base],
-            **harness.ratio(seconds[name], seconds[base], "ratio"),
-            "path": runs[name][0]["path"],
-        }
 
 
-def cells(found: dict[str, Any]) -> tuple[str, ...]:
-    read = (found["read_bytes"], found["base_read_bytes"])
-    return (
-        found["variant"], found["order"], found["how"], found["use"], found["cache"],
-        found["memory"], str(found["kb"] or "as is"),
-        *(harness.shown(found[key]) for key in ("base_seconds", "seconds")),
-        with_spread(stats.Summary(found["ratio"], found["ratio_spread"]), 2),
-        " / ".join(f"{nbytes / 1e6:.0f}" for nbytes in read) + " MB",
-        found["path"],
-    )  # fmt: skip
-
-
-def _some(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+def some_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         chosen = list(allowed) if text == "all" else text.split(",")
         unknown = [one for one in chosen if one not in allowed]
@@ -277,7 +214,7 @@ def _some(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made = scenario.arguments(__doc__, "--dir", "-o", rounds=9)
     for name, allowed, default in (
         ("order", ORDERS, ["sorted"]),
         ("how", ("tensor", "slice"), ["tensor"]),
@@ -285,61 +222,53 @@ def parser() -> argparse.ArgumentParser:
         ("cache", ("cold", "warm"), ["cold"]),
         ("memory", STATES, ["lent"]),
     ):
-        made.add_argument(f"--{name}", type=_some(allowed), default=default,
+        made.add_argument(f"--{name}", type=some_of(allowed), default=default,
                           help=f"{', '.join(allowed)}, or all ({', '.join(default)})")  # fmt: skip
     made.add_argument("--kb", type=int, nargs="+", default=[0], help="read-ahead; 0: as it is")
-    made.add_argument("--layout", choices=("natural", "sorted"), default="natural",
-                      help="of the file: by layers, or sorted by name (%(default)s)")  # fmt: skip
     made.add_argument("--access", action="store_true", help="compare reading one's own file with "
                       "another owner's, and without cachestat (needs root)")  # fmt: skip
     made.add_argument("--gb", type=float, default=1.2, help="size of the file (%(default)g)")
-    made.add_argument("--rounds", type=int, default=9)
-    made.add_argument("--dir", help="where to write the file")
-    made.add_argument("-o", "--option", type=option, action="append", default=[], dest="options",
-                      metavar="NAME=VALUE", help="an option for patch(); repeatable")  # fmt: skip
-    made.add_argument("--json", metavar="FILE")
     return made
+
+
+def cases(args: argparse.Namespace, path: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Everything to compare in, with who lends memory there."""
+    # Pages of the cache, and the copies.
+    nbytes = 2 * Path(path).stat().st_size
+    for memory in args.memory:
+        with reserve(memory, nbytes) as lender:
+            for cache, kb, order, how, use in product(
+                args.cache, args.kb, args.order, args.how, args.use
+            ):
+                with scenario.read_ahead(path, kb):
+                    yield {"order": order, "how": how, "use": use, "cache": cache,
+                           "memory": memory, "KiB": kb}, lender  # fmt: skip
 
 
 def main() -> int:
     args = parser().parse_args()
-    results = []
+    if args.access and os.geteuid() != 0:
+        raise UsageError("--access: takes root, to become another user")
+    base, seconds = contenders(args)[0], scenario.answer("seconds")
+    table = scenario.Table(
+        [scenario.Column("s", seconds), scenario.ratio(seconds, base),
+         scenario.Column("MB from storage", scenario.answer("read_bytes"), 1e-6, 0)],
+        facts=["order", "how", "use", "cache", "memory", "KiB"],
+        text={"path": lambda some: some[0].path},
+    )  # fmt: skip
     with contextlib.ExitStack() as stack:
-        directory = pick_directory(args.dir)
-        path, known = stack.enter_context(file_of(directory, args.gb, args.layout))
-        if args.access and os.geteuid() != 0:
-            raise UsageError("--access: takes root, to become another user")
-        for place in (path, path.parent):  # for another user
-            place.chmod(0o755 if place.is_dir() else 0o644)
-        environment = hardware.environment(path)
-        nbytes = path.stat().st_size
-        cases = list(product(args.cache, args.kb, args.order, args.how, args.use))
-        bar = stack.enter_context(tqdm(total=len(cases) * len(args.memory) * args.rounds
-                                       * len(ACCESS if args.access else VARIANTS),
-                                       unit="run", disable=None, leave=False))  # fmt: skip
-        for memory in args.memory:
-            # Pages of the cache, and the copies.
-            with reserve(memory, 2 * nbytes) as lender:
-                for cache, kb, order, how, use in cases:
-                    case = {"order": order, "how": how, "use": use, "cache": cache,
-                            "memory": memory, "kb": kb}  # fmt: skip
-                    bar.set_description(" ".join(map(str, case.values())))
-                    with harness.read_ahead(path, kb):
-                        runs = measure(args, known | case, cache, lender, bar)
-                    for found in rows(case, runs):
-                        results.append(found)
-                        bar.write("  ".join(cells(found)))
-    print(f"{nbytes / 1e9:.2f} GB, {len(known['keys'])} tensors; medians of {args.rounds} "
-          f"alternating rounds in fresh processes, ± {stats.SPREAD}")  # fmt: skip
-    print(f"base: {results[0]['base']}; storage: bytes read by it / by the base")
-    left = {"what", "order", "how", "use", "path"}
-    print("\n".join(grid([_HEADINGS, *map(cells, results)], left)))
-    if args.json:
-        write_json(args.json, {"environment": environment, "bytes": nbytes,
-                               "layout": args.layout, "options": dict(args.options),
-                               "results": results})  # fmt: skip
-    return 0
+        known = written(stack.enter_context(scenario.folder(args.dir)), args.gb)
+        environment = hardware.environment(known["path"])
+        nbytes = Path(known["path"]).stat().st_size
+        several = (args.order, args.how, args.use, args.cache, args.kb, args.memory)
+        runs = args.rounds * len(contenders(args)) * math.prod(map(len, several))
+        bar = stack.enter_context(tqdm(total=runs, unit="run", disable=None, leave=False))
+        for case, lender in cases(args, known["path"]):
+            bar.set_description(" ".join(map(str, case.values())))
+            table.add(measure(args, known | case, case["cache"], lender, bar), **case)
+    title = f"{nbytes / 1e9:.2f} GB, {len(known['keys'])} tensors"
+    return scenario.report(args, title, table, environment=environment, bytes=nbytes)
 
 
 if __name__ == "__main__":
-    harness.script("walk", main, child)
+    scenario.script("walk", main, child)

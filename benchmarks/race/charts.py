@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastst_patch.bench import plot
 from fastst_patch.bench.failures import UsageError
 
 from . import report, results
@@ -69,11 +70,7 @@ def require_matplotlib() -> Any:
     Raises:
         UsageError: it is not installed.
     """
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise UsageError(f"charts need matplotlib ({error}): pip install '.[bench]'") from error
-    return matplotlib.figure
+    return plot.require_matplotlib("charts need", ".[bench]")
 
 
 def draw(found: Found, out: Path, suffix: str = "") -> list[str]:

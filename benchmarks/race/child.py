@@ -1,8 +1,8 @@
 """The timed process: one job in, one answer out, and a gate between getting ready and the clock.
 
-It is started by `process.Child`, which says what goes over the pipes. Until the loader has been
-imported nothing but the standard library is, so that an import's time is the loader's own; in a
-copy of a `template` torch is there already, and no import is timed. What is printed by libraries
+It is started by `process.begin`. Until the loader has been imported nothing but the standard
+library is, so that an import's time is the loader's own; in a copy torch is there already, and no
+import is timed. What is printed by libraries
 goes to stderr.
 """
 
@@ -57,7 +57,7 @@ def main() -> int:
     else:
         from . import probes
 
-        say(probes.KINDS[kind](**message))
+        say(probes.ask(kind, **message))
     return 0
 
 
@@ -92,7 +92,7 @@ def load(job: Job, say: Say, gate: Callable[[], None] = _await_gate) -> None:
     import_s = None if copied else time.perf_counter() - begin
     context_s = _open(job.device)
     # What the harness itself needs, after the loader's imports and before its clock.
-    from fastst_patch.bench import residency, settle
+    from fastst_patch.bench import hardware, residency, settle
 
     from . import probes
 
@@ -128,6 +128,7 @@ def load(job: Job, say: Say, gate: Callable[[], None] = _await_gate) -> None:
     wrong = truth.differences(expected, tensors, again, job.device)
     if on_cpu and not wrong and sums != again:
         wrong = ["bytes changed after the load"]
+    versions = {loader.package: hardware.version(loader.package or ""), "torch": torch.__version__}
     say(
         {
             "first_s": (first_at[0] if first_at else ready) - started,
@@ -143,7 +144,7 @@ def load(job: Job, say: Say, gate: Callable[[], None] = _await_gate) -> None:
             "done": {key: done_after[key] - done_before[key] for key in done_after},
             "late_imports": late,  # top-level names of what was imported under the clock
             "path": probes.our_path(loader.family),
-            "versions": probes.versions(loader.package) | {"torch": torch.__version__},
+            "versions": versions,
         }
     )
 

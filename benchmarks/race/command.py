@@ -8,6 +8,7 @@ import importlib
 import random
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from benchmarks._models import scratch
+from benchmarks import ceilings
 from fastst_patch import engine
 from fastst_patch.bench import hardware
 from fastst_patch.bench.checkpoint import pick_directory
 from fastst_patch.bench.failures import EXIT_FAILED, BenchError, UsageError
+from fastst_patch.bench.process import ProcessFailedError
 
 from . import charts, entrants, probes, process, report, results, runner, truth, whole
 from .entrants import Entrants, Source, scrub
 from .plan import COPY_START_S, LEAST_ROUNDS, SLOWEST_GB_PER_S, Planner, units
-from .runner import Race, Shown, Written
+from .runner import Race, Written
+from .screen import Screen
 from .watch import DeviceWatch
 
 if TYPE_CHECKING:
@@ -51,7 +54,7 @@ def race(args: argparse.Namespace, source: Source | None = None) -> int:
     """
     charts.require_matplotlib()  # before minutes of measuring, not after
     _refuse_early(args)
-    facts = _device_facts(args.device)
+    facts = ceilings.device_facts(args.device)
     out = Path(args.out).absolute()
     place = pick_directory(args.dir)
     screen = Screen()
@@ -66,10 +69,13 @@ def race(args: argparse.Namespace, source: Source | None = None) -> int:
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror}") from error
     rest = _Rest(args, place, facts, absent)
-    with scratch(place) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="fastst-bench-", dir=place, ignore_cleanup_errors=True
+    ) as name:
+        folder = Path(name)
         run = _plan(args, who, suite, folder, facts)
         try:
-            with screen.bar(), run.template or contextlib.nullcontext():
+            with screen.bar():
                 runner.race(run, screen, lambda: results.save(_found(run, rest), out))
         except KeyboardInterrupt:
             if (out / results.FILE_NAME).exists():
@@ -104,18 +110,6 @@ def _refuse_early(args: argparse.Namespace) -> None:
     if args.rounds < LEAST_ROUNDS:
         print(f"--rounds {args.rounds}: a rehearsal; nobody is ranked by fewer than "
               f"{LEAST_ROUNDS} rounds", file=sys.stderr)  # fmt: skip
-
-
-def _device_facts(device: str) -> dict[str, Any]:
-    if device == "cpu":
-        return {}
-    try:
-        facts = process.ask({"kind": "device"})
-    except process.ProcessFailedError as failed:
-        raise UsageError(f"--device {device}: asking torch: {failed}") from failed
-    if facts["gpu"] is None:
-        raise UsageError(f"--device {device}: {facts['reason']}")
-    return facts
 
 
 def _suite(
@@ -154,8 +148,8 @@ def _plan(
     reserved_s = whole.RESERVED_S[args.suite, args.device] if args.end_to_end else 0.0
     planner = Planner(raced, budget_s, args.rounds, reserved_s)
     planner.slowest = SLOWEST_GB_PER_S[args.device]
-    template = process.template() if args.device == "cpu" and not args.afresh else None
-    if template is not None:
+    copied = args.device == "cpu" and not args.afresh
+    if copied:
         planner.start_s = COPY_START_S
     return Race(
         entrants=who,
@@ -167,7 +161,7 @@ def _plan(
         limit_s=LIMIT_S[args.suite],
         at_once=_at_once(facts),
         watch=DeviceWatch(facts.get("uuid")),
-        template=template,
+        copied=copied,
     )
 
 
@@ -217,8 +211,8 @@ def _make(name: str, who: Entrants, files: Sequence[str], reads: Sequence[str]) 
                "loader": name, "files": list(files)}  # fmt: skip
     try:
         process.ask(message, seconds=1800.0)
-    except process.ProcessFailedError as failed:
-        return f"its own files could not be written: {failed}"
+    except ProcessFailedError as failed:
+        return f"its own files could not be written: {scrub(str(failed))}"
     return None
 
 
@@ -240,8 +234,6 @@ class _Rest:
 
 def _found(run: Race, rest: _Rest) -> results.Found:
     args, who = rest.args, run.entrants
-    packages = [loader.package for loader in who.everyone if loader.package]
-    installed = probes.installed(packages)
     return {
         "schema": results.SCHEMA,
         "suite": args.suite,
@@ -251,14 +243,14 @@ def _found(run: Race, rest: _Rest) -> results.Found:
         "rounds": {"asked": run.planner.rounds},
         "limit_s": run.limit_s,
         "started_together": run.at_once,
-        "copied": run.template is not None,
+        "copied": run.copied,
         "environment": rest.environment,
         "loaders": [
             {
                 "name": loader.name,
                 "family": loader.family,
                 "package": loader.package,
-                "version": _version(loader, installed),
+                "version": _version(loader),
                 "environment": loader.environment,
                 "note": loader.note,
             }
@@ -283,11 +275,11 @@ def _found(run: Race, rest: _Rest) -> results.Found:
     }  # fmt: skip
 
 
-def _version(loader: Any, installed: dict[str, str | None]) -> str | None:
+def _version(loader: Any) -> str | None:
     """The version found from here; that of a side environment is part of its name."""
     if loader.environment is not None:
         return str(loader.environment).partition("==")[2] or None
-    return installed.get(loader.package) if loader.package else None
+    return hardware.version(loader.package) if loader.package else None
 
 
 def write_page(sections: Sequence[results.Found], out: Path) -> str:
@@ -342,42 +334,3 @@ def redraw(args: argparse.Namespace) -> int:
         results.save(merged[0], out)
     print(write_page(merged, out))
     return 0
-
-
-# ---- the terminal -------------------------------------------------------
-
-
-class Screen(Shown):
-    """A bar with the minutes left where stderr is a terminal, lines elsewhere."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    @contextlib.contextmanager
-    def bar(self) -> Iterator[None]:
-        """Show the bar as long as the context lasts."""
-        shape = "{desc} |{bar:24}| {n_fmt} of {total_fmt} loads, {postfix}"
-        with tqdm(total=1, disable=None, leave=False, bar_format=shape) as self._bar:
-            yield
-        self._bar = None
-
-    def doing(self, text: str) -> None:
-        """Name the step that begins now."""
-        if self._bar is not None:
-            self._bar.set_description_str(text)
-
-    def step(self, loads: int) -> None:
-        """So many loads are over."""
-        if self._bar is not None:
-            self._bar.update(loads)
-
-    def estimate(self, planner: Planner) -> None:
-        """What is left, as the planner sees it now."""
-        if self._bar is not None:
-            left = sum((planner.rounds - unit.done) * unit.loads for unit in planner.units)
-            self._bar.total = self._bar.n + left
-            self._bar.set_postfix_str(f"about {planner.left_s() / 60:.0f} min left")
-
-    def tell(self, text: str) -> None:
-        """Say something that stays on the screen."""
-        tqdm.write(text, file=sys.stderr)

@@ -36,6 +36,11 @@ class Entrants:
     everyone: tuple[Loader, ...]
     environments: dict[str, str] = field(default_factory=dict)  # folder of each side environment
 
+    @property
+    def running_by_name(self) -> dict[str, Loader]:
+        """Loaders that will run."""
+        return {loader.name: loader for loader in self.running}
+
     def environment_of(self, loader: Loader) -> str | None:
         """The folder that goes in front of sys.path before anything is imported."""
         return None if loader.environment is None else self.environments[loader.environment]

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import resource
-import threading
-import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-MIB = 1 << 20
-COPY_BLOCK = 64 * MIB
-COPY_ROUNDS = 4
 
 # ---- of itself ----------------------------------------------------------
 
@@ -88,88 +80,20 @@ def our_path(family: str) -> dict[str, Any] | None:
     return {"bytes": carried, "fallbacks": totals["fallbacks"]}
 
 
-def versions(package: str | None) -> dict[str, str]:
-    """The version that this very process sees of a distribution."""
-    if package is None:
-        return {}
-    try:
-        return {package: metadata.version(package)}
-    except metadata.PackageNotFoundError:
-        return {}
-
-
 # ---- of the machine -----------------------------------------------------
 
 
-def memory_speeds(threads: list[int]) -> dict[str, Any]:
-    """GB/s of memcpy by so many threads, and of the routine that touches bytes, on one core."""
-    from fastst_patch import engine
+def ask(kind: str, **how: Any) -> dict[str, Any]:
+    """What a process that loads nothing is asked."""
+    from benchmarks import ceilings, gpu_ceilings
 
-    blocks = []
-    for _ in range(2 * max(threads)):
-        block = ctypes.create_string_buffer(COPY_BLOCK)
-        ctypes.memset(block, 1, COPY_BLOCK)
-        blocks.append(block)
-    engine.touch(ctypes.addressof(blocks[0]), COPY_BLOCK)
-    begin = time.perf_counter()
-    for _ in range(COPY_ROUNDS):
-        for block in blocks[:2]:
-            engine.touch(ctypes.addressof(block), COPY_BLOCK)
-    touched = 2 * COPY_ROUNDS * COPY_BLOCK / (time.perf_counter() - begin) / 1e9
-    return {"touch": touched, "copy": {str(count): _copies(blocks, count) for count in threads}}
-
-
-def _copies(blocks: list[Any], count: int) -> float:
-    def work(number: int) -> None:
-        for _ in range(COPY_ROUNDS):  # ctypes lets go of the GIL
-            ctypes.memmove(blocks[2 * number], blocks[2 * number + 1], COPY_BLOCK)
-
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(count)]
-    begin = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return count * COPY_ROUNDS * COPY_BLOCK / (time.perf_counter() - begin) / 1e9
-
-
-def device_copies(total: int) -> dict[str, Any]:
-    """GB/s of copies to the device from pinned and from ordinary memory, by stream count."""
-    from benchmarks import gpu_ceilings
-
-    gpu = gpu_ceilings.Gpu(0)
-    pinned = gpu_ceilings.pinned_copies(gpu, total, 1)
-    pageable = gpu_ceilings.pageable_copies(gpu, total // 2, 1)
-    return {
-        "pinned": {_of_slot(one, "streams"): one["gb_per_s"] for one in pinned},
-        "pageable": {_of_slot(one, "threads"): one["gb_per_s"] for one in pageable},
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {
+        "memory": ceilings.memory_speeds,
+        "copies": gpu_ceilings.copies,
+        "sections": gpu_ceilings.sections,
+        "device": gpu_ceilings.facts,
     }
-
-
-def _of_slot(one: dict[str, Any], count: str) -> str:
-    return f"{one[count]} x {one['slot'] // MIB} MiB"
-
-
-def device_facts() -> dict[str, Any]:
-    """Whether torch can use a CUDA device, and which it is."""
-    import torch
-
-    if not torch.cuda.is_available():
-        built = "built without CUDA" if torch.version.cuda is None else "sees no usable device"
-        return {"gpu": None, "reason": f"torch {torch.__version__} {built}"}
-    from benchmarks import gpu_ceilings
-
-    facts = gpu_ceilings.Gpu(0).facts()
-    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
-    return facts | {"uuid": None if uuid is None else f"GPU-{uuid}",
-                    "device_free": torch.cuda.mem_get_info(0)[0]}  # fmt: skip
-
-
-KINDS: dict[str, Callable[..., dict[str, Any]]] = {
-    "memory": memory_speeds,
-    "copies": device_copies,
-    "device": device_facts,
-}
+    return kinds[kind](**how)
 
 
 def host_facts() -> dict[str, Any]:
@@ -186,14 +110,3 @@ def host_facts() -> dict[str, Any]:
             facts[name] = chosen[1] if chosen else text
     facts["numa_nodes"] = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or None
     return facts
-
-
-def installed(packages: list[str]) -> dict[str, str | None]:
-    """Versions of distributions in this environment."""
-    found: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fastst_patch.bench import ceilings as read_ceilings
+from benchmarks import ceilings
 
-from . import ceilings, results
+from . import results
 from .plan import LEAST_ROUNDS
 from .results import Found, Quartiles, Row
 
 SHORT = {
-    read_ceilings.DIRECT: "O_DIRECT",
-    read_ceilings.COLD_BUFFERED: "buffered read",
-    read_ceilings.PAGE_CACHE: "page-cache read",
+    ceilings.DIRECT: "O_DIRECT",
+    ceilings.COLD_BUFFERED: "buffered read",
+    ceilings.PAGE_CACHE: "page-cache read",
     ceilings.TOUCH: "memory read",
     ceilings.PINNED: "bus",
     ceilings.PAGEABLE: "bus, pageable",

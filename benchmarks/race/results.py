@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ceilings
 from fastst_patch.bench import residency, stats
 from fastst_patch.bench.failures import UsageError
 
-from . import ceilings
 from .plan import LEAST_ROUNDS
 
 SCHEMA, FILE_NAME = "fastst-race/1", "results.json"

@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.ceilings import Board, board
 from fastst_patch.bench import residency, settle
 from fastst_patch.bench.failures import BenchError
+from fastst_patch.bench.process import Child, ProcessFailedError
 
-from . import process, starters
-from .ceilings import Board, board
-from .entrants import Entrants, read_by
+from . import process
+from .entrants import Entrants, read_by, scrub
 from .plan import Cell, Planner
-from .starters import Starters
-from .template import Template
+from .process import Starters
+from .screen import Screen
 from .watch import DeviceWatch
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Race:
     watch: DeviceWatch
     reserve: settle.Reserve = field(default_factory=lambda: settle.Reserve(0))
     ceilings: bool = True  # measure them, too
-    template: Template | None = None  # copied for loads after the first round; None: none is
+    copied: bool = False  # loads after the first round are by copies of one process
     began: float = field(default_factory=time.monotonic)
     runs: list[dict[str, Any]] = field(default_factory=list)
     orders: list[dict[str, Any]] = field(default_factory=list)
@@ -75,23 +76,7 @@ class Race:
 Step = tuple[str, Any]  # ("load", name of a loader) or ("ceiling", one of Board.steps)
 
 
-class Shown:
-    """What the person at the terminal sees. The default shows nothing."""
-
-    def doing(self, text: str) -> None:
-        """Name the step that begins now."""
-
-    def step(self, loads: int) -> None:
-        """So many loads are over."""
-
-    def estimate(self, planner: Planner) -> None:
-        """What is left, as the planner sees it now."""
-
-    def tell(self, text: str) -> None:
-        """Say something that stays on the screen."""
-
-
-def race(run: Race, shown: Shown, save: Callable[[], None] = lambda: None) -> None:
+def race(run: Race, shown: Screen, save: Callable[[], None] = lambda: None) -> None:
     """Run everything; ``save`` is called after each round, so that an interruption loses little."""
     chance = random.Random(run.seed)
     for workload in run.workloads:
@@ -102,7 +87,7 @@ def race(run: Race, shown: Shown, save: Callable[[], None] = lambda: None) -> No
 
 
 def _workload(
-    run: Race, workload: Workload, chance: random.Random, shown: Shown, save: Callable[[], None]
+    run: Race, workload: Workload, chance: random.Random, shown: Screen, save: Callable[[], None]
 ) -> None:
     planner, begin = run.planner, time.monotonic()
     shown.doing(f"writing {workload.name}")
@@ -134,7 +119,7 @@ def _round(
     number: int,
     *,
     chance: random.Random,
-    shown: Shown,
+    shown: Screen,
 ) -> None:
     planner = run.planner
     cells = planner.cells(name)
@@ -154,7 +139,7 @@ def _round(
         planner.beside_s = beside_s
 
 
-def _tell_plan(run: Race, shown: Shown) -> None:
+def _tell_plan(run: Race, shown: Screen) -> None:
     seconds, planner = run.planner.left_s(), run.planner
     cells = {unit.cell for unit in planner.units}
     shown.tell(
@@ -189,7 +174,7 @@ class _Turns:
 
 
 def _cell(
-    run: Race, written: Written, turns: _Turns, chance: random.Random, shown: Shown
+    run: Race, written: Written, turns: _Turns, chance: random.Random, shown: Screen
 ) -> tuple[float, float]:
     """Let everybody load once, the ceilings among them, in a random order that is noted.
 
@@ -205,8 +190,9 @@ def _cell(
                        "order": order})  # fmt: skip
     racing = [what for kind, what in steps if kind == "load"]
     begin, measuring, later = time.monotonic(), 0.0, 0.0
-    afresh, seen = run.template is None or turns.afresh, len(run.runs)
-    with Starters(run, written, racing, turns.again, afresh=afresh) as ready:
+    copied, seen = run.copied and not turns.afresh, len(run.runs)
+    waiting = [name for name in racing for _ in range(2 if name in turns.again else 1)]
+    with Starters(lambda name: _start(run, written, name, copied), waiting, run.at_once) as ready:
         for turn, (kind, what) in enumerate(steps):
             if kind == "ceiling":
                 shown.doing(f"round {number}: {_ceiling_name(what)}")
@@ -227,7 +213,7 @@ def _cell(
 
 def _importing(run: Race, seen: int) -> float:
     """Seconds of the loads after the first `seen` that loads by copies will not take."""
-    if run.template is None:
+    if not run.copied:
         return 0.0
     samples = [one["sample"] for one in run.runs[seen:] if one["sample"]]
     return sum(sample["import_s"] or 0.0 for sample in samples) / run.at_once
@@ -247,6 +233,21 @@ def _measure_ceiling(measured_on: Board, step: Any, reserve: settle.Reserve) -> 
 
 
 # ---- one load -----------------------------------------------------------
+
+
+def _start(run: Race, written: Written, name: str, copied: bool) -> Child:
+    loader, source = run.entrants.running_by_name[name], run.entrants.source
+    message = {
+        "kind": "load",
+        "loader": name,
+        "module": source.module,
+        "folder": source.folder,
+        "device": run.device,
+        "files": written.files,
+        "read": read_by(loader, written.files),
+        "truth": written.truth,
+    }
+    return process.begin(message, run.entrants.environment_of(loader), copied=copied)
 
 
 def _load_and_again(
@@ -281,15 +282,15 @@ def _proven(run: Race, written: Written, ready: Starters, name: str, cache: str)
 def _once(
     run: Race, written: Written, ready: Starters, name: str, cache: str | None
 ) -> dict[str, Any]:
-    files = read_by(ready.loader(name), written.files)
+    files = read_by(run.entrants.running_by_name[name], written.files)
     try:
         with ready.take(name) as child:
-            started = child.wait_ready(starters.READY_S)
+            started = child.wait_ready(process.READY_S)
             state = residency.prepare(cache, files) if cache else None
             with run.reserve.lend(), run.watch.peak() as risen:
                 sample = started | child.go(run.limit_s)
-    except process.ProcessFailedError as failed:
-        return {"outcome": failed.outcome, "detail": failed.detail, "sample": None}
+    except ProcessFailedError as failed:
+        return {"outcome": failed.outcome, "detail": scrub(failed.detail), "sample": None}
     sample["device_peak"] = risen[0] if risen else None
     left, _ = residency.resident_fraction(files)
     return judge(cache, state, sample) | {"sample": sample, "resident_after": left}
@@ -313,9 +314,7 @@ def judge(
     if cache is None or state is None:
         return {"outcome": "ok", "detail": None, "verified": None}
     inside = sample["resident_before"]
-    verdict = residency.weakest(
-        [state.verified, None if inside is None else residency.satisfies(cache, inside)]
-    )
+    verdict = residency.verdict(state, inside)
     if verdict is False:
         seen = state.fraction if inside is None else inside
         detail = f"to be {cache}, but {seen:.1%} of the bytes were in the page cache"

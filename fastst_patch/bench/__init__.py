@@ -129,7 +129,8 @@ def _refuse_early(args: argparse.Namespace) -> None:
         if output and output != STDOUT:
             _require_writable(Path(output))
     if args.device != "cpu":
-        from .job import CHILD, run_json
+        from .job import CHILD
+        from .process import run_json
 
         answer = run_json(CHILD, {"kind": "cuda", "device": args.device}, "asking torch for CUDA")
         if not answer["usable"]:

@@ -9,7 +9,7 @@ from fastst_patch import engine
 
 from . import hardware, job, residency, settle
 from .failures import BenchError
-from .job import run_json
+from .process import run_json
 
 DIRECT = "O_DIRECT read"
 COLD_BUFFERED = "cold buffered read"
@@ -96,7 +96,7 @@ class BusCeiling(Ceiling):
     def measure(self, paths: Sequence[str], reserve: settle.Reserve) -> None:
         """Add one measurement, made in a process of its own."""
         answer = run_json(job.CHILD, {"kind": "h2d", "device": self.device}, self.name)
-        self.chosen = "256 MiB, reused"
+        self.chosen = "2 x 128 MiB, reused"
         self.bytes = int(answer["bytes"])
         self.seconds.append(float(answer["seconds"]))
 

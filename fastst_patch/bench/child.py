@@ -1,7 +1,5 @@
 """The process that is timed: `python -m fastst_patch.bench.child`, one JSON job on stdin.
 
-A load waits at a gate when all is imported: it says "ready", and goes on at the next line.
-
 Everything that is not loading happens before the clock starts (imports, patching, the
 CUDA context) or after it stopped (digests, memory). Nothing here reads a file's bytes
 before that, or the cache state under test would be gone.
@@ -10,13 +8,10 @@ before that, or the cache state under test would be gone.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import hashlib
 import importlib
 import json
-import signal
-import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,45 +25,84 @@ from fastst_patch import engine
 from fastst_patch.device import target
 
 from . import residency, settle
-from .job import READY, LoadJob, Sample
+from .job import LoadJob, Sample
 from .memory import device_memory, process_memory
+from .process import serve
 
-H2D_BYTES = 256 << 20
-_H2D_REPEATS = 8
-_PR_SET_PDEATHSIG = 1
+H2D_BYTES = 2 << 30
+H2D_SLOT = 128 << 20  # two of them
 _REPLACED = "{} is already replaced as Python starts (a sitecustomize?): there is no stock to time"
 
 Tensors = dict[str, torch.Tensor]
+WaitAtGate = Callable[..., None]  # of process.serve
 
 
-def main() -> int:
-    """Do the job on stdin and print the answer as one line of JSON."""
-    end_with_parent()
-    message = json.loads(sys.stdin.readline())
+def act(message: dict[str, Any], gate: WaitAtGate) -> dict[str, Any]:
+    """Do one of the jobs."""
+    kind = message.pop("kind")
     try:
-        answer = _KINDS[message.pop("kind")](message)
+        return _load(message, gate) if kind == "load" else _KINDS[kind](message)
     except (safetensors.SafetensorError, OSError, MemoryError) as error:
         # What a file or the machine can cause is one line; a bug of ours keeps its traceback.
         raise SystemExit(f"{type(error).__name__}: {error}") from None
-    print(json.dumps(answer), flush=True)
-    return 0
 
 
-def end_with_parent() -> None:
-    """Have the kernel kill this process when the bench is gone, however that ended."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+# ---- the clock ----------------------------------------------------------
+
+
+class Clock:
+    """A clock that starts behind the gate, and what was seen before it started and after it ended.
+
+    Attributes:
+        resident: fraction of the files in the page cache just before the start.
+        memory_before, memory: bytes held then, and when the last lap was over.
+        seconds: of each lap, by name.
+        reports: the LoadReports made meanwhile; filled when the context ends.
+    """
+
+    def __init__(self, resident: float | None, memory: dict[str, int], reports: list[Any]) -> None:
+        self.resident, self.memory_before, self.reports = resident, memory, reports
+        self.memory: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Note the seconds since the start, or since the last lap."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """Why stock did something."""
+        return tuple(sorted({one.fallback_reason for one in self.reports if one.fallback_reason}))
+
+
+@contextlib.contextmanager
+def clock(loader: str, paths: Sequence[str], device: str, gate: WaitAtGate) -> Iterator[Clock]:
+    """Wait at the gate, and hold a clock that starts when everything else is out of the way."""
+    gate()
+    settle.forget_peak()
+    gc.collect()
+    gc.freeze()  # the patched process imported more: neither shall pay for traversing that
+    memory = process_memory() | device_memory(device)
+    resident = residency.resident_fraction(paths)[0]
+    with reports_of(loader) as reports:
+        started = Clock(resident, memory, reports)
+        yield started
+    started.memory = process_memory() | device_memory(device)
 
 
 # ---- a timed load -------------------------------------------------------
 
 
-def _load(message: dict[str, Any]) -> dict[str, Any]:
+def _load(message: dict[str, Any], gate: WaitAtGate) -> dict[str, Any]:
     message["paths"] = tuple(message["paths"])
     message["orders"] = tuple(tuple(order) for order in message["orders"])
-    return asdict(run(LoadJob(**message)))
+    return asdict(run(LoadJob(**message), gate))
 
 
-def run(job: LoadJob) -> Sample:
+def run(job: LoadJob, gate: WaitAtGate) -> Sample:
     """Time one load, and then collect what describes it.
 
     The sample's parts, of loads to a device: ``context`` (torch's, before the clock), ``engine``
@@ -80,42 +114,32 @@ def run(job: LoadJob) -> Sample:
     else:
         require_stock()
     parts = _open_device(job)
-    print(READY, flush=True)
-    sys.stdin.readline()  # now there is memory
-    settle.forget_peak()
-    gc.collect()
-    gc.freeze()  # the patched process imported more: neither shall pay for traversing that
-    memory_before = process_memory() | device_memory(job.device)
-    resident = residency.resident_fraction(job.paths)[0]
-
-    with reports_of(job.loader) as reports:
-        begin = time.perf_counter()
+    checksums = None
+    with clock(job.loader, job.paths, job.device, gate) as timed:
         loaded = [_load_file(path, job.device) for path in job.paths]
         synchronize(job.device)
-        ready = time.perf_counter()
-        touching = job.touch and _on_cpu(job.device)
-        checksums = _touch(loaded, job.orders) if touching else None
-        end = time.perf_counter() if touching else ready
-
-    memory = process_memory() | device_memory(job.device)
+        timed.lap("load")
+        if job.touch and _on_cpu(job.device):
+            checksums = _touch(loaded, job.orders)
+            timed.lap("touch")
     if not _on_cpu(job.device):
         parts["pinning"] = engine.counters()["pinned_nanoseconds"] / 1e9
     # A device's bytes are read now, after the clock: each once, in file order, as on the CPU.
     checksums = checksums or _touch(loaded, job.orders)
     tensors = [tensor for file in loaded for tensor in file.values()]
     return Sample(
-        load_s=ready - begin,
-        touch_s=end - ready,
+        load_s=timed.seconds["load"],
+        touch_s=timed.seconds.get("touch", 0.0),
         digests=tuple(map(_digest, loaded, job.orders, checksums)),
         tensors=len(tensors),
         bytes=sum(tensor.nbytes for tensor in tensors),
-        path=_path_taken(job.loader, reports),
-        fallbacks=tuple(sorted({r.fallback_reason for r in reports if r.fallback_reason})),
-        resident_before=resident,
-        memory=memory,
-        memory_before=memory_before,
+        path=_path_taken(job.loader, timed.reports),
+        fallbacks=timed.fallbacks,
+        resident_before=timed.resident,
+        memory=timed.memory,
+        memory_before=timed.memory_before,
         versions={"torch": torch.__version__, "safetensors": safetensors.__version__},
-        device_name=_device_name(job.device),
+        device_name=device_name(job.device),
         parts=parts,
     )
 
@@ -194,14 +218,20 @@ def _on_cpu(device: str) -> bool:
     return device == "cpu"
 
 
+def open_context(device: str) -> float:
+    """Create the context, which costs a program its first second whatever it loads; seconds."""
+    if _on_cpu(device):
+        return 0.0
+    begin = time.perf_counter()
+    torch.empty(1, device=device)
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
 def _open_device(job: LoadJob) -> dict[str, float]:
-    """Create the context, which costs a program its first second whatever it loads."""
     if _on_cpu(job.device):
         return {}
-    begin = time.perf_counter()
-    torch.empty(1, device=job.device)
-    synchronize(job.device)
-    parts = {"context": time.perf_counter() - begin}
+    parts = {"context": open_context(job.device)}
     if job.split and job.loader == "patched":
         found = target(job.device)
         begin = time.perf_counter()
@@ -217,7 +247,8 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """Return what the driver calls a device."""
     return "cpu" if _on_cpu(device) else torch.cuda.get_device_name(device)
 
 
@@ -234,23 +265,19 @@ def _cuda(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _h2d(message: dict[str, Any]) -> dict[str, Any]:
-    """Time pinned host-to-device copies of one reused buffer: what the bus gives."""
-    source = torch.empty(H2D_BYTES, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(H2D_BYTES, dtype=torch.uint8, device=message["device"])
-    target.copy_(source, non_blocking=True)
-    torch.cuda.synchronize(message["device"])
-    begin = time.perf_counter()
-    for _ in range(_H2D_REPEATS):
-        target.copy_(source, non_blocking=True)
-    torch.cuda.synchronize(message["device"])
-    return {"bytes": H2D_BYTES * _H2D_REPEATS, "seconds": time.perf_counter() - begin}
+    """Time pinned host-to-device copies of reused buffers: what the bus gives."""
+    from .copies import copy_to
+
+    copied, seconds = copy_to(
+        message["device"], H2D_BYTES, 1, pinned=True, slot=H2D_SLOT, streams=1
+    )
+    return {"bytes": copied, "seconds": seconds}
 
 
 _KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "load": _load,
     "cuda": _cuda,
     "h2d": _h2d,
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    serve(act)

@@ -72,15 +72,16 @@ def read_ahead_kb(path: str | os.PathLike[str]) -> int | None:
 
 def memory_total() -> int:
     """Return the machine's memory in bytes."""
-    return _meminfo("MemTotal")
+    return meminfo("MemTotal")
 
 
 def memory_available() -> int:
     """Return the bytes one may still fill: MemAvailable, or less under a cgroup limit."""
-    return min([_meminfo("MemAvailable"), *_cgroup_headrooms()])
+    return min([meminfo("MemAvailable"), *_cgroup_headrooms()])
 
 
-def _meminfo(field: str) -> int:
+def meminfo(field: str) -> int:
+    """Return a field of /proc/meminfo in bytes; 0 where it is not there."""
     match = re.search(rf"^{field}:\s+(\d+) kB$", _read(Path("/proc/meminfo")), re.MULTILINE)
     return int(match.group(1)) * 1024 if match else 0
 
@@ -122,13 +123,14 @@ def environment(path: str | os.PathLike[str]) -> dict[str, object]:
         "block_device": os.path.basename(held_by.source),
         "read_ahead_kb": read_ahead_kb(path),
         "python": platform.python_version(),
-        "torch": _version("torch"),
-        "safetensors": _version("safetensors"),
-        "fastst_patch": _version("fastst-patch"),
+        "torch": version("torch"),
+        "safetensors": version("safetensors"),
+        "fastst_patch": version("fastst-patch"),
     }
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """Return the installed version of a distribution."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -1,29 +1,17 @@
-"""What the runner tells a child process, what the child answers, and the call between.
+"""What the runner tells the child that loads, and what it answers.
 
 Neither side imports torch or the engine through this module.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
-from ..config import undecided_environment
 from . import settle
-from .failures import BenchError
+from .process import Gate, run_json
 
 CHILD = ("-m", "fastst_patch.bench.child")
-
-READY = "ready"  # a process's first line
-
-_STDERR_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -63,9 +51,6 @@ class Sample:
         return self.load_s + self.touch_s
 
 
-Gate = contextlib.AbstractContextManager[None]  # as of runner.Gate
-
-
 def run_load(job: LoadJob, gate: Gate | None = None) -> Sample:
     """Run one timed load in a fresh process.
 
@@ -82,78 +67,3 @@ def run_load(job: LoadJob, gate: Gate | None = None) -> Sample:
     answer["digests"] = tuple(answer["digests"])
     answer["fallbacks"] = tuple(answer["fallbacks"])
     return Sample(**answer)
-
-
-def run_json(
-    arguments: Sequence[str],
-    message: Mapping[str, object],
-    label: str,
-    gate: Gate | None = None,
-) -> dict[str, Any]:
-    """Run a fresh interpreter on a JSON message; its last line of output is the answer.
-
-    It runs in the directory that holds this package, so that `-m` finds this very copy
-    and not a checkout that happens to be the user's working directory. ``FASTST_ENABLED`` is
-    for programs, and does not reach it: who is patched is this bench's own business.
-
-    With a gate the process waits after its first line of output, and goes on within that context.
-    """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=undecided_environment(),
-            cwd=Path(__file__).absolute().parents[2],
-        )
-        with process, _ended(process):
-            output = _talk(process, json.dumps(message) + "\n", gate)
-        errors.seek(0)
-        told = errors.read()
-    if process.returncode != 0:
-        raise BenchError(_failure(label, process.returncode, told))
-    lines = output.strip().splitlines()
-    try:
-        answer = json.loads(lines[-1])
-    except (IndexError, ValueError) as error:
-        raise BenchError(_failure(label, 0, told) + "\nno JSON answer") from error
-    if not isinstance(answer, dict):
-        raise BenchError(f"{label}: its answer is no JSON object: {lines[-1]}")
-    return answer
-
-
-def _talk(process: subprocess.Popen[str], message: str, gate: Gate | None) -> str:
-    if gate is None:
-        return process.communicate(message)[0]
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # it says why below
-        process.stdin.write(message)
-        process.stdin.flush()
-    process.stdout.readline()  # READY, or nothing: it ended
-    with gate:
-        try:
-            return process.communicate("go\n")[0]
-        except BrokenPipeError:  # it is gone with the message unread; how it ended says why
-            return ""
-
-
-@contextlib.contextmanager
-def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Leave no process behind when the block ends early."""
-    try:
-        yield
-    except BaseException:
-        process.kill()
-        raise
-
-
-def _failure(label: str, code: int, stderr: str) -> str:
-    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    lines = stderr.strip().splitlines()[-_STDERR_LINES:]
-    if len(lines) == 1:  # the child has put it in words
-        return f"{label}: its process failed ({how}): {lines[0]}"
-    tail = "\n".join(f"  | {line}" for line in lines)
-    return f"{label}: its process failed ({how})" + (f":\n{tail}" if tail else "")

@@ -23,14 +23,16 @@ _CEILING_COLOURS = {
 }
 
 
-def require_matplotlib() -> Any:
-    """Import matplotlib.figure, an extra, for --plot only."""
+def require_matplotlib(what: str = "--plot needs", extra: str = "fastst-patch[plot]") -> Any:
+    """Import matplotlib.figure, an extra.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise UsageError(
-            f"--plot needs matplotlib ({error}): pip install 'fastst-patch[plot]'"
-        ) from error
+        raise UsageError(f"{what} matplotlib ({error}): pip install '{extra}'") from error
     return matplotlib.figure
 
 

@@ -43,6 +43,12 @@ def weakest(verdicts: Iterable[bool | None]) -> bool | None:
     return min(verdicts, key=(False, None, True).index, default=True)
 
 
+def verdict(prepared: CacheState, inside: float | None) -> bool | None:
+    """Tell whether the state held, by what the timed process saw, too, if it could be told."""
+    seen = True if inside is None else satisfies(prepared.cache, inside)
+    return weakest([prepared.verified, seen])
+
+
 def satisfies(cache: str, fraction: float) -> bool:
     """Tell whether a resident fraction counts as cold, or as warm."""
     return fraction < COLD_AT_MOST if is_cold(cache) else fraction >= WARM_AT_LEAST

@@ -9,7 +9,9 @@ from typing import Any
 
 from . import ceilings, residency, stats
 from .ceilings import Ceiling
-from .runner import LOADERS, Outcome, Run
+from .harness import Run
+from .job import Sample
+from .runner import LOADERS, Outcome
 from .stats import Summary
 
 
@@ -32,7 +34,7 @@ class Row:
     path: str
     fallbacks: tuple[str, ...]
     verified: bool | None
-    runs: tuple[Run, ...]
+    runs: tuple[Run[Sample], ...]
 
     @property
     def gb_per_s(self) -> float:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from . import ceilings, residency, settle
+from . import ceilings, harness, residency, settle
 from .ceilings import Ceiling
 from .checkpoint_files import CheckpointFile
 from .failures import BenchError
+from .harness import Run
 from .job import LoadJob, Sample, run_load
 from .progress import Progress
-from .residency import CacheState
 
 LOADERS = ("stock", "patched")
-TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -43,50 +40,12 @@ class Plan:
         return io in ("direct", "gds") or page_cache == "drop"
 
 
-class Gate:
-    """What a process finds when it is let through: a proven page cache, and memory.
-
-    A context manager for the time in which it is timed. Both are made at the last moment, since
-    pages that have been free for long may not be the machine's any more.
-    """
-
-    state: CacheState
-
-    def __init__(self, cache: str, paths: Sequence[str], reserve: settle.Reserve) -> None:
-        self._cache, self._paths = cache, paths
-        small = cache == residency.SMALL_PAGES
-        self._lending = reserve.lend((settle.SMALL,)) if small else reserve.lend()
-
-    def __enter__(self) -> None:
-        self.state = residency.prepare(self._cache, self._paths)
-        self._lending.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        self._lending.__exit__(*exc)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One sample and the cache state it was prepared in."""
-
-    sample: Sample
-    prepared: CacheState
-
-    @property
-    def verified(self) -> bool | None:
-        """By this process before the child started, and by the child before its clock did."""
-        if self.sample.resident_before is None:
-            return self.prepared.verified
-        inside = residency.satisfies(self.prepared.cache, self.sample.resident_before)
-        return residency.weakest([self.prepared.verified, inside])
-
-
 @dataclass
 class Outcome:
     """Everything measured so far."""
 
     plan: Plan
-    runs: dict[tuple[str, str], list[Run]]  # by (cache, loader); one a round
+    runs: dict[tuple[str, str], list[Run[Sample]]]  # by (cache, loader); one a round
     ceilings: list[Ceiling]
     rounds: int = 0
 
@@ -102,23 +61,18 @@ def race(plan: Plan) -> Outcome:
     beside: dict[str, list[Ceiling]] = {cache: [] for cache in plan.caches}
     if plan.ceilings:
         beside = ceilings.plan(plan.caches, plan.device, plan.direct_wanted)
-    runs: dict[tuple[str, str], list[Run]] = {
+    runs: dict[tuple[str, str], list[Run[Sample]]] = {
         (cache, loader): [] for cache in plan.caches for loader in LOADERS
     }
     outcome = Outcome(plan, runs, [one for group in beside.values() for one in group])
     steps = len(runs) + len(outcome.ceilings)
-    begin, longest = time.monotonic(), 0.0
     with (
         Progress(plan.rounds, steps, plan.max_seconds) as bar,
         settle.reserve_for(plan.paths) as reserve,
     ):
-        for number in range(plan.rounds):
-            started = time.monotonic()
-            if number and started - begin + longest > plan.max_seconds:
-                break
+        for number in harness.rounds(plan.rounds, plan.max_seconds):
             _round(outcome, number, beside, bar, reserve)
             outcome.rounds += 1
-            longest = max(longest, time.monotonic() - started)
     return outcome
 
 
@@ -129,10 +83,8 @@ def _round(
     bar: Progress,
     reserve: settle.Reserve,
 ) -> None:
-    # Whoever goes second finds the disk and the allocator as the first left them.
-    order = LOADERS if number % 2 == 0 else LOADERS[::-1]
     for cache, measured_beside in beside.items():
-        for loader in order:
+        for loader in harness.order(LOADERS, number):
             bar.step(f"round {number + 1}: {loader}, {cache}")
             run = _run(outcome.plan, loader, cache, reserve)
             outcome.runs[cache, loader].append(run)
@@ -144,20 +96,7 @@ def _round(
             bar.update()
 
 
-def _run(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> Run:
-    """Prepare the cache and load; again when something else took the cache out of that state.
-
-    Kernels that reclaim idle pages, and other programs, do so between preparing and loading.
-    The result of such a run is not looked at, so repeating it chooses nothing.
-    """
-    for _ in range(TRIES):
-        run = _run_once(plan, loader, cache, reserve)
-        if run.verified is not False:
-            break
-    return run
-
-
-def _run_once(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> Run:
+def _run(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> Run[Sample]:
     job = LoadJob(
         loader=loader,
         device=plan.device,
@@ -165,9 +104,7 @@ def _run_once(plan: Plan, loader: str, cache: str, reserve: settle.Reserve) -> R
         orders=tuple(file.order for file in plan.files),
         options=plan.options if loader == "patched" else {},
     )
-    gate = Gate(cache, plan.paths, reserve)
-    sample = run_load(job, gate)
-    return Run(sample, gate.state)
+    return harness.repeated(cache, plan.paths, reserve, lambda gate: run_load(job, gate))
 
 
 def _require_equal(outcome: Outcome, sample: Sample, loader: str, cache: str) -> None:

@@ -142,15 +142,15 @@ def _touched(kind: int) -> mmap.mmap:
     block = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # where pages have one size alone
         block.madvise(kind)
-    if not _populated(block):  # before Linux 5.14
+    if not advise(block, 0, BLOCK, POPULATE_WRITE):  # before Linux 5.14
         block[::PAGE] = b"\1" * (BLOCK // PAGE)
     return block
 
 
-def _populated(block: mmap.mmap) -> bool:
-    """Touch it all at once; not by `mmap.madvise`, for whose time no other thread would run."""
-    begin = ctypes.c_char.from_buffer(block)  # the block cannot be closed as long as this lives
-    return bool(_libc.madvise(ctypes.addressof(begin), BLOCK, POPULATE_WRITE) == 0)
+def advise(memory: mmap.mmap, at: int, nbytes: int, advice: int) -> bool:
+    """Call madvise; not by `mmap.madvise`, for whose time no other thread would run."""
+    begin = ctypes.c_char.from_buffer(memory)  # it cannot be closed as long as this lives
+    return bool(_libc.madvise(ctypes.addressof(begin) + at, nbytes, advice) == 0)
 
 
 def _used() -> int:

@@ -23,7 +23,9 @@ from fastst_patch.bench import (
     checkpoint_files,
     child,
     hardware,
+    harness,
     job,
+    process,
     residency,
     runner,
     settle,
@@ -93,9 +95,9 @@ def test_warm_run_called_cold_is_caught(
 
 def test_file_warmed_behind_our_back_is_caught():
     prepared = residency.CacheState("cold", 0.0, "cachestat")
-    assert runner.Run(sample(resident_before=0.0), prepared).verified is True
-    assert runner.Run(sample(resident_before=0.5), prepared).verified is False
-    assert runner.Run(sample(resident_before=None), prepared).verified is True
+    assert harness.Run(sample(resident_before=0.0), prepared).verified is True
+    assert harness.Run(sample(resident_before=0.5), prepared).verified is False
+    assert harness.Run(sample(resident_before=None), prepared).verified is True
 
 
 def test_unknown_residency_is_no_failure(monkeypatch):
@@ -176,19 +178,19 @@ def test_missing_o_direct_is_no_failure(monkeypatch, transformer):
 
 
 def test_failed_child_shows_its_last_words():
-    with pytest.raises(BenchError, match=r"(?s)stock loader.*exit code 1.*last words"):
-        job.run_json(["-c", "raise SystemExit('last words')"], {}, "stock loader")
-    with pytest.raises(BenchError, match="signal 9"):
-        job.run_json(["-c", "import os; os.kill(os.getpid(), 9)"], {}, "stock loader")
+    with pytest.raises(BenchError, match=r"(?s)stock loader.*exit status 1.*last words"):
+        process.run_json(["-c", "raise SystemExit('last words')"], {}, "stock loader")
+    with pytest.raises(BenchError, match="SIGKILL"):
+        process.run_json(["-c", "import os; os.kill(os.getpid(), 9)"], {}, "stock loader")
     with pytest.raises(BenchError, match="no JSON"):
-        job.run_json(["-c", "print('hello')"], {}, "stock loader")
+        process.run_json(["-c", "print('hello')"], {}, "stock loader")
 
 
 def test_gate_is_passed_when_the_child_is_ready(tmp_path):
     told = tmp_path / "told"
     child = ("import json, pathlib, sys\n"
              "message = json.loads(sys.stdin.readline())\n"
-             "print('ready', flush=True)\n"
+             "print('{}', flush=True)\n"
              "sys.stdin.readline()\n"
              "print(json.dumps({'told': pathlib.Path(message['path']).read_text()}))")  # fmt: skip
 
@@ -198,10 +200,10 @@ def test_gate_is_passed_when_the_child_is_ready(tmp_path):
         yield
         told.write_text("after")
 
-    answer = job.run_json(["-c", child], {"path": str(told)}, "stock loader", gate())
+    answer = process.run_json(["-c", child], {"path": str(told)}, "stock loader", gate())
     assert (answer, told.read_text()) == ({"told": "before"}, "after")
     with pytest.raises(BenchError, match="last words"):
-        job.run_json(["-c", "raise SystemExit('last words')"], {}, "stock loader", gate())
+        process.run_json(["-c", "raise SystemExit('last words')"], {}, "stock loader", gate())
 
 
 def test_interrupted_gate_leaves_no_process(tmp_path):
@@ -209,7 +211,7 @@ def test_interrupted_gate_leaves_no_process(tmp_path):
     child = ("import json, os, pathlib, sys\n"
              "path = json.loads(sys.stdin.readline())['path']\n"
              "pathlib.Path(path).write_text(str(os.getpid()))\n"
-             "print('ready', flush=True)\n"
+             "print('{}', flush=True)\n"
              "sys.stdin.readline()\n")  # fmt: skip
 
     @contextlib.contextmanager
@@ -218,7 +220,7 @@ def test_interrupted_gate_leaves_no_process(tmp_path):
         yield
 
     with pytest.raises(KeyboardInterrupt):
-        job.run_json(["-c", child], {"path": str(pid)}, "stock loader", gate())
+        process.run_json(["-c", child], {"path": str(pid)}, "stock loader", gate())
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
 
@@ -296,7 +298,7 @@ def test_missing_native_extension_is_told(monkeypatch, capsys):
 @native
 def test_unusable_cuda_is_told(monkeypatch, capsys, transformer):
     answer = {"usable": False, "reason": "Torch not compiled with CUDA enabled"}
-    monkeypatch.setattr(job, "run_json", lambda *_: answer)
+    monkeypatch.setattr(process, "run_json", lambda *_: answer)
     assert run_cli("bench", transformer, "--device", "cuda:0") == 2
     assert "not compiled with CUDA" in capsys.readouterr().err
 
@@ -393,7 +395,7 @@ def test_what_a_file_causes_is_one_line_of_the_child(tmp_path):
     absent = str(tmp_path / "absent.safetensors")
     one = job.LoadJob("stock", "cpu", (absent,), ((),))
     with pytest.raises(BenchError) as caught:
-        job.run_json(job.CHILD, {"kind": "load", **dataclasses.asdict(one)}, "stock loader",
+        process.run_json(job.CHILD, {"kind": "load", **dataclasses.asdict(one)}, "stock loader",
                      contextlib.nullcontext())  # fmt: skip
     (line,) = str(caught.value).splitlines()
     assert absent in line

@@ -13,6 +13,7 @@ from fastst_patch.bench import (
     ceilings,
     checkpoint_files,
     hardware,
+    harness,
     plot,
     progress,
     residency,
@@ -28,7 +29,7 @@ def outcome(rounds=3):
     described = checkpoint_files.CheckpointFile("/home/someone/model.safetensors", 10**9, 10**9, ())
     runs = {
         (cache, loader): [
-            runner.Run(sample(loader), residency.CacheState(cache, fraction, "cachestat"))
+            harness.Run(sample(loader), residency.CacheState(cache, fraction, "cachestat"))
         ]
         * rounds
         for cache, fraction in (("cold", 0.0), ("warm", 1.0))
@@ -117,7 +118,7 @@ def test_no_verdict_from_too_little():
         first = table.render(with_ratio(0.5, rounds), environment(), 120).splitlines()[0]
         assert first.startswith("Too few rounds for a verdict")
     made = with_ratio(0.5)
-    made.runs["cold", "stock"][0] = runner.Run(
+    made.runs["cold", "stock"][0] = harness.Run(
         sample(), residency.CacheState("cold", 1.0, "cachestat")
     )
     first = table.render(made, environment(), 120).splitlines()[0]

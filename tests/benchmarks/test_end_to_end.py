@@ -244,17 +244,17 @@ def test_read_ahead_is_put_back(bench, tmp_path, monkeypatch) -> None:
     setting = tmp_path / "read_ahead_kb"
     setting.write_text("8192\n")
     monkeypatch.setattr(hardware, "read_ahead_file", lambda path: setting)
-    with pytest.raises(ZeroDivisionError), bench.harness.read_ahead(tmp_path, 128):
+    with pytest.raises(ZeroDivisionError), bench.scenario.read_ahead(tmp_path, 128):
         assert setting.read_text() == "128\n"
         raise ZeroDivisionError
     assert setting.read_text() == "8192\n"
     monkeypatch.setattr(hardware, "read_ahead_file", lambda path: tmp_path)  # cannot be written
-    with pytest.raises(UsageError, match="takes root"), bench.harness.read_ahead(tmp_path, 128):
+    with pytest.raises(UsageError, match="takes root"), bench.scenario.read_ahead(tmp_path, 128):
         pass
     monkeypatch.setattr(hardware, "read_ahead_file", lambda path: None)
     with (
         pytest.raises(UsageError, match="no read-ahead setting"),
-        bench.harness.read_ahead(tmp_path, 128),
+        bench.scenario.read_ahead(tmp_path, 128),
     ):
         pass
 

@@ -28,6 +28,7 @@ from race_harness import (
     results,
     runner,
     sample,
+    screen,
     states,
     truth,
     who,
@@ -54,7 +55,7 @@ RIGHT = ("stock-mmap", "chatters")
 
 def test_wrong_and_crashing_loaders_are_listed_and_the_race_goes_on(file) -> None:
     race = race_of(file, *WRONG, *CRASHING, *RIGHT, rounds=2)
-    runner.race(race, runner.Shown())
+    runner.race(race, screen.Screen())
     outcomes = {(run["loader"], run["round"]): run for run in race.runs}
     for name, text in WRONG.items():
         assert outcomes[name, 1]["outcome"] == "wrong"
@@ -91,7 +92,7 @@ def test_wrong_and_crashing_loaders_are_listed_and_the_race_goes_on(file) -> Non
 
 def test_hanging_loader_is_ended_and_listed(file) -> None:
     race = race_of(file, "hangs", limit_s=1.0)
-    runner.race(race, runner.Shown())
+    runner.race(race, screen.Screen())
     assert [run["outcome"] for run in race.runs] == ["time limit"]
     assert "1 s passed while loading" in race.runs[0]["detail"]
     assert states(race) == {"hangs": "time limit"}
@@ -99,7 +100,7 @@ def test_hanging_loader_is_ended_and_listed(file) -> None:
 
 def test_cold_load_and_a_second_one_in_a_new_process(file, on_disk) -> None:
     race = race_of(file, "stock-mmap", caches=("cold",), ceilings=True)
-    runner.race(race, runner.Shown())
+    runner.race(race, screen.Screen())
     first, second = race.runs
     if first["verified"] is None:
         pytest.skip("this kernel does not tell what is cached")
@@ -123,7 +124,7 @@ def test_slow_loader_shows_as_slow(file, fake) -> None:
     fake.answers["chatters"] = lambda: sample(load_s=2.5)  # of 3 s with reading, against 1.5
     race = race_of(file, "stock-mmap", "chatters", "again", rounds=5)
     fake.answers["again"] = lambda: sample(load_s=0.25)
-    runner.race(race, runner.Shown())
+    runner.race(race, screen.Screen())
     rows = results.rows(found_of(race), "tiny", "warm")
     assert [(row.loader, row.rank) for row in rows] == [
         ("again", 1), ("stock-mmap", 2), ("chatters", 3),
@@ -150,19 +151,19 @@ def test_ratios_are_paired_by_round(file, fake) -> None:
 
     fake.answers |= {"stock-mmap": drifting(1.0), "again": drifting(0.25)}
     race = race_of(file, "stock-mmap", "again", rounds=6, at_once=1)
-    runner.race(race, runner.Shown())
+    runner.race(race, screen.Screen())
     row = next(r for r in results.rows(found_of(race), "tiny", "warm") if r.loader == "again")
     assert (row.to_stock.low, row.to_stock.median, row.to_stock.high) == (0.25, 0.25, 0.25)
 
 
 def test_warm_run_called_cold_is_caught(file, on_disk, monkeypatch) -> None:
-    monkeypatch.setattr(process, "Child", FakeChild)
+    monkeypatch.setattr(process, "begin", FakeChild)
     monkeypatch.setattr(FakeChild, "answers", {})
     monkeypatch.setattr(FakeChild, "started", [])
     monkeypatch.setattr(residency, "_PAUSE_S", 0)
     monkeypatch.setattr(residency, "evict", residency.warm)
     race = race_of(file, "stock-mmap", caches=("cold",), rounds=5)
-    runner.race(race, runner.Shown())
+    runner.race(race, screen.Screen())
     if race.runs[0]["verified"] is None:
         pytest.skip("this kernel does not tell what is cached")
     assert {run["outcome"] for run in race.runs} == {"cache"}
@@ -182,7 +183,7 @@ def test_file_warmed_behind_our_back_is_caught(file, fake) -> None:
     unit = plan.Unit(plan.Cell("tiny", "cold"), ("stock-mmap",), 300_000, again=False)
     race.planner = plan.Planner([unit], None, 1)
     race.workloads = [one]
-    runner.race(race, runner.Shown())
+    runner.race(race, screen.Screen())
     assert [(run["outcome"], run["tries"]) for run in race.runs] == [("ok", 2)]
 
 
@@ -201,7 +202,7 @@ def test_stock_under_our_name_is_no_result() -> None:
 def test_order_is_random_noted_and_comes_back_with_the_seed(file, fake) -> None:
     def orders(seed):
         race = race_of(file, "stock-mmap", "again", "chatters", "borrows", rounds=6, seed=seed)
-        runner.race(race, runner.Shown())
+        runner.race(race, screen.Screen())
         return [one["order"] for one in race.orders]
 
     one = orders(1)
@@ -220,7 +221,7 @@ def test_refused_workload_is_listed(file, fake) -> None:
         yield runner.Written((str(file),), 1, str(path), {"again": "does not know the dtype BF16"})
 
     race.provide = provide
-    runner.race(race, runner.Shown())
+    runner.race(race, screen.Screen())
     assert {run["loader"] for run in race.runs} == {"stock-mmap"}
     assert "- again: not run here: does not know the dtype BF16." in report.markdown(
         [found_of(race)]
@@ -232,7 +233,7 @@ def test_refused_workload_is_listed(file, fake) -> None:
 
 def test_missing_loaders_are_listed_with_the_reason(file, fake) -> None:
     race = race_of(file, "stock-mmap", "not-installed", "gpu-only", "beside")
-    runner.race(race, runner.Shown())
+    runner.race(race, screen.Screen())
     found = found_of(race)
     assert found["missing"] == {
         "not-installed": "nowhere to be found: pip install nowhere",
@@ -359,7 +360,7 @@ def test_a_quarter_of_the_bytes_takes_less_of_what_is_no_start(start_s, seconds)
 def test_rounds_are_never_fewer(file, fake) -> None:
     race = race_of(file, "stock-mmap", "again", rounds=5)
     race.planner.budget_s = 0.0
-    runner.race(race, runner.Shown())
+    runner.race(race, screen.Screen())
     counts = {name: sum(run["loader"] == name for run in race.runs) for name in ("stock-mmap",)}
     assert counts == {"stock-mmap": 5}
 

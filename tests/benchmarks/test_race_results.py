@@ -33,6 +33,7 @@ from race_harness import (
     results,
     runner,
     sample,
+    screen,
     watch,
     whole,
     workload,
@@ -177,7 +178,7 @@ def test_wrong_loader_has_no_time_and_no_bar(file, fake, tmp_path) -> None:
     fake.answers["again"] = lambda: sample(wrong=["x: its bytes are not the file's"],
                                            wrong_count=4)  # fmt: skip
     race = race_of(file, "stock-mmap", "again", rounds=5)
-    runner.race(race, runner.Shown())
+    runner.race(race, screen.Screen())
     found = found_of(race)
     row = next(one for one in results.rows(found, "tiny", "warm") if one.loader == "again")
     assert (row.state, row.rank, row.total_s, row.gb_per_s) == ("wrong", None, None, None)
@@ -186,7 +187,7 @@ def test_wrong_loader_has_no_time_and_no_bar(file, fake, tmp_path) -> None:
     assert "| 1 | stock-mmap |" in report.markdown([found])
     assert readme.matrix(found)[2:] == ["| tiny, 0.3 MB, warm | **1.50 s** (mmap) |  |"]
     alone = race_of(file, "again", rounds=5)
-    runner.race(alone, runner.Shown())
+    runner.race(alone, screen.Screen())
     assert readme.matrix(found_of(alone))[2:] == ["| tiny, 0.3 MB, warm | wrong |  |"]
 
 
@@ -219,29 +220,41 @@ def test_peak_that_could_not_be_reset_is_no_number(found) -> None:
 # ---- the README ---------------------------------------------------------
 
 
-def test_readme_is_current() -> None:
+def test_pages_are_current() -> None:
     assert readme.main(check=True) == 0
 
 
-def test_readme_is_written_from_the_results(found, tmp_path, monkeypatch) -> None:
+def test_a_changed_number_is_found_and_mended(tmp_path, monkeypatch) -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    copy = tmp_path / "README.md"
+    copy.write_text(text.replace("| **0.", "| **1.", 1), encoding="utf-8")
+    monkeypatch.setattr(readme, "README", copy)
+    assert readme.main(check=True) == 1
+    assert readme.main(check=False) == 0
+    assert copy.read_text(encoding="utf-8") == text
+
+
+def test_race_is_written_from_the_results(found, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    page, end = tmp_path / "page.md", "<!-- end -->"
+    monkeypatch.setattr(readme, "PAGE", page)
+    monkeypatch.setattr(readme, "parts", lambda: [(page, "race", end, readme.race)])
     folder = tmp_path / "results" / "here" / "race"
     folder.mkdir(parents=True)
     results.save_summary(found, folder)
-    before = f"# x\n{readme.BEGIN}\nold\n{readme.END}\ny\n"
-    (tmp_path / "README.md").write_text(before)
+    before = f"# x\n{readme.marker('race')}\nold\n{end}\ny\n"
+    page.write_text(before)
     assert readme.main(check=True) == 1
-    assert (tmp_path / "README.md").read_text() == before
+    assert page.read_text() == before
     assert readme.main(check=False) == 0
-    text = (tmp_path / "README.md").read_text()
+    text = page.read_text()
     assert "| tiny, 0.3 MB, cold | **0.75 s** (again) |  |" in text
     assert "| tiny, 0.3 MB, warm | **0.75 s** (again) |  |" in text
     assert "(results/here/race/summary.png)" in text
-    assert text.endswith(f"{readme.END}\ny\n")
+    assert text.endswith(f"{end}\ny\n")
     assert readme.main(check=True) == 0
-    (tmp_path / "README.md").write_text("no markers")
+    page.write_text("no markers")
     with pytest.raises(UsageError, match="expected one line"):
         readme.main(check=True)
 

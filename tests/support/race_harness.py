@@ -22,16 +22,17 @@ if not (ROOT / "benchmarks" / "race").is_dir():
     pytest.skip("no benchmarks beside these tests", allow_module_level=True)
 sys.path.append(str(ROOT))  # last: what is installed is tested, and not the checkout
 
-ceilings = importlib.import_module("benchmarks.race.ceilings")
+ceilings = importlib.import_module("benchmarks.ceilings")
 charts = importlib.import_module("benchmarks.race.charts")
 command = importlib.import_module("benchmarks.race.command")
 entrants = importlib.import_module("benchmarks.race.entrants")
 plan = importlib.import_module("benchmarks.race.plan")
 process = importlib.import_module("benchmarks.race.process")
-readme = importlib.import_module("benchmarks.race.readme")
+readme = importlib.import_module("benchmarks.readme")
 report = importlib.import_module("benchmarks.race.report")
 results = importlib.import_module("benchmarks.race.results")
 runner = importlib.import_module("benchmarks.race.runner")
+screen = importlib.import_module("benchmarks.race.screen")
 truth = importlib.import_module("benchmarks.race.truth")
 whole = importlib.import_module("benchmarks.race.whole")
 watch = importlib.import_module("benchmarks.race.watch")
@@ -120,7 +121,7 @@ class FakeChild:
     answers: ClassVar[dict[str, object]] = {}
     started: ClassVar[list[str]] = []
 
-    def __init__(self, message, environment=None, copied=None):
+    def __init__(self, message, environment=None, *, copied=False):
         self.name = message["loader"]
         self.started.append(self.name)
 
@@ -145,7 +146,7 @@ def fake(monkeypatch):
     """Children that answer at once, and a cache that is as asked for."""
     monkeypatch.setattr(FakeChild, "answers", {})
     monkeypatch.setattr(FakeChild, "started", [])
-    monkeypatch.setattr(process, "Child", FakeChild)
+    monkeypatch.setattr(process, "begin", FakeChild)
     monkeypatch.setattr(residency, "_PAUSE_S", 0)
 
     def prepare(cache, paths):
@@ -159,5 +160,5 @@ def fake(monkeypatch):
 def found(file, fake):
     fake.answers["again"] = lambda: sample(load_s=0.25)
     race = race_of(file, "stock-mmap", "again", "not-installed", rounds=5, caches=("cold", "warm"))
-    runner.race(race, runner.Shown())
+    runner.race(race, screen.Screen())
     return found_of(race)

@@ -11,7 +11,7 @@ import ctypes
 import importlib.metadata
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,6 +134,18 @@ def one_by_one(
         if not number:
             usable(device)
             first()
+    finish(device)
+    return tensors
+
+
+def collected(pairs: Iterable[tuple[str, torch.Tensor]], device: str, first: First) -> Tensors:
+    """Take what a loader yields, name by name."""
+    tensors: Tensors = {}
+    for name, tensor in pairs:
+        if not tensors:
+            usable(device)
+            first()
+        tensors[name] = tensor
     finish(device)
     return tensors
 

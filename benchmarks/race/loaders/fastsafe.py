@@ -12,7 +12,7 @@ import contextlib
 import warnings
 from dataclasses import dataclass
 
-from .base import First, Loader, Tensors, finish, setting, usable
+from .base import First, Loader, Tensors, collected, setting
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,12 @@ class FastSafetensors(Loader):
             loader.add_filenames({0: files})
             buffers = loader.copy_files_to_device(borrowed_tensors=self.borrowed)
             with contextlib.closing(buffers):
-                tensors: Tensors = {}
-                for name in loader.get_keys():
-                    tensor = buffers.get_tensor(name)
-                    tensors[name] = tensor.clone() if self.borrowed else tensor
-                    if len(tensors) == 1:
-                        usable(device)
-                        first()
-                finish(device)
-        return tensors
+                take = buffers.get_tensor
+                if self.borrowed:
+                    pairs = ((name, take(name).clone()) for name in loader.get_keys())
+                else:
+                    pairs = ((name, take(name)) for name in loader.get_keys())
+                return collected(pairs, device, first)
 
     def _options(self) -> dict[str, object]:
         # docs/overview.md: "8 workers and bbuf_size_kb=256*1024 provide sixteen 16 MiB slots".
@@ -68,15 +65,8 @@ class Parallel(FastSafetensors):
             None, files, device=_indexed(device), use_tqdm_on_load=False, **self._options()
         )
         with contextlib.closing(loader):
-            tensors: Tensors = {}
             with contextlib.closing(loader.iterate_weights()) as weights:
-                for name, tensor in weights:
-                    if not tensors:
-                        usable(device)
-                        first()
-                    tensors[name] = tensor
-            finish(device)
-        return tensors
+                return collected(weights, device, first)
 
 
 def _indexed(device: str) -> str:

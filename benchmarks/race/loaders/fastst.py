@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
-from .base import First, Loader, Tensors, one_by_one
+from .base import First, Loader, Tensors, collected, one_by_one
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,8 @@ class Parallel(Loader):
     def load(self, files: list[str], device: str, first: First) -> Tensors:
         from fastst_patch import ParallelLoader
 
-        found: Tensors = {}
-        loader = ParallelLoader(None, files, device=device)
-        for name, tensor in loader.iterate_weights():
-            found[name] = tensor
-            if len(found) == 1:
-                first()
-        loader.close()
-        return found
+        with contextlib.closing(ParallelLoader(None, files, device=device)) as loader:
+            return collected(loader.iterate_weights(), device, first)
 
 
 def _patched(name: str, note: str, io: str = "auto", **options: object) -> Patched:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import First, Loader, Tensors, finish, setting, usable
+from .base import First, Loader, Tensors, collected, setting
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,9 @@ class InstantTensor(Loader):
     def load(self, files: list[str], device: str, first: First) -> Tensors:
         from instanttensor import safe_open
 
-        tensors: Tensors = {}
         index = int(device.partition(":")[2] or 0)
         with safe_open(files, framework="pt", device=index) as handle:
-            for name, tensor in handle.tensors():
-                if not tensors:
-                    usable(device)
-                    first()
-                tensors[name] = tensor
-            finish(device)
-        return tensors
+            return collected(handle.tensors(), device, first)
 
 
 def _entrant(name: str, note: str, backend: str = "") -> InstantTensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import First, Loader, Tensors, finish, setting, usable
+from .base import First, Loader, Tensors, collected, setting
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,9 @@ class RunAI(Loader):
     def load(self, files: list[str], device: str, first: First) -> Tensors:
         from runai_model_streamer import SafetensorsStreamer
 
-        tensors: Tensors = {}
         with SafetensorsStreamer() as streamer:
             streamer.stream_files(files, device=device)
-            for name, tensor in streamer.get_tensors():
-                if not tensors:
-                    usable(device)
-                    first()
-                tensors[name] = tensor
-            finish(device)
-        return tensors
+            return collected(streamer.get_tensors(), device, first)
 
 
 def _entrant(name: str, note: str, strategy: str = "") -> RunAI:

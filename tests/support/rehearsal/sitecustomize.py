@@ -9,6 +9,8 @@ what the benchmarks call is replaced. Numbers mean nothing, every line is run.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import functools
 import os
 import sys
@@ -19,6 +21,17 @@ from typing import Any
 import wrapt
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+
+_PROPERTIES = SimpleNamespace(name="rehearsal", total_memory=1 << 35, major=0, minor=0)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _nothing_went_wrong(*_: int) -> int:
+    return 0
 
 
 def _is_cuda(device: object) -> bool:
@@ -35,7 +48,13 @@ def _torch(torch: Any) -> None:
 
     torch.empty = empty
     torch.cuda.is_available = lambda: True
-    torch.cuda.get_device_properties = lambda device=None: None
+    torch.cuda.get_device_properties = lambda device=None: _PROPERTIES
+    torch.cuda.Stream = lambda device=None: SimpleNamespace(cuda_stream=0, synchronize=_nothing)
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.empty_cache = torch.cuda.init = _nothing
+    torch.cuda.cudart = lambda: SimpleNamespace(
+        cudaHostRegister=_nothing_went_wrong, cudaHostUnregister=_nothing_went_wrong
+    )
     torch.cuda.current_stream = lambda device=None: SimpleNamespace(synchronize=lambda: None)
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.get_device_name = lambda device=None: "rehearsal"
@@ -71,7 +90,7 @@ def _package(_: Any) -> None:
 
 @wrapt.when_imported("benchmarks.gpu_ceilings")
 def _ceilings(module: Any) -> None:
-    module.Gpu = module.StandIn
+    module.driver_copy = lambda: lambda to, source, count, _: not ctypes.memmove(to, source, count)
 
 
 @wrapt.when_imported("benchmarks.race.loaders.base")

@@ -6,26 +6,19 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-from collections.abc import Iterator
+import time
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from race_harness import SOURCE, file, process, race_of, runner, truth
+from race_harness import SOURCE, file, process, race_of, runner, screen, truth
 
 from fastst_patch.bench.failures import BenchError
+from fastst_patch.bench.process import ProcessFailedError
 
 PATIENCE_S = 120.0
-
-
-@pytest.fixture
-def template() -> Iterator[Any]:
-    with process.template() as made:
-        yield made
-        running = made._process
-    assert running is None or running.returncode is not None
 
 
 def message(file: Path, loader: str) -> dict[str, object]:
@@ -37,21 +30,21 @@ def message(file: Path, loader: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def told(file: Path, loader: str, template: Any) -> tuple[Any, Any]:
+def told(file: Path, loader: str, copied: bool) -> tuple[Any, Any]:
     """What getting ready, and loading, came to."""
-    with process.Child(message(file, loader), copied=template) as child:
+    with process.begin(message(file, loader), copied=copied) as child:
         try:
             ready = child.wait_ready(PATIENCE_S)
             return ready, child.go(PATIENCE_S)
-        except process.ProcessFailedError as failed:
+        except ProcessFailedError as failed:
             return None, (failed.outcome, failed.detail)
 
 
-def test_a_copy_loads_as_a_fresh_process(file: Path, template: Any) -> None:
+def test_a_copy_loads_as_a_fresh_process(file: Path) -> None:
     """Right, wrong, raising and killed: the same answers, but for an import's time."""
     for loader in ("stock-mmap", "chatters", "swaps-bytes", "raises", "dies"):
-        ready, copied = told(file, loader, template)
-        fresh_ready, fresh = told(file, loader, None)
+        ready, copied = told(file, loader, True)
+        fresh_ready, fresh = told(file, loader, False)
         if ready is None:
             assert copied == fresh
             continue
@@ -61,10 +54,10 @@ def test_a_copy_loads_as_a_fresh_process(file: Path, template: Any) -> None:
             assert copied[key] == fresh[key], key
 
 
-def test_copies_begin_alike(file: Path, template: Any) -> None:
+def test_copies_begin_alike(file: Path) -> None:
     """What one has loaded is not in the next; both are processes and groups of their own."""
     children = [
-        process.Child(message(file, "stock-mmap"), copied=template) for _ in range(2)
+        process.begin(message(file, "stock-mmap"), copied=True) for _ in range(2)
     ]  # fmt: skip
     with contextlib.ExitStack() as stack:
         for child in children:
@@ -72,9 +65,9 @@ def test_copies_begin_alike(file: Path, template: Any) -> None:
         for child in children:
             child.wait_ready(PATIENCE_S)
         pids = [child._process.pid for child in children]
-        assert len({*pids, template._process.pid, os.getpid()}) == 4
+        assert len({*pids, fork_server(), os.getpid()}) == 4
         assert [os.getpgid(pid) for pid in pids] == pids
-        # Neither holds the other's files, nor the template's: an end would not be seen.
+        # Neither holds the other's files, nor the fork server's: an end would not be seen.
         for pid in pids:
             pipes = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
             assert not any(name.startswith("socket:") for name in pipes)
@@ -86,65 +79,65 @@ def test_copies_begin_alike(file: Path, template: Any) -> None:
     assert [child._process.returncode for child in children] == [0, 0]
 
 
-def test_a_hanging_copy_is_ended(file: Path, template: Any) -> None:
-    with process.Child(message(file, "hangs"), copied=template) as child:
+def test_a_hanging_copy_is_ended(file: Path) -> None:
+    with process.begin(message(file, "hangs"), copied=True) as child:
         child.wait_ready(PATIENCE_S)
-        with pytest.raises(process.ProcessFailedError, match="time limit: 1 s passed"):
+        with pytest.raises(ProcessFailedError, match="time limit: 1 s passed"):
             child.go(1.0)
-        child.ready = None  # no grace
     assert child._process.returncode == -signal.SIGKILL
     assert not Path(f"/proc/{child._process.pid}").exists()
 
 
-def test_an_environment_goes_first(file: Path, template: Any, tmp_path: Path) -> None:
+def test_an_environment_goes_first(file: Path, tmp_path: Path) -> None:
     """A loader's own folder is looked at before anything that is installed."""
     beside = tmp_path / "beside" / "safetensors"
     beside.mkdir(parents=True)
     (beside / "__init__.py").write_text("raise ImportError('of the side environment')\n")
-    with process.Child(message(file, "stock-mmap"), str(beside.parent), template) as child:
-        with pytest.raises(process.ProcessFailedError, match="of the side environment"):
+    with process.begin(message(file, "stock-mmap"), str(beside.parent), copied=True) as child:
+        with pytest.raises(ProcessFailedError, match="of the side environment"):
             child.wait_ready(PATIENCE_S)
-    assert told(file, "stock-mmap", template)[1]["wrong"] == []  # the next has it not
+    assert told(file, "stock-mmap", True)[1]["wrong"] == []  # the next has it not
 
 
-def test_a_template_that_is_gone_is_started_again(file: Path, template: Any) -> None:
-    assert told(file, "stock-mmap", template)[1]["wrong"] == []
-    first = template._process
-    first.kill()
-    first.wait()
-    assert told(file, "stock-mmap", template)[1]["wrong"] == []
-    assert template._process is not first
+def fork_server() -> int:
+    return int(forkserver._forkserver._forkserver_pid)
 
 
-def test_a_copy_outlives_its_template(file: Path, template: Any) -> None:
-    with process.Child(message(file, "stock-mmap"), copied=template) as child:
+def test_a_fork_server_that_is_gone_is_started_again(file: Path) -> None:
+    assert told(file, "stock-mmap", True)[1]["wrong"] == []
+    first = fork_server()
+    os.kill(first, signal.SIGKILL)
+    wait_for_end(first)
+    assert told(file, "stock-mmap", True)[1]["wrong"] == []
+    assert fork_server() != first
+
+
+def wait_for_end(pid: int) -> None:
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+
+
+def test_a_copy_outlives_its_fork_server(file: Path) -> None:
+    with process.begin(message(file, "stock-mmap"), copied=True) as child:
         child.wait_ready(PATIENCE_S)
-        template._process.kill()
+        os.kill(fork_server(), signal.SIGKILL)
         assert child.go(PATIENCE_S)["wrong"] == []
-    assert child._process.returncode == -signal.SIGKILL  # nobody was told how it ended
+    assert child._process.returncode == 255  # nobody was told how it ended
 
 
-def test_no_template_is_said(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
-    """And it is tried twice, not forever."""
-    tried = []
+def test_no_fork_server_is_said(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    def refuse(*_: object) -> None:
+        raise EOFError("it ended")
 
-    def popen(kind: str, environment: str, **files: Any) -> Any:
-        tried.append(kind)
-        return subprocess.Popen(["false"], **files)
-
-    monkeypatch.setattr(process, "_popen", popen)
-    with (
-        process.template() as template,
-        pytest.raises(BenchError, match="copying a process that has imported torch"),
-    ):
-        process.Child(message(file, "stock-mmap"), copied=template)
-    assert tried == ["template", "template"]
+    monkeypatch.setattr(forkserver, "connect_to_new_process", refuse)
+    with pytest.raises(BenchError, match="copying a process that has imported torch"):
+        process.begin(message(file, "stock-mmap"), copied=True)
 
 
-def test_a_race_starts_afresh_once(file: Path, template: Any) -> None:
-    """Round 1 of the first workload; all else by copies, where there is a template."""
-    race = race_of(file, "stock-mmap", "again", rounds=3, template=template)
-    runner.race(race, runner.Shown())
+def test_a_race_starts_afresh_once(file: Path) -> None:
+    """Round 1 of the first workload; all else by copies, where they are wanted."""
+    race = race_of(file, "stock-mmap", "again", rounds=3, copied=True)
+    runner.race(race, screen.Screen())
     assert [(run["outcome"], run["round"]) for run in race.runs] == [
         ("ok", number) for number in (1, 1, 2, 2, 3, 3)
     ]
@@ -155,10 +148,10 @@ def test_a_race_starts_afresh_once(file: Path, template: Any) -> None:
 def test_what_imports_took_is_not_expected_again(file: Path) -> None:
     """Else a planner would drop cells for which there is time."""
     race = SimpleNamespace(
-        template=object(), at_once=2,
+        copied=True, at_once=2,
         runs=[{"sample": {"import_s": 100.0}}, {"sample": None},
               {"sample": {"import_s": 3.0}}, {"sample": {"import_s": 1.0}}],
     )  # fmt: skip
     assert runner._importing(race, 1) == 2.0
-    race.template = None
+    race.copied = False
     assert runner._importing(race, 1) == 0.0
