@@ -28,6 +28,7 @@ __all__ = [
     "original",
     "safe_open",
     "unwrapped",
+    "with_globals",
 ]
 
 
@@ -138,20 +139,26 @@ def trimmed(error: BaseException, package: str) -> BaseException:
 
 def load_file(*args: Any, **kwargs: Any) -> Any:
     """Stock's ``safetensors.torch.load_file``, whatever it looks up while we are patched in."""
-    return call(_with_globals("load_file", safe_open=safe_open), args, kwargs)
+    return call(with_globals(_torch("load_file"), safe_open=safe_open), args, kwargs)
 
 
 def load_model(fast_load_file: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stock's ``safetensors.torch.load_model`` with another ``load_file`` inside."""
-    function = _with_globals("load_model", load_file=fast_load_file)
+    function = with_globals(_torch("load_model"), load_file=fast_load_file)
     return call(function, args, kwargs)
 
 
-def _with_globals(name: str, **replaced: Any) -> Callable[..., Any]:
-    """The stock function, seeing some other globals: its own code decides everything else."""
-    function = original("safetensors.torch", name)
+def _torch(name: str) -> Any:
+    return original("safetensors.torch", name)
+
+
+def with_globals(function: Any, **replaced: Any) -> Any:
+    """A function that sees some other globals: its own code decides everything else.
+
+    Anything but a plain function is returned as it is.
+    """
     if not inspect.isfunction(function):
-        return function  # type: ignore[no-any-return]
+        return function
     copy = type(function)(
         function.__code__,
         {**function.__globals__, **replaced},
