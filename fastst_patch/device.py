@@ -140,6 +140,12 @@ class Runtime:
         """A copy of a tensor, which is pending on the current stream. Raises as `arena`."""
         return view.clone()
 
+    def cached(self, ordinal: int) -> int:
+        """Bytes of a device that torch has allocated and nobody uses."""
+        import torch
+
+        return torch.cuda.memory_reserved(ordinal) - torch.cuda.memory_allocated(ordinal)
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether an exception says that the device's memory is used up."""
         import torch
@@ -193,6 +199,10 @@ class Device:
         """Whether so many bytes are to be read back: nothing near as many has been so far."""
         proved = _proved.get((id(self.runtime), self.ordinal), 0)
         return proved < PROOF_BYTES and nbytes >= _MORE * proved
+
+    def room(self) -> int:
+        """Bytes that can be allocated there now, in pieces of any size. Raises as `native`."""
+        return engine.device_info(self.native()).free_bytes + self.runtime.cached(self.ordinal)
 
     def settle(self) -> None:
         """Wait for what this thread has pending there: then any stream may use it."""

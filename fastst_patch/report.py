@@ -29,6 +29,9 @@ __all__ = [
 _log = logging.getLogger("fastst_patch")
 _log.addHandler(logging.NullHandler())
 
+_STREAMED = ("vllm",)
+"""Calls whose seconds are those of a whole load, reading included."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
@@ -36,7 +39,7 @@ class LoadReport:
 
     Attributes:
         call: ``load_file``, ``safe_open``, or an integration's: ``from_pretrained``,
-            ``Module.to``, ``diffusers``.
+            ``Module.to``, ``diffusers``, ``vllm``.
         file: path as the caller gave it; of tensors that came from memory, the module's class.
         device: where the tensors are.
         path: ``mmap`` (bytes were cached), ``mmap+readahead`` (some were not; workers fetch
@@ -44,7 +47,8 @@ class LoadReport:
             device ``ring``, ``ring+direct``, ``gds``, or ``upload`` from memory; or ``stock``.
         bytes: of the tensors handed out.
         tensors: how many were handed out.
-        seconds: spent in our calls. For mapped tensors this is not the time to read them.
+        seconds: spent in our calls. For mapped tensors this is not the time to read them. Of
+            ``vllm`` the whole load, with vLLM's copies into its parameters.
         resident: fraction of the file found in the page cache, 0 to 1; None if not looked at.
         fallback_reason: why stock did it, or why O_DIRECT gave way to the page cache.
     """
@@ -70,7 +74,8 @@ class LoadReport:
             f"{self.call} {self.file}: {self.bytes / 1e9:.3f} GB in {self.tensors} tensors,"
             f" {self.seconds:.4f} s"
         )
-        mapped = self.path.startswith("mmap")  # takes the same time for any number of bytes
+        # To map takes the same time for any number of bytes; to stream does not.
+        mapped = self.path.startswith("mmap") and self.call not in _STREAMED
         text += f", path {self.path}" if mapped else f", {self.gb_per_s:.2f} GB/s, path {self.path}"
         if mapped:
             text += " (mapped, not copied"

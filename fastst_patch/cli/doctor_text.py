@@ -53,6 +53,7 @@ def diagnose(found: Mapping[str, Any]) -> Verdict:
     for name, near in found["unknown_variables"].items():
         hint = f"; did you mean {near}?" if near else ""
         verdict.remarks.append(f"options: {name} has no effect: there is no such option{hint}")
+    verdict.remarks += found.get("unreached", [])
     for gpu in found["gpus"]:
         if not gpu["engine"].startswith("ready"):
             verdict.remarks.append(f"GPU {gpu['name']}: {gpu['engine']}")

@@ -8,7 +8,7 @@ original gives; whatever is out of the ordinary it hands to the original untouch
 
 from __future__ import annotations
 
-from . import diffusers, torch_module, transformers
+from . import diffusers, torch_module, transformers, vllm
 from .hook import Hook, Integration
 
 __all__ = ["INTEGRATIONS", "Hook", "Integration"]
@@ -17,4 +17,5 @@ INTEGRATIONS: tuple[Integration, ...] = (
     torch_module.INTEGRATION,
     transformers.INTEGRATION,
     diffusers.INTEGRATION,
+    vllm.INTEGRATION,
 )

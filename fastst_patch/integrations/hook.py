@@ -39,9 +39,12 @@ class Integration:
         summary: what becomes faster.
         tested: package, oldest and newest version.
         hooks: replaced together, or not at all.
+        unreached: says what to tell a program whose library will load in a process that is not
+            patched; None where there is nothing to tell.
     """
 
     name: str
     summary: str
     tested: tuple[str, str, str]
     hooks: tuple[Hook, ...]
+    unreached: Callable[[], str | None] | None = None

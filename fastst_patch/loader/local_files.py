@@ -16,6 +16,7 @@ from ..errors import Fallback, NameClashError
 from ..files.base import OpenedFile
 from ..layout import FileLayout
 from ..locks import shared
+from ..report import Account
 from .arguments import Settings
 from .headers import Entry
 from .messages import explained
@@ -46,6 +47,8 @@ class LocalFiles:
         resident: of ``(name, bytes)``: bytes of a tensor handed out that stay on the device and
             count against the budget; None when what was handed out does not count.
         group: most bytes of one block that tensors share, if less than the budget makes it.
+        collect: called with the account of a file and its device, in place of a report of the
+            file; it takes over the counts.
 
     Raises:
         NameClashError: two files have a tensor of the same name.
@@ -64,8 +67,10 @@ class LocalFiles:
         files_ahead: int | None = None,
         resident: Callable[[str, int], int] | None = None,
         group: int | None = None,
+        collect: Callable[[Account, str], None] | None = None,
     ) -> None:
         self._call = call
+        self._collect = collect
         self._config = config
         self._target = settings.target
         self._resident = resident
@@ -246,21 +251,26 @@ class LocalFiles:
         ahead.drop()
         self._stock_handles.clear()
         for path, opened in zip(self._paths, files, strict=True):
-            opened.account.emit(self._call, path, opened.device)
+            self._report(path, opened)
         if self._bar is not None:
             self._bar.close()
 
     def done_with(self, k: int) -> None:
         """Report file k, of which nothing more will be asked."""
         if self._open is not None:
-            opened = self._open[0][k]
-            opened.account.emit(self._call, self._paths[k], opened.device)
+            self._report(self._paths[k], self._open[0][k])
 
     def tell(self) -> None:
         """Report what was handed out since the last report."""
         found = self._open
         for path, opened in zip(self._paths, found[0] if found else (), strict=False):
-            opened.account.emit(self._call, path, opened.device, last=False)
+            self._report(path, opened, last=False)
+
+    def _report(self, path: str, opened: OpenedFile | StockFile, *, last: bool = True) -> None:
+        if self._collect is not None:
+            self._collect(opened.account, opened.device)
+        else:
+            opened.account.emit(self._call, path, opened.device, last=last)
 
     @property
     def closed(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
+from ..report import Account
 from .arguments import (
     DEFAULT_BOUNCE_KB,
     DEFAULT_THREADS,
@@ -16,7 +17,7 @@ from .arguments import (
     path_list,
 )
 from .files_loader import SafeTensorsFileLoader, group_size
-from .headers import open_entries
+from .headers import Entry, open_entries
 from .local_files import LocalFiles, bar_of
 
 if TYPE_CHECKING:
@@ -175,9 +176,23 @@ class ParallelLoader:
         return self._iterate_group() if self._size > 1 else self._iterate_alone()
 
     def _iterate_alone(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._iterate(self._open())
+
+    def _open(self) -> list[Entry]:
+        """The files, with their headers."""
+        return open_entries([(path, 0) for path in self._files], self.loader._settings)
+
+    def _iterate(
+        self, entries: list[Entry], collect: Callable[[Account, str], None] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors of open files.
+
+        Args:
+            entries: of `_open`; emptied, since they hold descriptors.
+            collect: as of `LocalFiles`.
+        """
         settings: Settings = self.loader._settings
         config = settings.config
-        entries = open_entries([(path, 0) for path in self._files], settings)
         files = LocalFiles(
             "ParallelLoader",
             entries,
@@ -188,12 +203,13 @@ class ParallelLoader:
             files_ahead=self._queue_size + 1,
             resident=self._resident(),
             group=self._batch,
+            collect=collect,
         )
         names = [entry.layout.names for entry in entries]
         numbers = files.numbers
         if self._bar_wanted or config.progress:
             files.show(bar_of(entries, numbers))
-        del entries  # from here on, only `files` holds descriptors
+        entries.clear()  # from here on, only `files` holds descriptors
         try:
             files.begin()
             for k, some in enumerate(numbers):

@@ -264,6 +264,36 @@ def _warn_once() -> None:
         warn_of_untested(package, oldest, newest)
 
 
+@functools.cache
+def _watch_for_other_processes() -> None:
+    """Warn where a library will load in processes of its own; now, or when it is imported."""
+    for integration in INTEGRATIONS:
+        if integration.unreached is not None:
+            wrapt.register_post_import_hook(
+                lambda _: _warn_in_import(), integration.hooks[0].package
+            )
+
+
+def _warn_in_import() -> None:
+    try:
+        _warn_of_other_processes([name for name, target in _TARGETS.items() if target.uses])
+    except Warning as error:  # an error here; the program's import is not to fail of it
+        _log.warning("%s", error)
+
+
+def _warn_of_other_processes(names: Iterable[str]) -> None:
+    for integration in INTEGRATIONS:
+        if integration.unreached is not None and integration.name in names:
+            text = integration.unreached()
+            if text is not None:
+                _say_once(text)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    warn_caller(f"fastst_patch: {text}", FallbackWarning)
+
+
 # ---- public ----
 
 
@@ -296,6 +326,8 @@ def patch(
         fresh = [name for name in names if name not in _permanent]
         try:
             _warn_once()
+            _watch_for_other_processes()
+            _warn_of_other_processes(fresh)
             _use(fresh, rebind_aliases)
         except BaseException:
             pop(token)

@@ -135,6 +135,9 @@ class FakeRuntime(device.Runtime):
     def current(self) -> int:
         return 0
 
+    def cached(self, ordinal: int) -> int:
+        return 0
+
     def stream(self, ordinal: int) -> int:
         # Work pending on a block is ordered before nothing but what waits for its very stream.
         current: dict[int, int] = getattr(self._here, "streams", {})

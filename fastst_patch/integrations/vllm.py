@@ -1,0 +1,406 @@
+"""vLLM: weights come from the explicit loader, on the model's own device where that is one.
+
+    vllm.general_plugins -> register()                 in every process of vLLM
+        import fastst_patch                            patches where FASTST_ENABLED says so
+        load format "fastst"                           with our options
+
+    DefaultModelLoader.get_all_weights(model)          -> where this load goes, noted on the loader
+    DefaultModelLoader._get_weights_iterator(source)   -> kept in a context variable around
+    safetensors_weights_iterator(files)                -> streams, or leaves it to vLLM
+
+vLLM opens every file for the CPU and copies each tensor, from pageable memory, into its parameter.
+Here the tensors are on the parameter's device when vLLM copies them. Names and bytes are the
+same; the order within a file is that of the offsets.
+
+Left to vLLM, with a reason in the report: tensor and pipeline parallelism, and drafters, which
+take little of what the files have; strategies other than None, ``lazy`` and ``prefetch``;
+functions with parameters that are not known. Quantized models, and sleep mode, stay on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from .. import stock
+from ..config import config_context, current, environment_enabled, with_options
+from ..dropin import handle
+from ..dropin.eligibility import report_stock
+from ..errors import Fallback, FaststError, OptionError
+from .engines import Wanted, Weights, folder_of
+from .hook import Hook, Integration
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FORMAT", "INTEGRATION", "format_options", "register", "unreached"]
+
+FORMAT = "fastst"
+"""What ``--load-format`` calls us."""
+
+_log = logging.getLogger("fastst_patch")
+_LOADERS = "vllm.model_executor.model_loader"
+_UTILS = f"{_LOADERS}.weight_utils"
+_DEFAULT = f"{_LOADERS}.default_loader"
+_ITERATOR = "safetensors_weights_iterator"
+_STRATEGIES = (None, "lazy", "prefetch")
+_KNOWN = {
+    "hf_weights_files",
+    "use_tqdm_on_load",
+    "safetensors_load_strategy",
+    "local_expert_ids",
+    "safetensors_prefetch_num_threads",
+    "safetensors_prefetch_block_size",
+}
+_OF_THE_PROCESS = ("fallback", "log_level")  # as in the explicit loader
+_THEIRS = ("enable_weights_track",)  # keys of vLLM's that go with the load format
+
+
+# ---- where a load goes ----
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    """What `safetensors_weights_iterator` is not told of the load it is part of.
+
+    Attributes:
+        device: of the model, or the CPU.
+        note: why the tensors stay on the CPU though the model is elsewhere.
+        elements: of the model's parameters.
+        left: why all of it is left to vLLM.
+        experts: whether other ranks have experts that this one does not take.
+        options: of ours, where the load format is; else None.
+        asked: called when the iterator is made.
+    """
+
+    device: str = "cpu"
+    note: str | None = None
+    elements: int | None = None
+    left: str | None = None
+    experts: bool = False
+    options: Mapping[str, Any] | None = None
+    asked: Callable[[], None] = lambda: None
+
+
+_load: contextvars.ContextVar[_Load | None] = contextvars.ContextVar("fastst_load", default=None)
+_NOTED = "_fastst_load"
+_UNKNOWN = _Load(left="DefaultModelLoader.get_all_weights was not called before")
+
+
+@contextlib.contextmanager
+def _within(load: _Load | None) -> Iterator[None]:
+    token = _load.set(load)
+    try:
+        yield
+    finally:
+        _load.reset(token)
+
+
+def _note(loader: Any, model_config: Any, model: Any) -> None:
+    """Keep on a loader of vLLM's where the load that begins goes."""
+    try:
+        found = _describe(model_config, model)
+    except Exception as error:  # a version that we do not know
+        found = _Load(left=f"{type(error).__name__}: {error}")
+    setattr(loader, _NOTED, found)
+
+
+def _describe(model_config: Any, model: torch.nn.Module) -> _Load:
+    parameters = list(model.parameters())
+    devices = {parameter.device for parameter in parameters}
+    device, note = "cpu", None
+    if len(devices) == 1 and next(iter(devices)).type == "cuda":
+        note = _keeps_on_cpu(model_config)
+        device = "cpu" if note else str(next(iter(devices)))
+    elif any(one.type == "cuda" for one in devices):
+        note = "the model is on several devices"
+    return _Load(
+        device,
+        note,
+        elements=sum(parameter.numel() for parameter in parameters),
+        left=_parallel(),
+        experts=_expert_ranks() > 1 and bool(getattr(model_config, "is_moe", True)),
+    )
+
+
+def _keeps_on_cpu(model_config: Any) -> str | None:
+    """Why tensors for a model on a device are given on the CPU, as vLLM gives them."""
+    if getattr(model_config, "quantization", None) is not None:
+        return "the model is quantized, and its conversions may differ on the device"
+    if getattr(model_config, "enable_sleep_mode", False):
+        return "with sleep mode, memory allocated while loading is kept"
+    return None
+
+
+def _parallel() -> str | None:
+    """Why a rank of several reads parts of the tensors, which vLLM's own loop does."""
+    groups = sys.modules.get("vllm.distributed.parallel_state")
+    if groups is None or not groups.model_parallel_is_initialized():
+        return None
+    for name, size in (
+        ("tensor", groups.get_tensor_model_parallel_world_size()),
+        ("pipeline", groups.get_pp_group().world_size),
+    ):
+        if size > 1:
+            return f"{name} parallelism of {size}: each rank reads no more than its part"
+    return None
+
+
+def _expert_ranks() -> int:
+    """Ranks that share the experts, where experts are shared."""
+    groups = sys.modules.get("vllm.distributed.parallel_state")
+    group = getattr(groups, "_EP", None)
+    return 1 if group is None else int(group.world_size)
+
+
+# ---- the calls ----
+
+
+def _get_all_weights(original: Any, args: Any, kwargs: Any) -> Any:
+    with contextlib.suppress(TypeError):  # the original's to say
+        bound = inspect.signature(original).bind(*args, **kwargs).arguments
+        _note(bound["self"], bound["model_config"], bound["model"])
+    return original(*args, **kwargs)
+
+
+def _get_weights_iterator(original: Any, args: Any, kwargs: Any) -> Any:
+    with _within(getattr(args[0], _NOTED, _UNKNOWN) if args else None):
+        return original(*args, **kwargs)
+
+
+def _iterator(original: Any, args: Any, kwargs: Any) -> Any:
+    """In `safetensors_weights_iterator`'s place: what the context says is read now.
+
+    The generator runs later, when the context is another one.
+    """
+    load = _load.get()
+    if load is None:
+        load = _Load(left=f"{_ITERATOR} was not called by DefaultModelLoader")
+    load.asked()
+    return _weights(original, args, kwargs, load)
+
+
+def _weights(
+    original: Any, args: Any, kwargs: Any, load: _Load
+) -> Iterator[tuple[str, torch.Tensor]]:
+    wanted, weights = None, None
+    try:
+        wanted = _wanted(original, args, kwargs, load)
+        weights = Weights(wanted)
+    except FaststError:
+        raise
+    except Exception as error:  # a damaged file is vLLM's to tell, in stock's words
+        fallback = Fallback.alone(error)
+    if weights is not None:
+        yield from weights.pairs()
+        return
+    files = args[0] if args else kwargs.get("hf_weights_files", ())
+    report_stock("vllm", folder_of(wanted.files if wanted else list(files)), "cpu", fallback)
+    yield from _left(original, args, kwargs, load)
+
+
+def _left(original: Any, args: Any, kwargs: Any, load: _Load) -> Iterator[tuple[str, torch.Tensor]]:
+    """The loop of vLLM; for the load format, over our ``safe_open`` and with its options."""
+    if load.options is None or environment_enabled() is False:
+        yield from original(*args, **kwargs)
+        return
+    with config_context(**load.options):
+        yield from stock.with_globals(original, safe_open=handle.safe_open)(*args, **kwargs)
+
+
+def _wanted(original: Any, args: Any, kwargs: Any, load: _Load) -> Wanted:
+    """A call of `safetensors_weights_iterator` as we do it.
+
+    Raises:
+        Fallback: it is left to the original.
+    """
+    if environment_enabled() is False:
+        raise Fallback("FASTST_ENABLED is 0")
+    if load.left is not None:
+        raise Fallback(load.left)
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    unknown = sorted(given.keys() - _KNOWN)
+    if unknown:
+        raise Fallback(f"{_ITERATOR} takes {', '.join(unknown)}, which this version does not know")
+    strategy = given["safetensors_load_strategy"]
+    if strategy not in _STRATEGIES:
+        raise Fallback(f"safetensors_load_strategy is {strategy!r}")
+    utils = sys.modules[original.__module__]
+    local = given.get("local_expert_ids")
+    if load.experts and local is None:
+        raise Fallback("the experts of other ranks are better not read")
+    return Wanted(
+        "vllm",
+        _sorted(given["hf_weights_files"], utils),
+        load.device,
+        load.note,
+        load.elements,
+        None if local is None else _local_only(utils, local),
+        bool(utils.enable_tqdm(given["use_tqdm_on_load"])),
+        load.options or {},
+    )
+
+
+def _sorted(files: Sequence[str], utils: Any) -> list[str]:
+    key = getattr(utils, "_natural_sort_key", None)  # not in 0.11
+    return list(files) if key is None else sorted(files, key=key)
+
+
+def _local_only(utils: Any, local_expert_ids: Any) -> Callable[[str], bool]:
+    skip = utils.should_skip_weight
+    return lambda name: not skip(name, local_expert_ids)
+
+
+# ---- the load format ----
+
+
+def register() -> None:
+    """The entry point that vLLM calls in each of its processes. Never raises.
+
+    It adds the load format when vLLM's loaders are imported. Where FASTST_ENABLED is true,
+    importing this package has patched already.
+    """
+    try:
+        _watch_loaders()
+    except Exception as error:
+        _log.warning("vLLM: load format %r is not added: %s", FORMAT, error)
+
+
+@functools.cache
+def _watch_loaders() -> None:
+    wrapt.register_post_import_hook(_add_format, _LOADERS)
+
+
+def _add_format(loaders: Any) -> None:
+    try:
+        loaders.register_model_loader(FORMAT)(_loader_class(loaders.DefaultModelLoader))
+    except Exception as error:  # inside an import of vLLM's
+        _log.warning("vLLM: load format %r is not added: %s", FORMAT, error)
+
+
+def format_options(extra: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``--model-loader-extra-config`` says: our options, and keys for vLLM's own loader.
+
+    Raises:
+        OptionError: a key or value is not allowed.
+    """
+    if not isinstance(extra, Mapping):
+        raise OptionError(
+            f"model_loader_extra_config={extra!r}: give a JSON object of options, such as"
+            ' {"io": "direct"}'
+        )
+    theirs = {name: value for name, value in extra.items() if name in _THEIRS}
+    options = {name: value for name, value in extra.items() if name not in _THEIRS}
+    for name in options:
+        if name in _OF_THE_PROCESS:
+            raise OptionError(
+                f"option {name!r} is of the whole process: set FASTST_{name.upper()} in place of"
+                " naming it in model_loader_extra_config"
+            )
+    with_options(current(), options)
+    return options, theirs
+
+
+def _loader_class(default: Any) -> Any:
+    """The class behind the load format: vLLM's own loader over our iterator."""
+
+    def init(self: Any, load_config: Any) -> None:
+        options, theirs = format_options(load_config.model_loader_extra_config)
+        # vLLM's loader refuses a format and keys that it does not know.
+        plain = dataclasses.replace(
+            load_config, load_format="auto", model_loader_extra_config=theirs
+        )
+        default.__init__(self, plain)
+        self._fastst_options = options
+
+    def get_all_weights(self: Any, model_config: Any, model: Any) -> Any:
+        _note(self, model_config, model)
+        return default.get_all_weights(self, model_config, model)
+
+    def _get_weights_iterator(self: Any, source: Any) -> Any:
+        return _format_iterator(default, self, source)
+
+    body = {
+        "__doc__": _loader_class.__doc__,
+        "__module__": __name__,
+        "__init__": init,
+        "get_all_weights": get_all_weights,
+        "_get_weights_iterator": _get_weights_iterator,
+    }
+    return type("FaststModelLoader", (default,), body)
+
+
+def _format_iterator(default: Any, loader: Any, source: Any) -> Any:
+    asked: list[bool] = []
+    load = dataclasses.replace(
+        getattr(loader, _NOTED, _UNKNOWN),
+        options=loader._fastst_options,
+        asked=lambda: asked.append(True),
+    )
+    original = inspect.unwrap(default._get_weights_iterator, stop=_calls_the_iterator)
+    function = stock.with_globals(original, **{_ITERATOR: _streaming()})
+    with _within(load):
+        result = function(loader, source)
+    if not asked:
+        reason = Fallback(f"this checkpoint is not read by {_ITERATOR}")
+        report_stock("vllm", source.model_or_path, load.device, reason)
+    return result
+
+
+def _calls_the_iterator(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and _ITERATOR in code.co_names
+
+
+def _streaming() -> Callable[..., Any]:
+    """The iterator of vLLM, replaced whether ``patch()`` is in force or not."""
+    original = stock.unwrapped(getattr(sys.modules[_UTILS], _ITERATOR))
+    return lambda *args, **kwargs: _iterator(original, args, kwargs)
+
+
+# ---- processes that are not reached ----
+
+
+def unreached() -> str | None:
+    """What to tell a program that has imported vLLM, and patches itself alone; None if nothing."""
+    if "vllm" not in sys.modules or environment_enabled() is not None:
+        return None
+    from multiprocessing import parent_process
+
+    envs = sys.modules.get("vllm.envs")
+    if parent_process() is not None or not getattr(envs, "VLLM_ENABLE_V1_MULTIPROCESSING", True):
+        return None  # it is vLLM's own process, or there is none
+    return NOT_REACHED
+
+
+NOT_REACHED = (
+    "vLLM loads in processes of its own, and patch() does not reach those that are spawned: set"
+    " FASTST_ENABLED=1 before the program starts, or start it by `fastst-patch run`"
+)
+
+
+INTEGRATION = Integration(
+    "vllm.load",
+    "weights are streamed ahead of vLLM's copies, through the pinned ring to the model's device",
+    ("vllm", "0.11.2", "0.33.0"),
+    (
+        Hook("vllm", _UTILS, _ITERATOR, _iterator,
+             ("hf_weights_files", "use_tqdm_on_load", "safetensors_load_strategy")),
+        Hook("vllm", _DEFAULT, "DefaultModelLoader.get_all_weights", _get_all_weights,
+             ("self", "model_config", "model")),
+        Hook("vllm", _DEFAULT, "DefaultModelLoader._get_weights_iterator", _get_weights_iterator,
+             ("self", "source")),
+    ),
+    unreached,
+)  # fmt: skip
