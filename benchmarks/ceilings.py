@@ -270,6 +270,7 @@ def run(args: argparse.Namespace) -> int:
     rounds = 1 if args.quick else args.rounds
     if rounds < 1:
         raise UsageError("--rounds: at least 1")
+    device = device_facts(args.device)
     with contextlib.ExitStack() as stack:
         if args.file:
             path = Path(args.file).absolute()
@@ -278,7 +279,6 @@ def run(args: argparse.Namespace) -> int:
         else:
             path = stack.enter_context(synthetic_checkpoint(args.dir))
         environment = hardware.environment(path)
-        device = device_facts(args.device)
         caches = ("warm",) if hardware.filesystem(path).in_memory else ("cold", "warm")
         measured = board(args.device, caches, [str(path)], few=args.quick)
         reserve = stack.enter_context(settle.reserve_for([str(path)]))
