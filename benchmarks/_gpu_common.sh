@@ -36,8 +36,10 @@ environment() {
     else
         return 1
     fi
-    "$python" -c 'import fastst_patch.engine as e; assert e.native_error() is None, e.native_error()
-print(e.native_file())' >&2
+    # Not in the checkout, which must not be what is imported.
+    (cd "$work" && "$python" -c 'import fastst_patch.engine as e
+assert e.native_error() is None, e.native_error()
+print(e.native_file())') >&2
 }
 
 see_gpu() {

@@ -57,7 +57,7 @@ def describe(folder: Path) -> Model:
 def dense(folder: Path, nbytes: int) -> Model:
     """Write a Llama of 16 layers in bf16, at most ``nbytes``, in shards."""
     specs = transformer_specs(nbytes)
-    return _write(folder, _llama_config(specs), specs)
+    return write(folder, _llama_config(specs), _shards(specs))
 
 
 def mixture(folder: Path, tensors: int) -> Model:
@@ -79,7 +79,7 @@ def mixture(folder: Path, tensors: int) -> Model:
         "vocab_size": 1024,
     }
     specs = outside + [spec for layer in range(layers) for spec in _mixture_layer(layer)]
-    return _write(folder, config, specs)
+    return write(folder, config, _shards(specs))
 
 
 def by_libraries(kind: str, folder: Path, make: Make) -> Model:
@@ -156,15 +156,15 @@ def _mixture_layer(layer: int) -> list[TensorSpec]:
     ]
 
 
-def _write(folder: Path, config: dict[str, Any], specs: Sequence[TensorSpec]) -> Model:
+def write(folder: Path, config: dict[str, Any], shards: Sequence[Sequence[TensorSpec]]) -> Model:
+    """Write a model's configuration, its files, and their index if there are several."""
     folder.mkdir()
-    shards = _shards(specs)
-    total = sum(spec.nbytes for spec in specs)
+    total = sum(spec.nbytes for shard in shards for spec in shard)
     weight_map = {}
     bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False,
                desc=f"writing a {config['model_type']} model in {folder.parent}")  # fmt: skip
     try:
-        write_config(folder, config)
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         with bar:
             for number, shard in enumerate(shards, 1):
                 name = f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -173,19 +173,11 @@ def _write(folder: Path, config: dict[str, Any], specs: Sequence[TensorSpec]) ->
                 write_checkpoint(folder / name, shard, bar.update)
                 weight_map |= {spec.name: name for spec in shard}
         if len(shards) > 1:
-            write_index(folder, weight_map)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
     except OSError as error:
         raise BenchError(f"{folder}: writing a model: {error.strerror}") from error
     return describe(folder)
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def write_index(folder: Path, weight_map: dict[str, str]) -> None:
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
 
 
 def _shards(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:

@@ -308,7 +308,7 @@ def digest_of(tensors: Tensors, sums: Iterable[int]) -> str:
 
 def run(job: Job, gate: Callable[..., None]) -> Sample:
     """Time one row once, in this process. Ends the process where it cannot be a fair race."""
-    from fastst_patch.bench import child
+    from fastst_patch.bench import child, device_use
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.update(job.variables)
@@ -321,16 +321,16 @@ def run(job: Job, gate: Callable[..., None]) -> Sample:
     for name in line.imports:
         importlib.import_module(name)
     imported = time.perf_counter()
-    child.open_context(job.device)
+    device_use.open_context(job.device)
     parts = _time_weights(job.device) if "transformers" in line.packages else []
     ready = time.perf_counter()
     call = line.start(job)
-    child.synchronize(job.device)
+    device_use.synchronize(job.device)
     prepare_s = time.perf_counter() - ready
     parts.clear()
     with child.clock(job.loader, job.files, job.device, gate) as timed:
         result = call.run()
-        child.synchronize(job.device)
+        device_use.synchronize(job.device)
         timed.lap("whole")
     tensors = call.tensors(result)
     touching = time.perf_counter()
@@ -351,7 +351,7 @@ def run(job: Job, gate: Callable[..., None]) -> Sample:
         fallbacks=timed.fallbacks,
         resident_before=timed.resident,
         memory=timed.memory,
-        device_name=child.device_name(job.device),
+        device_name=device_use.device_name(job.device),
     )
 
 
@@ -359,7 +359,7 @@ def _time_weights(device: str) -> list[float]:
     """Have every later call of transformers' weight loading add its seconds to a list."""
     from transformers.modeling_utils import PreTrainedModel
 
-    from fastst_patch.bench.child import synchronize
+    from fastst_patch.bench.device_use import synchronize
 
     seconds: list[float] = []
     inner = PreTrainedModel._load_pretrained_model  # stock's, or what patch() put there

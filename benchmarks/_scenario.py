@@ -25,7 +25,7 @@ from fastst_patch.bench.checkpoint import TensorSpec, pick_directory, write_chec
 from fastst_patch.bench.checkpoint_files import CheckpointFile
 from fastst_patch.bench.failures import UsageError
 from fastst_patch.bench.job import LoadJob, Sample, run_load
-from fastst_patch.bench.process import Gate, run_json, serve
+from fastst_patch.bench.process import Gate, end_with_parent, run_json, serve
 from fastst_patch.bench.table import with_spread
 from fastst_patch.cli.main import option
 from fastst_patch.report_table import grid
@@ -55,6 +55,7 @@ def arguments(text: str, *names: str, rounds: int | None = 7) -> argparse.Argume
 def script(name: str, main: Callable[[], int], child: Act | None = None) -> None:
     """Run a script, or with `--child` answer one JSON message; ends the process."""
     if child is not None and sys.argv[1:] == ["--child"]:
+        end_with_parent()
         serve(child)
         sys.exit(0)
     sys.exit(guarded(name, main))
@@ -62,7 +63,7 @@ def script(name: str, main: Callable[[], int], child: Act | None = None) -> None
 
 @contextlib.contextmanager
 def folder(directory: str | None) -> Iterator[Path]:
-    """A folder on a disk, that is removed afterwards."""
+    """A folder on a disk; it is removed afterwards."""
     place = pick_directory(directory)
     with tempfile.TemporaryDirectory(
         prefix="fastst-bench-", dir=place, ignore_cleanup_errors=True
@@ -70,9 +71,9 @@ def folder(directory: str | None) -> Iterator[Path]:
         yield Path(made)
 
 
-def write(path: Path, specs: Sequence[TensorSpec], shard: int = 0, **how: bool) -> str:
+def write(path: Path, specs: Sequence[TensorSpec], **how: bool) -> str:
     """Write a checkpoint; return its path."""
-    write_checkpoint(path, specs, lambda _: None, shard, **how)
+    write_checkpoint(path, specs, lambda _: None, **how)
     return str(path)
 
 
@@ -199,9 +200,9 @@ def answer(name: str) -> Callable[[Any], float]:
     return operator.attrgetter(name) if name.isidentifier() else lambda one: vars(one)[name]
 
 
-def ratio(of: Callable[[Any], float], base: str, decimals: int = 2) -> Column:
-    """The column of ratios to a contender."""
-    return Column(f"/ {base}", of, 1.0, decimals, base)
+def ratio(of: Callable[[Any], float], base: str, decimals: int = 2, name: str = "") -> Column:
+    """The column of ratios to a contender; ``name`` tells several of them apart."""
+    return Column(f"{name} / {base}".lstrip(), of, 1.0, decimals, base)
 
 
 @dataclass

@@ -23,8 +23,9 @@ import torch.distributed as dist
 
 from fastst_patch import engine
 from fastst_patch.bench import residency
-from fastst_patch.bench.child import process_memory, reports_of, require_stock
-from fastst_patch.bench.process import serve
+from fastst_patch.bench.child import reports_of, require_stock
+from fastst_patch.bench.device_use import process_memory
+from fastst_patch.bench.process import end_with_parent, serve
 
 Tensors = dict[str, torch.Tensor]
 
@@ -214,4 +215,5 @@ def _path(loader: str, reports: list[Any]) -> str:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     serve(act)

@@ -51,7 +51,8 @@ PAGEABLE = "copies from pageable memory"
 MIB = 1 << 20
 DEPTHS = (4, 8, 16, 32)
 SMALL_DEPTHS = (8, 16)  # of 1 MiB
-READERS = (1, 2, 4, 8, 16)
+THREADS = (1, 4, 8, 16)  # of cold buffered reads
+READERS = (1, 2, 4, 8, 16)  # of the page cache
 COPY_BYTES = 1 << 30
 BLOCK = 64 * MIB  # of memory that is read or copied
 BLOCK_ROUNDS = 4
@@ -150,30 +151,28 @@ def _entry(
     }
 
 
-def board(device: str, caches: Sequence[str], files: Sequence[str]) -> Board:
-    """What can bind a load of these files to this device."""
+def board(device: str, caches: Sequence[str], files: Sequence[str], *, few: bool = False) -> Board:
+    """What can bind a load of these files to this device; ``few``: by the likeliest variants."""
     cpus = hardware.cpu_count()
+    depths, threads, readers = ((8, 16), (8,), (8, 16)) if few else (DEPTHS, THREADS, READERS)
     reads: dict[str, list[Ceiling]] = {}
     if "cold" in caches:
+        direct = [Variant(True, depth, 4 * MIB) for depth in depths]
+        buffered = [Variant(False, count, 4 * MIB) for count in threads]
+        if not few:
+            direct += [Variant(True, depth, MIB) for depth in SMALL_DEPTHS]
+            buffered.append(Variant(False, 8, MIB))
         reads["cold"] = [
-            Ceiling(
-                DIRECT, "cold",
-                [Variant(True, depth, 4 * MIB) for depth in DEPTHS]
-                + [Variant(True, depth, MIB) for depth in SMALL_DEPTHS],
-            ),
-            Ceiling(
-                COLD_BUFFERED, "cold",
-                [Variant(False, threads, 4 * MIB) for threads in (1, 4, 8, 16)]
-                + [Variant(False, 8, MIB)],
-            ),
-        ]  # fmt: skip
-    if "warm" in caches:
-        readers = [count for count in READERS if count <= max(2, cpus)]
-        reads["warm"] = [
-            Ceiling(PAGE_CACHE, "warm", [Variant(False, count, MIB >> 1) for count in readers])
+            Ceiling(DIRECT, "cold", direct),
+            Ceiling(COLD_BUFFERED, "cold", buffered),
         ]
-    threads = sorted({1, min(2, cpus), min(4, cpus), min(8, cpus), min(16, cpus)})
-    others = [Measured((TOUCH, MEMCPY), {"kind": "memory", "threads": threads})]
+    if "warm" in caches:
+        fitting = [count for count in readers if count <= max(2, cpus)] or [cpus]
+        reads["warm"] = [
+            Ceiling(PAGE_CACHE, "warm", [Variant(False, count, MIB >> 1) for count in fitting])
+        ]
+    cores = sorted({1, min(2, cpus), min(4, cpus), min(8, cpus), min(16, cpus)})
+    others = [Measured((TOUCH, MEMCPY), {"kind": "memory", "threads": cores})]
     if device != "cpu":
         others.append(Measured((PINNED, PAGEABLE), {"kind": "copies", "total": COPY_BYTES}))
     return Board(tuple(map(os.fspath, files)), reads, others)
@@ -263,7 +262,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dir", help="where to write it")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
-    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--quick", action="store_true", help="one round, of the likeliest variants")
     parser.add_argument("--json", metavar="FILE")
 
 
@@ -271,6 +270,7 @@ def run(args: argparse.Namespace) -> int:
     rounds = 1 if args.quick else args.rounds
     if rounds < 1:
         raise UsageError("--rounds: at least 1")
+    device = device_facts(args.device)
     with contextlib.ExitStack() as stack:
         if args.file:
             path = Path(args.file).absolute()
@@ -279,9 +279,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             path = stack.enter_context(synthetic_checkpoint(args.dir))
         environment = hardware.environment(path)
-        device = device_facts(args.device)
         caches = ("warm",) if hardware.filesystem(path).in_memory else ("cold", "warm")
-        measured = board(args.device, caches, [str(path)])
+        measured = board(args.device, caches, [str(path)], few=args.quick)
         reserve = stack.enter_context(settle.reserve_for([str(path)]))
         for _ in range(rounds):
             for number, cache in enumerate(caches):

@@ -77,7 +77,7 @@ def main() -> int:
     columns = []
     for kind in ("first", "later"):
         of = scenario.answer(kind)
-        columns += [scenario.Column(f"{kind} ms", of, 1e3), scenario.ratio(of, OURS, 3)]
+        columns += [scenario.Column(f"{kind} ms", of, 1e3), scenario.ratio(of, OURS, 3, kind)]
     table = scenario.Table(columns)
     table.add(runs)
     title = f"{args.files} files of {args.tensors} tensors, warm, headers only"

@@ -44,7 +44,8 @@ def tensors_of(way: str, paths: list[str], device: str) -> Iterator[tuple[str, A
 def child(job: dict[str, Any], gate: Any) -> dict[str, Any]:
     import fastst_patch
     from fastst_patch import engine
-    from fastst_patch.bench.child import clock, synchronize
+    from fastst_patch.bench.child import clock
+    from fastst_patch.bench.device_use import synchronize
 
     cpu = job["device"] == "cpu"
     nbytes = checksum = 0

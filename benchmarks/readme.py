@@ -240,7 +240,7 @@ def _cell(row: Row | None, first: float | None) -> str:
     if row.total_s is None or row.state in ("wrong", "crashed", "time limit"):
         return row.state
     seconds = row.total_s.median
-    text = f"{seconds:.2f} s" if seconds >= 0.0995 else f"{1e3 * seconds:.2g} ms"
+    text = report.seconds(seconds)
     variant = row.loader.removeprefix(row.family).lstrip("-")
     text = f"**{text}**" if row.rank and seconds == first else text
     return f"{text} ({variant})" if variant else text

@@ -49,29 +49,19 @@ def hidden_size(nbytes: int, step: int) -> int:
     return max(step, isqrt(nbytes // 408) // step * step)
 
 
-def specs_of(files: int, hidden: int) -> list[list[TensorSpec]]:
-    """Plan a model of even sizes in some files, whose bytes differ at every offset."""
-    model = transformer_specs(408 * hidden**2 + 66 * hidden)
-    parts = [model[number::files] for number in range(files)]
-    # The noise that is written depends on the offset alone.
-    return [
-        [TensorSpec(f"first.{number}", (4096 * (number + 1),)), *part]
-        for number, part in enumerate(parts)
-    ]
-
-
 def checkpoint(folder: Path, files: int, nbytes: int, model: bool) -> list[str]:
-    """Write files of about as many bytes together; ``model``: with what transformers needs."""
+    """Write a model of even sizes in some files of about as many bytes together.
+
+    Unless transformers is to load it, their bytes differ at every offset: the noise that is
+    written depends on the offset alone, so each file begins with a tensor of another size.
+    """
     hidden = hidden_size(nbytes, HEADS if model else STEP)
-    written, places = [], {}
-    for number, specs in enumerate(specs_of(files, hidden)):
-        path = folder / f"model-{number + 1:05}-of-{files:05}.safetensors"
-        written.append(scenario.write(path, specs[1:] if model else specs))
-        places |= {spec.name: path.name for spec in specs[1:]}
-    if model:
-        _models.write_index(folder, places)
-        _models.write_config(folder, llama(hidden))
-    return written
+    specs = transformer_specs(408 * hidden**2 + 66 * hidden)
+    shards = [specs[number::files] for number in range(files)]
+    if not model:
+        shards = [[TensorSpec(f"first.{number}", (4096 * (number + 1),)), *shard]
+                  for number, shard in enumerate(shards)]  # fmt: skip
+    return list(_models.write(folder / "model", llama(hidden), shards).files)
 
 
 def llama(hidden: int) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def main() -> int:
     columns = []
     for call in ("load_file", "safe_open + keys"):
         of = scenario.answer(call)
-        columns += [scenario.Column(f"{call} µs", of, 1e6), scenario.ratio(of, "stock")]
+        columns += [scenario.Column(f"{call} µs", of, 1e6), scenario.ratio(of, "stock", name=call)]
     table = scenario.Table(columns)
     table.add(runs)
     title = f"{file_bytes} bytes, {len(SPECS)} tensors, warm"

@@ -101,7 +101,8 @@ def panels(found: Found, rows: Sequence[Row]) -> list[Panel]:
     return [
         *times,
         Panel(f"Time to the first tensor, {caches[0]}, logarithmic", caches[0],
-              lambda row: row.first_s.median if row.first_s else None, _seconds, logarithmic=True),
+              lambda row: row.first_s.median if row.first_s else None, report.seconds,
+              logarithmic=True),
         Panel(f"Memory of its own / file size, {caches[0]}", caches[0],
               lambda row: own_and_whole(row)[0] * 1e9 / row.bytes if row.memory else None,
               lambda x: f"{x:.0%}"),
@@ -166,10 +167,6 @@ def own_and_whole(row: Row) -> tuple[float, float]:
     own = max(memory.get("anonymous") or 0.0, whole - (memory.get("file") or 0.0))
     own += memory.get("pinned") or 0.0  # mapped by the driver: in no RSS
     return own / 1e9, max(whole, own) / 1e9
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 0.0995 else f"{value * 1e3:.2g} ms"
 
 
 # ---- drawing ------------------------------------------------------------

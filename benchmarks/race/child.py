@@ -1,23 +1,22 @@
 """The timed process: one job in, one answer out, and a gate between getting ready and the clock.
 
-It is started by `process.begin`. Until the loader has been imported nothing but the standard
-library is, so that an import's time is the loader's own; in a copy torch is there already, and no
-import is timed. What is printed by libraries
-goes to stderr.
+It is started by `process.begin`. torch is not imported before the loader, so that an import's time
+is the loader's own; in a copy torch is there already, and no import is timed.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Say = Callable[[dict[str, Any]], None]
+from fastst_patch.bench.process import serve
+
+WaitAtGate = Callable[..., None]  # of process.serve
 
 MAX_DIFFERENCES = 3  # told; the rest is counted
 
@@ -35,30 +34,24 @@ class Job:
     truth: str  # file with the expected tensors
 
 
-def main() -> int:
-    """Do the job on stdin."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+def main() -> None:
+    """Do the job on stdin, and end."""
+    serve(act)
+    # What a library does at exit is not timed, and taking torch down took 0.2 s of a core.
+    os._exit(0)
 
-    def say(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message) + "\n")
-        answers.flush()
 
-    message = json.loads(sys.stdin.readline())
+def act(message: dict[str, Any], gate: WaitAtGate) -> Mapping[str, Any]:
+    """Do one of the jobs."""
     kind = message.pop("kind")
     if kind == "load":
         message |= {key: tuple(message[key]) for key in ("files", "read")}
-        load(Job(**message), say)
-        # What a library does at exit is not timed, and taking torch down took 0.2 s of a core.
-        answers.close()
-        os._exit(0)
-    elif kind == "make":
-        say(make(**message))
-    else:
-        from . import probes
+        return load(Job(**message), gate)
+    if kind == "make":
+        return make(**message)
+    from . import probes
 
-        say(probes.ask(kind, **message))
-    return 0
+    return probes.ask(kind, **message)
 
 
 def make(module: str, folder: str | None, loader: str, files: list[str]) -> dict[str, Any]:
@@ -69,12 +62,7 @@ def make(module: str, folder: str | None, loader: str, files: list[str]) -> dict
     return {}
 
 
-def _await_gate() -> None:
-    if sys.stdin.readline().strip() != "go":
-        sys.exit("the harness is gone")
-
-
-def load(job: Job, say: Say, gate: Callable[[], None] = _await_gate) -> None:
+def load(job: Job, gate: WaitAtGate) -> dict[str, Any]:
     """Import, open the device, wait at the gate, load under the clock, judge, tell.
 
     ``touch_s`` is reading every byte in file order, on one core, by the same native routine for
@@ -90,14 +78,13 @@ def load(job: Job, say: Say, gate: Callable[[], None] = _await_gate) -> None:
     import torch  # which some import only when they load: everybody's import time has it
 
     import_s = None if copied else time.perf_counter() - begin
-    context_s = _open(job.device)
     # What the harness itself needs, after the loader's imports and before its clock.
     from fastst_patch.bench import hardware, residency, settle
+    from fastst_patch.bench.device_use import open_context, synchronize
 
     from . import probes
 
-    say({"ready": True, "import_s": import_s, "context_s": context_s})
-    gate()
+    gate(import_s=import_s, context_s=open_context(job.device))
 
     settle.forget_peak()
     gc.collect()
@@ -129,24 +116,22 @@ def load(job: Job, say: Say, gate: Callable[[], None] = _await_gate) -> None:
     if on_cpu and not wrong and sums != again:
         wrong = ["bytes changed after the load"]
     versions = {loader.package: hardware.version(loader.package or ""), "torch": torch.__version__}
-    say(
-        {
-            "first_s": (first_at[0] if first_at else ready) - started,
-            "load_s": ready - started,
-            "touch_s": ended - ready,
-            "tensors": len(tensors),
-            "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-            "wrong": wrong[:MAX_DIFFERENCES],
-            "wrong_count": len(wrong),
-            "resident_before": resident,
-            "before": held_before,
-            "after": held_after,
-            "done": {key: done_after[key] - done_before[key] for key in done_after},
-            "late_imports": late,  # top-level names of what was imported under the clock
-            "path": probes.our_path(loader.family),
-            "versions": versions,
-        }
-    )
+    return {
+        "first_s": (first_at[0] if first_at else ready) - started,
+        "load_s": ready - started,
+        "touch_s": ended - ready,
+        "tensors": len(tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "wrong": wrong[:MAX_DIFFERENCES],
+        "wrong_count": len(wrong),
+        "resident_before": resident,
+        "before": held_before,
+        "after": held_after,
+        "done": {key: done_after[key] - done_before[key] for key in done_after},
+        "late_imports": late,  # top-level names of what was imported under the clock
+        "path": probes.our_path(loader.family),
+        "versions": versions,
+    }
 
 
 def touch(tensors: dict[str, Any], expected: list[Any]) -> dict[str, int]:
@@ -160,23 +145,3 @@ def touch(tensors: dict[str, Any], expected: list[Any]) -> dict[str, int]:
             here = tensor.detach().cpu().contiguous()  # itself, of an ordinary CPU tensor
             sums[entry.name] = engine.touch(here.data_ptr(), here.nbytes)
     return sums
-
-
-def _open(device: str) -> float:
-    """Create the context, which costs a program its first second whatever it loads."""
-    if device == "cpu":
-        return 0.0
-    import torch
-
-    begin = time.perf_counter()
-    torch.empty(1, device=device)
-    synchronize(device)
-    return time.perf_counter() - begin
-
-
-def synchronize(device: str) -> None:
-    """Wait until everything asked of the device is done; nothing to wait for on the CPU."""
-    if device != "cpu":
-        import torch
-
-        torch.cuda.synchronize(device)

@@ -87,7 +87,7 @@ def _become(
         sys.path.insert(0, environment)
     from . import child
 
-    sys.exit(child.main())
+    child.main()
 
 
 @contextlib.contextmanager

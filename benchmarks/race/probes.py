@@ -15,9 +15,9 @@ from typing import Any
 
 def held(device: str) -> dict[str, int]:
     """Memory held now; the peak is that since settle.forget_peak."""
-    from fastst_patch.bench import memory
+    from fastst_patch.bench import device_use
 
-    found = memory.process_memory() | memory.device_memory(device)
+    found = device_use.process_memory() | device_use.device_memory(device)
     if device != "cpu":
         engines = found.pop("pinned", 0)
         found["pinned"] = max(engines, _pinned_by_torch(), _mapped_by_driver())

@@ -29,7 +29,7 @@ if environment:
     sys.path.insert(0, environment)
 sys.argv[1:] = []
 from benchmarks.race.child import main
-sys.exit(main())
+main()
 """
 
 

@@ -100,6 +100,11 @@ def spread(value: Quartiles | None, decimals: int | None = None) -> str:
     return middle if low == high == middle else f"{middle} [{low}, {high}]"
 
 
+def seconds(value: float) -> str:
+    """Two digits, in seconds or milliseconds."""
+    return f"{value:.2f} s" if value >= 0.0995 else f"{1e3 * value:.2g} ms"
+
+
 def megabytes(nbytes: float | None) -> str:
     """Bytes as MB."""
     return "-" if nbytes is None else f"{nbytes / 1e6:.0f}"
@@ -257,10 +262,10 @@ def _whole(found: Found) -> str:
     cells = []
     for one in whole["results"]:
         ratio = "1" if one["loader"] == "stock" else f"{one['total_ratio_to_stock']:.2f}"
-        seconds = [f"{one['total_s']:.3f}", ratio, f"{one['import_s']:.2f}"]
+        times = [f"{one['total_s']:.3f}", ratio, f"{one['import_s']:.2f}"]
         peak = megabytes(one["memory"].get("peak_rss"))
         rounds = str(one["rounds"])
-        cells.append([one["title"], one["cache"], one["loader"], *seconds, peak, rounds])
+        cells.append([one["title"], one["cache"], one["loader"], *times, peak, rounds])
     lines = ["### End to end", ""]
     if cells:
         headings = [

@@ -25,9 +25,9 @@ from fastst_patch import engine
 from fastst_patch.device import target
 
 from . import residency, settle
+from .device_use import device_memory, device_name, open_context, process_memory, synchronize
 from .job import LoadJob, Sample
-from .memory import device_memory, process_memory
-from .process import serve
+from .process import end_with_parent, serve
 
 H2D_BYTES = 2 << 30
 H2D_SLOT = 128 << 20  # two of them
@@ -218,16 +218,6 @@ def _on_cpu(device: str) -> bool:
     return device == "cpu"
 
 
-def open_context(device: str) -> float:
-    """Create the context, which costs a program its first second whatever it loads; seconds."""
-    if _on_cpu(device):
-        return 0.0
-    begin = time.perf_counter()
-    torch.empty(1, device=device)
-    synchronize(device)
-    return time.perf_counter() - begin
-
-
 def _open_device(job: LoadJob) -> dict[str, float]:
     if _on_cpu(job.device):
         return {}
@@ -239,17 +229,6 @@ def _open_device(job: LoadJob) -> dict[str, float]:
             found.native()
         parts["engine"] = time.perf_counter() - begin
     return parts
-
-
-def synchronize(device: str) -> None:
-    """Wait until everything asked of the device is done; nothing to wait for on the CPU."""
-    if not _on_cpu(device):
-        torch.cuda.synchronize(device)
-
-
-def device_name(device: str) -> str:
-    """Return what the driver calls a device."""
-    return "cpu" if _on_cpu(device) else torch.cuda.get_device_name(device)
 
 
 # ---- other jobs ---------------------------------------------------------
@@ -280,4 +259,5 @@ _KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 if __name__ == "__main__":
+    end_with_parent()
     serve(act)

@@ -286,7 +286,6 @@ def serve(act: Callable[..., Mapping[str, object]]) -> None:
         act: is called with the message and with a function that waits at the gate, after telling
             what it is given.
     """
-    end_with_parent()
     say = only_answers()
 
     def gate(**told: object) -> None:

@@ -66,5 +66,5 @@ def _watch(name: str, read: int, over: threading.Event) -> None:
         if not over.wait(PATIENCE_S):
             for folder in tuple(_folders):
                 shutil.rmtree(folder, ignore_errors=True)
-            os._exit(128 + received[0])  # children end with us: see `process.serve`
+            os._exit(128 + received[0])  # children end with us: see `process.end_with_parent`
         return

@@ -26,6 +26,16 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 _PROPERTIES = SimpleNamespace(name="rehearsal", total_memory=1 << 35, major=0, minor=0)
 
 
+class _Stream:  # a class, since annotations of others name it
+    cuda_stream = 0
+
+    def __init__(self, device: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _nothing() -> None:
     pass
 
@@ -49,7 +59,7 @@ def _torch(torch: Any) -> None:
     torch.empty = empty
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_properties = lambda device=None: _PROPERTIES
-    torch.cuda.Stream = lambda device=None: SimpleNamespace(cuda_stream=0, synchronize=_nothing)
+    torch.cuda.Stream = _Stream
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.cuda.empty_cache = torch.cuda.init = _nothing
     torch.cuda.cudart = lambda: SimpleNamespace(
