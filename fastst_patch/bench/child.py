@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 
 from fastst_patch import engine
-from fastst_patch.device import target
+from fastst_patch.device import find_device
 
 from . import residency, settle
 from .job import READY, LoadJob, Sample
@@ -203,7 +203,7 @@ def _open_device(job: LoadJob) -> dict[str, float]:
     synchronize(job.device)
     parts = {"context": time.perf_counter() - begin}
     if job.split and job.loader == "patched":
-        found = target(job.device)
+        found = find_device(job.device)
         begin = time.perf_counter()
         if found is not None:
             found.native()

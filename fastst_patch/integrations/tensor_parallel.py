@@ -1,16 +1,16 @@
-"""Tensor parallelism: a rank's shards of one load, and reading ahead with the others.
+"""Tensor parallelism: the shards that one rank takes in a load, and shared read-ahead.
 
-transformers cuts a DTensor's local shard out of the slice of a tensor, in threads. Where that
-makes a view of the file's map it is made at once instead, as for tensors that are not sharded.
+transformers cuts the local shard of a DTensor out of a tensor's slice, in threads. If the shard is
+a view of the file's map it is made at once instead, as for tensors that are not sharded.
 
-Ranks of one node share the page cache, so of what is not cached yet each reads a share ahead.
-Nothing is agreed upon: stock's load needs no other rank, and one that failed, or that does
-something else in the meantime, must not be waited for. Each rank knows which rows it takes itself
-and whose turn it is by the mesh; see `stripes.in_turn` for what that leaves to chance.
+Ranks of one node share the page cache, so each reads ahead a part of what is not cached yet. The
+ranks do not communicate: stock's load needs no other rank, and a rank that failed, or that does
+something else in the meantime, must not be waited for. Each rank knows from the mesh which rows it
+takes itself, and whose turn it is. `readahead_share.in_turn` describes the case of late ranks.
 
-To a device a shard that is one piece of its tensor needs no other rank either (`cut_of`).
-Complete rows are read from the file (`rows_of`); of others the runs of their rows are picked out
-of its map (`Shards.view`), which ranks of one node read ahead in turn, as above.
+For a device, too, a shard that is one piece of its tensor needs no other rank (`cut_of`). Complete
+rows are read from the file (`rows_of`). Of other shards, workers copy the runs of their rows from
+the file's map (`Shards.view`), which the ranks of a node read ahead in turn, as above.
 """
 
 from __future__ import annotations
@@ -42,21 +42,20 @@ __all__ = ["Cut", "Shards", "cut_of", "rows_of"]
 _log = logging.getLogger("fastst_patch")
 
 ENOUGH = 64 << 20
-"""Bytes that are known to be needed before reading them ahead starts, if nothing is taken yet."""
+"""Reading ahead starts when so many bytes are known to be needed, or at the first take."""
 
 RUN = 512
-"""Fewest bytes of a view's contiguous runs for workers to pick them. Each is claimed by itself,
-under the lock that all workers share. One took 45 ns in all, whatever its length: 32 MiB in runs
-of 512 bytes 22 ms by one worker over the fake driver, in one run 18, in runs of 128 bytes 32."""
+"""Workers gather views with contiguous runs of at least so many bytes. A worker claims each run
+under the lock of all workers, which takes 45 ns (docs/design-notes.md, "Thresholds")."""
 
 
 class Shards:
-    """What one load takes of files, once it takes shards. For the thread that loads."""
+    """The shards that one load takes of its files. Used by the loading thread only."""
 
     def __init__(self) -> None:
         self._readings: dict[int, _Reading] = {}
         self._latest: _Reading | None = None
-        self._turn: tuple[int, int] | None = None  # known from the first shard on
+        self._turn: tuple[int, int] | None = None  # set by the first shard
         self._viewed: set[tuple[int, int]] = set()  # file and tensor
 
     def local(
@@ -74,14 +73,14 @@ class Shards:
         Args:
             opened: the file.
             i: number of the tensor.
-            sharding_op: which cuts, by ``shard_tensor``.
-            tensor_idx: its argument.
+            sharding_op: its ``shard_tensor`` cuts the shard.
+            tensor_idx: argument of ``shard_tensor``.
             cast: whether a shard is copied to another dtype.
-            materialize: does all that transformers does with a slice, here and now.
+            materialize: does transformers' work on a slice in the calling thread.
 
         Returns:
-            What gives the shard; None where transformers' threads should make it, or can at
-            least raise what they always did.
+            A function that returns the shard; None where transformers' threads make it, or raise
+            their own exception.
         """
         if not (_is_mapped(opened) and tensors.ordinary_mode()):
             return None
@@ -95,30 +94,30 @@ class Shards:
             if reading.worth_it:
                 outline = _Outline(opened, i, functools.partial(reading.note, i))
                 sharding_op.shard_tensor(outline, tensor_idx=tensor_idx, device="meta")
-        except Exception:  # theirs to raise, or ours to hide: transformers cuts the slice itself
+        except Exception:  # transformers cuts the slice itself, and raises what is its own
             _log.debug("a shard is left to transformers", exc_info=True)
         return None
 
     def whole(self, opened: OpenedFile, i: int) -> None:
-        """A tensor will be taken as it is; of interest where others are taken in shards."""
+        """Note that a tensor will be taken whole, in a load that takes others in shards."""
         if self._turn is not None and _is_mapped(opened):
             self._reading(opened).note(i, ...)
 
     def view(self, opened: OpenedFile, i: int, mesh: Any, cut: Cut) -> torch.Tensor | None:
-        """A shard as a view of the file's map, for workers to bring to a device.
+        """A shard as a view of the file's map, for workers to upload.
 
-        It shares its memory with no other that this gave, the gaps between its runs included.
-        What it needs of the file is noted; so is, for transformers' threads, what they do.
+        No two views that this returned share memory, the gaps between their runs included. The
+        bytes of the shard are noted for read-ahead, also where transformers' threads make it.
 
         Args:
             opened: the file.
             i: number of the tensor.
             mesh: of the ranks.
-            cut: what the shard is.
+            cut: the shard's place in the tensor.
 
         Returns:
-            None where it is no view that is worth it, or whose copy has strides of its own:
-            transformers' threads make it.
+            None where transformers' threads make it: it is no view, its runs are too short, or a
+            copy would keep the view's strides.
 
         Raises:
             Fallback: this torch or stock lacks the dtype.
@@ -134,7 +133,7 @@ class Shards:
         if cut.piece is None or (id(opened), i) in self._viewed or not _picks(cut.outline):
             return None
         tensors.check(opened.layout, i)
-        # Not by `part`, which counts it as something that the handle gave.
+        # Not by `part`, which counts it as a tensor that the handle returned.
         whole = tensors.import_batch(opened.map(), opened.layout, array("Q", (i,)))[0]
         self._viewed.add((id(opened), i))
         return opened.index(whole, tuple(slice(*bounds) for bounds in cut.piece))
@@ -145,7 +144,7 @@ class Shards:
         return any(reading.waiting for reading in self._readings.values())
 
     def start(self) -> None:
-        """Read ahead what is known to be needed by now."""
+        """Read ahead the bytes that were noted so far."""
         for reading in self._readings.values():
             reading.start()
 
@@ -159,9 +158,7 @@ class Shards:
             assert self._turn is not None
             found = self._readings[id(opened)] = _Reading(opened, *self._turn)
         if self._latest is not None and self._latest is not found:
-            self._latest.start(
-                readahead_share.STRIPE
-            )  # as a rule nothing more will be wanted of it
+            self._latest.start(readahead_share.STRIPE)  # a load usually finishes file by file
         self._latest = found
         return found
 
@@ -187,7 +184,7 @@ class _Reading:
         return self._nbytes > 0
 
     def note(self, i: int, index: Any) -> None:
-        """An index into tensor i will be taken."""
+        """Note that an index into tensor i will be taken."""
         if not self.worth_it:
             return
         layout = self._opened.layout
@@ -196,7 +193,7 @@ class _Reading:
         rows = leading_rows(index, shape)
         if rows is None or rows[1] - rows[0] == shape[0]:
             place, ranges = (begin, end), self._shared
-        else:  # rows are one rank's, as a rule
+        else:  # a row usually belongs to one rank
             first, last = plan_rows(layout, i, rows[0], rows[1])
             place, ranges = (begin + first, begin + last), self._alone
         if place in ranges or place[0] == place[1]:
@@ -207,7 +204,7 @@ class _Reading:
             self.start()
 
     def start(self, fewest: int = 1) -> None:
-        """Start reading what was noted, unless it is less than so many bytes."""
+        """Start reading the noted bytes if there are at least so many."""
         if self._nbytes < fewest:
             return
         alone, shared = Runs(sorted(self._alone)), Runs(sorted(self._shared))
@@ -224,10 +221,10 @@ class _Reading:
 
 
 class _Outline:
-    """Stands for a slice of which nothing is read, and tells what is taken.
+    """In place of a slice: reads nothing, and calls a function with each index.
 
     Attributes:
-        given: the last answer to an index, without bytes.
+        given: the last result of an index, without bytes.
     """
 
     def __init__(self, opened: OpenedFile, i: int, tell: Callable[[Any], None]) -> None:
@@ -235,11 +232,11 @@ class _Outline:
         self.given: torch.Tensor | None = None
 
     def get_shape(self) -> list[int]:
-        """As of a slice."""
+        """As a slice's."""
         return self._layout.shape(self._i)
 
     def get_dtype(self) -> str:
-        """As of a slice."""
+        """As a slice's."""
         return DTYPE_NAMES[self._layout.dtype(self._i)]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -253,7 +250,7 @@ class _Outline:
 
 
 class _Source(_Outline):
-    """Stands for a slice, gives what it gives, and leaves reading ahead to a `_Reading`."""
+    """In place of a slice: returns the same tensors, and leaves read-ahead to a `_Reading`."""
 
     def __init__(self, opened: HostFile, i: int, reading: _Reading) -> None:
         super().__init__(opened, i, functools.partial(reading.note, i))
@@ -266,12 +263,12 @@ class _Source(_Outline):
 
 
 class Cut(NamedTuple):
-    """What a shard takes of a tensor.
+    """The part of a tensor that a shard consists of.
 
     Attributes:
-        indices: all that it takes, in turn.
-        piece: start and stop in each dimension, where all of it is one index with elements;
-            None for steps, several pieces, or nothing.
+        indices: the indices into the tensor, in the order of use.
+        piece: start and stop in each dimension, if the shard is one index with elements; None for
+            steps, several pieces, or no elements.
         outline: the shard without bytes, with the strides of a view; None as above.
     """
 
@@ -281,12 +278,12 @@ class Cut(NamedTuple):
 
 
 def cut_of(opened: OpenedFile, i: int, sharding_op: Any, tensor_idx: int | None) -> Cut | None:
-    """What this rank's shard takes of a tensor; None where cutting it raises."""
+    """The part of a tensor that this rank's shard consists of; None where cutting it raises."""
     indices: list[Any] = []
     outline = _Outline(opened, i, indices.append)
     try:
         shard = sharding_op.shard_tensor(outline, tensor_idx=tensor_idx, device="meta")
-    except Exception:  # theirs to raise
+    except Exception:  # transformers raises it again
         return None
     if len(indices) == 1 and shard is outline.given:
         piece = _piece(indices[0], opened.layout.shape(i))
@@ -296,7 +293,7 @@ def cut_of(opened: OpenedFile, i: int, sharding_op: Any, tensor_idx: int | None)
 
 
 def _piece(index: Any, shape: list[int]) -> list[tuple[int, int]] | None:
-    """Start and stop in each dimension of what an index of slices without steps takes."""
+    """Start and stop in each dimension for an index of slices without steps; else None."""
     parts = index if isinstance(index, tuple) else () if index is Ellipsis else (index,)
     if len(parts) > len(shape) or any(type(part) is not slice for part in parts):
         return None
@@ -308,7 +305,7 @@ def _piece(index: Any, shape: list[int]) -> list[tuple[int, int]] | None:
 
 
 def rows_of(cut: Cut, shape: list[int]) -> tuple[int, int] | None:
-    """The first row and the one behind the last, where a shard of a tensor is complete rows."""
+    """The first row and the one behind the last, if a shard is complete rows; else None."""
     if not cut.piece or cut.piece[1:] != [(0, length) for length in shape[1:]]:
         return None
     return cut.piece[0]
@@ -317,14 +314,14 @@ def rows_of(cut: Cut, shape: list[int]) -> tuple[int, int] | None:
 def _picks(outline: torch.Tensor | None) -> bool:
     """Whether a view has gaps, and runs that are long enough.
 
-    Without gaps, but not complete rows, it is such as [1, n] of [1, 2 * n], and ``.to`` keeps its
-    strides of (2 * n, 1). Of a view with gaps the copy has the strides of a new tensor.
+    A view without gaps that is not complete rows is, for example, [1, n] of [1, 2 * n]: ``.to``
+    keeps its strides of (2 * n, 1). The copy of a view with gaps has the strides of a new tensor.
     """
     return outline is not None and not outline.is_contiguous() and run_bytes(outline) >= RUN
 
 
 def _is_mapped(opened: OpenedFile) -> TypeGuard[HostFile]:
-    """Whether shards may be views of a file's map; with ``verify``, slices themselves compare."""
+    """Whether shards may be views of a file's map; not with ``verify``, when slices compare."""
     return isinstance(opened, HostFile) and opened.mapped and not opened.config.verify
 
 
@@ -334,7 +331,10 @@ def _is_view(sharding_op: Any) -> bool:
 
 
 def _turn_in(mesh: Any) -> tuple[int, int]:
-    """Which of how many ranks we are that load on this node, as far as the launcher said so."""
+    """This rank's turn, and the number of turns, among the mesh's ranks on this node.
+
+    The launcher's environment tells which ranks are on the node; without it all of them are.
+    """
     import torch.distributed as dist
 
     rank, local = dist.get_rank(), local_ranks()

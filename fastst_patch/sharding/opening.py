@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from .. import engine, tensors
 from ..config import Config
-from ..device import Device, parse_device, torch_target
+from ..device import Device, device_of, parse_device
 from ..errors import Fallback, NameClashError, RankError
 from ..files.base import OpenedFile, open_checked
 from ..files.cpu import HostFile
@@ -130,7 +130,7 @@ def open_together(
         try:
             if where.type not in ("cpu", "cuda"):
                 raise Fallback(f"device {str(where)!r} is not accelerated")
-            target = torch_target(where)
+            target = device_of(where)
         except Fallback as fallback:
             refused = fallback.reason
         paths = None if isinstance(files, FileNotFoundError) else _in_turn(files)
