@@ -120,6 +120,31 @@ class Job:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Destination:
+    """Where on a device a read or an upload goes.
+
+    Attributes:
+        device: owns the memory.
+        stream: address of the stream that the arena was allocated on; copies wait for what is
+            pending there when the job starts.
+        pinned_bytes: most host memory that the process may have pinned for copies.
+    """
+
+    device: DeviceHandle
+    stream: int
+    pinned_bytes: int
+
+
+def _options(threads: int, chunk_bytes: int, to: Destination | None = None) -> Any:
+    """The options that all kinds of jobs have; the others are 0."""
+    options = ffi.new("fst_job_options *", [ffi.sizeof("fst_job_options"), threads, chunk_bytes])
+    if to is not None:
+        options.device, options.stream = to.device.handle, to.stream
+        options.pinned_bytes = to.pinned_bytes
+    return options
+
+
 def prefetch(
     file: File,
     arena: Arena,
@@ -139,30 +164,12 @@ def prefetch(
         chunk_bytes: bytes one worker handles at a time.
         reserve_bytes: stop when less memory than this is left.
     """
-    options = ffi.new(
-        "fst_job_options *",
-        [ffi.sizeof("fst_job_options"), threads, chunk_bytes, 0, 0, reserve_bytes],
-    )
+    options = _options(threads, chunk_bytes)
+    options.reserve_bytes = reserve_bytes
     pointer, count = segments_of(segments)
     job = Job(arena)
     job.start(lib.fst_job_prefetch, file.handle, arena.handle, pointer, count, options)
     return job
-
-
-@dataclasses.dataclass(frozen=True)
-class Destination:
-    """Where on a device a read or an upload goes.
-
-    Attributes:
-        device: owns the memory.
-        stream: address of the stream that the arena was allocated on; copies wait for what is
-            pending there when the job starts.
-        pinned_bytes: most host memory that the process may have pinned for copies.
-    """
-
-    device: DeviceHandle
-    stream: int
-    pinned_bytes: int
 
 
 _MODES = {"buffered": 0, "direct": 1, "direct-if-cold": 2, "gds": 3}  # enum fst_read_mode
@@ -196,13 +203,8 @@ def read(
     Raises:
         Fallback: the device's driver failed.
     """
-    options = ffi.new(
-        "fst_job_options *",
-        [ffi.sizeof("fst_job_options"), threads, chunk_bytes, _MODES[mode], int(drop_cache), 0],
-    )
-    if to is not None:
-        options.device, options.stream = to.device.handle, to.stream
-        options.pinned_bytes = to.pinned_bytes
+    options = _options(threads, chunk_bytes, to)
+    options.mode, options.drop_cache = _MODES[mode], drop_cache
     pointer, count = segments_of(segments)
     job = Job(arena)
     job.start(lib.fst_job_read, file.handle, arena.handle, pointer, count, options)
@@ -234,11 +236,7 @@ def upload(
     Raises:
         Fallback: the device's driver failed.
     """
-    options = ffi.new(
-        "fst_job_options *", [ffi.sizeof("fst_job_options"), threads, chunk_bytes, 0, 0, 0]
-    )
-    options.device, options.stream = to.device.handle, to.stream
-    options.pinned_bytes = to.pinned_bytes
+    options = _options(threads, chunk_bytes, to)
     pointer, count = segments_of(segments)
     job = Job((arena, keep))
     job.start(lib.fst_job_upload, arena.handle, pointer, count, options)
