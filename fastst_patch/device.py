@@ -1,7 +1,7 @@
-"""Devices as torch sees them: which one a caller means, its memory, and the stream it came on.
+"""Devices as torch sees them: which one an argument names, its memory, its current stream.
 
-`Runtime` is all that the layers above know of one; the tests put a runtime over the fake driver
-in its place (`replaced`), where CPU memory stands for a device's.
+The layers above reach a device's runtime only by `Runtime`. Tests replace it (`replaced`) with one
+over the fake driver, where CPU memory stands for a device's.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = [
     "Device",
     "Runtime",
     "Sample",
+    "device_of",
+    "find_device",
     "parse_device",
     "prove",
     "prove_tensor",
     "replaced",
     "sample_of",
-    "target",
-    "torch_target",
 ]
 
 _NAMED = re.compile(r"cuda(?::([0-9]{1,4}))?", re.ASCII)
@@ -37,11 +37,11 @@ _NAMED = re.compile(r"cuda(?::([0-9]{1,4}))?", re.ASCII)
 PROOF_BYTES = 4 << 20
 """Read back and compared after the first load to a device: one chunk."""
 
-_MORE = 16  # Bytes that were right say little of so many times more.
+_MORE = 16  # A verified sample does not vouch for one so many times larger.
 
 
 class Runtime:
-    """CUDA, or ROCm behind the same names, through torch. Nothing is touched before it is used."""
+    """CUDA, or ROCm by the same names, through torch. Nothing is initialised before it is used."""
 
     def fallback(self, ordinal: int) -> str | None:
         """Why a device cannot be used in this process now; None when it can."""
@@ -54,7 +54,7 @@ class Runtime:
         if not torch.cuda.is_available() or ordinal >= torch.cuda.device_count():
             return f"torch sees no device cuda:{ordinal}"
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            # Asked on its own device: the question alone makes a context on the current one.
+            # On the device itself: this call creates a context on the current device.
             with torch.cuda.device(ordinal):
                 if torch.cuda.is_current_stream_capturing():
                     return "a CUDA graph is being captured"
@@ -79,17 +79,17 @@ class Runtime:
 
         return int(torch.cuda.current_stream(ordinal).cuda_stream)
 
-    def settle(self, ordinal: int) -> None:
-        """Wait for what this thread has pending on a device."""
+    def synchronize(self, ordinal: int) -> None:
+        """Wait for the work that is pending on this thread's current stream of a device."""
         import torch
 
         torch.cuda.current_stream(ordinal).synchronize()
 
     @contextlib.contextmanager
     def beside(self, ordinal: int) -> Iterator[None]:
-        """Work of torch's goes to a stream of its own, behind what the current one has pending.
+        """Run torch's work on a side stream, after what is pending on the current one.
 
-        Over when that work is, on errors too: memory that it used may be freed then.
+        The context ends when that work has run, on errors too: its memory may be freed then.
         """
         import torch
 
@@ -105,7 +105,7 @@ class Runtime:
             side.synchronize()
 
     def arena(self, nbytes: int, ordinal: int) -> engine.Arena:
-        """A block from torch's caching allocator. The arena keeps what `record` takes for it.
+        """A block from torch's caching allocator. `Arena.keep` is the block as `record` takes it.
 
         Raises:
             torch.OutOfMemoryError: there is none.
@@ -125,11 +125,11 @@ class Runtime:
         return torch.empty(shape, dtype=dtype, device=ordinal)
 
     def record(self, memory: Any, ordinal: int) -> None:
-        """Let memory be used again only behind what the current stream does until it is freed.
+        """Let the allocator reuse memory only after the current stream's work up to its release.
 
         Args:
-            memory: a tensor from `empty`, or what an arena from `arena` keeps. Tensors over an
-                arena are not torch's own memory, and torch would ignore them.
+            memory: a tensor from `empty`, or ``keep`` of an arena from `arena`. Tensors over an
+                arena are not memory of torch's allocator, which would ignore them.
             ordinal: of its device.
         """
         import torch
@@ -156,7 +156,7 @@ class Runtime:
 _sides: dict[int, torch.cuda.Stream] = {}  # by ordinal
 
 _runtime = Runtime()
-# No lock: each update is one operation on one dict, and all that make it say the same.
+# No lock: each update is one operation on one dict, and all threads write the same value.
 _opened: dict[tuple[int, int], engine.DeviceHandle] = {}  # by runtime and ordinal
 _proved: dict[tuple[int, int], int] = {}  # bytes of the largest sample that was right
 _refused: dict[int, str] = {}  # ordinal -> why, once bytes came out wrong
@@ -167,8 +167,9 @@ class Device:
 
     Attributes:
         name: as tensors show it, such as ``cuda:0``.
-        argument: as the caller named it; stock is given the same.
+        argument: as the caller named it, for calls of stock.
         ordinal: its number.
+        runtime: how it is used.
     """
 
     def __init__(self, argument: object, ordinal: int, runtime: Runtime) -> None:
@@ -196,7 +197,7 @@ class Device:
         return found
 
     def wants(self, nbytes: int) -> bool:
-        """Whether so many bytes are to be read back: nothing near as many has been so far."""
+        """Whether a sample of so many bytes is to be verified: no similar one has been yet."""
         proved = _proved.get((id(self.runtime), self.ordinal), 0)
         return proved < PROOF_BYTES and nbytes >= _MORE * proved
 
@@ -204,9 +205,9 @@ class Device:
         """Bytes that can be allocated there now, in pieces of any size. Raises as `native`."""
         return engine.device_info(self.native()).free_bytes + self.runtime.cached(self.ordinal)
 
-    def settle(self) -> None:
-        """Wait for what this thread has pending there: then any stream may use it."""
-        self.runtime.settle(self.ordinal)
+    def synchronize(self) -> None:
+        """Wait for the work pending on this thread's current stream: then any stream may use it."""
+        self.runtime.synchronize(self.ordinal)
 
     def stream(self) -> int:
         """Address of the stream on which this thread allocates there now."""
@@ -215,8 +216,8 @@ class Device:
     def hand_over(self, memory: Any, allocated_on: int) -> None:
         """Give memory to the calling thread, which may use it on its current stream.
 
-        torch gives freed memory to the next owner on the stream that it was allocated on, and
-        waits for no other. Whoever got the memory is to find the order of its own allocations.
+        torch reuses freed memory on the stream that it was allocated on, without waiting for other
+        streams. If the caller's stream is another one, the memory is recorded on it.
 
         Args:
             memory: as `Runtime.record` takes it.
@@ -235,7 +236,7 @@ class Device:
         try:
             result = self.runtime.copy(view, self.ordinal)
             if result.numel():
-                self.settle()
+                self.synchronize()
         except RuntimeError as error:
             if self.runtime.is_out_of_memory(error):
                 raise
@@ -247,25 +248,25 @@ class Device:
         return engine.Destination(self.native(), self.runtime.stream(self.ordinal), pinned_bytes)
 
 
-def target(device: object) -> Device | None:
-    """The device that a caller's argument means, as stock reads it; None for the CPU.
+def find_device(argument: object) -> Device | None:
+    """The device that a caller's argument names, as stock reads it; None for the CPU.
 
     Raises:
-        Fallback: it is another kind of device, cannot be used now, or stock must say what is wrong.
+        Fallback: it is another kind of device, cannot be used now, or stock must judge it.
     """
-    if device is None or (type(device) is str and device == "cpu"):
+    if argument is None or (type(argument) is str and argument == "cpu"):
         return None
     ordinal: int | None = None
-    if type(device) is int:
-        ordinal = device if 0 <= device < 1 << 16 else None
-    elif type(device) is str:
-        named = _NAMED.fullmatch(device)
+    if type(argument) is int:
+        ordinal = argument if 0 <= argument < 1 << 16 else None
+    elif type(argument) is str:
+        named = _NAMED.fullmatch(argument)
         ordinal = int(named[1] or 0) if named else None
     if ordinal is None:
-        raise Fallback(f"device {device!r} is not accelerated")
-    found = Device(device, ordinal, _runtime)
-    found.check()
-    return found
+        raise Fallback(f"device {argument!r} is not accelerated")
+    device = Device(argument, ordinal, _runtime)
+    device.check()
+    return device
 
 
 def parse_device(device: object) -> torch.device:
@@ -282,8 +283,8 @@ def parse_device(device: object) -> torch.device:
     return torch.device(given)
 
 
-def torch_target(named: torch.device) -> Device | None:
-    """The device that torch's own ``.to`` would move to; None unless it is a CUDA device.
+def device_of(named: torch.device) -> Device | None:
+    """The device that torch's own ``.to`` moves to; None unless it is a CUDA device.
 
     Raises:
         Fallback: it cannot be used now.
@@ -292,9 +293,9 @@ def torch_target(named: torch.device) -> Device | None:
         return None
     if named.index is None:
         Device("cuda", 0, _runtime).check()  # before asking for the current one makes a context
-    found = Device(named, _runtime.current() if named.index is None else named.index, _runtime)
-    found.check()
-    return found
+    device = Device(named, _runtime.current() if named.index is None else named.index, _runtime)
+    device.check()
+    return device
 
 
 class Sample(NamedTuple):
@@ -306,85 +307,83 @@ class Sample(NamedTuple):
 
     @property
     def end(self) -> int:
-        """File offset behind them."""
+        """File offset of the byte behind the last one."""
         return self.file_offset + self.nbytes
 
 
-def sample_of(found: Device, segments: array[int]) -> Sample | None:
-    """What `prove` shall read back: the first whole chunk, or all of the largest segment.
+def sample_of(device: Device, segments: array[int]) -> Sample | None:
+    """The bytes for `prove` to read back: the first whole chunk, or all of the largest segment.
 
     Args:
-        found: the device.
+        device: that the load goes to.
         segments: of the load: flat triples (file offset, bytes, arena offset).
 
     Returns:
         None for a load of nothing, or when enough was read back from the device before.
     """
-    if not len(segments) or not found.wants(PROOF_BYTES):
+    if not len(segments) or not device.wants(PROOF_BYTES):
         return None
     nbytes = min(max(segments[1::3]), PROOF_BYTES)
-    if not found.wants(nbytes):
+    if not device.wants(nbytes):
         return None
     at = next(at for at in range(0, len(segments), 3) if segments[at + 1] >= nbytes)
     return Sample(segments[at], nbytes, segments[at + 2])
 
 
-def prove(found: Device, arena: engine.Arena, file: engine.File, sample: Sample | None) -> None:
-    """After the first load of the process to a device: read a chunk back and compare.
+def prove(device: Device, arena: engine.Arena, file: engine.File, sample: Sample | None) -> None:
+    """Read a chunk of the process's first load to a device back, and compare it with the file.
 
-    Where that was tiny, the next load that is much larger is proved, too.
+    If that load was tiny, the next one that is much larger is verified, too.
 
     Args:
-        found: the device.
-        arena: where the sample's bytes have landed.
-        file: where they come from.
+        device: that the load went to.
+        arena: in which the sample's bytes have landed.
+        file: from which they come.
         sample: of the load.
 
     Raises:
         Fallback: it differs. From then on everything for that device goes to stock.
     """
-    if sample is None or not found.wants(sample.nbytes):
+    if sample is None or not device.wants(sample.nbytes):
         return
-    equal = engine.compare(found.native(), arena, file, **sample._asdict())
-    _judge(found, sample.nbytes, bool(equal), file.path)
+    equal = engine.compare(device.native(), arena, file, **sample._asdict())
+    _judge(device, sample.nbytes, bool(equal), file.path)
 
 
-def prove_tensor(found: Device, moved: torch.Tensor, source: torch.Tensor) -> None:
+def prove_tensor(device: Device, moved: torch.Tensor, source: torch.Tensor) -> None:
     """The same for a tensor that came from memory, of which it is a contiguous copy.
 
-    Of a source with gaps no more is copied than is compared. Raises as `prove`.
+    Of a source with gaps only the bytes that are compared are copied. Raises as `prove`.
     """
     import torch
 
+    from .tensors import raw_bytes
+
     nbytes = min(source.nbytes, PROOF_BYTES)
-    if not found.wants(nbytes):
+    if not device.wants(nbytes):
         return
     count = nbytes // source.itemsize
-    raw = [_first(t.detach(), count).view(torch.uint8).cpu() for t in (moved, source)]
-    _judge(found, nbytes, torch.equal(raw[0], raw[1]), "a tensor")
+    raw = [raw_bytes(_first(t.detach(), count)).cpu() for t in (moved, source)]
+    _judge(device, nbytes, torch.equal(raw[0], raw[1]), "a tensor")
 
 
 def _first(t: torch.Tensor, count: int) -> torch.Tensor:
-    """So many of a tensor's elements, one behind another in memory."""
-    import torch
-
+    """The first elements of a tensor, in one dimension."""
     while t.dim() > 1:
         rest = t[0].numel()
         if rest < count:
             t = t[: -(-count // rest)]
             break
         t = t[0]
-    flat = t.reshape(-1)[:count]
-    # A single element may have any stride, also if a view with steps is contiguous.
-    return flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
+    return t.reshape(-1)[:count]
 
 
-def _judge(found: Device, nbytes: int, equal: bool, what: str) -> None:
+def _judge(device: Device, nbytes: int, equal: bool, what: str) -> None:
     if equal:
-        _proved[id(found.runtime), found.ordinal] = nbytes
+        _proved[id(device.runtime), device.ordinal] = nbytes
         return
-    why = f"bytes read back from {found.name} differed from the file's or the source's"
-    _refused[found.ordinal] = why
+    why = f"bytes read back from {device.name} differed from the file's or the source's"
+    _refused[device.ordinal] = why
     logging.getLogger("fastst_patch").error(
         "%s: %s; from now on stock loads to this device. Please report this.", what, why
     )
@@ -393,7 +392,7 @@ def _judge(found: Device, nbytes: int, equal: bool, what: str) -> None:
 
 @contextlib.contextmanager
 def replaced(runtime: Runtime) -> Iterator[None]:
-    """Let another runtime stand for CUDA, and forget what was learned of the last (tests)."""
+    """For tests: put another runtime in CUDA's place, and forget the state of the last one."""
     global _runtime  # noqa: PLW0603 - the one place where it changes
     before, _runtime = _runtime, runtime
     _forget()

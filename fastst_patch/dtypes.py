@@ -1,7 +1,7 @@
-"""Safetensors' dtypes: names and sizes as the native engine has them, and how torch holds each.
+"""Safetensors' dtypes: their names and numbers in the native engine, and how torch holds each.
 
-A dtype is a number of ``enum fst_dtype`` below; the table is by name, so that it also serves where
-there is no engine.
+The layers below refer to a dtype by its number in ``enum fst_dtype``. The table is by name, so that
+it can be used without the engine.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class TorchDtype(NamedTuple):
     """How torch holds a dtype.
 
     Attributes:
-        name: attribute of torch; None: no torch has it.
-        code: as in DLPack 1.3's DLDataTypeCode; None: it goes in as bytes.
-        per_element: numbers in one element of torch's. Headers count numbers.
+        name: attribute of torch; None: no version of torch has it.
+        code: as in DLPack 1.3's DLDataTypeCode; None: it is imported as bytes.
+        per_element: numbers in one element of a torch tensor. Headers count numbers.
     """
 
     name: str | None = None
@@ -57,10 +57,10 @@ TORCH = {
 }
 
 DTYPE_NAMES = engine.dtype_names() or tuple(TORCH)
-"""By number."""
+"""Names of the dtypes; a dtype's number is its place."""
 
 PACKED = frozenset(k for k, name in enumerate(DTYPE_NAMES) if TORCH[name].per_element > 1)
-"""Numbers of the dtypes of which an element of torch's holds several: a set, for hot paths."""
+"""Dtypes, by number, of which one element of a torch tensor holds several numbers."""
 
 _PACKED_BY_TORCH = {f"torch.{t.name}": t.per_element for t in TORCH.values() if t.per_element > 1}
 
@@ -74,7 +74,7 @@ def dtype_named(name: str) -> torch.dtype | None:
 
 
 def header_shape(shape: Sequence[int], dtype: torch.dtype) -> list[int]:
-    """The shape of a tensor as a header has it, from torch's: of a packed dtype in numbers."""
+    """The shape of a torch tensor as a header has it, which counts numbers of packed dtypes."""
     found = list(shape)
     if found:
         found[-1] *= _PACKED_BY_TORCH.get(str(dtype), 1)

@@ -1,4 +1,4 @@
-"""Code of others that an interrupt must not strike in the middle."""
+"""Calls into other libraries that Ctrl-C must not interrupt."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["uninterrupted"]
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait until the ``with`` block is over, and then act as it would have.
+    """Delay Ctrl-C until the ``with`` block is over.
 
     For short calls into libraries that hold locks of their own. Python raises KeyboardInterrupt
-    between any two instructions of the main thread; between the two locks that tqdm takes, it
-    leaves one taken, and the next bar of whatever program waits for ever.
+    between any two instructions of the main thread. Between the two locks that tqdm takes, it
+    leaves one taken, and the program's next bar waits forever.
     """
     before = None
     if threading.current_thread() is threading.main_thread():

@@ -1,4 +1,4 @@
-"""Where tensors are in a file, and where their bytes shall go. Pure: no I/O, no torch.
+"""Where tensors lie in a file, and where a load puts their bytes. Pure: no I/O, no torch.
 
 ``FileLayout`` (what is in a file) and ``LoadPlan`` (which bytes go where) are immutable and
 may be shared between threads.
@@ -48,10 +48,10 @@ class FileLayout:
         data_begin: file offset of the first tensor's bytes.
         data_bytes: of all tensors together.
         find_metadata: decodes the header's ``__metadata__``; None where there is none.
-        dtypes: bit ``1 << k`` is set when number k of ``enum fst_dtype`` occurs.
-        odd_f4: some F4 tensor has no even last dimension, which stock refuses.
-        owner: what keeps the memory behind the views below alive.
-        view: the same as the engine has it; None where no header was parsed.
+        dtypes: bit ``1 << k`` is set if number k of ``enum fst_dtype`` occurs.
+        odd_f4: whether an F4 tensor has no even last dimension, which stock refuses.
+        owner: keeps the memory of the views below alive.
+        view: the engine's ``fst_layout_view``; None where no header was parsed.
     """
 
     names: tuple[str, ...]
@@ -137,10 +137,10 @@ def described(
 
 
 class LayoutCache:
-    """Parsed headers of files that are opened again and again, as accelerate's disk offload does.
+    """Parsed headers of files that are opened repeatedly, as by accelerate's disk offload.
 
-    A hit still reads the header and compares every byte of it: no timestamp is trusted. Whoever
-    interrupts an update, as a signal's handler does, finds the cache empty and leaves it alone.
+    A hit still reads the header and compares every byte of it: timestamps are not trusted. Code
+    that interrupts an update, as a signal handler does, finds the cache empty and leaves it alone.
     """
 
     BYTES = 64 << 20
@@ -152,7 +152,7 @@ class LayoutCache:
         self._bytes = 0
 
     def get(self, key: tuple[int, int, int]) -> FileLayout | None:
-        """The layout last seen for (device, inode, size); its header is still to be compared."""
+        """The last layout of (device, inode, size), whose header the caller has to compare."""
         with shared:
             if self._updating:
                 return None
@@ -166,7 +166,7 @@ class LayoutCache:
                 self._updating = False
 
     def put(self, key: tuple[int, int, int], layout: FileLayout) -> None:
-        """Remember a layout; large headers push older ones out, very large ones are not kept."""
+        """Keep a layout, and drop the oldest if there are too many bytes; none of a huge header."""
         if layout.data_begin > self.BYTES // 4:
             return
         with shared:
@@ -197,7 +197,7 @@ class LoadPlan:
         segments: flat triples (file offset, bytes, arena offset), by file offset, neighbours
             merged where they are neighbours on both sides.
         arena_bytes: size of the arena.
-        data_bytes: to be read.
+        data_bytes: bytes to be read.
     """
 
     tensors: array[int]

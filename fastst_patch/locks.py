@@ -9,17 +9,17 @@ lock and being inside the block.
 ===============  ===========================================================================
 lock             what it is for
 ===============  ===========================================================================
-`shared`         short sections on state of the process or of several threads. One for all of
-                 them, so that no two can be taken in different orders by nested code. A leaf:
-                 code under it takes no other lock. Updates are single operations on which
-                 nested code is harmless, or a flag sends nested code another way.
+`shared`         short sections on state of the process or of several threads. There is only
+                 one, so that nested code cannot take two in different orders. A leaf: code
+                 under it takes no other lock. Updates are single operations, which nested code
+                 cannot see half done, or a flag makes nested code do without the state.
                  At a fork: taken by the forking thread before, so the child finds the state whole
 `carried()`      long sections of a module. Made at import; taken before `shared`.
                  At a fork: like `shared`, in the order `carried`, `shared`
-`Guard`          sections of one object, which start reads. `here.inside` is set in them, and
-                 nested code, which finds `interrupted()`, uses no guarded state at all.
-                 At a fork: the child gets a new lock, and the object lets go of the state that
-                 a thread which the child lacks may have left half updated
+`Guard`          sections of one object, which start reads. `here.inside` is set in them, so
+                 that `interrupted()` is true for nested code, which then uses no guarded state.
+                 At a fork: the child gets a new lock, and the object drops its state, which a
+                 thread that does not exist in the child may have left half updated
 ===============  ===========================================================================
 
 The native mutexes (in ``native/job/fst_queue.c`` and ``native/device/fst_{ring,gds,gpu}.c``) need
@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 
 
 class _Here(threading.local):
-    """What this thread is in the middle of. A fork's child goes on with its thread's."""
+    """Whether a thread is in a guarded section. A forked child keeps the forking thread's."""
 
     inside = False
 
@@ -69,10 +69,10 @@ if hasattr(os, "register_at_fork"):  # there is no fork elsewhere
 def carried() -> Any:
     """A lock for a module, held through every fork by the thread that forks.
 
-    What is registered for forks stays registered: not for objects that come and go.
+    Handlers for forks cannot be unregistered, so it is for modules and not for single objects.
     """
     lock = threading.RLock()
-    if hasattr(os, "register_at_fork"):  # what is registered last is taken first
+    if hasattr(os, "register_at_fork"):  # the lock registered last is taken first
         os.register_at_fork(
             before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
         )
@@ -80,10 +80,10 @@ def carried() -> Any:
 
 
 def interrupted() -> bool:
-    """Whether this thread is under a lock: whoever asks runs nested in code that was interrupted.
+    """Whether this thread holds a lock, so that the caller runs nested in interrupted code.
 
-    Asked where a `Guard`'s lock would be taken next. Nested code must not wait for a lock there:
-    whoever holds it may be waiting for what this thread holds.
+    Called before a `Guard`'s lock is taken. Nested code must not wait for that lock: its holder may
+    be waiting for a lock that this thread holds.
     """
     return here.inside or shared._is_owned()
 
@@ -91,7 +91,7 @@ def interrupted() -> bool:
 class Guard:
     """The lock of one object, for sections of this form.
 
-    if interrupted(): do without what the lock guards; else::
+    if interrupted(): do without the guarded state; else::
 
         with guard.lock(self._abandon):
             here.inside = True
@@ -111,8 +111,8 @@ class Guard:
         """This process's lock.
 
         Args:
-            abandon: called once in a forked child before its lock is first taken: it puts new
-                state in the place of what is guarded, and returns the old.
+            abandon: called once in a forked child, before its lock is first taken: it replaces
+                the guarded state by a new one, and returns the old one.
         """
         if self._forks != _forks:
             self._renew(abandon)
@@ -124,15 +124,15 @@ class Guard:
             if self._forks != _forks:
                 old = abandon()
                 self._lock = threading.RLock()
-                self._forks = _forks  # last: others look at it without a lock
+                self._forks = _forks  # last: other threads read it without the lock
         del old  # may wait for reads to end: not under the lock
 
 
 class once(Generic[_T]):  # noqa: N801 - a decorator
-    """A property that is computed when first asked for, and kept.
+    """A property that is computed at its first use, and kept.
 
-    `functools.cached_property` computes under a lock before Python 3.12, one for all instances,
-    which a forked child may inherit held. Here threads that meet compute the same and keep one.
+    Before Python 3.12 `functools.cached_property` computes under a lock of all instances, which a
+    forked child may inherit held. Here threads that race compute the same, and one result is kept.
     """
 
     def __init__(self, compute: Callable[[Any], _T]) -> None:

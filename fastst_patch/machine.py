@@ -10,14 +10,14 @@ from pathlib import PurePosixPath
 __all__ = ["NETWORKED", "cpu_limit", "gds_obstacle", "io_threads"]
 
 NETWORKED = frozenset((0x6969, 0x65735546, 0x0BD00BD0, 0xFF534D42, 0xFE534D42))
-"""statfs types of NFS, FUSE, Lustre, CIFS and SMB2, where O_DIRECT is for who asks for it."""
+"""statfs types of NFS, FUSE, Lustre, CIFS and SMB2, where O_DIRECT is used on request only."""
 
 
 _MOUNT = "/sys/fs/cgroup"
 
 
 def _quota(folder: str) -> float | None:
-    """CPUs that one cgroup (of either version) may use; None where no limit is to be seen."""
+    """CPUs that one cgroup (of either version) may use; None without a visible limit."""
 
     def fields(name: str) -> list[str]:
         with open(f"{folder}/{name}", encoding="ascii") as file:
@@ -34,7 +34,7 @@ def _quota(folder: str) -> float | None:
 
 @functools.lru_cache(maxsize=1)
 def _cgroup_cpus() -> float | None:
-    """The least quota of our cgroup and of those it lies in; looked up once."""
+    """The least quota of the process's cgroup and its ancestors; looked up once."""
     try:
         with open("/proc/self/cgroup", encoding="utf-8") as file:
             entries = [line.rstrip("\n").split(":", 2) for line in file]

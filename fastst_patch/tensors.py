@@ -1,8 +1,8 @@
-"""DLPack to torch: how this torch takes each safetensors dtype, and tensors in batches.
+"""DLPack to torch: how the installed torch imports each safetensors dtype, and batches of tensors.
 
-Which dtypes torch's DLPack importer knows depends on its version, so each is tried once on a
-one-element tensor; what it does not take goes in as bytes and is viewed, which is what stock
-does for every tensor.
+The dtypes that torch's DLPack importer knows depend on its version, so each is tried once on a
+one-element tensor. A dtype that it does not know is imported as bytes and viewed, as stock does for
+every tensor.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ __all__ = [
     "import_batch",
     "known_to_stock",
     "ordinary_mode",
+    "raw_bytes",
     "shape_and_dtype",
     "whole_storage",
 ]
 
 _F32 = DTYPE_NAMES.index("F32")
 
-# What every supported safetensors loads; whether the installed one knows the others is asked.
+# Every supported version of safetensors loads these; for the others the installed one is asked.
 _ALWAYS = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 
 
@@ -56,7 +57,7 @@ def _importer() -> tuple[int, int, object]:
 
 
 def _header_of_one(k: int) -> bytes:
-    """Header of a file with one element of a dtype, as torch counts."""
+    """Header of a file with one element, as torch counts elements, of a dtype."""
     name = DTYPE_NAMES[k]
     shape, offsets = f"[{TORCH[name].per_element}]", f"[0,{_bytes_of(k)}]"
     return f'{{"x":{{"dtype":"{name}","shape":{shape},"data_offsets":{offsets}}}}}'.encode()
@@ -67,10 +68,10 @@ def _bytes_of(k: int) -> int:
 
 
 class _Dtypes:
-    """What one torch takes, found by trying each dtype when it is first met.
+    """How the installed torch imports dtypes: each is tried when it first occurs.
 
-    A trial takes milliseconds and files, so no lock is held in it: threads that meet, or a
-    signal's handler in its midst, try the same and find the same.
+    A trial takes milliseconds and opens files, so no lock is held in it. Threads that race, or a
+    signal handler that interrupts a trial, make the same trial and get the same result.
     """
 
     def __init__(self) -> None:
@@ -80,7 +81,7 @@ class _Dtypes:
         self.torch: list[torch.dtype | None] = [dtype_named(name) for name in DTYPE_NAMES]
         exchange, callable_id, self._keep = _importer()
         self.importer = (exchange, callable_id)
-        if exchange and self._try(_F32).as_bytes:  # not as announced: torch's own callable
+        if exchange and self._try(_F32).as_bytes:  # the API does not work: use torch's callable
             self.importer = (0, callable_id)
 
     def all_loadable(self, used: int) -> bool:
@@ -95,9 +96,9 @@ class _Dtypes:
                 continue
             entry = self._try(k)
             good = entry.known and (name in _ALWAYS or stock.loads(_header_of_one(k), _bytes_of(k)))
-            if good:  # whoever finds it again writes the same
+            if good:  # a thread that races writes the same
                 engine.set_dl_dtype(self.table, k, entry)
-            with shared:  # in this order: other threads look without the lock
+            with shared:  # in this order: other threads read these without the lock
                 self.by_bytes |= (good and entry.as_bytes) << k
                 self._loadable |= good << k
                 self._tried |= 1 << k
@@ -131,7 +132,7 @@ class _Dtypes:
         return result
 
 
-_found: list[_Dtypes] = []  # one: what a thread has tried the next one finds there
+_found: list[_Dtypes] = []  # at most one, for all threads
 
 
 def _dtypes() -> _Dtypes:
@@ -155,7 +156,7 @@ def known_to_stock(used: int) -> bool:
 
 
 def dtype_wanted(dtype: object) -> torch.dtype | None:
-    """The torch dtype that an argument means; None for "as in the file".
+    """The torch dtype that an argument names; None for "as in the file".
 
     Takes torch dtypes, their names, those of safetensors (``"BF16"``), and fastsafetensors'
     DType; ``None`` and ``"AUTO"`` mean as in the file.
@@ -230,7 +231,7 @@ def import_batch(
 def shape_and_dtype(
     layout: FileLayout, i: int, rows: int | None = None
 ) -> tuple[list[int], torch.dtype]:
-    """Of tensor i as torch holds it, or of some rows of its first dimension."""
+    """Shape and dtype of tensor i in torch, or of some rows of its first dimension."""
     shape, kind = layout.shape(i), layout.dtype(i)
     if kind in PACKED:
         shape[-1] //= TORCH[DTYPE_NAMES[kind]].per_element
@@ -300,6 +301,16 @@ def by_stocks_recipe(
     raw = torch.asarray(storage[begin:end], dtype=torch.uint8, **device)
     result: torch.Tensor = raw.view(dtype=dtype).reshape(shape)
     return result
+
+
+def raw_bytes(t: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor in one dimension: a view of it if its elements are adjacent."""
+    import torch
+
+    flat = t.reshape(-1)
+    if not flat.is_contiguous() or flat.stride(0) != 1:  # of one element any stride is contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def ordinary_mode() -> bool:

@@ -276,9 +276,9 @@ typedef struct fst_job fst_job;
  * the order given, and returns at once. Errors only stop it: the map still works. */
 int fst_job_prefetch(fst_file *file, fst_arena *map, const fst_segment *segments, uint64_t count,
                      const fst_job_options *options, fst_job **out, fst_error *err);
-/* Says that only these extents of a map, ordered by file offset, are wanted, by this process and
- * those that load the file with it. Faults near an unwanted part then read nothing of it. Call it
- * before anything is touched. It is advice only; read-ahead that gives up takes it back. */
+/* Advice that all processes of this load use only these extents of the file, ordered by file
+ * offset. Faults near other parts of the map then read nothing of them. To be called before the map
+ * is touched. Read-ahead that gives up takes the advice back. */
 void fst_arena_keep_to(fst_arena *map, const fst_segment *wanted, uint64_t count);
 /* Reads the segments (ordered by file offset, not overlapping) into the arena. */
 int fst_job_read(fst_file *file, fst_arena *arena, const fst_segment *segments, uint64_t count,

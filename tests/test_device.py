@@ -18,7 +18,7 @@ from fastst_patch.errors import Fallback
      ("cuda:1", "cuda:1")],
 )  # fmt: skip
 def test_devices_that_stock_knows(cuda: Any, given: object, name: str | None) -> None:
-    found = device.target(given)
+    found = device.find_device(given)
     assert (found and found.name) == name
     assert found is None or found.argument == given
 
@@ -31,12 +31,12 @@ def test_devices_that_stock_knows(cuda: Any, given: object, name: str | None) ->
 )  # fmt: skip
 def test_what_else_it_may_be_stock_says(cuda: Any, given: object) -> None:
     with pytest.raises(Fallback, match="is not accelerated"):
-        device.target(given)
+        device.find_device(given)
 
 
 def test_a_device_that_cannot_be_used_goes_to_stock(cuda: Any) -> None:
     with pytest.raises(Fallback, match="cuda:77"):
-        device.target("cuda:77")
+        device.find_device("cuda:77")
 
 
 def test_devices_as_torch_names_them(cuda: Any) -> None:
@@ -44,17 +44,17 @@ def test_devices_as_torch_names_them(cuda: Any) -> None:
     assert device.parse_device(None) == device.parse_device("cpu") == torch.device("cpu")
     with pytest.raises(RuntimeError):
         device.parse_device("nonsense")
-    assert device.torch_target(torch.device("cpu")) is None
-    found = device.torch_target(torch.device("cuda", 1))
+    assert device.device_of(torch.device("cpu")) is None
+    found = device.device_of(torch.device("cuda", 1))
     assert found is not None
     assert found.name == "cuda:1"
-    current = device.torch_target(torch.device("cuda"))
+    current = device.device_of(torch.device("cuda"))
     assert current is not None
     assert current.ordinal == cuda.current()
 
 
 def test_the_sample_is_the_first_whole_chunk_or_the_largest_segment(cuda: Any) -> None:
-    found = device.target("cuda")
+    found = device.find_device("cuda")
     assert found is not None
     chunk = device.PROOF_BYTES
     assert device.sample_of(found, array("Q")) is None
@@ -66,7 +66,7 @@ def test_the_sample_is_the_first_whole_chunk_or_the_largest_segment(cuda: Any) -
 
 
 def test_a_small_sample_does_not_vouch_for_a_much_larger_one(cuda: Any) -> None:
-    found = device.target("cuda")
+    found = device.find_device("cuda")
     assert found is not None
     moved = source = torch.arange(4, dtype=torch.uint8)
     device.prove_tensor(found, moved, source)
@@ -75,5 +75,5 @@ def test_a_small_sample_does_not_vouch_for_a_much_larger_one(cuda: Any) -> None:
     with pytest.raises(Fallback, match="differed"):
         device.prove_tensor(found, torch.zeros(100), torch.ones(100))
     with pytest.raises(Fallback, match="differed"):  # from now on
-        device.target("cuda")
-    assert device.target("cuda:1") is not None
+        device.find_device("cuda")
+    assert device.find_device("cuda:1") is not None

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 
 from fastst_patch import engine
-from fastst_patch.device import target
+from fastst_patch.device import find_device
 
 from . import residency, settle
 from .device_use import device_memory, device_name, open_context, process_memory, synchronize
@@ -223,7 +223,7 @@ def _open_device(job: LoadJob) -> dict[str, float]:
         return {}
     parts = {"context": open_context(job.device)}
     if job.split and job.loader == "patched":
-        found = target(job.device)
+        found = find_device(job.device)
         begin = time.perf_counter()
         if found is not None:
             found.native()

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import engine, tensors
 from ..config import Config
-from ..device import Device
-from ..device import target as find_target
+from ..device import Device, find_device
 from ..errors import Fallback, FallbackWarning, FaststError, warn_caller
 from ..files.base import OpenedFile, open_checked
 from ..files.cpu import HostFile
@@ -26,11 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SmallFile",
-    "check_call",
     "check_descriptors",
     "check_move",
     "check_size",
     "complain",
+    "device_for_call",
     "fell_back",
     "open_fast",
     "opened_for",
@@ -56,8 +55,8 @@ def path_of(filename: object) -> str:
     return path
 
 
-def check_call(framework: object, device: object, backend: object) -> Device | None:
-    """The device that a call for torch tensors names, if any.
+def device_for_call(framework: object, device: object, backend: object) -> Device | None:
+    """The device that a call for torch tensors names, None for the CPU, if the call is eligible.
 
     Raises:
         Fallback: the call is for another framework or device, or a torch mode is in force.
@@ -69,10 +68,10 @@ def check_call(framework: object, device: object, backend: object) -> Device | N
         raise Fallback(f"framework {framework!r} is not accelerated")
     if backend != "mmap":
         raise Fallback(f"backend {backend!r} is not accelerated")
-    target = find_target(device)
+    found = find_device(device)
     if not tensors.ordinary_mode():
         raise Fallback("a torch mode or default device is in force")
-    return target
+    return found
 
 
 def check_descriptors() -> None:
@@ -189,15 +188,6 @@ def complain(config: Config, path: str, what: str) -> None:
     logging.getLogger("fastst_patch").error(text)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    flat = tensor.reshape(-1)
-    if not flat.is_contiguous() or flat.stride(0) != 1:  # of one element any stride is contiguous
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.uint8)
-
-
 def same(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bytes."""
     import torch
@@ -206,5 +196,5 @@ def same(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
         return False
     if theirs.numel() == 0:
         return True
-    raw = [_bytes(tensor) for tensor in (ours, theirs)]
+    raw = [tensors.raw_bytes(tensor) for tensor in (ours, theirs)]
     return torch.equal(raw[0], raw[1])

@@ -22,9 +22,9 @@ from ..files.base import OpenedFile
 from ..report import tell_unfinished
 from .eligibility import (
     SmallFile,
-    check_call,
     check_descriptors,
     complain,
+    device_for_call,
     fell_back,
     open_fast,
     path_of,
@@ -81,7 +81,7 @@ def _fast_load_file(
     except TypeError:
         raise Fallback("the arguments are not load_file's") from None
     path = path_of(filename)
-    opened = open_fast(path, config, check_call("pt", device, backend))
+    opened = open_fast(path, config, device_for_call("pt", device, backend))
     result = opened.all_tensors()
     if "offset_keys" not in stock.HANDLE_METHODS:  # before 0.6 load_file followed keys()
         result = {name: result[name] for name in opened.layout.sorted_names}
@@ -138,7 +138,7 @@ def _open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> An
         except TypeError:
             raise Fallback("the arguments are not safe_open's") from None
         path = find_path(filename)
-        target = check_call(framework, device, backend)
+        target = device_for_call(framework, device, backend)
         check_descriptors()
         return FastHandle(stock_class, open_fast(path, config, target), started)
     except Fallback as error:

@@ -1,7 +1,7 @@
 """Python's side of the native engine: files, arenas, jobs and tensors.
 
-Objects here own native handles and give them back when collected. What a native error
-becomes is in `_lib`.
+Objects here own native handles and release them when collected. `_lib` turns native errors into
+exceptions.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The only importer of the native extension, and what its errors become.
+"""The only importer of the native extension, and the exceptions that its errors become.
 
 =====================  =====================================================================
 native code            Python
 =====================  =====================================================================
-FST_FALLBACK              `Fallback`: the caller asks stock
-FST_E_DEVICE           `Fallback`: stock meets the same device and says it in torch's words
+FST_FALLBACK           `Fallback`: the caller asks stock
+FST_E_DEVICE           `Fallback`: stock uses the same device, and raises torch's own exception
 FST_E_SYS              OSError with errno, file and offset (a cancelled load: see `Job.wait`)
 FST_E_NOMEM            MemoryError
 FST_E_TRUNCATED        safetensors.SafetensorError
@@ -51,16 +51,16 @@ def native_file() -> str | None:
 
 
 def place_for(kind: str) -> Any:
-    """Where a native function puts the object that it makes: a file, an arena, a layout, a job.
+    """Memory for the pointer to a native object: a file, an arena, a layout or a job.
 
-    What is there is given back with this place. So nothing is lost where a signal's handler
-    raises between the call and the next line of Python.
+    The object is released with this memory. So it does not leak if a signal handler raises between
+    the call that creates it and the next line of Python.
     """
     return ffi.gc(ffi.new(f"fst_{kind} **"), getattr(lib, f"fst_{kind}_release"))
 
 
 def raise_(err: Any, filename: str | None = None) -> None:
-    """Raise what a filled-in ``fst_error`` means, by the table at the top."""
+    """Raise the exception of a filled-in ``fst_error``, by the table at the top."""
     code, message = err.code, ffi.string(err.message).decode("utf-8", "replace")
     if code in (lib.FST_FALLBACK, lib.FST_E_DEVICE):
         raise Fallback(message)

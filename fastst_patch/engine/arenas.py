@@ -1,4 +1,4 @@
-"""Memory that tensors live in: a file's map, memory of our own, or somebody else's."""
+"""Memory that tensors lie in: a file's map, memory of the engine, or memory of another owner."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def segments_of(flat: array[int]) -> tuple[Any, int]:
 
 
 class Arena:
-    """Memory that tensors live in; the tensors keep it alive after this object is gone.
+    """Memory that tensors lie in; the tensors keep it alive after this object is gone.
 
     Attributes:
         nbytes: its size.
-        keep: whoever owns borrowed memory, or what its owner knows adopted memory by.
+        keep: the owner of borrowed memory, or the owner's object for adopted memory.
     """
 
     __slots__ = ("_at", "handle", "keep", "nbytes")
@@ -35,7 +35,7 @@ class Arena:
 
     @classmethod
     def over(cls, spans: Sequence[tuple[int, int]], owner: object) -> tuple[Arena, int]:
-        """Memory that somebody else owns as one arena, from the lowest byte to the highest.
+        """Memory of another owner as one arena, from the lowest byte to the highest.
 
         Args:
             spans: address and bytes of each block.
@@ -51,11 +51,11 @@ class Arena:
         return borrow_arena(base, top - base, owner), base
 
     def keep_to(self, wanted: array[int]) -> None:
-        """Keep faults of a map from reading what lies behind extents; advice only.
+        """Keep faults of a map from reading the bytes behind extents; advice only.
 
         Args:
-            wanted: all that anybody wants of the file: flat 64-bit triples (file offset, bytes,
-                ignored), by file offset.
+            wanted: all extents that any process of the load uses: flat 64-bit triples (file
+                offset, bytes, ignored), by file offset.
         """
         lib.fst_arena_keep_to(self.handle, *segments_of(wanted))
 
@@ -94,7 +94,7 @@ def borrow_arena(address: int, nbytes: int, owner: object) -> Arena:
 
 
 def adopt_arena(owner: object) -> Arena:
-    """Memory on any device, given back by its owner's own deleter after its last user.
+    """Memory on any device, which its owner's own deleter frees after its last user.
 
     Args:
         owner: a ``dltensor`` capsule of bytes, which is used up; or the address of a

@@ -1,4 +1,4 @@
-"""Devices that the native engine copies to, through their driver's own library."""
+"""Devices that the native engine copies to, by the driver's own library."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _quiesce_at_exit() -> None:
 
 
 def device_info(device: DeviceHandle) -> DeviceInfo:
-    """What the driver says of a device now.
+    """The driver's current figures for a device.
 
     Raises:
         Fallback: the driver failed.

@@ -19,5 +19,5 @@ def fault_calls(call: str) -> int:
 
 
 def clear_faults() -> None:
-    """Let all system calls through again."""
+    """End all faults."""
     lib.fst_fault_clear()

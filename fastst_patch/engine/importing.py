@@ -1,4 +1,4 @@
-"""Dtypes as the native engine has them, and torch tensors over an arena, made in one call."""
+"""The native engine's dtypes, and torch tensors over an arena, made in one call."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def dl_table(entries: Sequence[DlDtype]) -> Any:
 
 
 def set_dl_dtype(table: Any, k: int, entry: DlDtype) -> None:
-    """Change one entry of a table; it is known last, which threads may wait for."""
+    """Change one entry of a table; ``known`` is set last, which other threads may wait for."""
     row = table[k]
     row.code, row.bits, row.as_bytes = entry.code, entry.bits, int(entry.as_bytes)
     row.known = int(entry.known)
 
 
 def _view_of(layout: FileLayout) -> Any:
-    """As the engine takes it; the memory is the layout's, which must outlive it."""
+    """A layout in the engine's form; it uses the layout's memory, which must outlive it."""
     view = ffi.new("fst_layout_view *")
     view.count = len(layout.names)
     view.tensors = ffi.from_buffer("fst_tensor[]", layout._records)

@@ -33,10 +33,10 @@ class JobStats:
 
 
 class Job:
-    """Work in progress. Releasing or collecting one that fills an arena cancels and drains it.
+    """Work in progress. Releasing or collecting a job that fills an arena cancels and drains it.
 
-    The object exists before the native job does, and holds what the job works on: at no
-    moment can an interrupt leave workers writing into memory that is about to be freed.
+    The object exists before the native job does, and keeps the memory that the job uses. So an
+    interrupt can never leave workers writing into memory that is about to be freed.
     """
 
     __slots__ = ("_at", "_keep")
@@ -46,11 +46,11 @@ class Job:
         self._at = place_for("job")
 
     def __del__(self) -> None:
-        if hasattr(self, "_at"):  # else interrupted as it was made
-            self.release()  # before what it works on goes
+        if hasattr(self, "_at"):  # else __init__ was interrupted
+            self.release()  # before the memory that it uses is freed
 
     def start(self, call: Any, *arguments: Any) -> None:
-        """Let a native function create the job; raises what it reports."""
+        """Let a native function create the job, and raise the error that it reports."""
         err = ffi.new("fst_error *")
         try:
             code = call(*arguments, self._at, err)
@@ -61,7 +61,7 @@ class Job:
             raise_(err)
 
     def release(self) -> None:
-        """Let go of the job; nothing that fills an arena is in flight afterwards."""
+        """Release the job; nothing that fills an arena is in flight afterwards."""
         ffi.release(self._at)
 
     def wait(self, on_progress: Callable[[JobStats], None] | None = None) -> JobStats:
@@ -99,7 +99,7 @@ class Job:
             raise_(err)
 
     def cancel(self) -> None:
-        """Start nothing more; what is in flight still lands."""
+        """Start no more chunks; chunks in flight are finished."""
         lib.fst_job_cancel(self._at[0])
 
     def stats(self) -> JobStats:
@@ -120,35 +120,6 @@ class Job:
         )
 
 
-def prefetch(
-    file: File,
-    arena: Arena,
-    segments: array[int],
-    *,
-    threads: int,
-    chunk_bytes: int,
-    reserve_bytes: int,
-) -> Job:
-    """Start pulling extents of a mapped file into memory, in the order given.
-
-    Args:
-        file: whose map ``arena`` is.
-        arena: the map; read-ahead ends when nobody uses it any more.
-        segments: flat 64-bit triples (file offset, bytes, ignored).
-        threads: most workers.
-        chunk_bytes: bytes one worker handles at a time.
-        reserve_bytes: stop when less memory than this is left.
-    """
-    options = ffi.new(
-        "fst_job_options *",
-        [ffi.sizeof("fst_job_options"), threads, chunk_bytes, 0, 0, reserve_bytes],
-    )
-    pointer, count = segments_of(segments)
-    job = Job(arena)
-    job.start(lib.fst_job_prefetch, file.handle, arena.handle, pointer, count, options)
-    return job
-
-
 @dataclasses.dataclass(frozen=True)
 class Destination:
     """Where on a device a read or an upload goes.
@@ -163,6 +134,42 @@ class Destination:
     device: DeviceHandle
     stream: int
     pinned_bytes: int
+
+
+def _options(threads: int, chunk_bytes: int, to: Destination | None = None) -> Any:
+    """The options that all kinds of jobs have; the others are 0."""
+    options = ffi.new("fst_job_options *", [ffi.sizeof("fst_job_options"), threads, chunk_bytes])
+    if to is not None:
+        options.device, options.stream = to.device.handle, to.stream
+        options.pinned_bytes = to.pinned_bytes
+    return options
+
+
+def prefetch(
+    file: File,
+    arena: Arena,
+    segments: array[int],
+    *,
+    threads: int,
+    chunk_bytes: int,
+    reserve_bytes: int,
+) -> Job:
+    """Start pulling extents of a mapped file into memory, in the order given.
+
+    Args:
+        file: whose map ``arena`` is.
+        arena: the map; read-ahead ends with its last user.
+        segments: flat 64-bit triples (file offset, bytes, ignored).
+        threads: most workers.
+        chunk_bytes: bytes one worker handles at a time.
+        reserve_bytes: stop when less memory than this is left.
+    """
+    options = _options(threads, chunk_bytes)
+    options.reserve_bytes = reserve_bytes
+    pointer, count = segments_of(segments)
+    job = Job(arena)
+    job.start(lib.fst_job_prefetch, file.handle, arena.handle, pointer, count, options)
+    return job
 
 
 _MODES = {"buffered": 0, "direct": 1, "direct-if-cold": 2, "gds": 3}  # enum fst_read_mode
@@ -187,22 +194,17 @@ def read(
         segments: flat 64-bit triples (file offset, bytes, arena offset), by file offset.
         threads: most workers.
         chunk_bytes: bytes one worker handles at a time.
-        mode: ``buffered``; ``direct``, with O_DIRECT, or through the page cache after all where
-            that is refused; ``direct-if-cold``, which takes from the page cache what it holds;
-            ``gds``, to devices only.
-        drop_cache: leave nothing of them in the page cache.
-        to: the device whose memory the arena is; None when it is the host's.
+        mode: ``buffered``; ``direct``, with O_DIRECT, or through the page cache where that is
+            refused; ``direct-if-cold``, which reads cached chunks from the page cache; ``gds``, for
+            devices only.
+        drop_cache: leave nothing of the extents in the page cache.
+        to: the device whose memory the arena is; None for host memory.
 
     Raises:
         Fallback: the device's driver failed.
     """
-    options = ffi.new(
-        "fst_job_options *",
-        [ffi.sizeof("fst_job_options"), threads, chunk_bytes, _MODES[mode], int(drop_cache), 0],
-    )
-    if to is not None:
-        options.device, options.stream = to.device.handle, to.stream
-        options.pinned_bytes = to.pinned_bytes
+    options = _options(threads, chunk_bytes, to)
+    options.mode, options.drop_cache = _MODES[mode], drop_cache
     pointer, count = segments_of(segments)
     job = Job(arena)
     job.start(lib.fst_job_read, file.handle, arena.handle, pointer, count, options)
@@ -220,8 +222,8 @@ def upload(
 ) -> Job:
     """Start copying host memory into an arena on a device.
 
-    Neighbours by address that are neighbours in the arena, too, less than 256 bytes apart, go in
-    one copy; what lies between them there is overwritten with zeros, unless the arena is borrowed.
+    Segments that are neighbours by address and, less than 256 bytes apart, in the arena are copied
+    together; the bytes between them in the arena become zeros, unless the arena is borrowed.
 
     Args:
         arena: memory of the device.
@@ -229,16 +231,12 @@ def upload(
         threads: most workers.
         chunk_bytes: bytes one worker handles at a time.
         to: the device.
-        keep: who owns the memory, which must not change meanwhile; kept as long as the job.
+        keep: owner of the host memory, which must not change meanwhile; kept as long as the job.
 
     Raises:
         Fallback: the device's driver failed.
     """
-    options = ffi.new(
-        "fst_job_options *", [ffi.sizeof("fst_job_options"), threads, chunk_bytes, 0, 0, 0]
-    )
-    options.device, options.stream = to.device.handle, to.stream
-    options.pinned_bytes = to.pinned_bytes
+    options = _options(threads, chunk_bytes, to)
     pointer, count = segments_of(segments)
     job = Job((arena, keep))
     job.start(lib.fst_job_upload, arena.handle, pointer, count, options)

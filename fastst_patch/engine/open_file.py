@@ -37,13 +37,13 @@ class File:
         self.key = (info.dev, info.ino, info.size)
 
     def residency(self, offset: int, nbytes: int) -> tuple[int, str]:
-        """Bytes of an extent in the page cache, and the probe that told (or ``"none"``)."""
+        """Bytes of an extent in the page cache, and the probe that found out (or ``"none"``)."""
         resident, probe = ffi.new("uint64_t *"), ffi.new("int *")
         lib.fst_file_residency(self.handle, offset, nbytes, resident, probe)
         return resident[0], _PROBES[probe[0]]
 
     def read_exactly(self) -> None:
-        """Keep jobs that read through the page cache from bringing in what lies behind."""
+        """Keep jobs that read through the page cache from reading the bytes behind extents."""
         lib.fst_file_read_exactly(self.handle)
 
 
@@ -78,7 +78,7 @@ def read_layout(file: File) -> FileLayout:
     """Read, parse and validate a file's header.
 
     Raises:
-        Fallback: stock might see it differently; ask stock.
+        Fallback: stock may judge the header differently; ask stock.
         OSError, MemoryError: reading it failed.
     """
     cached = _layouts.get(file.key)
@@ -132,13 +132,13 @@ def header_of(layout: FileLayout) -> bytes:
 
 
 def _decoded(owner: Any, text: Any, nbytes: int) -> dict[str, str]:
-    """The metadata, which the header's parser knows to be an object of strings to strings.
+    """The metadata. The header's parser made sure that it is an object of strings to strings.
 
-    It accepts no escape, character or surrogate that stock refuses, so this cannot fail.
+    The parser accepts no escape, character or surrogate that stock refuses, so this cannot fail.
 
     Args:
         owner: keeps the text.
-        text: where it is.
+        text: its address.
         nbytes: its length.
     """
     found: dict[str, str] = json.loads(bytes(ffi.buffer(text, nbytes)))
@@ -149,7 +149,7 @@ def parse_header(header: bytes, file_bytes: int) -> FileLayout:
     """Parse a header that is already in memory, without its length (probes and tests).
 
     Raises:
-        Fallback: stock might see it differently.
+        Fallback: stock may judge it differently.
     """
     out, view, err = place_for("layout"), ffi.new("fst_layout_view *"), ffi.new("fst_error *")
     if lib.fst_layout_parse(header, len(header), file_bytes, out, view, err):
@@ -164,7 +164,7 @@ class Residency:
     Attributes:
         resident_bytes: cached.
         total_bytes: the file's size.
-        probe: ``cachestat``, ``mincore``, or ``none``: nothing could tell.
+        probe: ``cachestat``, ``mincore``, or ``none``: no probe worked.
     """
 
     resident_bytes: int

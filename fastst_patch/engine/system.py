@@ -1,4 +1,4 @@
-"""What this machine can give at most, and what the engine holds and has moved."""
+"""The limits of this machine, and the engine's counters."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def read_ceiling(path: str, *, direct: bool, threads: int, chunk_bytes: int) -> 
 
 
 def memory_headroom() -> int | None:
-    """Bytes this process may still take (MemAvailable and cgroups); None when nothing tells."""
+    """Bytes this process may still take (MemAvailable and cgroups); None if neither is known."""
     headroom = int(lib.fst_memory_headroom())
     return None if headroom == (1 << 64) - 1 else headroom
 
 
 def counters() -> dict[str, int]:
-    """What the engine holds now and has moved since the start (``fst_pool_stats``)."""
+    """Memory, files and threads held now, and bytes moved so far (``fst_pool_stats``)."""
     if native_error() is not None:
         return {}
     out = ffi.new("fst_pool_stats *")

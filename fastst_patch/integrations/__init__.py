@@ -1,9 +1,9 @@
-"""What consumers need beyond safetensors' own names: one small module each.
+"""Integrations with libraries that need more than safetensors' own names: a module for each.
 
-A module says which functions it wraps, in which versions of the package it was tested, why, and
-what it leaves to the original. Functions it was not written for, by their parameters, are left
-alone. A wrapped function is called as ``fast(original, args, kwargs)`` and must give what the
-original gives; whatever is out of the ordinary it hands to the original untouched.
+A module says which functions it wraps and why, in which versions of the package it was tested, and
+which cases it leaves to the original. A function whose parameters differ from the expected ones is
+not wrapped. A wrapped function is called as ``fast(original, args, kwargs)`` and must return what
+the original returns; it passes unusual calls on to the original unchanged.
 """
 
 from __future__ import annotations

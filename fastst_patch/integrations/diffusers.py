@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..config import current
-from ..device import Device, parse_device, torch_target
+from ..device import Device, device_of, parse_device
 from ..dropin.eligibility import check_move, fell_back, report_stock
 from ..errors import Fallback, FaststError
 from .hook import Hook, Integration
@@ -38,7 +38,7 @@ def _load_into_meta(original: Any, args: Any, kwargs: Any) -> Any:
         ahead = _ahead(*args, **kwargs) if len(args) >= 2 else None
     except FaststError:  # fallback="error"
         raise
-    except Exception as error:  # an argument we do not know: the original's to judge
+    except Exception as error:  # for an unknown argument the original decides
         _log.warning("diffusers: left to it: %s: %s", type(error).__name__, error)
         ahead = None
     if ahead is None:
@@ -52,8 +52,8 @@ def _load_into_meta(original: Any, args: Any, kwargs: Any) -> Any:
         except Exception as error:
             if not ahead.makes_room(error):
                 raise
-        # From the tensor that did not fit on, as stock has them: cast on the CPU, then copied, one
-        # at a time. What it raises is its own.
+        # Stock does the rest, from the tensor that did not fit: it casts on the CPU and copies one
+        # tensor at a time, and raises its own exceptions.
         return original(model, ahead.left(), *rest, **kwargs)
 
 
@@ -75,27 +75,27 @@ def _ahead(
         place = sys.modules[_MODULE]._determine_param_device
         expected = model.state_dict()  # what is not in it is skipped
         wanted: dict[str, list[torch.Tensor]] = {}
-        targets: dict[str, Device] = {}
+        devices: dict[str, Device] = {}
         for tensor_name, tensor in state_dict.items():
             named = place(tensor_name, device_map) if tensor_name in expected else "cpu"
             if named in ("disk", "cpu"):
                 continue
-            target = torch_target(parse_device(named))
-            if target is not None:
-                targets[target.name] = target
-                wanted.setdefault(target.name, []).append(tensor)
-        wanted = {device: ordinary(found) for device, found in wanted.items()}
+            device = device_of(parse_device(named))
+            if device is not None:
+                devices[device.name] = device
+                wanted.setdefault(device.name, []).append(tensor)
+        wanted = {to: ordinary(found) for to, found in wanted.items()}
         if not worth_it(sum(t.nbytes for found in wanted.values() for t in found)):
             return None
-        for target in targets.values():
-            target.native()
+        for device in devices.values():
+            device.native()
     except Fallback as fallback:
         report_stock("diffusers", name, "cuda", fallback)
         fell_back(config, "diffusers", name, fallback)
         return None
     ahead = _Ahead(state_dict)
-    for device, found in wanted.items():
-        ahead.uploads.append(Uploads("diffusers", name, targets[device], config))
+    for to, found in wanted.items():
+        ahead.uploads.append(Uploads("diffusers", name, devices[to], config))
         ahead.uploads[-1].expect_all(found, dtype)
     return ahead
 
@@ -106,20 +106,20 @@ class _Ahead(dict[str, "torch.Tensor"]):
     def __init__(self, state_dict: dict[str, torch.Tensor]) -> None:
         super().__init__(state_dict)
         self.uploads: list[Uploads] = []
-        self._done = 0  # tensors that the loop is through with
+        self._done = 0  # tensors that the loop has finished
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:  # type: ignore[override]
         for name, tensor in super().items():
-            yield name, self._moved(tensor)  # no name here may keep it
+            yield name, self._moved(tensor)  # no variable: it would keep the moved tensor alive
             self._done += 1
 
     def makes_room(self, error: Exception) -> bool:
-        """Free what was moved ahead if the loop ran out of memory; whether it did."""
-        # Of every device: which of them is full is not told.
+        """Whether the loop ran out of device memory; frees the tensors moved ahead then."""
+        # On every device: the exception does not say which one is full.
         return bool([uploads for uploads in self.uploads if uploads.makes_room(error)])
 
     def left(self) -> dict[str, torch.Tensor]:
-        """The tensor the loop stopped at and those behind it, where they were."""
+        """The tensor at which the loop stopped, and all behind it, as they were given."""
         return dict(itertools.islice(super().items(), self._done, None))
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How an integration names what it wraps."""
+"""How an integration names the functions that it wraps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Hook:
     """One function or class to replace.
 
     Attributes:
-        package: it belongs to.
+        package: the package that it belongs to.
         module: dotted name.
         name: in the module; ``Class.method`` for a method.
         fast: called as ``fast(original, args, kwargs)``.
-        parameters: that the original's signature must begin with; empty: not looked at.
-        elsewhere: replace it in other modules that hold it, too.
+        parameters: the original's signature must begin with these; empty: it is not checked.
+        elsewhere: replace it also in other modules that have imported it.
     """
 
     package: str
@@ -32,11 +32,11 @@ class Hook:
 
 @dataclasses.dataclass(frozen=True)
 class Integration:
-    """A target of ``patch()`` that one of these modules offers.
+    """A target of ``patch()`` that an integration defines.
 
     Attributes:
         name: of the target.
-        summary: what becomes faster.
+        summary: which work becomes faster, and how.
         tested: package, oldest and newest version.
         hooks: replaced together, or not at all.
         unreached: says what to tell a program whose library will load in a process that is not

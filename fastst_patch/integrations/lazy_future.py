@@ -1,4 +1,4 @@
-"""What stands for transformers' futures and thread pool where tensors are made without threads."""
+"""Replacements of transformers' futures and thread pool, for tensors made without threads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["AtOnce", "LazyFuture", "by_stock"]
 
 
 class LazyFuture(Future):  # type: ignore[type-arg]
-    """A future that its reader keeps: its tensor is taken from the stream when asked for.
+    """A future that computes its result in the thread that first looks at it.
 
-    Whatever is asked of a future looks at its state: `result`, `done`, callbacks,
-    ``concurrent.futures.wait``. So the state is what keeps the promise, and never says that
-    somebody else is about to. Timeouts are not looked at: nothing here waits for a queue.
+    `result`, `done`, callbacks and ``concurrent.futures.wait`` all read a future's state. So the
+    state computes the result, and the future never looks pending. Timeouts have no effect: nothing
+    here waits for a queue.
     """
 
     def __init__(self, take: Callable[[], Any]) -> None:
@@ -24,8 +24,7 @@ class LazyFuture(Future):  # type: ignore[type-arg]
 
     @property
     def _state(self) -> str:
-        # The future's own lock, which whoever looks at several futures holds already, and which
-        # may be taken again.
+        # The future's own lock. It is reentrant: ``concurrent.futures.wait`` holds it already.
         with self._condition:
             take, self._take = self._take, None
             try:
@@ -36,7 +35,7 @@ class LazyFuture(Future):  # type: ignore[type-arg]
             try:
                 return self._reached
             finally:
-                # The error keeps this frame and its callers', which are not to keep it in turn.
+                # The error keeps this frame and its callers' alive: they must not keep the future.
                 take = None
                 self = None  # type: ignore[assignment]  # noqa: PLW0642
 
@@ -45,29 +44,29 @@ class LazyFuture(Future):  # type: ignore[type-arg]
         self._reached = state
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """What `result` would raise."""
+        """The exception that `result` would raise, or None."""
         try:
-            _ = self._state  # here, not in a frame that keeps us: as above
+            _ = self._state  # computed here, since the caller's frame keeps the future: as above
             return super().exception(timeout)
         finally:
             self = None  # type: ignore[assignment]  # noqa: PLW0642
 
     def cancel(self) -> bool:
-        """Give the tensor up, unless it was asked for already."""
+        """Give the tensor up, unless it is computed already."""
         with self._condition:
             self._take = None
             return super().cancel()
 
 
-def by_stock(promise: Callable[[], Any]) -> Any:
-    """A tensor as the original gives it, which promises it in its own way."""
-    promised = promise()
+def by_stock(call: Callable[[], Any]) -> Any:
+    """The tensor that the original makes: its call returns a future, or a function."""
+    promised = call()
     return promised.result() if isinstance(promised, Future) else promised()
 
 
 class AtOnce:
-    """In a thread pool's place: does what it is given, and returns what comes of it."""
+    """In a thread pool's place: runs each job at once, and returns its result."""
 
     def submit(self, job: Callable[[], Any]) -> Any:
-        """Call it."""
+        """Run the job."""
         return job()

@@ -1,15 +1,15 @@
 """``torch.nn.Module.to`` and ``.cuda``: CPU tensors go to CUDA through the pinned ring.
 
-Stock copies tensor by tensor from pageable memory, in one thread, at about a fifth of what the
-bus gives. Here the conversion that ``Module._apply`` is handed is wrapped: ordinary tensors of
-the module are moved ahead of it, in the order in which it will come to them, and stock's own
-conversion is given the moved copy; casts and memory formats thus are its own, done on the device.
-Identity, ``requires_grad``, gradients, tied weights, hooks and subclasses are what ``_apply``
-makes of it, as ever.
+Stock copies tensor by tensor from pageable memory, in one thread, at about a fifth of the bus's
+bandwidth. Here the conversion function that ``Module._apply`` gets is wrapped. Ordinary tensors of
+the module are uploaded ahead of it, in the order in which ``_apply`` visits them, and stock's
+conversion gets the uploaded copy. So stock's own code casts and sets memory formats, on the device,
+and ``_apply`` treats identity, ``requires_grad``, gradients, tied weights, hooks and subclasses as
+it always does.
 
-Left to stock: tensors that are not plain, strided, contiguous, in ordinary CPU memory, or that
-overlap; those below a module with an ``_apply`` of its own, which may change them before it hands
-them on; modules with little to move; torch modes in force; everything that is no move to CUDA.
+Left to stock: tensors that overlap, or are not plain, strided, contiguous and in ordinary CPU
+memory; tensors below a module with an ``_apply`` of its own, which may change them first; modules
+with few bytes; calls in a torch mode; conversions that do not move to CUDA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..config import current
-from ..device import parse_device, torch_target
+from ..device import device_of, parse_device
 from ..dropin.eligibility import check_move, fell_back, report_stock
 from ..errors import Fallback
 from .hook import Hook, Integration
@@ -45,7 +45,7 @@ def _to(original: Any, args: Any, kwargs: Any) -> Any:
         return original(*args, **kwargs)
     try:
         parsed = _parsed(*args[1:], **kwargs)
-    except Exception:  # stock's to say
+    except Exception:  # stock raises it in its own words
         return original(*args, **kwargs)
     return _moving(parsed[0], parsed[1], original, args, kwargs)
 
@@ -65,7 +65,7 @@ def _cuda(original: Any, args: Any, kwargs: Any) -> Any:
     try:
         named = kwargs.get("device", args[1] if len(args) > 1 else None)
         found = parse_device(named if type(named) is int else named or "cuda")
-    except Exception:  # stock's to say
+    except Exception:  # stock raises it in its own words
         return original(*args, **kwargs)
     return _moving(found, None, original, args, kwargs)
 
@@ -73,12 +73,12 @@ def _cuda(original: Any, args: Any, kwargs: Any) -> Any:
 def _moving(
     named: torch.device | None, dtype: torch.dtype | None, original: Any, args: Any, kwargs: Any
 ) -> Any:
-    """Call the original, and let the `_apply` that it is about to call wrap its conversion."""
+    """Call the original, so that the `_apply` that it calls wraps its conversion."""
     before = getattr(_expected, "move", None)
     if named is None or named.type != "cuda":
         if before is None:
             return original(*args, **kwargs)
-        move = None  # called by an `_apply` on the way to ours: another move than that one
+        move = None  # the call is nested in another move, which it is no part of
     else:
         move = (named, dtype)
     try:
@@ -94,11 +94,11 @@ def _apply(original: Any, args: Any, kwargs: Any) -> Any:
         return original(*args, **kwargs)
     try:
         module, fn, recurse = _arguments(*args, **kwargs)
-    except TypeError:  # stock's to say
+    except TypeError:  # stock raises it in its own words
         return original(*args, **kwargs)
     if not _is_conversion(fn):
         return original(*args, **kwargs)
-    _expected.move = None  # the modules below are handed the wrapped conversion
+    _expected.move = None  # `_apply` passes the wrapped conversion on to the modules below
     fallback: Fallback | None = None
     uploads: Uploads | None = None
     try:
@@ -122,9 +122,9 @@ def _arguments(module: Any, fn: Any, recurse: Any = True) -> tuple[Any, Any, Any
 
 
 def _is_conversion(fn: Any) -> bool:
-    """Whether it is what ``to`` or ``cuda`` gives to ``_apply``.
+    """Whether a function is the conversion that ``to`` or ``cuda`` gives to ``_apply``.
 
-    An ``_apply`` that somebody wrote may call others with other functions on the way.
+    An ``_apply`` of a user's module may call others with functions of its own.
     """
     return (getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)) in _CONVERSIONS
 
@@ -145,10 +145,10 @@ def _uploads(
     found = ordinary(_in_order(module, recurse))
     if not found or not worth_it(sum(tensor.nbytes for tensor in found)):
         return None
-    target = torch_target(named)
-    assert target is not None
-    target.native()
-    uploads = Uploads("Module.to", type(module).__name__, target, config)
+    device = device_of(named)
+    assert device is not None
+    device.native()
+    uploads = Uploads("Module.to", type(module).__name__, device, config)
     uploads.expect_all(found, dtype)
     return uploads
 
@@ -160,7 +160,7 @@ def _ahead_of(
     import torch
 
     def conversion(t: torch.Tensor) -> torch.Tensor:
-        # Where autograd would record the move it has to see it: a buffer that is a parameter.
+        # Autograd has to record the move of a tensor that needs a gradient, such as a buffer.
         moved = None if t.requires_grad and torch.is_grad_enabled() else uploads.moved(t)
         try:
             result = fn(t if moved is None else moved)
@@ -172,7 +172,7 @@ def _ahead_of(
                 uploads.worked_on()
             return result
         del moved
-        return fn(t)  # alone, as stock has it; and what it raises is its own
+        return fn(t)  # by stock alone, which raises its own exceptions
 
     return conversion
 
@@ -191,10 +191,10 @@ def _in_order(module: torch.nn.Module, recurse: bool) -> Iterator[torch.Tensor |
 
 
 def _applies_as_stock(module: torch.nn.Module) -> bool:
-    """Whether no code of others runs between our look at a module's tensors and its turn.
+    """Whether ``_apply`` of a module is torch's own, so that its tensors stay the same until then.
 
-    FSDP exchanges its parameters in there, for one. torch's own layers are known: recurrent
-    ones forget a list of weights and make it anew.
+    FSDP, for example, exchanges its parameters there. torch's own layers with an ``_apply`` do not
+    change tensors: recurrent ones only rebuild a list of their weights.
     """
     found = getattr(type(module)._apply, "__module__", None) or ""
     return "_apply" not in module.__dict__ and found.startswith("torch.nn.modules.")

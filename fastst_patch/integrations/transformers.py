@@ -1,24 +1,24 @@
-"""transformers' loading of weights: straight from storage to their own final device.
+"""transformers' loading of weights: from storage straight to the device of each tensor.
 
 ``from_pretrained`` opens every file for the CPU, whatever the device_map, and copies tensor by
 tensor from pageable memory. ``convert_and_load_state_dict_in_model`` first passes every tensor of
-the checkpoint to ``spawn_materialize``, which promises it (a future), and then takes them in the
-same order, merging, renaming, casting and placing as the model wants. Here the promise for a
-tensor of ours that goes to CUDA is kept by the engine: read ahead in that order, cast on the
-device. Everything else is transformers' own code.
+the checkpoint to ``spawn_materialize``, which returns a future, and then takes the tensors in the
+same order: it merges, renames, casts and places them as the model needs. Here the future of a
+tensor that goes to CUDA reads it ahead in that order, and casts it on the device. Everything else
+is transformers' own code.
 
-Tensors that become parameters have allocations of their own; those that are merged or cast first
-share blocks which go when the last of them was used (``tensors`` chooses otherwise). Other
-conversions may hand on what they are given, as those of quantized weights do.
+Tensors that become parameters have allocations of their own. Tensors that are merged or cast first
+share blocks, which are freed after the last of them was used (the option ``tensors`` can change
+that). Other conversions, such as those of quantized weights, may keep the tensors they get.
 
-Tensors that stay on the CPU as they are are made where they are taken, and not in threads.
+Tensors that stay on the CPU without a cast are made where they are taken, and not in threads.
 
-Lazy stays lazy: where transformers uses no threads (offload to disk, quantizing on the fly),
-a tensor is read when it is asked for and not before.
+Where transformers uses no threads (offload to disk, quantizing on the fly), a tensor is read when
+it is asked for and not before.
 
-Of sharded tensors (tensor parallelism) the shards that are one piece are kept like that, too: see
-`shards`. Left to transformers: other shards, other devices, checkpoints that are not ours,
-``verify``.
+With tensor parallelism, shards that are one piece of their tensor are read in the same way: see
+`tensor_parallel`. Left to transformers: other shards, other devices, checkpoints that are not
+safetensors files opened by us, and ``verify``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import tensors
-from ..device import Device, parse_device, torch_target
+from ..device import Device, device_of, parse_device
 from ..dropin.eligibility import check_move, fell_back
 from ..dropin.slices import behind
 from ..errors import Fallback, FaststError
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 __all__ = ["INTEGRATION"]
 
 _log = logging.getLogger("fastst_patch")
-_here = threading.local()  # .load: of the call that this thread is inside
+_here = threading.local()  # .load: the `_Load` of the call that this thread is in
 
 
 # ---- the calls ----
@@ -76,23 +76,24 @@ def _spawn_materialize(original: Any, args: Any, kwargs: Any) -> Any:
     load: _Load | None = getattr(_here, "load", None)
     promised = None
     if load is not None:
-        merged, load.merging = load.merging, False  # said of the tensor that is passed next
+        merged, load.merging = load.merging, False  # it concerns the next tensor only
         try:
             call = _Call.of(original, merged, args, kwargs)
             if call is not None:
                 promised = _promised(load, call)
         except FaststError:  # fallback="error"
             raise
-        except Exception as error:  # nothing was handed out yet
+        except Exception as error:  # before anything was handed out
             load.failed(Fallback.alone(error))
     return original(*args, **kwargs) if promised is None else promised
 
 
 def _deepcopy(original: Any, args: Any, kwargs: Any) -> Any:
-    """A converter is copied for each tensor that it merges, and all but one are thrown away.
+    """Reuse the last copy of a converter if transformers discarded it.
 
-    That takes longer than reading the tensors of a model of many experts. What was thrown away
-    is as good as new: one that was kept has collected a tensor by the time the next is asked for.
+    transformers copies a converter for each tensor that it merges, and discards all but one. For a
+    model of many experts that takes longer than reading the tensors. A discarded copy is unused: a
+    copy that was kept has collected a tensor before the next copy is made.
     """
     load: _Load | None = getattr(_here, "load", None)
     if load is None or len(args) != 1 or kwargs or type(args[0]).__name__ != "WeightConverter":
@@ -122,7 +123,7 @@ class _Call(NamedTuple):
     Attributes:
         opened: the file.
         i: number of the tensor.
-        merged: a converter merges it with others.
+        merged: whether a converter merges it with others.
         original: the function of transformers.
         stock: calls it with the arguments that it was called with.
         thread_pool: an argument of the call, as are those below.
@@ -168,9 +169,9 @@ class _Call(NamedTuple):
 
     @property
     def at_once(self) -> bool:
-        """Whether the tensor is a view of the file's map, which takes longer to pass to a thread.
+        """Whether the tensor is a view of the file's map, which is made faster than by a thread.
 
-        Threads that make them wait for the main one, which holds the GIL, 5 ms at a time.
+        A thread would wait for the GIL, which the main thread holds for 5 ms at a time.
         """
         return (
             self.opened.mapped
@@ -180,8 +181,8 @@ class _Call(NamedTuple):
         )
 
     def materialize(self, source: Any) -> Any:
-        """What transformers makes of a slice, here and now."""
-        # Without an argument that an older one may not have.
+        """The tensor that transformers makes of a slice, without its threads."""
+        # Older versions do not have this argument.
         index = {} if self.tensor_idx is None else {"tensor_idx": self.tensor_idx}
         return self.original(
             AtOnce(), source, self.device, self.dtype, sharding_op=self.sharding_op, **index
@@ -238,7 +239,7 @@ def _sharded_to(load: _Load, call: _Call) -> Any:
 
 
 def _left(load: _Load, call: _Call) -> Any:
-    """A future of stock's that starts reading ahead when taken, where there is something to."""
+    """Stock's future, which starts pending read-ahead when it is taken; None without any."""
     if not load.shards.waiting:
         return None
     return LazyFuture(functools.partial(load.result, call.stock()))
@@ -250,11 +251,11 @@ def _left(load: _Load, call: _Call) -> Any:
 class _File:
     """A file of the checkpoint on its way to one device."""
 
-    def __init__(self, opened: OpenedFile, target: Device) -> None:
-        self.opened = opened  # as the handle has it; also keeps its id from being used again
-        self.moving = DeviceFile(opened.file, opened.layout, opened.config, target)
-        self.target = target
-        self.worked_on = False  # casts may be pending, which stock does on the CPU
+    def __init__(self, opened: OpenedFile, device: Device) -> None:
+        self.opened = opened  # the handle's; kept so that no other file gets its id
+        self.moving = DeviceFile(opened.file, opened.layout, opened.config, device)
+        self.device = device
+        self.worked_on = False  # casts may be pending on the device; stock casts on the CPU
 
     def start(self, owned: bool, numbers: Sequence[int]) -> PendingTensors:
         return self.moving.ahead(numbers, owned=owned)
@@ -264,21 +265,20 @@ class _File:
 
     def start_views(self, views: Sequence[torch.Tensor]) -> _PendingViews:
         self.moving.check()
-        return _PendingViews(self.moving, PendingUpload(views, self.target, self.moving.config))
+        return _PendingViews(self.moving, PendingUpload(views, self.device, self.moving.config))
 
 
 def _owned(file: _File, passing: bool) -> bool:
     """Whether tensors get allocations of their own.
 
-    Those that are merged or cast never reach the user: ``torch.stack``, ``torch.cat`` and ``.to``
-    another dtype copy, and ours is freed behind it. They share blocks unless told otherwise,
-    which then go together.
+    Tensors that are merged or cast never reach the user: ``torch.stack``, ``torch.cat`` and ``.to``
+    another dtype copy them, and then they are freed. By default they share blocks.
     """
     return file.moving.config.tensors == "owned" if passing else file.moving.owned
 
 
 class _PendingViews:
-    """Views of a file's map under way to a device, counted with the file when they are taken."""
+    """Views of a file's map on their way to a device; the file counts them when they are taken."""
 
     def __init__(self, moving: DeviceFile, upload: PendingUpload) -> None:
         self._moving = moving
@@ -290,7 +290,7 @@ class _PendingViews:
     def take(self, view: torch.Tensor) -> torch.Tensor:
         result = self._upload.take(view)
         self._moving.count(1, result.nbytes)
-        if self._moving.account.path == "gds":  # no read of the file has told its way yet
+        if self._moving.account.path == "gds":  # no read of the file has set it yet
             self._moving.account.path = "ring"
         return result
 
@@ -308,9 +308,9 @@ class _Load:
         self._prefetchers: dict[str, RequestPrefetcher] = {}
         self._failed = False
         self.converters: dict[int, tuple[Any, Any]] = {}  # the last copy of each
-        self.merging = False  # a converter was copied that merges its tensors
+        self.merging = False  # whether the converter copied last merges its tensors
         self.shards = Shards()
-        # Up to 5.13 tensors that are sharded go another way, and not by spawn_materialize.
+        # Up to 5.13 spawn_materialize is not called for sharded tensors.
         self.sharded = getattr(options, "device_mesh", None) is not None
 
     def whole(self, tensor: Any) -> Any:
@@ -319,50 +319,50 @@ class _Load:
         return tensor[...]
 
     def result(self, future: Any) -> Any:
-        """What one of transformers' threads makes."""
+        """The tensor that one of transformers' threads makes."""
         self.shards.start()
         return future.result()
 
     def file(self, opened: OpenedFile, device: Any) -> _File | None:
-        """The file on its way to a device; None where stock does it."""
+        """A file on its way to a device; None where stock does it."""
         key = (id(opened), str(device) if type(device) is not int else device)
         try:
             return self._files[key]
-        except KeyError:  # threads that meet make the same, and keep one
+        except KeyError:  # of threads that race one file is kept
             return self._files.setdefault(key, self._new_file(opened, device))
 
-    def _new_file(self, opened: OpenedFile, device: Any) -> _File | None:
-        if device is None or opened.device != "cpu":
+    def _new_file(self, opened: OpenedFile, argument: Any) -> _File | None:
+        if argument is None or opened.device != "cpu":
             return None
         try:
-            target = torch_target(parse_device(device))
-            if target is None:
+            device = device_of(parse_device(argument))
+            if device is None:
                 return None
-            check_move(opened.config)  # transformers' threads are in no mode: then all is theirs
-            target.native()
-            return _File(opened, target)
+            check_move(opened.config)  # it refuses torch modes: transformers' threads have none
+            device.native()
+            return _File(opened, device)
         except Fallback as fallback:
             opened.account.reason = fallback.reason
             fell_back(opened.config, "from_pretrained", opened.file.path, fallback)
-        except (RuntimeError, TypeError):  # no device that torch knows: stock's to say
+        except (RuntimeError, TypeError):  # torch knows no such device: stock raises it
             pass
         return None
 
     def ask(self, file: _File, i: int, passing: bool) -> Request:
-        """Tensor i will be taken, after those asked for before."""
+        """Announce that tensor i will be taken, after everything announced before."""
         kind = Kind(
             (id(file), passing), functools.partial(file.start, _owned(file, passing)), passing
         )
         return self._prefetcher(file).ask(kind, i, file.moving.layout.nbytes(i))
 
     def ask_rows(self, file: _File, rows: tuple[int, int, int], passing: bool) -> Request:
-        """Rows of a tensor will be taken, after what was asked for before."""
+        """The same for rows of a tensor: its number, first row, and the row behind the last."""
         first, last = plan_rows(file.moving.layout, *rows)
         kind = Kind((id(file), passing, "rows"), file.start_rows, passing)
         return self._prefetcher(file).ask(kind, rows, last - first)
 
     def ask_view(self, file: _File, view: torch.Tensor, passing: bool) -> Request:
-        """A view of a file's map will be taken, after what was asked for before."""
+        """The same for a view of the file's map."""
         kind = Kind((id(file), passing, "views"), file.start_views, passing)
         return self._prefetcher(file).ask(kind, view, view.nbytes)
 
@@ -375,13 +375,13 @@ class _Load:
         return prefetcher
 
     def take(self, file: _File, asked: Request, call: _Call) -> Any:
-        """The tensor asked for, on its device and cast."""
+        """The announced tensor, on its device and cast."""
         self.shards.start()
         prefetcher = self._prefetchers[file.moving.device]
         return self._cast(lambda: prefetcher.take(asked), file, call, prefetcher.drop)
 
     def now(self, file: _File, call: _Call) -> Any:
-        """The tensor read now, alone."""
+        """A tensor that was not announced: read now."""
         i, owned = call.i, _owned(file, call.passing)
         return self._cast(lambda: file.start(owned, [i]).take(i), file, call)
 
@@ -408,39 +408,39 @@ class _Load:
         try:
             result = by_stock(call.stock)
         except Exception as error:
-            if not file.target.runtime.is_out_of_memory(error):
+            if not file.device.runtime.is_out_of_memory(error):
                 raise
             result = None
-        if result is None:  # what was read ahead may be what is in the way
+        if result is None:  # tensors read ahead may take up the memory
             make_room()
             result = by_stock(call.stock)
         fell_back(file.moving.config, "from_pretrained", file.moving.file.path, fallback)
         return result
 
     def failed(self, fallback: Fallback) -> None:
-        """Something of ours broke before anything was handed out: tell, once."""
+        """Warn, once, that our code failed before it handed anything out."""
         if not self._failed:
             self._failed = True
             _log.warning("from_pretrained: left to transformers: %s", fallback.reason)
 
     def end(self, failed: bool) -> None:
-        """Let go of what was not taken, and tell.
+        """Drop tensors that were not taken, and report.
 
         Args:
-            failed: whether an exception is on its way, which then is what matters.
+            failed: whether the call raises, so that no error in here may replace its exception.
         """
         for prefetcher in self._prefetchers.values():
             prefetcher.drop()
-        pending = {f.target.name: f.target for f in self._files.values() if f and f.worked_on}
-        for target in pending.values():
+        pending = {f.device.name: f.device for f in self._files.values() if f and f.worked_on}
+        for device in pending.values():
             with contextlib.suppress(Exception) if failed else contextlib.nullcontext():
-                target.settle()  # then any stream may use it, as what stock returns
+                device.synchronize()  # then any stream may use the tensors, as with stock's
         seconds = time.perf_counter() - self._started
         files = [file for file in self._files.values() if file is not None]
         nbytes = sum(file.moving.account.bytes for file in files)
         for file in files:
             moving, account = file.moving, file.moving.account
-            share = account.bytes / nbytes if nbytes else 1 / len(files)  # read beside each other
+            share = account.bytes / nbytes if nbytes else 1 / len(files)  # they were read together
             account.seconds = seconds * share
             if not account.tensors:
                 account.path = "stock"

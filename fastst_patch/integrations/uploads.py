@@ -195,7 +195,7 @@ class Uploads:
         self.drop()
         if self._worked_on:
             with contextlib.suppress(Exception) if error else contextlib.nullcontext():
-                self._target.settle()
+                self._target.synchronize()
         account = self._account
         account.path = "upload" if account.tensors else "stock"
         account.seconds = time.perf_counter() - self._started

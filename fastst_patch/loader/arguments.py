@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import KIB, MIB, Config, current, with_options
-from ..device import Device, parse_device, torch_target
+from ..device import Device, device_of, parse_device
 from ..errors import Fallback, OptionError
 from ..machine import gds_obstacle
 
@@ -82,7 +82,7 @@ class Settings:
 
     def _find_target(self, named: torch.device) -> None:
         try:
-            self.target = torch_target(named)
+            self.target = device_of(named)
         except Fallback as error:
             self.fallback = Fallback.alone(error)
         if self.target is not None:

@@ -233,7 +233,7 @@ class LocalFiles:
     def settle(self) -> None:
         """Wait for what this thread has pending on the device: then any stream may use it."""
         if self._target is not None:
-            self._target.settle()
+            self._target.synchronize()
 
     # ---- the end ----
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from .. import engine, tensors
 from ..config import Config
-from ..device import Device, parse_device, torch_target
+from ..device import Device, device_of, parse_device
 from ..dropin.eligibility import opened_for
 from ..errors import Fallback, NameClashError, RankError
 from ..files.base import OpenedFile, open_checked
@@ -132,7 +132,7 @@ def open_together(
         try:
             if torch_device.type not in ("cpu", "cuda"):
                 raise Fallback(f"device {str(torch_device)!r} is not accelerated")
-            target = torch_target(torch_device)
+            target = device_of(torch_device)
         except Fallback as error:
             fallback = error.reason
         paths = None if isinstance(files, FileNotFoundError) else _ordered(files)

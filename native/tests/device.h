@@ -203,7 +203,7 @@ static inline int device_start(device_load *l, const fst_job_options *options) {
                      : fst_job_read(l->file, l->arena, &source, 1, options, &l->job, &l->err);
 }
 
-/* As fst_job_wait_until, with an offset of the file for either. */
+/* Like fst_job_wait_until, but by file offset for uploads, too. */
 static inline int device_wait_until(device_load *l, uint64_t offset, int timeout_ms) {
     if (offset != UINT64_MAX) offset += device_origin(l);
     return fst_job_wait_until(l->job, offset, timeout_ms, &l->err);

@@ -81,32 +81,31 @@ void fake_capture(int on);
 /* A stream to allocate on, as torch's caching allocator has one. It is not counted as live,
  * and needs no context to be retained. 0 when there is no such device. */
 uintptr_t fake_stream(int device);
-/* The host waits for all that is pending on a stream, and needs no context for it. */
+/* Waits for all work pending on a stream; needs no context. */
 int fake_synchronize(int device, uintptr_t stream);
-/* A block as that allocator would hand it out: *managed is a DLManagedTensor, 1-D uint8,
- * over memory on which work is still pending on the stream (0: the default one), which fills
- * the block with FAKE_LATE. It starts at a multiple of 512 but not of 4096 bytes. Its
- * deleter may be called on any thread; work of other streams must not be pending on the
- * block then, but of those that were recorded on it. Once more was freed than fake_quarantine
- * keeps, a freed block is handed out again, on its own stream only, and at once: what is still
- * to run there is ordered before the next owner's work, and nobody waits for other streams.
- * Returns 0 or a CUDA error. */
+/* A block as torch's allocator hands it out: *managed is a DLManagedTensor, 1-D uint8, over memory
+ * on which work is still pending on the stream (0: the default one), which fills the block with
+ * FAKE_LATE. It starts at a multiple of 512 but not of 4096 bytes. Its deleter may be called on any
+ * thread. At that time no work of other streams may be pending on the block, except of streams that
+ * were recorded on it. When more bytes are freed than fake_quarantine keeps, a freed block is
+ * handed out again at once, on its own stream only: work still pending there is ordered before the
+ * next owner's, and other streams are not waited for. Returns 0 or a CUDA error. */
 int fake_block(uint64_t bytes, int device, uintptr_t stream, void **managed);
-/* As torch's Tensor.record_stream, for the block at an address: when it is freed, it is kept
- * until what is pending on this stream by then is over. */
+/* Like torch's Tensor.record_stream, for the block at an address: once it is freed, it is not
+ * reused before the work that is pending on this stream at that time has run. */
 int fake_record_stream(uintptr_t memory, uintptr_t stream);
 /* A copy of torch's own, such as a view's clone, pending on a stream: it reads elements when it
  * runs, and writes them one behind another. Strides are the source's, in elements. */
 int fake_copy_strided(uintptr_t to, uintptr_t from, int dims, const int64_t *shape,
                       const int64_t *strides, uint64_t itemsize, int device, uintptr_t stream);
-/* Makes memory of the caller's a block of a device, with the same pending work. It must stay
- * until it is forgotten, before which copies into it must have run. */
+/* Makes the caller's memory a block of a device, with the same pending work. The memory must stay
+ * until fake_forget, and copies into it must have run before that. */
 int fake_note(void *memory, uint64_t bytes, int device, uintptr_t stream);
 int fake_forget(void *memory);
 
 /* ---- what happened ---- */
 
-/* Breaches of the API's rules. Looks at freed memory too: whoever wrote there is caught. */
+/* How often the API's rules were broken. Writes to freed memory count. */
 uint64_t fake_violations(void);
 const char *fake_violation_text(uint64_t i); /* of the first 64; else "" */
 uint64_t fake_copied_bytes(void);            /* by copies that have run, in any direction */

@@ -97,7 +97,7 @@ static void block_check(struct block *block) {
     if (all_freed((void *)block->base, block->bytes)) return;
     violation("block of %zu bytes at %#zx written after it was freed", block->bytes,
               (size_t)block->base);
-    block_fill(block, FAKE_FREED); /* is told once */
+    block_fill(block, FAKE_FREED); /* reported once */
 }
 
 void quarantine_check(void) {

@@ -211,7 +211,7 @@ static void copy_elements(const struct strided *how, int dim, unsigned char **to
         copy_elements(how, dim + 1, to, from + i * how->strides[dim]);
 }
 
-/* Of memory that is somebody else's by now: that is what makes the bytes wrong. */
+/* It may read memory that has another owner by now: then a test sees wrong bytes. */
 void op_run_strided(const struct op *op) {
     unsigned char *to = (unsigned char *)op->to;
     copy_elements(op->strided, 0, &to, (const unsigned char *)op->from);

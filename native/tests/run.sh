@@ -2,9 +2,10 @@
 # run.sh [variant ...] - builds the engine without Python and runs its C tests.
 #
 # Variants: address (ASan and UBSan), thread (TSan), none (warnings are errors); all three
-# when none is named. Variants go side by side, and each shows what it said when it is done.
-# CC chooses the compiler, CFLAGS adds flags, JOBS says how many compilers a variant runs at
-# once, and TMPDIR where builds and test files go: on a disk, since tmpfs may refuse O_DIRECT.
+# when none is named. Variants run side by side, and the output of each follows when it is done.
+# CC chooses the compiler, CFLAGS adds flags, JOBS is the number of compilers that a variant runs
+# at once, and TMPDIR the folder of builds and test files: on a disk, since tmpfs may refuse
+# O_DIRECT.
 # With variant none the engine is also built without each of its ordering rules, and that
 # rule's cases of test_device_order must fail. Exits with 1 when anything failed.
 set -u

@@ -24,8 +24,7 @@ typedef struct planned {
     size_t map_bytes;
 } planned;
 
-/* The file's bytes in memory, at an odd address; of its pages none can be read but those that
- * a segment is in. */
+/* The file's bytes in memory, at an odd address. Only pages that hold a segment can be read. */
 static void make_source(planned *l) {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), skip = 1 + l->made->size % 100;
     l->map_bytes = l->made->size + skip + page;

@@ -187,7 +187,7 @@ static void test_release_failed(void) {
     test_remove(&made);
 }
 
-/* Of an upload a driver's call fails: one behind which nothing waits for the stream. */
+/* A driver's call of an upload fails, after which nothing else would wait for the stream. */
 static void test_release_failed_upload(void) {
     test_file made = test_create(BYTES, 9);
     for (uint64_t call = 2; call <= 4; call++) {

@@ -377,7 +377,7 @@ static void test_hip(void) {
     end(1);
 }
 
-/* What may void another thread's capture is told, and leaves no trace. */
+/* A call that may void another thread's capture is reported, and has no effect. */
 static void test_captures(void) {
     begin();
     int mode = 2;

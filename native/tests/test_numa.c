@@ -1,5 +1,5 @@
-/* test_numa.c - workers go near the disk or device they serve, callers stay where they are;
- * told by a made-up /sys with one node for each of two CPUs.
+/* test_numa.c - workers go near the disk or device that they serve, and callers stay where they
+ * are. The tests read a made-up /sys with one node for each of two CPUs.
  */
 #include "device.h"
 

@@ -44,7 +44,7 @@ def opened(cuda: Any, counted: Path) -> Callable[..., DeviceFile]:
     """Opens that file on its way to the device."""
 
     def open_it(**options: Any) -> DeviceFile:
-        found = device.target("cuda")
+        found = device.find_device("cuda")
         assert found is not None
         with fastst_patch.config_context(**options):
             return DeviceFile(*open_checked(str(counted)), current(), found)
@@ -65,7 +65,7 @@ class Program:
 
     def look(self, stream: int) -> None:
         with self.cuda.on(stream):
-            self.cuda.settle(0)
+            self.cuda.synchronize(0)
         wrong = [number for copy, number in self.seen if not bool((copy == number).all())]
         assert wrong == []
 
@@ -76,7 +76,7 @@ def _churn(cuda: Any, stream: int) -> None:
     with cuda.on(stream):
         sizes = [COUNT * ROWS * COLUMNS * 4, WINDOW // 3, ROWS * COLUMNS * 4]
         junk = [cuda.empty([size], torch.uint8, 0) for size in sizes * 8]
-        cuda.settle(0)
+        cuda.synchronize(0)
     del junk
 
 
@@ -209,7 +209,7 @@ def test_uploads_taken_under_another_stream(cuda) -> None:
     first, second = cuda.new_stream(), cuda.new_stream()
     program = Program(cuda)
     sources = [torch.full((ROWS, COLUMNS), i, dtype=torch.int32) for i in range(COUNT)]
-    found = device.target("cuda")
+    found = device.find_device("cuda")
     assert found is not None
     with cuda.on(first):
         upload = PendingUpload(sources, found, current())

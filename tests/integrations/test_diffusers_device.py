@@ -72,7 +72,7 @@ def _load(path: str, **options: Any) -> tuple[Net, dict[str, torch.Tensor]]:
 def test_equals_stock(to_cuda, files, dtype, keep) -> None:
     options = {"dtype": dtype, "keep_in_fp32_modules": keep}
     with fastst_patch.patched("safetensors.safe_open"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(integration, "torch_target", lambda named: None)
+        patch.setattr(integration, "device_of", lambda named: None)
         expected, _ = _load(files, device_map={"": "cuda:0"}, **options)
     with fastst_patch.profile() as seen:
         model, state = _load(files, device_map={"": "cuda:0"}, **options)

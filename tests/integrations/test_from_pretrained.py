@@ -290,7 +290,7 @@ def test_a_broken_integration_steps_aside(to_cuda, saved, monkeypatch, caplog) -
 
     kind, folder = saved["shards"]
     expected = kind.from_pretrained(folder)
-    monkeypatch.setattr(integration, "torch_target", broken)
+    monkeypatch.setattr(integration, "device_of", broken)
     monkeypatch.setattr(
         loading, "_materialize_copy", lambda tensor, device=None, dtype=None: tensor[...].to(dtype)
     )

@@ -360,7 +360,7 @@ def test_exceptions_are_stocks_alone(moving, monkeypatch) -> None:
     with fastst_patch.config_context(fallback="error"):
         with pytest.raises(KeyboardInterrupt):
             nn.Linear(70, 70).to("cuda")
-        monkeypatch.setattr(torch_module, "torch_target", refused)
+        monkeypatch.setattr(torch_module, "device_of", refused)
         with pytest.raises(KeyboardInterrupt) as error:
             nn.Linear(70, 70).to("cuda")
     assert error.value.__context__ is None

@@ -26,7 +26,7 @@ CHUNK = 64 << 10
 
 
 def _start(views: list[torch.Tensor], **options: Any) -> uploads.PendingUpload:
-    target = device.target("cuda")
+    target = device.find_device("cuda")
     assert target is not None
     chosen = {"threads": 3, "chunk_bytes": CHUNK} | options
     return uploads.PendingUpload(views, target, dataclasses.replace(current(), **chosen))
@@ -172,4 +172,4 @@ def test_wrong_bytes_of_a_view_are_noticed(cuda) -> None:
     with pytest.raises(Fallback, match="differed"):
         upload.take(view)
     with pytest.raises(Fallback, match="differed"):
-        device.target("cuda")
+        device.find_device("cuda")

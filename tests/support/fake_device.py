@@ -160,7 +160,7 @@ class FakeRuntime(device.Runtime):
         finally:
             self._here.streams = before
 
-    def settle(self, ordinal: int) -> None:
+    def synchronize(self, ordinal: int) -> None:
         self.settled.append(ordinal)
         code = self.driver.lib.fake_synchronize(ordinal, self.stream(ordinal))
         if code:
