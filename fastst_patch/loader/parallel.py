@@ -187,7 +187,7 @@ class ParallelLoader:
             unique=False,  # as with fastsafetensors, each file is given for itself
             files_ahead=self._queue_size + 1,
             resident=self._resident(),
-            group=self._batch,
+            block_bytes=self._batch,
         )
         names = [entry.layout.names for entry in entries]
         numbers = files.numbers
