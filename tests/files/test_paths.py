@@ -1,4 +1,4 @@
-"""The CPU data paths: what is read ahead, in which order, and when it stops."""
+"""The CPU data paths: the extents read ahead, their order, and when reading ahead stops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _cached(path: Path, begin: int, nbytes: int) -> float:
 
 
 def _until(condition: object, seconds: float = 30.0) -> bool:
-    """Wait for what workers do in the background; a limit only against hanging."""
+    """Wait for the workers in the background. The limit only keeps a failure from hanging."""
     limit = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         if time.monotonic() > limit:
@@ -122,7 +122,7 @@ def np_index(i: int) -> int:
 
 @pytest.mark.parametrize("io", ["auto", "buffered", "direct"])
 def test_files_of_every_small_size(tmp_path: Path, io: str) -> None:
-    """Ends of files and of blocks, with odd sizes and offsets."""
+    """The ends of files and blocks, at odd sizes and offsets."""
     sizes = [0, 1, 7, 255, 256, 257, 4095, 4096, 4097, 65535, 65536, 65537, 1 << 20]
     source = {f"x{n}": torch.randint(0, 256, (n,), dtype=torch.uint8) for n in sizes}
     path = tmp_path / "sizes.safetensors"
