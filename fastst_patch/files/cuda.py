@@ -1,4 +1,4 @@
-"""One opened file on its way to a device: arenas, streaming ahead, and who holds what.
+"""One opened file whose tensors go to a device.
 
 ==================  =========================================================================
 path                what happens
@@ -9,13 +9,13 @@ gds                 cuFile into staging blocks on the device, copied from there;
                     where that is not loaded, in cuFile's compatibility mode
 ==================  =========================================================================
 
-Each tensor has an allocation of its own, exactly as stock's; with ``tensors="dlpack"`` they lie
+Each tensor has an allocation of its own, exactly as stock's; with ``tensors="dlpack"`` tensors lie
 in arenas of torch's memory, at 256-byte boundaries. A tensor is handed out when its own bytes have
-landed, and is usable from any stream then; one that is a copy, such as a slice, when its copy has
-run. Its memory is used again behind the work of the stream that was current when it was asked for.
+landed, a copy such as a slice when the copy has run; it is then usable from any stream. Its memory
+is used again only behind the work of the stream that was current when it was asked for.
 
-Memory: `OpenedFile.all_tensors` takes the tensors and nothing else. A handle that is walked in
-file order also holds tensors read ahead of their use, up to the budget.
+Device memory: `OpenedFile.all_tensors` takes the tensors' own and no more. A handle that is asked
+in the order of the file also holds tensors that it reads ahead, up to the budget.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from typing import TYPE_CHECKING, Any
 
 from .. import device, engine, tensors
 from ..config import Config
-from ..errors import Fallback, FaststError
+from ..errors import Fallback
 from ..layout import FileLayout, LoadPlan, plan_arena, plan_rows
 from ..machine import NETWORKED, io_threads
-from ..stock import SafetensorError
 from .base import OpenedFile, places_in_arena, progress_bar
 from .file_order import FileOrder, groups_of
-from .pending import Failing, PendingRows, PendingTensors, Transfer, runs_of
+from .pending import UNREAD, Failing, PendingRows, PendingTensors, Transfer, runs_of
 from .prefetcher import Group, Prefetcher
 
 if TYPE_CHECKING:
@@ -51,8 +50,7 @@ BUDGET = 256 * MIB
 """Default of ``device_memory_budget``: bytes read ahead of their use."""
 
 PINNED = 256 * MIB
-"""Default of ``pinned_bytes``. Slots are pinned as workers need them: 16 of 4 MiB for 8."""
-
+"""Default of ``pinned_bytes``. Slots are pinned as workers need them: 16 of 4 MiB for 8 workers."""
 
 _PATHS = {
     "buffered": "ring",
@@ -63,10 +61,9 @@ _PATHS = {
 
 
 def group_bytes(budget: int) -> int:
-    """Bytes that are read ahead at a time within a budget.
+    """Bytes of a group that is read ahead within a budget.
 
-    A third: for what is being used, what comes next, and what threads that share a walk have not
-    quite finished with.
+    A third of it: one group is in use, one comes next, and one may wait for a slower thread.
     """
     return max(min(ARENA, budget) // 3, 1)
 
@@ -103,7 +100,7 @@ class DeviceFile(OpenedFile):
         headroom = engine.memory_headroom()
         if config.page_cache == "keep" or headroom is None or self.file.fs_magic in NETWORKED:
             return "buffered"
-        # Caching it would push out half of what there is.
+        # To cache a larger file would take more than half of the memory that is left.
         return "direct-if-cold" if self.file.size > headroom // 2 else "buffered"
 
     @property
@@ -133,10 +130,10 @@ class DeviceFile(OpenedFile):
     def _start_group(self, group: Group) -> Transfer | None:
         try:
             return self._start(group.items)
-        except Exception as error:  # what is asked for is read alone
+        except Exception as error:
             if not self._target.runtime.is_out_of_memory(error):
                 raise
-        return None
+        return None  # one tensor may still fit
 
     def _arrived(self, transfer: Transfer, i: int, result: torch.Tensor) -> torch.Tensor:
         end = self.layout.extent(i)[1]
@@ -145,11 +142,9 @@ class DeviceFile(OpenedFile):
             transfer.hand_over(self._target, result)
             return result
         except BaseException as error:
-            self._prefetcher.drop(transfer)  # other tensors that wait there are read anew
-            unread = isinstance(error, (OSError, SafetensorError, FaststError))
-            if len(transfer.plan.tensors) == 1 or not unread:
+            self._prefetcher.drop()  # other tensors of the transfer are read anew
+            if len(transfer.plan.tensors) == 1 or not isinstance(error, UNREAD):
                 raise
-        # The error may be that of a tensor nobody has asked for.
         alone = self._start([i])
         self._landed(alone, end)
         return alone.waiting[i]
@@ -173,11 +168,11 @@ class DeviceFile(OpenedFile):
         return dict(zip(names, made, strict=True))
 
     def ahead(self, numbers: Sequence[int], *, owned: bool | None = None) -> PendingTensors:
-        """Start moving tensors that will be asked for, each as often as it is named.
+        """Start moving tensors that will be asked for, each as often as its number is given.
 
         Args:
             numbers: of the tensors.
-            owned: whether each has an allocation of its own; None: see the attribute.
+            owned: whether each has an allocation of its own; None: see `OpenedFile.owned`.
 
         Raises as `tensor`.
         """
@@ -190,8 +185,8 @@ class DeviceFile(OpenedFile):
         """Start moving rows that will be asked for, each into an allocation of its own.
 
         Args:
-            wanted: number of the tensor, the first row, and the row behind the last; repeatedly,
-                and overlapping, too.
+            wanted: number of the tensor, the first row, and the row behind the last. Rows may
+                overlap, and may be asked for several times.
 
         Raises as `tensor`.
         """
@@ -229,11 +224,11 @@ class DeviceFile(OpenedFile):
         return result
 
     def index(self, whole: torch.Tensor, index: Any) -> torch.Tensor:
-        """What stock's slice gives: the index taken, and a tensor that is all its own."""
+        """What stock's slice gives for an index: a tensor with memory of its own."""
         if not _plain(index):
             raise Fallback("an index of tensors or lists")
         result = super().index(whole, index)
-        # A view of nothing may still begin somewhere, as no copy does.
+        # A view without elements may have an offset in its storage; a copy has none.
         if result.numel() == whole.numel() > 0:
             return result
         with Failing(self):
@@ -245,14 +240,14 @@ class DeviceFile(OpenedFile):
         super().check(i)
 
     def failed(self, error: BaseException, trace: Any) -> None:
-        """Let go of the device's memory; being out of it is a Fallback.
+        """Free the device memory that an error keeps; raise Fallback if there was not enough.
 
         Stock loads tensor by tensor, which may still fit; if not, the exception is torch's own.
         """
-        # A traceback keeps frames, and these the memory; users and shells keep tracebacks.
+        # Users and shells keep tracebacks, which keep frames, which keep the memory.
         traceback.clear_frames(trace)
         out_of_memory = self._target.runtime.is_out_of_memory(error)
-        if out_of_memory or not isinstance(error, Exception):  # an interrupt ends it all
+        if out_of_memory or not isinstance(error, Exception):  # an interrupt ends the load
             self._prefetcher.drop()
         if out_of_memory:
             raise Fallback(f"not enough memory on {self.device} for arenas") from None
@@ -285,7 +280,11 @@ class DeviceFile(OpenedFile):
         return transfer
 
     def _start_places(self, places: list[tuple[int, int, torch.Tensor]]) -> Transfer:
-        """Start reading (file offset, bytes), in that order, into tensors made just now."""
+        """Start reading into tensors allocated just now.
+
+        Args:
+            places: (file offset, bytes, tensor), by file offset.
+        """
         arena, segments = places_in_arena(places)
         nbytes = sum(segments[1::3])
         plan = LoadPlan(array("Q"), array("Q"), segments, max(nbytes, 1), nbytes)
@@ -294,9 +293,10 @@ class DeviceFile(OpenedFile):
         return Transfer(plan, arena, job, sample, self._target.stream())
 
     def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
-        """Start reading extents into memory of the device, allocated just now by this thread.
+        """Start reading extents into memory of the device.
 
-        Or used since on no other stream than the one on which torch would allocate now.
+        The memory was allocated just now by this thread, or was since used only on the stream on
+        which torch would allocate now.
 
         Raises:
             Fallback: the device's driver failed.
@@ -320,7 +320,7 @@ class DeviceFile(OpenedFile):
     def _landed(self, transfer: Transfer, end: int) -> None:
         sample = transfer.sample
         if sample is not None and self._target.wants(sample.nbytes):
-            end = max(end, sample.end)  # nothing is handed out unproved
+            end = max(end, sample.end)  # nothing is handed out before the proof
         transfer.job.wait_until(end)
         self.note(transfer.job)
         device.prove(self._target, transfer.arena, self.file, sample)
@@ -342,13 +342,13 @@ class DeviceFile(OpenedFile):
                     done += transfer.plan.data_bytes
         for transfer in transfers:
             self.note(transfer.job)
-        samples = [(w.sample.nbytes, w) for w in transfers if w.sample is not None]
+        samples = [(one.sample.nbytes, one) for one in transfers if one.sample is not None]
         if samples:
             transfer = max(samples, key=lambda pair: pair[0])[1]
             device.prove(self._target, transfer.arena, self.file, transfer.sample)
 
     def note(self, job: engine.Job) -> None:
-        """Put how a finished job came by its bytes into the account."""
+        """Note in the account how a finished job got its bytes."""
         stats = job.stats()
         if stats.gds_refused:
             self.account.path = "ring+direct" if stats.bytes_direct else "ring"

@@ -2,8 +2,8 @@
 
     position = the file's first + number among its wanted tensors
 
-Requests that follow each other closely are a walk: what lies behind them is read ahead. A request
-elsewhere is served alone; the next one behind it starts a walk there.
+Requests that follow each other closely are a walk: the tensors behind them are read ahead. A
+tensor elsewhere is read alone; if the next request follows it closely, the walk goes on there.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["FileOrder", "groups_of"]
 def groups_of(
     layout: FileLayout, numbers: Iterable[int], nbytes: int
 ) -> Iterator[tuple[list[int], int]]:
-    """Tensors in runs of about so many bytes together, at least one tensor each; and their bytes.
+    """Split tensors of a file into groups, in their order: numbers, and bytes with padding.
 
     Args:
-        layout: of their file.
+        layout: of the file.
         numbers: of the tensors.
-        nbytes: a run has no more, unless it is one tensor.
+        nbytes: the most bytes of a group; a larger tensor is a group of its own.
     """
     group: list[int] = []
     total = 0
@@ -50,8 +50,8 @@ class FileOrder:
         files: layout of each, and the numbers of its tensors that may be asked for, ascending.
         nbytes: of a group; a larger tensor is a group of its own.
         tensors: the most in a group; None: any number.
-        near: how many positions behind a recent request the next one of a walk may be.
-        lag: how many positions a walk is past a group when that may go unused for the next one.
+        near: how many positions behind a recent request the next request of a walk may be.
+        lag: how many positions past a group a walk must be for it to be given up for the next.
         files_ahead: how many files behind the one in use may be started; None: any number.
         one_ahead: whether only the group right behind the one in use is started.
 
@@ -79,7 +79,7 @@ class FileOrder:
         self._files_ahead = files_ahead
         self._one_ahead = one_ahead
         self.left_alone: set[int] = set()
-        # Threads that share a walk come slightly out of order.
+        # Several requests, because threads that share a walk get slightly out of order.
         self._recent: deque[int] = deque(maxlen=8)
         self._next = 0
         self._following: Group | None = None  # the group at _next, once it was made
@@ -93,7 +93,7 @@ class FileOrder:
         return self._starts[k] + at
 
     def expected(self, what: Any) -> bool:
-        """Count what comes first as the next of a walk."""
+        """Count the first tensor as the next one of a walk."""
         self._recent.append(-1)
         return True
 
@@ -149,7 +149,7 @@ class FileOrder:
         return any(0 < position - before <= self._near for before in self._recent)
 
     def _group(self, position: int, waiting: Mapping[Hashable, Group]) -> Group:
-        """The tensors from a position on, as far as none waits in another group."""
+        """A group from a position on, up to the first tensor that waits in another group."""
         k = self._file_of(position)
         (layout, numbers), first = self._files[k], self._starts[k]
         end = min(self._starts[k + 1], position + self._tensors)

@@ -1,13 +1,13 @@
-"""In which order a handle is asked for its tensors, and so which will be asked for next.
+"""Predicts which tensors a handle will be asked for next, from the order of earlier requests.
 
-Programs walk a file in one of a few orders: as it lies in the file, by sorted names (`keys()`), by
-names with numbers in their order (layer 2 before layer 10); forwards, backwards, or every tenth.
-Several threads, or several loops, may each be at another place. Two requests next to each other in
-one of the orders start a `Walk`, or three with the same distance between them; what it foresees is
-read ahead, and each request that it has foreseen confirms it.
+Programs read a file in one of a few orders: by offset, by sorted names (`keys()`), or by names
+with their numbers in order (layer 2 before layer 10); forwards, backwards, or every tenth tensor.
+Several threads, or several loops, may each be at another place. Two requests that are neighbours
+in one of the orders start a `Walk`; so do three requests at equal distances. The tensors that a
+walk predicts are read ahead, and each predicted request confirms the walk.
 
-Pure: no I/O, no torch. Without locks: all of this is hints. Threads that meet, or a handler that
-strikes, can make something be foreseen twice or once less.
+This module does no I/O and does not use torch. It takes no lock, because a wrong prediction costs
+only time: threads that meet, or a signal's handler, may make it predict a tensor twice, or not.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from ..layout import FileLayout
 __all__ = ["AccessPattern", "Walk"]
 
 RECENT = 8
-"""Requests that a new one is compared with: threads that share a walk come out of order."""
+"""How many requests a new one is compared with: threads that share a walk get out of order."""
 
 WALKS = 8
-"""Walks at a time; the one that began first is forgotten."""
+"""Most walks at a time; one more replaces the oldest."""
 
 NATURAL_FROM = 4
-"""Requests before names are put in natural order: some 30 ms for 20,000, once a file."""
+"""Requests before the names are sorted in natural order, which takes some 30 ms for 20,000 names,
+once for each file."""
 
 
 class _Order:
@@ -44,19 +45,20 @@ class _Order:
 
 
 class Walk:
-    """A way through the tensors: from a place in an order, by steps of a constant length.
+    """A sequence of tensors: from a place in an order on, by steps of a constant length.
 
     Attributes:
-        ahead: numbers foreseen and not asked for yet.
-        nbytes: of those together, as far as they are to be read.
-        dense: whether neighbours follow each other, so that what lies between is wanted, too.
+        ahead: numbers of the tensors predicted and not asked for yet, each with the bytes that
+            are read ahead for it.
+        nbytes: sum of these bytes.
+        dense: whether the steps have length 1: then the bytes between two tensors are wanted, too.
     """
 
     def __init__(self, order: _Order, place: int, step: int) -> None:
         self._order = order
         self._next = place + step
         self._step = step
-        self.ahead: dict[int, int] = {}  # number -> bytes
+        self.ahead: dict[int, int] = {}
         self.nbytes = 0
 
     @property
@@ -65,7 +67,7 @@ class Walk:
         return abs(self._step) == 1
 
     def foresee(self) -> int | None:
-        """The next tensor; None at the end."""
+        """Number of the next tensor; None at the end."""
         if not 0 <= self._next < len(self._order.numbers):
             return None
         result = self._order.numbers[self._next]
@@ -78,7 +80,7 @@ class Walk:
         self.ahead[i] = nbytes
 
     def passed(self, i: int) -> bool:
-        """Note a request: whether this walk has foreseen it."""
+        """Note a request for tensor i; return whether this walk had predicted it."""
         nbytes = self.ahead.pop(i, None)
         if nbytes is None:
             return False
@@ -96,13 +98,13 @@ class AccessPattern:
         self._walks: deque[Walk] = deque(maxlen=WALKS)
 
     def request(self, i: int) -> Walk | None:
-        """Note a request for tensor i; the walk that it belongs to, if any."""
+        """Note a request for tensor i; return the walk that it belongs to, if any."""
         for walk in list(self._walks):
             if walk.passed(i):
                 self._recent.append(i)
                 return walk
         recent = list(self._recent)
-        if i in recent:  # in pieces, or once more: that tells of no order
+        if i in recent:  # taken in pieces, or once more: no order shows in it
             return None
         self._recent.append(i)
         found = self._found(i, recent)
@@ -126,7 +128,7 @@ class AccessPattern:
         return None
 
     def _known_orders(self, requests: int) -> list[_Order]:
-        """The orders to compare with, each made when those before it have explained nothing."""
+        """The orders to compare with. Each is made once the cheaper ones have not fitted."""
         layout, known = self._layout, self._orders
         if requests and len(known) == 1:
             known.append(self._by(layout.sorted_names))

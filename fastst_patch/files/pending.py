@@ -1,9 +1,8 @@
-"""Groups of tensors under way, and what hands them out one by one, as often as they are wanted.
+"""Tensors of a file that are on their way, handed out one by one, as often as they are asked for.
 
-To a device a transfer is one job: tensors in an arena of their own, or in an allocation each. Its
-memory is that of the stream that was current when it started. Whoever takes a tensor may do so
-under another stream, and torch is then told, so that the memory is used again only behind that
-stream's work.
+One job moves them to a device, into an arena that they share or into an allocation each. The
+memory belongs to the stream that was current when the job started. A tensor may be taken under
+another stream: torch then records that stream, and uses the memory again only behind its work.
 """
 
 from __future__ import annotations
@@ -25,21 +24,33 @@ if TYPE_CHECKING:
     from .cpu import HostFile
     from .cuda import DeviceFile
 
-__all__ = ["Failing", "PendingHostTensors", "PendingRows", "PendingTensors", "Transfer", "runs_of"]
+__all__ = [
+    "UNREAD",
+    "Failing",
+    "PendingHostTensors",
+    "PendingRows",
+    "PendingTensors",
+    "Transfer",
+    "runs_of",
+]
+
+UNREAD = (OSError, SafetensorError, FaststError)
+"""Errors of a job that may belong to another tensor than the one asked for, which is read alone
+then."""
 
 
 @dataclasses.dataclass(eq=False)
 class Transfer:
-    """Tensors under way. The job goes with the last who waits for it.
+    """Tensors that one job moves to a device. Dropping it cancels the job.
 
     Attributes:
-        plan: what goes where.
-        arena: the memory, or all that lies between the first and the last allocation.
+        plan: where each byte of the file goes.
+        arena: the memory: one block, or everything from the first allocation to the last.
         job: moves the bytes.
-        sample: to be read back, in the first load of the process.
-        stream: that the memory was allocated on.
-        block: what torch knows the arena by; None where tensors have allocations of their own.
-        waiting: tensors not handed out yet.
+        sample: bytes to read back, in the first load of the process.
+        stream: address of the stream on which the memory was allocated.
+        block: torch's tensor over the arena; None where tensors have allocations of their own.
+        waiting: by their numbers, tensors not handed out yet.
     """
 
     plan: LoadPlan
@@ -56,10 +67,7 @@ class Transfer:
 
 
 class PendingTensors:
-    """Tensors under way to a device, each to be taken as often as it was asked for.
-
-    Dropping it cancels the rest.
-    """
+    """A `Pending` of tensors on their way to a device."""
 
     def __init__(self, opened: DeviceFile, transfer: Transfer, asked: Counter[int]) -> None:
         self._opened = opened
@@ -79,16 +87,16 @@ class PendingTensors:
                 transfer, i, transfer.waiting[i] if more else transfer.waiting.pop(i)
             )
             self._asked[i] -= 1
-            if more:  # the last gets the tensor itself, which nobody can change before
+            if more:  # the last request gets the tensor itself, which nothing can change before
                 result = opened._target.copy(result)
         opened.count(1, opened.layout.nbytes(i))
         return result
 
 
 class PendingRows:
-    """Rows under way to a device, to be taken as they were asked for.
+    """A `Pending` of rows on their way to a device.
 
-    Dropping it cancels the rest.
+    An item is the number of a tensor, the first row, and the row behind the last.
     """
 
     def __init__(self, opened: DeviceFile, transfer: Transfer, runs: Sequence[Run]) -> None:
@@ -102,7 +110,7 @@ class PendingRows:
         return self._transfer.job.stats().done
 
     def take(self, rows: tuple[int, int, int]) -> torch.Tensor:
-        """What was asked for, usable on any stream. Raises as `DeviceFile.tensor`."""
+        """Rows that were asked for, usable on any stream. Raises as `DeviceFile.tensor`."""
         opened = self._opened
         begin = opened.layout.extent(rows[0])[0]
         first, last = plan_rows(opened.layout, *rows)
@@ -115,7 +123,7 @@ class PendingRows:
                 opened._landed(self._transfer, begin + last)
                 self._transfer.hand_over(opened._target, whole)
                 result = run.cut(rows, whole, opened._target)
-        except (OSError, SafetensorError, FaststError):  # of rows that nobody has asked for yet?
+        except UNREAD:
             if self._alone:
                 raise
             del whole
@@ -125,17 +133,16 @@ class PendingRows:
 
 
 class Run:
-    """Rows of one tensor that were asked for, and hang together where they overlap.
+    """Overlapping rows of one tensor, which are read once, into one tensor.
 
-    They are read once, into one tensor. The last to ask gets it, where it asked for all of it;
-    others get copies.
+    The last request gets this tensor if it asked for all the rows; other requests get copies.
 
     Attributes:
         i: number of the tensor.
         start: the first row.
-        stop: the one behind the last.
-        asked: for what, and how often: (number, first row, row behind the last).
-        tensor: all of it; None once the last has it.
+        stop: the row behind the last.
+        asked: how often each item was asked for; see `PendingRows`.
+        tensor: all the rows; None once the last request has taken it.
     """
 
     def __init__(self, i: int, start: int, stop: int) -> None:
@@ -144,7 +151,7 @@ class Run:
         self.tensor: torch.Tensor | None = None
 
     def pop(self, rows: tuple[int, int, int]) -> torch.Tensor:
-        """All of it, which is to be `cut`, for one who asked for some rows."""
+        """Count a request for some rows; all the rows, which `cut` then takes them from."""
         whole = self.tensor
         assert whole is not None
         self.asked[rows] -= 1
@@ -155,7 +162,7 @@ class Run:
     def cut(
         self, rows: tuple[int, int, int], whole: torch.Tensor, target: device.Device
     ) -> torch.Tensor:
-        """The rows as a tensor that nobody else has."""
+        """The rows as a tensor that no other request gets."""
         _, start, stop = rows
         if self.tensor is None and (start, stop) == (self.start, self.stop):
             return whole
@@ -163,10 +170,10 @@ class Run:
 
 
 def runs_of(wanted: Iterable[tuple[int, int, int]]) -> list[Run]:
-    """What to read for rows that were asked for: no byte twice, in the order of the file.
+    """Merge rows that were asked for where they overlap, in the order of the file.
 
     Args:
-        wanted: number of the tensor, the first row, and the row behind the last.
+        wanted: items of a `PendingRows`.
     """
     runs: list[Run] = []
     nothing: dict[tuple[int, int, int], Run] = {}
@@ -185,9 +192,10 @@ def runs_of(wanted: Iterable[tuple[int, int, int]]) -> list[Run]:
 
 
 class Failing:
-    """Tells a file of errors in a ``with`` block whose work is in functions of their own.
+    """Passes errors of a ``with`` block to `DeviceFile.failed`.
 
-    Their frames are over by then, and can be cleared.
+    Work that allocates is in functions that the block calls: their frames have ended by then, and
+    can be cleared.
     """
 
     def __init__(self, opened: DeviceFile) -> None:
@@ -202,9 +210,13 @@ class Failing:
 
 
 class PendingHostTensors:
-    """Tensors under way, each to be taken as often as it was asked for.
+    """A `Pending` of tensors on the CPU: views of the file's map, or memory that a job fills.
 
-    Dropping it cancels what is still to be read.
+    Args:
+        opened: the file.
+        waiting: the tensors by their numbers.
+        job: fills them; None for views of the map.
+        asked: how often each was asked for.
     """
 
     def __init__(
@@ -230,12 +242,12 @@ class PendingHostTensors:
         result = self._waiting[i] if more else self._waiting.pop(i)
         self._asked[i] -= 1
         if self._job is not None and not self._has_landed(opened.layout.extent(i)[1]):
-            return opened.tensor(i)  # the error may be that of a tensor nobody has asked for
+            return opened.tensor(i)
         opened.count(1, opened.layout.nbytes(i))
         if not more:
             return result
-        # As asking twice gives: the same bytes of the map, or memory of its own. The last gets
-        # the tensor itself, which nobody can change before.
+        # A handle that is asked twice gives two views of the same bytes of the map, or memory of
+        # its own. The last request gets the tensor itself, which nothing can change before.
         if self._job is None:
             return tensors.import_batch(opened.map(), opened.layout, array("Q", (i,)))[0]
         return result.clone()
@@ -244,7 +256,7 @@ class PendingHostTensors:
         assert self._job is not None
         try:
             self._job.wait_until(end)
-        except (OSError, SafetensorError, FaststError):
+        except UNREAD:
             if self._alone:
                 raise
             return False

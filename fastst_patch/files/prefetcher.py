@@ -1,14 +1,14 @@
-"""Groups of items that are read ahead of their use: the one scheduler behind three fronts.
+"""Reads tensors ahead of their use: in groups, in an order, within bounds.
 
-    order -> next group -> within the bounds -> started: a `Pending` -> handed out -> gone
+    order -> next group -> fits the bounds -> started: a `Pending` -> handed out -> gone
 
-An `Order` says which items make a group and which group comes next; a function that is given to
-each call starts one. A handle and the explicit loader read in the order of their files
-(`file_order`); integrations announce each item before they take it
+An `Order` decides which items make a group and which group comes next. A function that the caller
+passes starts a group. There are three fronts: handles to a device and the explicit loader read in
+the order of their files (`file_order`); integrations announce each item before they take it
 (`fastst_patch.integrations.prefetch`).
 
-The function that starts groups is not kept: a file that keeps its prefetcher would else be part
-of a reference cycle, and its memory would wait for the garbage collector.
+The start function is passed to each call and not kept. A file that owns its prefetcher would
+otherwise be in a reference cycle, and its device memory would wait for the garbage collector.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Group:
     """Items that move together.
 
     Attributes:
-        source: where they come from: tells the function that starts groups what to start.
+        source: where the items come from, for the start function.
         first: position of the first item, in an order that has positions.
         last: position of the last item.
-        items: what is to be started; empty afterwards.
-        waiting: by the key of each item not handed out: the bytes that no longer count against
-            the bound once it is. What is left of `held` goes with the last item.
+        items: for the start function; empty after the start.
+        waiting: keys of the items not handed out, each with the bytes that stop counting against
+            the bound when it is. The rest of `held` stops counting with the last item.
         nbytes: of all items.
         held: bytes that count against the bound.
-        pending: what is on its way; None before the start, and after the last item.
-        over: whether it was dropped.
+        pending: the result of the start function; None before, and once all are handed out.
+        over: whether the group was dropped.
     """
 
     source: Any
@@ -71,46 +71,55 @@ Start = Callable[[Group], Any]
 
 
 class Order(Protocol):
-    """In which groups items are read, and in which order. Called with the prefetcher's lock held.
+    """Decides which items make a group, and which group comes next.
 
-    ``waiting`` is the group of each item that is started and not handed out, by the item's key.
+    Called with the prefetcher's lock held. The argument ``waiting`` maps the keys of items that
+    are started and not handed out to their groups.
     """
 
     def expected(self, what: Any) -> bool:
-        """Note what was announced; whether a group may be started now."""
+        """Note what was announced; return whether a group may be started now."""
 
     def requested(self, key: Any, waiting: Mapping[Hashable, Group]) -> Group | None:
         """Note a request.
 
         Returns:
-            The group that has the item, or one that is to be started for it now; None where the
+            The group that has the item, which is started now if it is not yet; None where the
             item is read alone.
         """
 
     def next(self, waiting: Mapping[Hashable, Group]) -> Group | None:
-        """The group to be started next: the same one until it is. None: nothing, for now."""
+        """The group to be started next, the same one until it is started; None: none for now."""
 
     def started(self, group: Group) -> None:
-        """A group was started."""
+        """Note that a group was started."""
 
     def gives_up(self, oldest: Group, now: bool) -> bool:
-        """Whether the oldest group may go unused for another: ``now`` if that is asked for."""
+        """Whether to give up the oldest group to make room for another one.
+
+        Args:
+            oldest: the group.
+            now: whether something is asked of the other one already.
+        """
 
     def clear(self) -> list[Group]:
         """Forget what comes next; return the groups that were not started."""
 
 
 class Prefetcher:
-    """Starts groups in an order, within bounds, and hands their items out.
+    """Starts groups in an order, within bounds, and hands out their items.
 
-    Usable from any thread; waiting holds no lock. In a forked child it is as after `drop`. Code
-    that interrupts another call, as a signal's handler does, is served without any read-ahead.
+    Usable from any thread; no lock is held while a thread waits for bytes. In a forked child
+    everything is dropped. Code that interrupts a section under a lock, such as a signal's handler,
+    gets each item read alone.
 
     Args:
         order: see `Order`.
-        room: the most bytes that groups started and not used up may hold.
-        flight: the most bytes that move at a time, unless nothing else moves; None: any number.
-        one: whether a group may be started where no other holds bytes, however large it is.
+        room: returns the most bytes that groups may hold.
+        flight: the most bytes that may move at a time; None: any number. A larger group moves
+            when nothing else does.
+        one: whether a group larger than ``room`` is started when no other one holds bytes; if
+            not, its first request starts it.
     """
 
     def __init__(
@@ -126,9 +135,9 @@ class Prefetcher:
         self._room = room
         self._flight = flight
         self._one = one
-        self._groups: dict[Group, None] = {}  # started and not used up, the oldest first
-        self._at: dict[Hashable, Group] = {}  # by the keys of items that wait in them
-        self._moving: list[Group] = []  # not known to have landed; where `flight` is a bound
+        self._groups: dict[Group, None] = {}  # started, and not all handed out; oldest first
+        self._at: dict[Hashable, Group] = {}  # by the keys of the items that wait in them
+        self._moving: list[Group] = []  # not known to have landed; kept if `flight` is a bound
         self._held = 0
 
     def expect(self, what: Any, start: Start) -> None:
@@ -144,10 +153,10 @@ class Prefetcher:
                 here.inside = False
 
     def hand_out(self, key: Hashable, start: Start) -> Any:
-        """What is on its way with an item in it, which the caller takes; starts what comes next.
+        """Hand out an item, and start what comes next.
 
         Returns:
-            The group's `Pending`; None: the caller has to read the item alone.
+            The `Pending` that the caller takes the item from; None: the caller reads it alone.
 
         Raises:
             Exception: what starting a group raised.
@@ -159,26 +168,21 @@ class Prefetcher:
             try:
                 group = self._order.requested(key, self._at)
                 pending = None
-                if group is not None and (group.pending is not None or self._enter(group, start)):
+                if group is not None and self._is_started(group, start):
                     pending = self._taken(group, key)
                 self._advance(start)
             finally:
                 here.inside = False
         return pending
 
-    def drop(self, pending: Any = None) -> None:
-        """Forget one group by what is on its way, or all. What is in flight is cancelled."""
+    def drop(self) -> None:
+        """Forget what was read ahead, and cancel what is in flight. A request reads it anew."""
         if interrupted():
-            return  # it goes with the prefetcher, or with what is asked for next
-        old = None
+            return  # it goes with the prefetcher, or makes room for later requests
         with self._guard.lock(self._let_go):
             here.inside = True
             try:
-                if pending is None:
-                    old = self._let_go()
-                else:
-                    for group in [one for one in self._groups if one.pending is pending]:
-                        self._give_up(group)
+                old = self._let_go()
             finally:
                 here.inside = False
         del old  # ended without the lock: that may wait
@@ -194,8 +198,10 @@ class Prefetcher:
             group.pending, group.over = None, True
         return old
 
-    def _enter(self, group: Group, start: Start) -> bool:
-        """Start a group of which something is asked for now, whatever the bounds say."""
+    def _is_started(self, group: Group, start: Start) -> bool:
+        """Start the group of a request whatever the bounds say; return whether it is started."""
+        if group.pending is not None:
+            return True
         self._make_room(group, now=True)
         return self._start(group, start)
 
@@ -221,7 +227,7 @@ class Prefetcher:
         return True
 
     def _make_room(self, group: Group, now: bool) -> bool:
-        """Give up groups, the oldest first, until another fits the bounds; whether it does."""
+        """Give up groups, the oldest first, until another one fits; return whether it does."""
         while not self._fits(group):
             oldest = next(iter(self._groups), None)
             if oldest is None or not self._order.gives_up(oldest, now):
@@ -242,7 +248,7 @@ class Prefetcher:
         return self._held + group.held <= self._room()
 
     def _taken(self, group: Group, key: Hashable) -> Any:
-        """Count an item as handed out; what is on its way with it."""
+        """Count an item as handed out; return the `Pending` that has it."""
         pending = group.pending
         freed = group.waiting.pop(key)
         self._at.pop(key, None)

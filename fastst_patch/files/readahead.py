@@ -1,7 +1,8 @@
-"""What is read ahead of a mapped file, when, and how far: all of it, what is named, or foreseen.
+"""Reads a mapped file ahead: all of it, tensors that are named, or tensors that are predicted.
 
-Workers bring extents into the page cache beside the reader, in the order of use. Nothing here is
-waited for. What is cached already is left alone, as far as a probe tells; else workers find out.
+Workers bring extents into the page cache while the program runs, in the order of use. No call
+waits for them. Extents that a probe finds cached are left out; where no probe can tell, workers
+find out themselves.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ __all__ = ["AHEAD", "HUGE_PAGE", "WORKERS_FROM", "ReadAhead"]
 
 MIB = 1 << 20
 WORKERS_FROM = 1 * MIB
-"""Bytes from which a load is worth waking workers for; a thread costs about 30 us."""
+"""Fewest bytes for which workers are woken; a thread costs about 30 us."""
 
 HUGE_PAGE = 2 * MIB
 
 AHEAD = 64 * MIB
-"""How far read-ahead runs in front of a handle that is walked in an order that it has learnt."""
+"""Most bytes read ahead of a handle whose order of requests is known."""
 
 PROBED_WHOLE = 64 * MIB
-"""Extents up to this size are looked at page by page: 12 us for 19 MB in large folios, where
-waking a worker and finding out how much memory is free take some 300 us a file."""
+"""Extents up to this size are probed page by page. That takes 12 us for 19 MB in large folios; to
+wake a worker and to find out how much memory is free takes some 300 us a file."""
 
 RESERVE = 512 * MIB
 """Read-ahead stops when less memory than this (or a tenth of what was free) is left."""
 
-SOME_ROWS, WHOLE = 1, 2  # what of a tensor was read ahead, or found cached
+SOME_ROWS, WHOLE = 1, 2  # how much of a tensor was read ahead, or found cached
 
 LOOKS_AT = 3
-"""The request with which a handle looks whether the file is cached. Few take one tensor or two."""
+"""At this request a handle looks whether the file is cached. Fewer requests are not worth it."""
 
 Part = tuple[int, int, int] | None
 """Rows of a tensor's first dimension, and how many it has; None: all of it."""
@@ -51,10 +52,10 @@ def _rows_part(layout: FileLayout, i: int, rows: tuple[int, int] | None) -> Part
 
 
 class ReadAhead:
-    """Of one mapped file; its map is given to every call. Usable from any thread.
+    """Read-ahead of one mapped file, whose map is given to every call. Usable from any thread.
 
-    Takes no lock: threads that meet read something ahead twice, which the page cache does once, or
-    leave it to the kernel.
+    No call takes a lock. Where threads meet, an extent may be read ahead twice, and the second
+    time finds it cached; or it is not read ahead, and the kernel reads it on demand.
     """
 
     def __init__(
@@ -67,16 +68,16 @@ class ReadAhead:
         self._pattern = AccessPattern(layout)
         self._started = bytearray(len(layout.names))  # by tensor: 0, SOME_ROWS or WHOLE
         self._asked = 0  # requests
-        self._alone = 0  # bytes of those that nothing had foreseen
-        self._all_ahead = False  # everything was
-        self._calm: bool | None = None  # everything seems to be cached; None: not looked yet
-        self._all_cached = False  # certainly
-        self._resident: float | None = None  # what a look at the whole file found last
-        self._looked = False  # whether the report knows what was cached at first
-        self._reserve: int | None = None  # bytes of memory that read-ahead leaves
+        self._alone = 0  # bytes of requests that were not predicted
+        self._all_ahead = False  # the whole file was started
+        self._calm: bool | None = None  # the file seems to be cached; None: not looked yet
+        self._all_cached = False  # the file is certainly cached
+        self._resident: float | None = None  # cached fraction of the file at the last look
+        self._looked = False  # whether the report has the fraction that was cached at first
+        self._reserve: int | None = None  # bytes of memory that read-ahead leaves free
 
     def everything(self, arena: engine.Arena) -> None:
-        """Start reading ahead what is not cached of a mapped file, in its order."""
+        """Start reading ahead all that is not cached, by offset; shows the progress, if wanted."""
         layout = self._layout
         if self._config.io == "mmap" or layout.data_bytes < WORKERS_FROM:
             return
@@ -95,7 +96,7 @@ class ReadAhead:
                 advance(layout.data_bytes)
 
     def tensors(self, arena: engine.Arena, wanted: array[int]) -> None:
-        """Start reading ahead some tensors; workers look what is not cached of them."""
+        """Start reading ahead some tensors; workers find out what of them is not cached."""
         if self._config.io == "mmap":
             return
         runs = Runs(map(self._layout.extent, wanted))
@@ -111,7 +112,7 @@ class ReadAhead:
         self._start(arena, runs, threads)
 
     def extents(self, arena: engine.Arena, extents: Runs, threads: int) -> None:
-        """Start reading ahead extents that others do not; it runs on by itself.
+        """Start reading ahead some extents, and stop predicting requests.
 
         Args:
             arena: the file's map.
@@ -127,7 +128,7 @@ class ReadAhead:
         self._start(arena, extents, 1 if self._resident == 1.0 else threads)
 
     def cold(self) -> bool:
-        """Whether a look at a mapped file tells that reading it ahead is worth while."""
+        """Whether reading the file ahead is worth it: not all of it is known to be cached."""
         layout = self._layout
         if self._config.io == "mmap" or layout.data_bytes < WORKERS_FROM:
             return False
@@ -135,10 +136,10 @@ class ReadAhead:
         return self._resident != 1.0
 
     def _note_residency(self, begin: int, nbytes: int) -> bool:
-        """Look how much is cached, for the report; whether it is certain that everything is.
+        """Look how much is cached, for the report; return whether all of it certainly is.
 
-        Large extents are sampled; workers look at every chunk themselves. The report is told
-        what was found first: later there is what was read ahead.
+        Large extents are sampled; workers look at every chunk themselves. The report gets the
+        first finding only: later ones include what was read ahead.
         """
         self._resident = self._sampled(begin, nbytes)
         if self._resident is None:
@@ -151,7 +152,7 @@ class ReadAhead:
         return self._resident == 1.0 and nbytes <= PROBED_WHOLE
 
     def _sampled(self, begin: int, nbytes: int) -> float | None:
-        """How much of an extent is cached, by samples where it is large; None: nothing tells."""
+        """The cached fraction of an extent, by samples where it is large; None: unknown."""
         samples, size = 16, min(nbytes, 256 << 10)
         if nbytes <= PROBED_WHOLE:
             samples, size = 1, nbytes
@@ -171,11 +172,11 @@ class ReadAhead:
         threads: int,
         chunk_bytes: int | None = None,
     ) -> engine.Job | None:
-        """Start read-ahead; it runs on by itself, whatever becomes of the job.
+        """Start reading extents ahead. That goes on if the job is dropped.
 
         None when there is no memory for it: the kernel then reads on demand, as for stock.
         """
-        if self._reserve is None:  # once: asking costs more than starting
+        if self._reserve is None:  # asked once: that takes longer than to start a job
             headroom = engine.memory_headroom()
             self._reserve = min(RESERVE, headroom // 10) if headroom is not None else 0
         try:
@@ -191,11 +192,7 @@ class ReadAhead:
             return None
 
     def request(self, arena: engine.Arena, i: int, rows: tuple[int, int] | None = None) -> None:
-        """Bring in tensor i, or some rows of it, and what is foreseen to be asked for next.
-
-        Nothing here is waited for, and no lock is taken: threads that meet read something ahead
-        twice, which the page cache does once, or leave it to the kernel.
-        """
+        """Start reading tensor i, or some rows of it, and the tensors predicted to come next."""
         if self._config.io == "mmap" or self._all_ahead:
             return
         part = _rows_part(self._layout, i, rows)
@@ -209,12 +206,12 @@ class ReadAhead:
         if walk is not None and walk.nbytes <= AHEAD // 2:
             self._follow(arena, walk, i, part)
         elif walk is None and self._started[i] != WHOLE and end - begin >= WORKERS_FROM:
-            # Less is a few faults, which the kernel serves.
+            # A smaller one takes a few faults, which the kernel serves.
             self._read_alone(arena, i, part, begin, end)
 
     def _read_alone(self, arena: engine.Arena, i: int, part: Part, begin: int, end: int) -> None:
-        """Read ahead what was asked for of tensor i, which nothing had foreseen."""
-        if self._started[i]:  # other rows before: whoever takes it in pieces takes the rest
+        """Read ahead what was asked for of tensor i, a request that was not predicted."""
+        if self._started[i]:  # other rows were asked for before: the rest will be, too
             part, end = None, self._layout.extent(i)[1]
         self._started[i] = SOME_ROWS if part else WHOLE
         self._alone += end - begin
@@ -225,7 +222,10 @@ class ReadAhead:
             self._bring(arena, [(begin, end)], min(self._config.chunk_bytes, HUGE_PAGE))
 
     def _with_neighbours(self, i: int, begin: int) -> tuple[int, int]:
-        """Tensor i and those behind it that were not read: who jumps about reads all in the end."""
+        """The extent of tensor i and of unread tensors behind it.
+
+        A program that has read a quarter of the file in no order is likely to read all of it.
+        """
         end, last = self._layout.extent(i)[1], begin + AHEAD // 2
         for j in range(i + 1, len(self._started)):
             if self._started[j] or end >= last:
@@ -235,11 +235,11 @@ class ReadAhead:
         return self._by_huge_pages(begin, end)
 
     def _by_huge_pages(self, begin: int, end: int) -> tuple[int, int]:
-        """An extent and what else is in its huge pages."""
+        """An extent, widened to the huge pages that it touches."""
         return begin - begin % HUGE_PAGE, min(-(-end // HUGE_PAGE) * HUGE_PAGE, self._file.size)
 
     def _follow(self, arena: engine.Arena, walk: Walk, i: int, part: Part) -> None:
-        """Read ahead what a walk foresees behind tensor i, which is asked for now."""
+        """Read ahead tensor i, which is asked for now, and the tensors that a walk predicts."""
         extents: list[tuple[int, int]] = []
         started, j = self._started, i
         while True:
@@ -247,7 +247,7 @@ class ReadAhead:
             nbytes = 0 if started[j] else end - begin
             if nbytes:
                 started[j] = SOME_ROWS if part else WHOLE
-                if walk.dense and part is None:  # what else is in them is asked for soon
+                if walk.dense and part is None:  # neighbours in the same pages are next
                     begin, end = self._by_huge_pages(begin, end)
                 extents.append((begin, end))
             if j != i:
@@ -259,7 +259,7 @@ class ReadAhead:
         self._bring(arena, Runs(extents).ranges)
 
     def _wanted(self, i: int, part: Part) -> tuple[int, int]:
-        """The extent of tensor i, or of the rows that a part of it has."""
+        """The extent of tensor i, or of its rows in the same proportion as ``part``."""
         begin, end = self._layout.extent(i)
         if part is None:
             return begin, end
@@ -280,7 +280,7 @@ class ReadAhead:
         extents: list[tuple[int, int]],
         chunk_bytes: int | None = None,
     ) -> None:
-        """Start reading ahead what is not cached of some extents, in their order."""
+        """Start reading ahead the extents that are not all cached, in their order."""
         missing = []
         resident = total = 0
         for begin, end in extents:
@@ -300,7 +300,10 @@ class ReadAhead:
             self._look()
 
     def _look(self) -> None:
-        """Whether all seems to be cached: then nothing is foreseen, until something is not."""
+        """Find out whether the file seems to be cached.
+
+        If so, nothing is read ahead until a request meets bytes that are not cached.
+        """
         found = self._sampled(self._layout.data_begin, self._layout.data_bytes)
         self._calm = found == 1.0
         if self._account.resident is None:

@@ -9,27 +9,27 @@ from ..runs import Runs
 __all__ = ["LAG", "STRIPE", "in_turn"]
 
 STRIPE = 8 << 20
-"""Bytes that one rank reads ahead of what several need, before it is the next one's turn: large
-enough for huge pages, small enough that ranks that walk the file together wait for nobody."""
+"""Bytes that one rank reads ahead for all ranks before the next rank's turn: large enough for
+huge pages, small enough that ranks that read the file together do not wait for each other."""
 
 LAG = 8
-"""Turns by which a rank that does not know what the others do reads ahead of making sure."""
+"""How many turns a rank waits before it checks the stripes of its peers."""
 
 
 def in_turn(
     alone: Iterable[tuple[int, int]], shared: Iterable[tuple[int, int]], turn: int, turns: int
 ) -> Runs:
-    """What one of ``turns`` ranks reads ahead that cannot ask the others, in order.
+    """Ranges that one of several ranks reads ahead, in order. The ranks do not communicate.
 
-    First its own stripes; and `LAG` turns behind, those of the others, which are cached by then
-    and cost a look, unless nobody came for them. So nothing is left unread whoever is missing,
-    fails, or reads on another node.
+    A rank reads its own stripes first, and the stripes of its peers `LAG` turns later. By then
+    they are cached, and reading them costs only a look at the cache. Where a peer is missing,
+    fails, or reads on another node, they are read here: no stripe is left unread.
 
     Args:
-        alone: file ranges (begin, end) that hardly anybody else needs.
-        shared: those that the others are likely to need, too.
-        turn: this rank's number among those that share the reading.
-        turns: how many they are.
+        alone: file ranges (begin, end) that, as a rule, only this rank needs.
+        shared: file ranges that its peers are likely to need, too.
+        turn: this rank's number among the ranks that share the reading.
+        turns: how many ranks share the reading.
     """
     found: list[tuple[int, int, int]] = []  # when, and the range
     for ranges, certain in ((alone, True), (shared, False)):

@@ -29,7 +29,7 @@ __all__ = ["Kind", "Request", "RequestPrefetcher"]
 _log = logging.getLogger("fastst_patch")
 
 MIB = 1 << 20
-WINDOW = 64 * MIB
+GROUP = 64 * MIB
 """Bytes of one group: a bus moves them in a millisecond or two, beside which starting is cheap."""
 
 FLIGHT = 1024 * MIB
@@ -81,9 +81,9 @@ class RequestPrefetcher:
 
     def __init__(self, budget: int | None) -> None:
         if budget is None:
-            nbytes, flight, most = WINDOW, FLIGHT, BUDGET
+            nbytes, flight, most = GROUP, FLIGHT, BUDGET
         else:
-            nbytes, flight, most = max(1, min(WINDOW, budget // 3)), min(FLIGHT, budget), budget
+            nbytes, flight, most = max(1, min(GROUP, budget // 3)), min(FLIGHT, budget), budget
         order = _RequestOrder(nbytes, all_count=budget is not None)
         self._prefetcher = Prefetcher(order, lambda: most, flight=flight, one=True)
 
@@ -164,9 +164,8 @@ class _RequestOrder:
     def __init__(self, nbytes: int, all_count: bool) -> None:
         self._nbytes = nbytes
         self._all_count = all_count
-        self._open: dict[Hashable, Group] = {}  # by kind
+        self._open: dict[Hashable, Group] = {}  # by kind, in the order of their first requests
         self._queued: deque[Group] = deque()
-        self._asked = 0
 
     def expected(self, what: Request | None) -> bool:
         """Add a request to the open group of its kind; None: close all."""
@@ -176,8 +175,7 @@ class _RequestOrder:
         kind = what.kind
         group = self._open.get(kind.key)
         if group is None:
-            group = self._open[kind.key] = Group(kind, first=self._asked)
-        self._asked += 1
+            group = self._open[kind.key] = Group(kind)
         counted = what.nbytes if self._all_count or kind.passing else 0
         what.group = group
         group.items.append(what.item)
@@ -190,9 +188,8 @@ class _RequestOrder:
         return True
 
     def _close(self) -> None:
-        if self._open:
-            self._queued.extend(sorted(self._open.values(), key=lambda group: group.first))
-            self._open.clear()
+        self._queued.extend(self._open.values())
+        self._open.clear()
 
     def requested(self, key: Request, waiting: Mapping[Hashable, Group]) -> Group | None:
         """The request's group. RuntimeError: it was dropped. KeyError: the request was served."""

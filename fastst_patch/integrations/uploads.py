@@ -1,11 +1,11 @@
-"""CPU tensors on their way to a device: parallel copies into pinned slots, and on from there.
+"""Moves CPU tensors to a device: workers copy them into pinned slots, the device copies the slots.
 
-Each gets an allocation of its own from torch, as with ``tensor.to``. Bytes come from memory, not
-from files: changes made in place are carried over. Pages of a file map that are not there yet
-are faulted in by the workers, many at a time.
+Each tensor gets an allocation of its own from torch, as with ``tensor.to``. Bytes come from
+memory, not from files: changes made in place are carried over. Workers fault in the pages of a
+file's map that are not there yet, many at a time.
 
-A source may be a view with gaps, such as some columns of a larger tensor. Workers then pick its
-contiguous runs, which lie one behind another in the slot, so that one copy brings a slot's.
+A source may be a view with gaps, such as some columns of a larger tensor. Workers then copy its
+contiguous runs one behind another into a slot, so that one copy to the device moves them all.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = ["PendingUpload", "Uploads", "ordinary", "run_bytes", "worth_it"]
 
 MIB = 1 << 20
 FEWEST_BYTES = 8 * MIB
-"""Below this starting workers costs about what they save."""
+"""For fewer bytes, starting workers costs about as much time as they save."""
 
 FEWEST_BYTES_AT_FIRST = 256 * MIB
-"""The same while nothing is pinned yet: pinning runs at 1 to 2 GB/s."""
+"""The same while no memory is pinned yet: pinning runs at 1 to 2 GB/s."""
 
 
 def worth_it(nbytes: int) -> bool:
@@ -48,7 +48,7 @@ def worth_it(nbytes: int) -> bool:
 
 
 def ordinary(candidates: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
-    """The tensors that are moved ahead: plain ones, each once, none overlapping another."""
+    """The tensors that can be moved ahead: plain ones, each once, none overlapping another."""
     import torch
 
     plain = (torch.Tensor, torch.nn.Parameter)
@@ -95,13 +95,13 @@ def _dense(t: torch.Tensor) -> bool:
 
 
 class Uploads:
-    """CPU tensors moved ahead of a consumer, who asks for each by the tensor itself.
+    """Moves CPU tensors before a consumer asks for them, each by the tensor itself.
 
-    A context: leaving it lets go of what was not asked for, and tells.
+    A context: leaving it lets go of tensors that were not asked for, and reports.
 
     Args:
         call: what the consumer does, for reports.
-        name: to whom it does it.
+        name: of the object that it works on, for reports.
         target: the device.
         config: for budget, threads, chunks and pinned memory.
     """
@@ -121,17 +121,17 @@ class Uploads:
         self._waiting: dict[int, tuple[Request, torch.Tensor, int, int]] = {}
 
     def expect_all(self, found: Iterable[torch.Tensor], dtype: torch.dtype | None) -> None:
-        """Tensors that will be asked for in this order.
+        """Announce tensors in the order in which they will be asked for.
 
         Args:
             found: `ordinary` ones, which must not change until they are asked for.
-            dtype: that the consumer will cast those of floating point and complex ones to.
+            dtype: to which the consumer will cast floating-point and complex tensors.
         """
         try:
             for t in found:
                 floats = t.is_floating_point() or t.is_complex()
                 kind = self._kinds[dtype is not None and floats and t.dtype != dtype]
-                # Its memory as of now, which other threads may exchange for another meanwhile.
+                # Keeps its memory of now: another thread may give the tensor other memory.
                 version, held = t._version, t.detach()
                 request = self._prefetcher.ask(kind, held, held.nbytes)
                 self._waiting[id(t)] = (request, t, version, held.data_ptr())
@@ -140,9 +140,9 @@ class Uploads:
             raise
 
     def moved(self, t: torch.Tensor) -> torch.Tensor | None:
-        """The copy of a tensor on the device, usable on any stream; None: torch has to do it."""
+        """The copy of a tensor on the device, usable on any stream; None: torch has to move it."""
         request, source, version, place = self._waiting.pop(id(t), (None, None, 0, 0))
-        # Only the very tensor, unchanged since it was announced.
+        # Only for the same tensor object, unchanged since it was announced.
         if request is None or source is not t:
             return None
         if t._version != version or t.data_ptr() != place:
@@ -150,7 +150,7 @@ class Uploads:
         try:
             moved = self._prefetcher.take(request)
         except Exception as error:
-            fallback = Fallback.alone(error)  # always: its traceback holds what we held
+            fallback = Fallback.alone(error)  # for each error: its traceback keeps our memory
             self._fallback = self._fallback or fallback
             return None
         self._account.tensors += 1
@@ -158,13 +158,13 @@ class Uploads:
         return moved
 
     def makes_room(self, error: Exception) -> bool:
-        """Free all that was moved ahead if the consumer ran out of memory; whether it did.
+        """Free everything moved ahead if the consumer ran out of memory; return whether it did.
 
-        Stock, which moves one tensor at a time and casts it before, may still fit.
+        Stock moves one tensor at a time, already cast, and may still fit.
         """
         if not self._target.runtime.is_out_of_memory(error):
             return False
-        traceback.clear_frames(error.__traceback__)  # they hold what was moved
+        traceback.clear_frames(error.__traceback__)  # they keep tensors that were moved
         self._fallback = self._fallback or Fallback(
             f"not enough memory on {self._target.name} beside it"
         )
@@ -172,14 +172,14 @@ class Uploads:
         return True
 
     def worked_on(self) -> None:
-        """Say that the consumer has work pending on the device where stock would have none.
+        """Note that the consumer has work pending on the device where stock would have none.
 
-        Stock casts on the CPU and waits for its copy: what it returns any stream may use.
+        Stock casts on the CPU and waits for its copy: any stream may use the result.
         """
         self._worked_on = True
 
     def drop(self) -> None:
-        """Let go of what was not asked for. Tensors announced are torch's to move from then on."""
+        """Let go of tensors that were not asked for; torch has to move them from then on."""
         self._waiting.clear()
         self._prefetcher.drop()
 
@@ -206,7 +206,10 @@ class Uploads:
 
 
 def _run_of(t: torch.Tensor) -> tuple[int, list[tuple[int, int]]]:
-    """Elements of a view's contiguous runs; and lengths and strides, from the inside, of these."""
+    """Elements of a view's contiguous runs, and lengths and strides of the dimensions around them.
+
+    The innermost dimension comes first.
+    """
     run = 1
     outer: list[tuple[int, int]] = []
     for length, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
@@ -220,7 +223,7 @@ def _run_of(t: torch.Tensor) -> tuple[int, list[tuple[int, int]]]:
 
 
 def run_bytes(t: torch.Tensor) -> int:
-    """Bytes of the contiguous runs that a view, cut out of a contiguous tensor, consists of."""
+    """Bytes of each contiguous run of a view that is cut out of a contiguous tensor."""
     return _run_of(t)[0] * t.itemsize
 
 
@@ -233,7 +236,12 @@ def _end(t: torch.Tensor) -> int:
 
 
 def _segments(t: torch.Tensor, place: int) -> array[int]:
-    """The runs of a view, one behind another from a place on: (address, bytes, place), flat."""
+    """Segments that put the runs of a view one behind another: flat (address, bytes, place).
+
+    Args:
+        t: the view.
+        place: of the first run.
+    """
     import torch
 
     if t.is_contiguous():
@@ -253,15 +261,15 @@ def _segments(t: torch.Tensor, place: int) -> array[int]:
 
 
 class PendingUpload:
-    """Tensors under way, each to be taken once. Dropping it cancels the rest.
+    """A `Pending` of copies of CPU tensors; its items are the sources. Each can be taken once.
 
-    Holds the sources until their bytes have landed. What they become is contiguous.
+    Keeps the sources until their bytes have landed. The copies are contiguous.
 
     Args:
         sources: CPU tensors with bytes: contiguous, or views cut by slices out of contiguous
             ones, so that elements ascend by address. From the first element to the last no two
-            overlap, gaps included; nobody else has these very tensors and could give them other
-            memory.
+            overlap, gaps included. No other code has these tensor objects, which could give
+            them other memory.
         target: the device.
         config: for threads, chunks and pinned memory.
 
@@ -283,7 +291,7 @@ class PendingUpload:
         except Exception as error:
             if not target.runtime.is_out_of_memory(error):
                 raise
-            error.__traceback__ = None  # its frames hold what was made
+            error.__traceback__ = None  # its frames keep the tensors that were made
             raise Fallback(f"not enough memory on {target.name} to move ahead") from None
         places = [tensor.data_ptr() for tensor in made]
         spans = [(place, tensor.nbytes) for place, tensor in zip(places, made, strict=True)]

@@ -1,8 +1,7 @@
-"""The files of one process: which tensor is where, reading ahead, reports, and who holds what."""
+"""The files that one process reads for itself: their tensors by name, and the reports."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from ..report import Account
 from .arguments import Settings
 from .headers import Entry
 from .messages import explained
-from .prefetch import Bounds, FilesPrefetcher
+from .prefetch import FilesPrefetcher
 from .stock_file import StockFile
 
 if TYPE_CHECKING:
@@ -37,22 +36,22 @@ class LocalFiles:
     Holds the files and what was read ahead; tensors handed out outlive this object.
 
     Args:
-        call: who reads, for reports.
+        call: name of the caller, for reports.
         entries: the files, in the order in which they will be asked for.
         settings: of the loader.
         config: options of the files.
-        keep: names for which it is False are not there; None keeps all.
-        unique: a name that occurs in two files is an error.
-        files_ahead: see `Bounds`.
-        resident: of ``(name, bytes)``: bytes of a tensor handed out that stay on the device and
-            count against the budget; None when what was handed out does not count.
-        group: most bytes of one block that tensors share, if less than the budget makes it.
+        keep: tensors for whose names it returns False are left out; None keeps all.
+        unique: whether a name that occurs in two files is an error.
+        files_ahead: how many files behind the one in use may be started; None: any number.
+        resident: given the name and the bytes of a tensor handed out: how many bytes of it count
+            against the budget, because they stay on the device; None: no bytes do.
+        block_bytes: most bytes of a block that tensors share, if less than the budget makes it.
         collect: called with the account of a file and its device, in place of a report of the
             file; it takes over the counts.
 
     Raises:
         NameClashError: two files have a tensor of the same name.
-        OSError, SafetensorError: a file cannot be opened by stock, which has to.
+        OSError, SafetensorError: a file is left to stock, which cannot open it.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class LocalFiles:
         unique: bool = True,
         files_ahead: int | None = None,
         resident: Callable[[str, int], int] | None = None,
-        group: int | None = None,
+        block_bytes: int | None = None,
         collect: Callable[[Account, str], None] | None = None,
     ) -> None:
         self._call = call
@@ -85,13 +84,15 @@ class LocalFiles:
             entry.opened(call, config, settings.target, settings.device, settings.note)
             for entry in entries
         ]
-        bounds = Bounds(0, 1)
-        if files:
-            bounds = Bounds.of(files[0], config.device_memory_budget, files_ahead)
-        if group is not None:
-            bounds = dataclasses.replace(bounds, group=min(group, bounds.group))
-        ahead = FilesPrefetcher(files, self.numbers, bounds, lambda: self._resident_bytes)
-        self._open: tuple[list[OpenedFile | StockFile], FilesPrefetcher] | None = files, ahead
+        prefetcher = FilesPrefetcher(
+            files,
+            self.numbers,
+            config.device_memory_budget,
+            block_bytes=block_bytes,
+            files_ahead=files_ahead,
+            held=lambda: self._resident_bytes,
+        )
+        self._open: tuple[list[OpenedFile | StockFile], FilesPrefetcher] | None = files, prefetcher
         _alive.add(self)
 
     def _index(self, unique: bool) -> dict[str, int]:
@@ -103,10 +104,10 @@ class LocalFiles:
             places.update(dict.fromkeys(wanted, k))
             expected += len(wanted)
         if unique and len(places) != expected:
-            self._complain_of_twins()
+            self._raise_name_clash()
         return places
 
-    def _complain_of_twins(self) -> None:
+    def _raise_name_clash(self) -> None:
         seen: dict[str, str] = {}
         for path, layout, numbers in zip(self._paths, self._layouts, self.numbers, strict=True):
             for i in numbers:
@@ -120,15 +121,15 @@ class LocalFiles:
                 seen[name] = path
 
     def show(self, bar: Any) -> None:
-        """Tell a tqdm bar the bytes of each tensor handed out; it is closed with the files."""
+        """Show the bytes of tensors handed out in a tqdm bar, which is closed with the files."""
         self._bar = bar
 
     def begin(self) -> None:
         """Start reading ahead. Returns at once."""
-        files, ahead = self._still_open()
+        files, prefetcher = self._still_open()
         if files:
             with files[0].account:
-                ahead.begin()
+                prefetcher.begin()
 
     def _still_open(self) -> tuple[list[OpenedFile | StockFile], FilesPrefetcher]:
         found = self._open
@@ -160,7 +161,7 @@ class LocalFiles:
     # ---- tensors ----
 
     def take(self, name: str, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor. All of it: ``dim`` is what a group cuts along, as `Files` has it.
+        """A whole tensor. ``dim`` is ignored: only a group cuts tensors; see `Files`.
 
         Raises:
             KeyError: there is no such tensor.
@@ -170,16 +171,16 @@ class LocalFiles:
         return cast(self, name, self.take_at(*self._place(name)), dtype)
 
     def push(self, name: str, dst_rank: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor for a rank, which can only be this one, as `Files` has it. Raises as `take`."""
+        """A tensor for a rank, which can only be this one; see `Files`. Raises as `take`."""
         return self.take(name, -1, dtype)
 
     def take_at(self, k: int, i: int) -> torch.Tensor:
         """Tensor i of file k. Raises as `take`."""
-        files, ahead = self._still_open()
+        files, prefetcher = self._still_open()
         opened = files[k]
         try:
             with opened.account:
-                result = self._taken(ahead, opened, k, i)
+                result = self._taken(prefetcher, opened, k, i)
         except Exception as error:
             raise explained(error, self._paths[k], self._layouts[k].names[i]) from error
         nbytes = opened.layout.nbytes(i)
@@ -190,15 +191,15 @@ class LocalFiles:
         return result
 
     def _taken(
-        self, ahead: FilesPrefetcher, opened: OpenedFile | StockFile, k: int, i: int
+        self, prefetcher: FilesPrefetcher, opened: OpenedFile | StockFile, k: int, i: int
     ) -> torch.Tensor:
         try:
-            ours = ahead.take(k, i)
+            ours = prefetcher.take(k, i)
         except (Fallback, MemoryError) as error:
             fallback = Fallback.alone(error)
         else:
             return self._verified(opened, k, i, ours) if self._config.verify else ours
-        ahead.drop()  # what was read ahead may be the memory that is missing
+        prefetcher.drop()  # what was read ahead may be the memory that is missing
         result: torch.Tensor = self._stock(opened, k).get_tensor(opened.layout.names[i])
         opened.account.reason = fallback.reason
         fell_back(self._config, self._call, self._paths[k], fallback)
@@ -238,7 +239,7 @@ class LocalFiles:
     # ---- the end ----
 
     def refuse(self, name: str, error: Exception) -> NoReturn:
-        """Raise an error of arguments: nobody else waits."""
+        """Raise an error of arguments: there are no other ranks to tell."""
         raise error
 
     def close(self) -> None:
@@ -247,8 +248,8 @@ class LocalFiles:
             found, self._open = self._open, None
         if found is None:
             return
-        files, ahead = found
-        ahead.drop()
+        files, prefetcher = found
+        prefetcher.drop()
         self._stock_handles.clear()
         for path, opened in zip(self._paths, files, strict=True):
             self._report(path, opened)
@@ -256,7 +257,7 @@ class LocalFiles:
             self._bar.close()
 
     def done_with(self, k: int) -> None:
-        """Report file k, of which nothing more will be asked."""
+        """Report file k, whose tensors have all been asked for."""
         if self._open is not None:
             self._report(self._paths[k], self._open[0][k])
 

@@ -202,7 +202,7 @@ class ParallelLoader:
             unique=False,  # as with fastsafetensors, files may have the same names
             files_ahead=self._queue_size + 1,
             resident=self._resident(),
-            group=self._batch,
+            block_bytes=self._batch,
             collect=collect,
         )
         names = [entry.layout.names for entry in entries]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from ..files.readahead import AHEAD
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Bounds", "FilesPrefetcher"]
+__all__ = ["FilesPrefetcher"]
 
 _log = logging.getLogger("fastst_patch")
 
@@ -33,44 +32,17 @@ _LAG = 64
 """Tensors by which a walk passes a group before it gives up what was left out there."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Bounds:
-    """How far reading ahead may go.
-
-    Attributes:
-        nbytes: most bytes read and not taken.
-        group: bytes of one group; a larger tensor is a group of its own.
-        files: how many files behind the one in use may be started; None: any number.
-    """
-
-    nbytes: int
-    group: int
-    files: int | None = None
-
-    @classmethod
-    def of(cls, opened: TensorFile, budget: int | None, files: int | None = None) -> Bounds:
-        """For files like this one.
-
-        Args:
-            opened: one of them.
-            budget: ``device_memory_budget``.
-            files: see the attribute.
-        """
-        if isinstance(opened, HostFile) and opened.mapped:
-            # Pages of a cache, not memory of ours: far enough that a drive is never idle.
-            return cls(2 * AHEAD, AHEAD // 2, files)
-        given = BUDGET if budget is None else budget
-        return cls(given, group_bytes(given), files)
-
-
 class FilesPrefetcher:
     """Reads tensors of files ahead. Usable from any thread.
 
     Args:
         files: in the order of reading.
         numbers: of the tensors of each that may be asked for, ascending.
-        bounds: see `Bounds`.
-        held: bytes that count against the bound beside what waits here, such as tensors handed
+        budget: ``device_memory_budget``: most bytes read and not taken.
+        block_bytes: most bytes of one group, if less than the budget makes it; a larger tensor
+            is a group of its own.
+        files_ahead: how many files behind the one in use may be started; None: any number.
+        held: bytes that count against the budget beside what waits here, such as tensors handed
             out; however many they are, one group is still read ahead at any time.
     """
 
@@ -78,20 +50,32 @@ class FilesPrefetcher:
         self,
         files: Sequence[TensorFile],
         numbers: Sequence[Sequence[int]],
-        bounds: Bounds,
+        budget: int | None,
+        *,
+        block_bytes: int | None = None,
+        files_ahead: int | None = None,
         held: Callable[[], int] = lambda: 0,
     ) -> None:
+        if files and isinstance(files[0], HostFile) and files[0].mapped:
+            # Pages of a cache, not memory of ours: far enough that a drive is never idle.
+            most, nbytes = 2 * AHEAD, AHEAD // 2
+        else:
+            most = BUDGET if budget is None else budget
+            nbytes = group_bytes(most)
+        if block_bytes is not None:
+            nbytes = min(block_bytes, nbytes)
+
         def room() -> int:
-            return max(bounds.nbytes - held(), bounds.group) if bounds.nbytes else 0
+            return max(most - held(), nbytes) if most else 0
 
         self._files = files
         self._order = FileOrder(
             [(file.layout, some) for file, some in zip(files, numbers, strict=True)],
-            bounds.group,
+            nbytes,
             tensors=_MOST,
             near=_NEAR,
             lag=_LAG,
-            files_ahead=bounds.files,
+            files_ahead=files_ahead,
         )
         self._prefetcher = Prefetcher(self._order, room)
 

@@ -34,7 +34,7 @@ CALLS = ("load_file", "get_tensors", "walk", "rows")
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Of torch's own. More of them wait for each other on a busy machine: half of the time here."""
+    """Let torch use one thread: on a busy machine, more of them wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(cuda, nothing_left) -> Iterator[None]:
-    """Neither in the engine nor on the device, once what was handed out has gone."""
+    """Neither in the engine nor on the device, once the tensors handed out are freed."""
     yield
     engine.clear_faults()
     cuda.driver.clear()
@@ -101,7 +101,7 @@ def test_out_of_memory_at_every_allocation(
 
 @pytest.mark.parametrize("call", CALLS)
 def test_out_of_memory_is_torchs(cuda, asked, model, fast, way, call) -> None:
-    """Stock has no memory either: its own exception, as if nobody had tried before."""
+    """Stock has no memory either: its own exception, with no trace of our attempt."""
     cuda.refuse_from = 1
     asked.error = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
     with pytest.raises(torch.cuda.OutOfMemoryError, match="Tried to allocate") as caught:
@@ -114,7 +114,7 @@ def test_out_of_memory_is_torchs(cuda, asked, model, fast, way, call) -> None:
 
 
 def test_a_tensor_that_fits_alone(cuda, asked, model, fast, stock, assert_same, watch, way) -> None:
-    """What was read ahead makes room before stock is asked for a tensor."""
+    """Tensors read ahead are freed before stock is asked for a tensor."""
     expected = stock.load_file(model)
     with watch() as seen, fast.safe_open(model, "pt", "cuda") as handle:
         names = handle.offset_keys()
@@ -158,7 +158,7 @@ USED = (
 
 
 LATER = ("dlpack-buffered", "owned-direct")
-"""Ways in which later calls fail, too: slots are used again by then, and windows are open."""
+"""For these ways later calls fail, too: slots are used again, and groups are on their way."""
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -271,7 +271,7 @@ def test_unreadable(cuda, asked, model, fast, stock, assert_same, way, call, sho
         assert model in str(caught.value)
         assert "offset" in str(caught.value)
         assert short or caught.value.errno == errno.EIO
-        # An exception that somebody keeps does not keep the device's memory.
+        # An exception that the caller keeps does not keep device memory.
         assert cuda.driver.live().blocks == 0
     assert asked.asked == []
     assert_same(_load(fast, call, model), stock.load_file(model))
@@ -301,7 +301,7 @@ def test_harmless(cuda, asked, model, fast, stock, assert_same, watch, way) -> N
 def test_a_bad_place_behind_does_not_spoil_what_is_before(
     cuda, asked, raw, fast, stock, assert_same, way
 ) -> None:
-    """Reading ahead met an error: it belongs to the tensor that lies there, and to no other."""
+    """An error in reading ahead is raised for the tensor at that place, and for no other."""
     size = 60_000
     path = raw.tensors({f"t{i:02}": torch.full((size,), i, dtype=torch.uint8) for i in range(12)})
     expected = stock.load_file(path)
@@ -319,7 +319,7 @@ def test_a_bad_place_behind_does_not_spoil_what_is_before(
 
 
 def test_a_read_that_fails_once(cuda, asked, model, fast, stock, assert_same, way) -> None:
-    """The error is reported once, and what was read ahead with it is read anew."""
+    """The error is raised once, and tensors that were read ahead with it are read anew."""
     expected = stock.load_file(model)
     name = _fault_of(way)
     with fast.safe_open(model, "pt", device="cuda") as handle:

@@ -1,4 +1,4 @@
-"""How much of a device's memory is held, by what, and for how long; and how much is read."""
+"""How much device memory is held, and for how long; and how many bytes are read."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_few_tensors_read_alone(cuda, path, fast) -> None:
 @pytest.mark.parametrize("budget", [0, 1, 50_000, 4 * 40_192, 500_000, None, 1 << 50])
 @pytest.mark.parametrize("jump", [False, True])
 def test_a_walk_stays_within_its_budget(cuda, path, fast, budget, jump) -> None:
-    """Alive and not handed out: at most the budget, beside the tensor that is asked for."""
+    """Memory not handed out is at most the budget, beside the tensor that is asked for."""
     limit = (256 << 20) if budget is None else budget
     most = 0
     with fastst_patch.config_context(device_memory_budget=budget):
@@ -209,7 +209,7 @@ def test_alive_in_any_order(cuda, raw, fast, order) -> None:
 
 
 def test_one_survivor(cuda, kind, path, fast) -> None:
-    """It keeps its arena, or what is its own alone; never those of others."""
+    """One tensor keeps its arena, or its own allocation, and no other memory."""
     with fastst_patch.config_context(device_memory_budget=10 * 40_192):
         loaded = fast.load_file(path, device="cuda")
     one = loaded.pop("t13")
@@ -226,7 +226,7 @@ def test_one_survivor(cuda, kind, path, fast) -> None:
 
 
 def test_storages_are_apart(cuda, path, fast) -> None:
-    """Each exactly its own size; what changes in one shows in no other, nor in another load."""
+    """Each storage has its tensor's size; a change shows in no other tensor and no other load."""
     first, second = fast.load_file(path, device="cuda"), fast.load_file(path, device="cuda")
     with fast.safe_open(path, "pt", "cuda") as handle:
         again = {name: handle.get_tensor(name) for name in handle.offset_keys()}

@@ -66,7 +66,7 @@ def test_interrupted_load(cuda, path, fast, nothing_left, kind, progress) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_handle(cuda, path, fast, nothing_left, kind) -> None:
-    """Other threads in the same window go on, and so does the handle."""
+    """Other threads that wait for the same group go on, and so does the handle."""
     with fastst_patch.config_context(tensors=kind, chunk_bytes=64 << 10, threads=1):
         with fast.safe_open(path, "pt", "cuda") as handle:
             names = handle.offset_keys()

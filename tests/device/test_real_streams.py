@@ -58,7 +58,7 @@ def test_a_slice_may_be_used_on_any_stream_at_once(counted, tensors, index) -> N
     side = torch.cuda.Stream()
     with fastst_patch.config_context(tensors=tensors, fallback="error"):
         with fastst_patch.safe_open(counted, "pt", device="cuda") as handle:
-            for name in ("00", "01"):  # a window is under way
+            for name in ("00", "01"):  # a group is on its way
                 handle.get_tensor(name)
             torch.cuda.synchronize()
             torch.cuda._sleep(LONG)
@@ -93,7 +93,7 @@ def test_tensors_read_ahead_under_another_stream(counted, tensors) -> None:
 
 
 @BOTH
-def test_a_graph_is_captured_while_windows_are_in_flight(counted, tensors) -> None:
+def test_a_graph_is_captured_while_groups_are_in_flight(counted, tensors) -> None:
     """In torch's default mode, in which calls of any other thread may void the capture."""
     y = torch.zeros(8, device="cuda")
     warm = torch.cuda.CUDAGraph()
@@ -121,5 +121,5 @@ def test_a_graph_is_captured_while_windows_are_in_flight(counted, tensors) -> No
             del handle, graph
     assert y.tolist() == [total] * 8
     if not moved:
-        pytest.skip("the windows were there before a graph was captured")
+        pytest.skip("the groups had landed before a graph was captured")
     del y

@@ -53,7 +53,7 @@ def opened(cuda: Any, counted: Path) -> Callable[..., DeviceFile]:
 
 
 class Program:
-    """Uses each tensor on the current stream, keeps none, and looks at what it saw at the end."""
+    """Uses each tensor on the current stream, keeps none, and checks at the end what it read."""
 
     def __init__(self, cuda: Any) -> None:
         self.cuda = cuda
@@ -130,7 +130,7 @@ def test_a_handle_that_changes_streams(cuda, counted, tensors, late) -> None:
 
 @BOTH
 def test_nothing_is_recorded_on_one_stream(cuda, counted, tensors) -> None:
-    """As it costs an event for each block that is freed."""
+    """Recording costs an event for each block that is freed."""
     program = Program(cuda)
     stream = cuda.new_stream()
     with fastst_patch.config_context(tensors=tensors, fallback="error"), cuda.on(stream):
@@ -226,8 +226,8 @@ def test_uploads_taken_under_another_stream(cuda) -> None:
 
 @BOTH
 @pytest.mark.parametrize("started", [False, True], ids=["from the start", "from the middle"])
-def test_windows_in_flight_while_a_graph_is_captured(cuda, counted, tensors, started) -> None:
-    """By another thread, whose capture no call of ours may void; what does is a violation."""
+def test_groups_in_flight_while_a_graph_is_captured(cuda, counted, tensors, started) -> None:
+    """Another thread captures. A call of ours that would void its capture is a violation."""
     engine.shutdown()  # slots are pinned anew
     options = {"tensors": tensors, "device_memory_budget": WINDOW, "chunk_bytes": 65536}
     with fastst_patch.config_context(**options, fallback="error"):
@@ -252,7 +252,7 @@ def test_windows_in_flight_while_a_graph_is_captured(cuda, counted, tensors, sta
 @BOTH
 @pytest.mark.parametrize("again", [[3, 3], [5, 3, 3, 4, 3], [0, 1, 1, 2, 2, 2, 23, 23]], ids=str)
 def test_tensors_asked_for_twice(cuda, opened, tensors, again) -> None:
-    """Each time as stock gives it: a tensor that nobody else has; its bytes are read once."""
+    """Each request gets a tensor of its own, as from stock; the bytes are read once."""
     file = opened(tensors=tensors)
     before = engine.counters()["bytes_copied"]
     ahead = file.ahead(again)
@@ -297,7 +297,7 @@ def test_rows_asked_for_twice(cuda, opened, wanted) -> None:
 
 
 def test_what_failed_is_read_anew(cuda, opened) -> None:
-    """Where several share a window, the error may be that of one nobody has asked for."""
+    """Where several share a job, the error may belong to a tensor that was not asked for."""
     file = opened()
     for call in ("pread", "preadv"):
         engine.set_fault(call, errno=5)

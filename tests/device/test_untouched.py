@@ -1,4 +1,4 @@
-"""What must not touch a device does not: a driver that nobody asked for breaks forked children."""
+"""Loads to the CPU touch no device: a driver that is opened breaks forked children."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ for options in ({"io": io} for io in ("auto", "mmap", "buffered", "direct", "gds
 fastst_patch.stats()
 fastst_patch.unpatch()
 assert not opened(), "on loads to the CPU"
-from fastst_patch import doctor, engine
+from fastst_patch import engine
+from fastst_patch.cli import doctor
 doctor.examine([path])
 assert not opened(), "by doctor, in its own process"
 engine.open_device(0, kind="cuda")

@@ -37,7 +37,7 @@ def opened(raw) -> Callable[..., HostFile]:
 @pytest.mark.parametrize("options", [{}, {"io": "mmap"}, *COPIED], ids=str)
 @pytest.mark.parametrize("again", [[3, 3], [5, 0, 5, 1, 5, 0]], ids=str)
 def test_tensors_asked_for_twice(opened, options, again) -> None:
-    """Each time what asking the handle gives: memory of its own, or the same bytes of the map."""
+    """Each time as from a handle: memory of its own, or the same bytes of the map."""
     file = opened(**options)
     ahead = file.ahead(again)
     taken = [(i, ahead.take(i)) for i in again]

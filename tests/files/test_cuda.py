@@ -1,4 +1,4 @@
-"""Loads to a device, over the fake driver: bytes, exceptions, memory, and what stays behind."""
+"""Loads to a device, over the fake driver: bytes, exceptions, memory, and leaks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_load_file(cuda, stock, model, options, device) -> None:
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", 0])
 def test_load_model(cuda, tmp_path, device) -> None:
-    """Ours and the patched one, which is stock's own code over our load_file."""
+    """Our function, and the patched one, which is stock's own code over our load_file."""
     source, path = torch.nn.Linear(64, 32), tmp_path / "linear.safetensors"
     save_model(source, str(path))
     with report.profile() as seen, fastst_patch.patched(fallback="error"):
@@ -104,7 +104,7 @@ def test_first_load_is_proved(cuda, model, tensors) -> None:
 @pytest.mark.parametrize("tensors", ["dlpack", "owned"])
 @pytest.mark.parametrize("call", ["load_file", "walk", "rows"])
 def test_the_proof_is_of_a_whole_chunk(cuda, tmp_path, monkeypatch, tensors, call) -> None:
-    """Not of the first tensor alone, which may be tiny; and before anything is handed out."""
+    """The first tensor alone may be tiny. The proof precedes the first tensor handed out."""
     sizes = {"a": 3, "b": 100_001, "c": 700, "d": device.PROOF_BYTES + 5, "e": 6_000_001, "f": 9}
     save_file({k: torch.full((n,), 7, dtype=torch.uint8) for k, n in sizes.items()},
               tmp_path / "m.safetensors")  # fmt: skip
@@ -123,7 +123,7 @@ def test_the_proof_is_of_a_whole_chunk(cuda, tmp_path, monkeypatch, tensors, cal
         with fastst_patch.safe_open(tmp_path / "m.safetensors", "pt", "cuda") as handle:
             if call == "rows":
                 handle.get_slice("b")[5:]
-            if call == "walk":  # the first tensor comes alone, those behind it in windows
+            if call == "walk":  # the first tensor comes alone, those behind it in groups
                 handle.get_tensor("a")
                 assert compared == [3]
                 handle.get_tensor("b")
@@ -209,7 +209,7 @@ with fake_device.fake_cuda(driver):
 
 
 def test_gds_keeps_descriptor_0(fake_driver, model, tmp_path) -> None:
-    # In a process of its own: cuFile's driver is opened once in each.
+    # In its own process: cuFile's driver is opened once in each.
     command = [sys.executable, "-c", STDIN, fake_driver.path, str(model)]
     environment = os.environ | {"PYTHONPATH": str(Path(fake_device.__file__).parent)}
     subprocess.run(

@@ -1,4 +1,4 @@
-"""Which tensors are foreseen, by what was asked for before."""
+"""Which tensors are predicted, from the requests before."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastst_patch.layout import FileLayout
 
 
 def layout_of(names: Sequence[str]) -> FileLayout:
-    """Of a file in which these tensors follow each other, a byte each."""
+    """The layout of a file of these tensors, in this order, one byte each."""
     entries = (
         f'"{name}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}'
         for i, name in enumerate(names)
@@ -45,7 +45,7 @@ ORDERS = {
 
 
 def unforeseen(pattern: AccessPattern, numbers: Sequence[int], ahead: int = 8) -> list[int]:
-    """Places of the requests that nothing had foreseen; each walk is kept so far ahead."""
+    """Places of the requests that were not predicted; each walk runs so far ahead."""
     missed = []
     for at, i in enumerate(numbers):
         foreseen = any(i in walk.ahead for walk in pattern._walks)
@@ -63,14 +63,14 @@ def unforeseen(pattern: AccessPattern, numbers: Sequence[int], ahead: int = 8) -
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_walk_is_foreseen(order: str) -> None:
-    """But for its first steps, and where it parts from another order that it had followed."""
+    """Each request is predicted except the first ones, and those where two orders part."""
     layout = layout_of(LAYERED)
     numbers = [layout.index[name] for name in ORDERS[order]]
     assert len(unforeseen(AccessPattern(layout), numbers)) <= 4
 
 
 def test_threads_share_a_walk() -> None:
-    """Slightly out of order, as requests of threads come."""
+    """Slightly out of order, like requests of several threads."""
     layout = layout_of(LAYERED)
     numbers = [layout.index[name] for name in sorted(LAYERED)]
     for at in range(0, len(numbers) - 4, 4):
@@ -96,7 +96,7 @@ def test_nothing_is_foreseen_of_a_single_request() -> None:
 
 @given(st.lists(st.integers(0, 39), max_size=200), st.integers(1, 20))
 def test_any_requests(numbers: list[int], ahead: int) -> None:
-    """What is foreseen exists, and the bytes of a walk are those of what it waits for."""
+    """Each predicted tensor exists, and the bytes of a walk are those of its predictions."""
     names = [f"t{i:02d}" for i in range(40)]
     random.Random(1).shuffle(names)
     pattern = AccessPattern(layout_of(names))

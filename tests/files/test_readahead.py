@@ -1,4 +1,4 @@
-"""Mapped files read name by name: what is read ahead, in any order, whoever owns the file."""
+"""Mapped files read name by name: the tensors read ahead, in any order, for any owner."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def cold(model: Path, evict: Callable[[Path], None]) -> Path:
 
 
 def _cached(path: Path, i: int) -> float:
-    """How much of tensor i is cached, but for its edges, which share huge pages."""
+    """The cached fraction of tensor i without its edges, which share huge pages."""
     file = engine.open_file(str(path))
     begin = engine.read_layout(file).extent(i)[0] + SIZE // 4
     return file.residency(begin, SIZE // 2)[0] / (SIZE // 2)
@@ -61,13 +61,13 @@ def test_what_is_foreseen_is_read(cold: Path, first: int, step: int) -> None:
             following = first + k * step
             assert until(lambda following=following: _cached(cold, following) == 1.0), following
         assert until(_idle)
-    if abs(step) > 2:  # nor more than that: what lies between may be wanted by nobody
+    if abs(step) > 2:  # no more than that: the tensors between may never be asked for
         between = [i for i in range(COUNT) if (i - first) % step]
         assert sum(_cached(cold, i) for i in between) < len(between) / 10
 
 
 def test_by_rows(cold: Path) -> None:
-    """Of rows, those of the same place in the tensors behind are read ahead, and no others."""
+    """After some rows, only the same rows of the next tensors are read ahead."""
     with fastst_patch.safe_open(cold, "pt") as f:
         for i in range(3):
             piece = f.get_slice(_name(i))[SIZE // 8 :]
@@ -82,13 +82,13 @@ def test_by_rows(cold: Path) -> None:
 
 
 def test_in_pieces(cold: Path) -> None:
-    """Of a tensor that is taken in pieces the second brings the rest, and nothing behind it."""
+    """The second piece of a tensor brings the rest of it, and nothing behind it."""
     with fastst_patch.safe_open(cold, "pt") as f:
         first, second = (f.get_slice(_name(50)) for _ in range(2))
         assert bool((first[: SIZE // 8] == 50).all())
         assert bool((second[SIZE // 8 :] == 50).all())
         assert until(lambda: _cached(cold, 50) == 1.0)
-        for k in range(20):  # pieces of others, by turns: no walk runs away
+        for k in range(20):  # pieces of two others in turn: no walk starts
             for i in (60, 61):
                 f.get_slice(_name(i))[k : SIZE // 8 + k]
         assert until(_idle)
@@ -145,7 +145,7 @@ other_owner = pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to becom
 @other_owner
 @pytest.mark.parametrize("io", ["auto", "buffered", "direct"])
 def test_a_file_of_another_owner(cold: Path, io: str) -> None:
-    """Nothing tells what of it is cached. Looks at it read nothing, and it is read ahead whole."""
+    """No probe works for this file. Probing reads nothing, and the whole file is read ahead."""
     size = cold.stat().st_size
 
     def load(path: str) -> None:
@@ -160,7 +160,7 @@ def test_a_file_of_another_owner(cold: Path, io: str) -> None:
         assert until(_idle)
         if io == "auto":
             assert engine.counters()["bytes_prefetched"] >= size - MIB
-        # Cached by now: faults tell, and nothing is counted as read ahead again.
+        # Cached by now: workers see no faults, and count nothing as read ahead.
         before = engine.counters()["bytes_prefetched"]
         with fastst_patch.config_context(io="auto"):
             fastst_patch.load_file(path)
@@ -172,7 +172,7 @@ def test_a_file_of_another_owner(cold: Path, io: str) -> None:
         file = engine.open_file(path)
         for _ in range(3):
             assert file.residency(0, size) == (0, "none")
-        time.sleep(0.2)  # reads that a look had started would be over
+        time.sleep(0.2)  # reads that a probe had started would be over
 
     _as_nobody(cold, look)
     assert engine.residency(str(cold)).resident_bytes < MIB

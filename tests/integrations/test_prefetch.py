@@ -68,7 +68,7 @@ def test_a_budget_bounds_what_waits_to_be_taken() -> None:
     assert len(mover.started) == 3
     prefetcher.take(requests[0])
     assert len(mover.started) == 4
-    # What is taken is started, bounds or not; nothing hangs on the order.
+    # A request that is taken starts its group in spite of the bounds, in any order.
     assert prefetcher.take(requests[8]) == ("moved", 8)
     assert [8] in mover.started
     for request in requests[1:8]:
@@ -78,7 +78,7 @@ def test_a_budget_bounds_what_waits_to_be_taken() -> None:
 
 
 def test_without_a_budget_only_what_passes_through_is_held_back(monkeypatch) -> None:
-    for name, value in (("WINDOW", 10), ("BUDGET", 20), ("FLIGHT", 1000)):
+    for name, value in (("GROUP", 10), ("BUDGET", 20), ("FLIGHT", 1000)):
         monkeypatch.setattr(prefetch, name, value)
     mover = _Mover()
     prefetcher = RequestPrefetcher(budget=None)
@@ -94,7 +94,7 @@ def test_without_a_budget_only_what_passes_through_is_held_back(monkeypatch) -> 
 
 
 def test_flight_bounds_what_moves(monkeypatch) -> None:
-    monkeypatch.setattr(prefetch, "WINDOW", 10)
+    monkeypatch.setattr(prefetch, "GROUP", 10)
     monkeypatch.setattr(prefetch, "FLIGHT", 20)
     mover = _Mover(lands=False)
     prefetcher = RequestPrefetcher(budget=None)

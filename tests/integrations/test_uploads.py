@@ -22,7 +22,7 @@ CHUNK = 64 << 10
 
 
 def _sources(seed: int = 1) -> list[torch.Tensor]:
-    """Of odd and even sizes, all over memory, a view inside a storage and nothing among them."""
+    """Odd and even sizes, scattered in memory, with a view inside a storage and an empty tensor."""
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(count: int) -> torch.Tensor:
@@ -110,7 +110,7 @@ def test_sources_live_as_long_as_the_job(cuda, nothing_left) -> None:
 
 @pytest.mark.parametrize("how", ["interrupt", "release", "collect"])
 def test_what_is_given_up_is_over(cuda, nothing_left, how) -> None:
-    """The arena may be freed then: the fake tells of a copy that is pending, or comes later."""
+    """The arena may be freed then: the fake reports a copy that is pending, or comes later."""
     job, arena, _ = _start(cuda, [torch.ones(3_000_000, dtype=torch.uint8)], threads=1)
     if how == "interrupt":
 

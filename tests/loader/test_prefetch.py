@@ -1,4 +1,4 @@
-"""The explicit loader reads what is asked for, within its budget, whoever takes it meanwhile."""
+"""The explicit loader reads ahead within its budget, also if several threads take tensors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_cold_file_is_read_once(raw, evict, options) -> None:
 
 
 def test_every_second_tensor(raw) -> None:
-    """Tensors that are left out do not hold the walk up, nor its memory."""
+    """Tensors that are left out neither stop the walk nor keep its memory."""
     before = engine.counters()
     loader = loader_of(_big(raw, tensors=30), io="buffered", device_memory_budget=500_000)
     buffer = loader.copy_files_to_device()
