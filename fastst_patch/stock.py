@@ -44,7 +44,10 @@ class Signature(inspect.Signature):
         self._place = (module_name, name)
 
     def _found(self) -> inspect.Signature:
-        return inspect.signature(original(*self._place))
+        try:
+            return inspect.signature(original(*self._place))
+        except (ImportError, ValueError):  # torch is missing, or the function shows no signature
+            return inspect.signature(call)
 
     @property
     def parameters(self) -> types.MappingProxyType[str, inspect.Parameter]:

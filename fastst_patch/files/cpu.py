@@ -48,11 +48,12 @@ class HostFile(OpenedFile):
     map themselves and outlive this object.
     """
 
-    _taken = 0  # by all files since the last look; a race only looks sooner or later
+    _taken = 0  # bytes of all files since the last look; a race only moves the next look
 
     def __init__(self, file: engine.File, layout: FileLayout, config: Config) -> None:
         super().__init__(file, layout, config)
         self.account.path = self._path_name()
+        self.mapped = self.account.path == "mmap"
         self._map: engine.Arena | None = None
         self._storage: torch.UntypedStorage | None = None  # of the whole map
 
@@ -70,11 +71,6 @@ class HostFile(OpenedFile):
         if config.io in ("buffered", "direct"):
             return config.io
         return "direct" if config.page_cache == "drop" else "mmap"
-
-    @property
-    def mapped(self) -> bool:  # type: ignore[override]
-        """Whether tensors are views of the file's map."""
-        return self.account.path.startswith("mmap")
 
     @property
     def _direct(self) -> bool:

@@ -199,7 +199,7 @@ class PatchPoint:
         if current is self.original:
             setattr(owner, name, self.replacement)
         elif not self.stands():  # others may wrap ours
-            return "somebody else has replaced it"
+            return "other code has replaced it"
         return None
 
     def in_progress(self) -> bool:
@@ -303,7 +303,7 @@ class PatchTarget:
     def why_not(self) -> str | None:
         """Why calls do not reach the fast version of a target in use; None when they do."""
         if self.missing is None and not all(place.stands() for place in self.places):
-            return "somebody else has replaced it since"
+            return "other code has replaced it since"
         return self.missing
 
     def remove(self) -> None:

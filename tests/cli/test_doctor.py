@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 
 import fastst_patch
 from fastst_patch import engine, errors
-from fastst_patch.cli import doctor, doctor_text
+from fastst_patch.cli import doctor
 from fastst_patch.cli.main import main
-from fastst_patch.patching import targets
 
 
 def test_text_and_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -144,8 +143,3 @@ def test_bad_environment_is_shown(
     text = " ".join(capsys.readouterr().out.split())
     assert "FASTST_IO='warp'" in text
     assert "patch() would raise OptionError" in text
-
-
-def test_targets_that_come_later_count_as_replaced() -> None:
-    # The text must not import targets, which imports safetensors.
-    assert doctor_text._LATER == targets.LATER

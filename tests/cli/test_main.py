@@ -79,6 +79,12 @@ def test_a_misspelt_variable_is_told_with_the_nearest(tmp_path: Path) -> None:
     )
 
 
+def test_doctor_tells_of_a_misspelt_variable_once(tmp_path: Path) -> None:
+    done = run(*COMMAND, "doctor", folder=tmp_path, FASTST_THREAD="4")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("FASTST_THREAD ") == 1
+
+
 def test_a_misspelt_option_is_told_with_the_nearest() -> None:
     with pytest.raises(OptionError, match="did you mean threads"), config_context(thread=4):
         pass
