@@ -15,10 +15,11 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from .. import engine, tensors
+from ..config import current, with_options
 from ..errors import Fallback
 from ..files.cuda import BUDGET
 from ..report import Account
@@ -68,6 +69,7 @@ class Weights:
 
     Raises:
         Fallback: the engine's own loop has to do it.
+        OptionError: an option has a bad name or value.
         OSError, SafetensorError: a file cannot be opened.
     """
 
@@ -80,23 +82,25 @@ class Weights:
         self._wanted = wanted
         self._left_on_cpu: set[str] = set()
         self._given: set[str] = set()
+        self._budget = with_options(current(), wanted.options).device_memory_budget
         self._loader = self._loader_to(wanted.device, self._goes_to_the_device)
         settings = self._loader.loader._settings
         if settings.fallback is not None:
             raise settings.fallback
         self._target: Device | None = settings.target
-        self._budget = settings.config.device_memory_budget
         self._entries = self._loader._open()
-        sizes = self._sizes([entry.layout for entry in self._entries])
-        self._names = list(sizes)
+        self._sizes = self._wanted_sizes([entry.layout for entry in self._entries])
+        self._room = 0
         if self._target is not None:
-            self._left_on_cpu = self._too_large(sizes, self._target)
+            self._room = self._target.room()
+            self._left_on_cpu = self._too_large()
         self._tally = _Tally(wanted.note)
 
     def _loader_to(self, device: str, keep: Callable[[str], bool] | None) -> Any:
         from ..loader.parallel import ParallelLoader
 
-        wanted = self._wanted
+        wanted, options = self._wanted, dict(self._wanted.options)
+        options.pop("device_memory_budget", None)
         return ParallelLoader(
             None,
             list(wanted.files),
@@ -104,14 +108,16 @@ class Weights:
             device=device,
             nogds=True,  # unless the option io says otherwise
             tensor_filter=keep,
-            **wanted.options,
+            device_memory_budget=self._budget,
+            accumulate_resident=False,  # what is given is copied, and freed
+            **options,
         )
 
     def _goes_to_the_device(self, name: str) -> bool:
         keep = self._wanted.keep
         return name not in self._left_on_cpu and (keep is None or keep(name))
 
-    def _sizes(self, layouts: Sequence[FileLayout]) -> dict[str, int]:
+    def _wanted_sizes(self, layouts: Sequence[FileLayout]) -> dict[str, int]:
         """Bytes of each tensor that is wanted."""
         sizes: dict[str, int] = {}
         elements = 0
@@ -131,10 +137,21 @@ class Weights:
             )
         return sizes
 
-    def _too_large(self, sizes: Mapping[str, int], target: Device) -> set[str]:
-        """Tensors for which there is no room beside the model and what is read ahead."""
-        room = target.room() - (BUDGET if self._budget is None else self._budget)
-        return {name for name, nbytes in sizes.items() if nbytes > room}
+    @property
+    def _ahead(self) -> int:
+        """Bytes read ahead on the device."""
+        return BUDGET if self._budget is None else self._budget
+
+    def _too_large(self) -> set[str]:
+        """Tensors for which there is no room beside the model and what else is on its way.
+
+        That is what is read ahead, or a tensor as large, which the engine has not let go of yet.
+        """
+        return {
+            name
+            for name, nbytes in self._sizes.items()
+            if nbytes + max(nbytes, self._ahead) > self._room
+        }
 
     def pairs(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors, file by file; those that stay on the CPU come last.
@@ -147,21 +164,27 @@ class Weights:
         started = time.perf_counter()
         try:
             yield from self._to_device()
-            left = [name for name in self._names if name not in self._given]
+            left = self._sizes.keys() - self._given
             if left:
-                yield from self._to_cpu(frozenset(left))
+                yield from self._to_cpu(left)
         finally:
             self._tally.emit(self._wanted, time.perf_counter() - started)
 
     def _to_device(self) -> Iterator[tuple[str, torch.Tensor]]:
         entries, self._entries = self._entries, []
         pairs = self._loader._iterate(entries, self._tally.add)
-        del entries  # they hold descriptors
+        since = 0  # bytes given after the last look at the device
         try:
             for pair in pairs:
                 self._given.add(pair[0])
+                since += self._sizes[pair[0]]
                 yield pair
                 del pair  # else it would take room beside the next one
+                if self._target is not None and since > self._ahead:
+                    since = 0
+                    if self._are_kept(self._target):
+                        self._tally.note = f"tensors on {self._target.name} are not let go of"
+                        return
         except Exception as error:
             target = self._target
             if target is None or not target.runtime.is_out_of_memory(error):
@@ -171,7 +194,13 @@ class Weights:
             pairs.close()
             self._loader.close()
 
-    def _to_cpu(self, names: frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _are_kept(self, target: Device) -> bool:
+        """Whether the engine keeps the tensors, as a list of them does, beside the parameters."""
+        given = self._sizes.keys() - self._left_on_cpu
+        largest = max(self._sizes[name] for name in given)
+        return self._room - target.room() > 2 * (self._ahead + largest)
+
+    def _to_cpu(self, names: Set[str]) -> Iterator[tuple[str, torch.Tensor]]:
         if self._tally.note is None:
             self._tally.note = "tensors that do not fit beside the model stay on the CPU"
         loader = self._loader_to("cpu", names.__contains__)

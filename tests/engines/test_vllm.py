@@ -178,11 +178,24 @@ def test_only_local_experts_are_read(vllm, folder, on_cpu) -> None:
 
 def test_options_bound_what_is_held_on_the_device(vllm, folder, cuda, on_cuda) -> None:
     with fastst_patch.patched(device_memory_budget=4096, tensors="dlpack"):
-        loader = vllm.loader()
-        config = SimpleNamespace(model=str(folder), prefix="")
-        for _ in loader.get_all_weights(config, on_cuda):
-            held = cuda.driver.live().block_bytes
-            assert held <= 4096 + 2 * (64 * 48 * 4 + 256)  # what is given, and the next
+        most = most_held(vllm.loader(), folder, cuda, on_cuda)
+    assert 0 < most <= 4096 + 2 * LARGEST  # what is given, and the next
+
+
+def test_options_of_the_format_bound_it_too(registered, folder, cuda, on_cuda) -> None:
+    extra = {"device_memory_budget": "4KiB", "tensors": "dlpack"}
+    loader = registered.loader("fastst", model_loader_extra_config=extra)
+    assert 0 < most_held(loader, folder, cuda, on_cuda) <= 4096 + 2 * LARGEST
+
+
+LARGEST = 64 * 48 * 4 + 256
+
+
+def most_held(loader: Any, folder: Path, cuda: Any, model: Model) -> int:
+    """Most bytes on the device while a load's tensors are taken, and dropped, one by one."""
+    config = SimpleNamespace(model=str(folder), prefix="")
+    pairs = loader.get_all_weights(config, model)
+    return max(cuda.driver.live().block_bytes for _ in pairs)
 
 
 def test_tensors_without_room_beside_the_model_stay_on_the_cpu(
@@ -222,6 +235,32 @@ def test_out_of_memory_sends_the_rest_to_the_cpu(
     assert rest.fallback_reason == "cuda:0 is out of memory: the rest stays on the CPU"
     del ours
     assert fake_driver.live().blocks == 0
+
+
+def test_a_model_that_keeps_the_tensors_gets_the_rest_on_the_cpu(
+    vllm, tmp_path, cuda, fake_driver, assert_same
+) -> None:
+    tensors = {f"{i:02}": torch.full((256,), float(i)) for i in range(40)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Loading() as seen, fastst_patch.patched(device_memory_budget=2048):
+        ours = vllm.load(tmp_path, Model(40 * 256, "cuda:0"))  # a dict
+    assert_same({name: ours[name] for name in tensors}, tensors)
+    assert fake_driver.live().block_bytes <= 2 * (2048 + 1024) + 4096
+    rest, there = sorted(seen.reports, key=lambda report: report.device)
+    assert (rest.device, there.device) == ("cpu", "cuda:0")
+    assert rest.tensors + there.tensors == 40
+    assert rest.tensors > 25
+    assert rest.fallback_reason == "tensors on cuda:0 are not let go of"
+    del ours
+    assert fake_driver.live().blocks == 0
+
+
+def test_a_model_that_copies_the_tensors_gets_all_on_the_device(vllm, tmp_path, cuda) -> None:
+    tensors = {f"{i:02}": torch.full((256,), float(i)) for i in range(40)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Loading() as seen, fastst_patch.patched(device_memory_budget=2048):
+        assert most_held(vllm.loader(), tmp_path, cuda, Model(40 * 256, "cuda:0")) <= 4096
+    assert (seen.only.device, seen.only.tensors) == ("cuda:0", 40)
 
 
 def test_closing_early_lets_go(vllm, folder, on_cpu, nothing_left) -> None:
