@@ -22,6 +22,7 @@ import fastst_patch
 from fastst_patch.cli.main import main
 from fastst_patch.integrations import vllm as integration
 from fastst_patch.patching import patcher
+from fastst_patch.report_table import render
 
 ELEMENTS = 2 * (64 * 48 + 5) + 4 * 640 + 3
 
@@ -125,6 +126,13 @@ def test_one_line_and_one_report_for_a_load(vllm, folder, on_cpu, caplog) -> Non
     assert [report.call for report in seen.reports] == ["vllm"]
     lines = [r.getMessage() for r in caplog.records if r.name == "fastst_patch"]
     assert [line for line in lines if line.startswith("vllm ")] == [str(seen.reports[0])]
+
+
+def test_table_rates_a_stream() -> None:
+    load = fastst_patch.LoadReport("vllm", "/model", "cpu", "mmap", 3 * 10**9, 9, 2.0)
+    text = render([(1, load)], 100)
+    assert "1.50" in text
+    assert "mapped" not in text
 
 
 def test_files_come_in_their_natural_order(vllm, folder, on_cpu) -> None:
