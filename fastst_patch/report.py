@@ -15,6 +15,7 @@ from typing import Any
 from .locks import shared
 
 __all__ = [
+    "STREAMED",
     "Account",
     "LoadReport",
     "Profile",
@@ -29,7 +30,7 @@ __all__ = [
 _log = logging.getLogger("fastst_patch")
 _log.addHandler(logging.NullHandler())
 
-_STREAMED = ("vllm",)
+STREAMED = ("vllm",)
 """Calls whose seconds are those of a whole load, reading included."""
 
 
@@ -75,7 +76,7 @@ class LoadReport:
             f" {self.seconds:.4f} s"
         )
         # To map takes the same time for any number of bytes; to stream does not.
-        mapped = self.path.startswith("mmap") and self.call not in _STREAMED
+        mapped = self.path.startswith("mmap") and self.call not in STREAMED
         text += f", path {self.path}" if mapped else f", {self.gb_per_s:.2f} GB/s, path {self.path}"
         if mapped:
             text += " (mapped, not copied"

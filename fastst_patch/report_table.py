@@ -7,7 +7,7 @@ import os
 import shlex
 from collections.abc import Iterable, Sequence
 
-from .report import LoadReport
+from .report import STREAMED, LoadReport
 from .terminal import width, wrapped
 
 __all__ = ["NOTHING", "fitted", "grid", "render"]
@@ -160,7 +160,8 @@ def render(
 
 
 def _is_map(key: _Key) -> bool:
-    return key[4].startswith("mmap")
+    """Whether the seconds of a row are not those of reading its bytes."""
+    return key[4].startswith("mmap") and key[2] not in STREAMED
 
 
 def _verdict(rows: dict[_Key, _Sum], total: _Sum) -> str:

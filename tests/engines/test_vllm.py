@@ -2,99 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import subprocess
-import sys
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import vllm_standin
 from safetensors.torch import save_file
-from vllm_standin import Model, Standin
+from vllm_standin import ELEMENTS, LARGEST, Loading, Model, most_held
 
 import fastst_patch
-from fastst_patch.cli.main import main
-from fastst_patch.integrations import vllm as integration
-from fastst_patch.patching import patcher
-
-ELEMENTS = 2 * (64 * 48 + 5) + 4 * 640 + 3
-
-
-@pytest.fixture
-def vllm(tmp_path: Path) -> Iterator[Standin]:
-    with vllm_standin.standing_in(tmp_path / "site") as found:
-        yield found
-
-
-@pytest.fixture
-def tensors() -> dict[str, torch.Tensor]:
-    torch.manual_seed(5)
-    found: dict[str, torch.Tensor] = {"norm": torch.randn(3)}
-    for layer in range(2):
-        found[f"{layer}.w"] = torch.randn(64, 48)
-        found[f"{layer}.b"] = torch.randn(5)
-    for expert in range(4):
-        found[f"0.experts.{expert}.weight"] = torch.randn(20, 32).to(torch.bfloat16)
-    return found
-
-
-@pytest.fixture
-def folder(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    """Three shards, of which the tenth is the last."""
-    path = tmp_path / "model"
-    path.mkdir()
-    names = list(tensors)
-    for number, some in ((1, names[:3]), (2, names[3:6]), (10, names[6:])):
-        save_file({name: tensors[name] for name in some}, path / f"m-{number}.safetensors")
-    return path
-
-
-@pytest.fixture
-def on_cpu() -> Model:
-    return Model(ELEMENTS, "cpu")
-
-
-@pytest.fixture
-def on_cuda() -> Model:
-    return Model(ELEMENTS, "cuda:0")
-
-
-@pytest.fixture
-def little_memory(fake_driver) -> Iterator[Any]:
-    """The driver, whose devices have 8 KiB."""
-    fake_driver.lib.fake_device_bytes(8 << 10)
-    yield fake_driver
-    fake_driver.lib.fake_device_bytes(16 << 30)
-
-
-class Loading:
-    """What one load has reported as vLLM's."""
-
-    def __init__(self) -> None:
-        self._context = fastst_patch.profile()
-
-    def __enter__(self) -> Loading:
-        self._profile = self._context.__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._context.__exit__(*exc)
-
-    @property
-    def reports(self) -> list[Any]:
-        return [report for report in self._profile.reports if report.call == "vllm"]
-
-    @property
-    def only(self) -> Any:
-        (report,) = self.reports
-        return report
-
+from fastst_patch.report_table import render
 
 # ---- streamed ----
 
@@ -125,6 +42,13 @@ def test_one_line_and_one_report_for_a_load(vllm, folder, on_cpu, caplog) -> Non
     assert [report.call for report in seen.reports] == ["vllm"]
     lines = [r.getMessage() for r in caplog.records if r.name == "fastst_patch"]
     assert [line for line in lines if line.startswith("vllm ")] == [str(seen.reports[0])]
+
+
+def test_table_rates_a_stream() -> None:
+    load = fastst_patch.LoadReport("vllm", "/model", "cpu", "mmap", 3 * 10**9, 9, 2.0)
+    text = render([(1, load)], 100)
+    assert "1.50" in text
+    assert "mapped" not in text
 
 
 def test_files_come_in_their_natural_order(vllm, folder, on_cpu) -> None:
@@ -180,22 +104,6 @@ def test_options_bound_what_is_held_on_the_device(vllm, folder, cuda, on_cuda) -
     with fastst_patch.patched(device_memory_budget=4096, tensors="dlpack"):
         most = most_held(vllm.loader(), folder, cuda, on_cuda)
     assert 0 < most <= 4096 + 2 * LARGEST  # what is given, and the next
-
-
-def test_options_of_the_format_bound_it_too(registered, folder, cuda, on_cuda) -> None:
-    extra = {"device_memory_budget": "4KiB", "tensors": "dlpack"}
-    loader = registered.loader("fastst", model_loader_extra_config=extra)
-    assert 0 < most_held(loader, folder, cuda, on_cuda) <= 4096 + 2 * LARGEST
-
-
-LARGEST = 64 * 48 * 4 + 256
-
-
-def most_held(loader: Any, folder: Path, cuda: Any, model: Model) -> int:
-    """Most bytes on the device while a load's tensors are taken, and dropped, one by one."""
-    config = SimpleNamespace(model=str(folder), prefix="")
-    pairs = loader.get_all_weights(config, model)
-    return max(cuda.driver.live().block_bytes for _ in pairs)
 
 
 def test_tensors_without_room_beside_the_model_stay_on_the_cpu(
@@ -386,202 +294,3 @@ def test_other_parameters_are_not_patched(tmp_path) -> None:
         with fastst_patch.patched() as report:
             assert vllm.utils.safetensors_weights_iterator is iterator
         assert "takes (files, bar)" in report.targets["vllm.load"].reason
-
-
-# ---- the load format ----
-
-
-@pytest.fixture
-def registered(vllm: Standin) -> Standin:
-    integration._watch_loaders.cache_clear()
-    integration.register()
-    return vllm
-
-
-def test_registering_adds_the_format_alone(registered) -> None:
-    before = registered.loaders.formats[integration.FORMAT]
-    integration.register()
-    assert registered.loaders.formats[integration.FORMAT] is before
-    assert not fastst_patch.is_patched()
-    assert type(registered.utils.safetensors_weights_iterator) is type(integration.register)
-
-
-def test_registering_never_raises(vllm, caplog) -> None:
-    del vllm.loaders.register_model_loader
-    integration._watch_loaders.cache_clear()
-    integration.register()
-    assert "load format 'fastst' is not added" in caplog.text
-
-
-@pytest.mark.parametrize("patched", [False, True])
-def test_format_streams_with_its_options(
-    registered, folder, tensors, on_cpu, assert_same, patched, need_o_direct
-) -> None:
-    need_o_direct(str(folder / "m-1.safetensors"))
-    extra = {"io": "direct"}
-    with Loading() as seen, fastst_patch.patched() if patched else contextlib.nullcontext():
-        ours = registered.load(folder, on_cpu, "fastst", model_loader_extra_config=extra)
-    assert registered.utils.asked == []
-    assert seen.only.path == "direct"
-    assert_same({name: ours[name] for name in tensors}, tensors)
-
-
-def test_format_goes_to_the_device(registered, folder, cuda, on_cuda) -> None:
-    with Loading() as seen:
-        registered.load(folder, on_cuda, "fastst")
-    assert (seen.only.device, seen.only.path) == ("cuda:0", "ring")
-
-
-def test_format_reads_parts_by_our_safe_open(registered, folder, tensors, on_cpu) -> None:
-    registered.parallel.sizes["tensor"] = 2
-    extra = {"io": "buffered"}
-    with fastst_patch.profile() as seen:
-        ours = registered.load(folder, on_cpu, "fastst", model_loader_extra_config=extra)
-    assert set(ours) == set(tensors)
-    found = [(report.call, report.path) for report in seen.reports]
-    assert found[0] == ("vllm", "stock")
-    assert set(found[1:]) == {("safe_open", "buffered")}
-
-
-def test_format_says_when_there_is_nothing_to_stream(registered, tmp_path, on_cpu) -> None:
-    with Loading() as seen:
-        registered.load(tmp_path, on_cpu, "fastst")
-    assert "is not read by safetensors_weights_iterator" in seen.only.fallback_reason
-
-
-def test_format_obeys_the_switch(registered, folder, tensors, on_cpu, monkeypatch) -> None:
-    monkeypatch.setenv("FASTST_ENABLED", "0")
-    with Loading() as seen:
-        ours = registered.load(folder, on_cpu, "fastst")
-    assert set(ours) == set(tensors)
-    assert len(registered.utils.asked) == 3
-    assert seen.only.fallback_reason == "FASTST_ENABLED is 0"
-
-
-@pytest.mark.parametrize(
-    ("extra", "text"),
-    [
-        ({"oi": "direct"}, "unknown option 'oi'"),
-        ({"io": "fast"}, "option io='fast': allowed are"),
-        ({"num_threads": 4}, "unknown option 'num_threads'"),
-        ({"log_level": "info"}, "set FASTST_LOG_LEVEL"),
-        ({"fallback": "warn"}, "set FASTST_FALLBACK"),
-        (["io"], "give a JSON object"),
-        (None, "give a JSON object"),
-    ],
-)
-def test_options_of_the_format_are_checked(registered, extra, text) -> None:
-    with pytest.raises(fastst_patch.OptionError) as caught:
-        registered.loader("fastst", model_loader_extra_config=extra)
-    assert text in str(caught.value)
-
-
-def test_keys_of_vllms_own_go_on(registered) -> None:
-    extra = {"enable_weights_track": False, "threads": 2}
-    loader = registered.loader("fastst", model_loader_extra_config=extra)
-    assert loader.load_config.model_loader_extra_config == {"enable_weights_track": False}
-    assert extra == {"enable_weights_track": False, "threads": 2}
-
-
-def test_entry_point_is_found() -> None:
-    (found,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="fastst")
-    assert found.load() is integration.register
-
-
-# ---- processes that are not reached ----
-
-
-@pytest.fixture
-def unsaid() -> Iterator[None]:
-    patcher._say_once.cache_clear()
-    yield
-    patcher._say_once.cache_clear()
-
-
-def test_patch_says_that_vllm_loads_elsewhere(vllm, unsaid, monkeypatch) -> None:
-    monkeypatch.delenv("FASTST_ENABLED", raising=False)
-    with pytest.warns(fastst_patch.FallbackWarning, match="FASTST_ENABLED=1") as caught:
-        fastst_patch.patch()
-    assert [one.filename for one in caught] == [__file__]
-    fastst_patch.unpatch()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fastst_patch.patch()  # once in a process
-
-
-@pytest.mark.parametrize("case", ["reached", "one process", "another target"])
-def test_nothing_is_said(vllm, unsaid, monkeypatch, case) -> None:
-    monkeypatch.delenv("FASTST_ENABLED", raising=False)
-    targets = None
-    if case == "reached":
-        monkeypatch.setenv("FASTST_ENABLED", "1")
-    elif case == "one process":
-        envs = SimpleNamespace(VLLM_ENABLE_V1_MULTIPROCESSING=False)
-        monkeypatch.setitem(sys.modules, "vllm.envs", envs)
-    else:
-        targets = "safetensors.safe_open"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fastst_patch.patch(targets)
-
-
-LATER = """
-import sys, warnings
-warnings.simplefilter("always")
-import fastst_patch
-fastst_patch.patch()
-print("before", flush=True)
-import vllm
-import vllm.model_executor.model_loader as loaders
-print("vllm.load", fastst_patch.is_patched("vllm.load"), list(loaders.formats))
-"""
-
-
-@pytest.mark.parametrize("error", [False, True])
-def test_patched_before_vllm_is_imported(tmp_path, error, monkeypatch) -> None:
-    monkeypatch.delenv("FASTST_ENABLED", raising=False)
-    vllm_standin.write(tmp_path)
-    text = LATER.replace('"always"', '"error", fastst_patch.FallbackWarning') if error else LATER
-    text = text.replace("import sys, warnings", "import sys, warnings, fastst_patch")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{text}"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert "vllm.load True ['auto']" in done.stdout
-    assert done.stderr.count("patch() does not reach") == (0 if error else 1)
-
-
-REGISTERED = """
-from importlib.metadata import entry_points
-(found,) = entry_points(group="vllm.general_plugins", name="fastst")
-found.load()()
-found.load()()
-import sys
-heavy = sorted({"torch", "vllm"} & set(sys.modules))
-import vllm.model_executor.model_loader as loaders
-import fastst_patch
-print(heavy, list(loaders.formats), fastst_patch.is_patched("vllm.load"))
-"""
-
-
-@pytest.mark.parametrize("enabled", [None, "1", "0"])
-def test_entry_point_in_a_process_of_vllms(tmp_path, monkeypatch, enabled) -> None:
-    monkeypatch.delenv("FASTST_ENABLED", raising=False)
-    if enabled is not None:
-        monkeypatch.setenv("FASTST_ENABLED", enabled)
-    vllm_standin.write(tmp_path)
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{REGISTERED}"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.strip() == f"[] ['auto', 'fastst'] {enabled == '1'}"
-    assert done.stderr == ""
-
-
-@pytest.mark.parametrize("enabled", [False, True])
-def test_doctor_says_it(vllm, monkeypatch, capsys, tmp_path, enabled) -> None:
-    monkeypatch.delenv("FASTST_ENABLED", raising=False)
-    if enabled:
-        monkeypatch.setenv("FASTST_ENABLED", "1")
-    monkeypatch.setenv("COLUMNS", "400")
-    assert main(["doctor", str(tmp_path)]) == 0
-    told = f"! {integration.NOT_REACHED}" in capsys.readouterr().out
-    assert told is not enabled

@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
+import fastst_patch
 from fastst_patch.patching import patcher
+
+ELEMENTS = 2 * (64 * 48 + 5) + 4 * 640 + 3  # of the fixture `tensors`
 
 OLD = "hf_weights_files, use_tqdm_on_load, safetensors_load_strategy='lazy'"  # 0.11.2 to 0.17.1
 NEW = (  # 0.22.0 to 0.33.0
@@ -197,6 +200,39 @@ class Model:
 
     def parameters(self) -> Iterator[Any]:
         return iter(self._parameters)
+
+
+class Loading:
+    """What one load has reported as vLLM's."""
+
+    def __init__(self) -> None:
+        self._context = fastst_patch.profile()
+
+    def __enter__(self) -> Loading:
+        self._profile = self._context.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._context.__exit__(*exc)
+
+    @property
+    def reports(self) -> list[Any]:
+        return [report for report in self._profile.reports if report.call == "vllm"]
+
+    @property
+    def only(self) -> Any:
+        (report,) = self.reports
+        return report
+
+
+LARGEST = 64 * 48 * 4 + 256
+
+
+def most_held(loader: Any, folder: Path, cuda: Any, model: Model) -> int:
+    """Most bytes on the device while a load's tensors are taken, and dropped, one by one."""
+    config = SimpleNamespace(model=str(folder), prefix="")
+    pairs = loader.get_all_weights(config, model)
+    return max(cuda.driver.live().block_bytes for _ in pairs)
 
 
 def _ours(name: str) -> bool:

@@ -1,0 +1,217 @@
+"""vLLM's plug-in, over a stand-in: the load format, and processes that are not reached."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import vllm_standin
+from vllm_standin import LARGEST, Loading, most_held
+
+import fastst_patch
+from fastst_patch.cli.main import main
+from fastst_patch.integrations import vllm as integration
+from fastst_patch.patching import patcher
+
+# ---- the load format ----
+
+
+def test_registering_adds_the_format_alone(registered) -> None:
+    before = registered.loaders.formats[integration.FORMAT]
+    integration.register()
+    assert registered.loaders.formats[integration.FORMAT] is before
+    assert not fastst_patch.is_patched()
+    assert type(registered.utils.safetensors_weights_iterator) is type(integration.register)
+
+
+def test_registering_never_raises(vllm, caplog) -> None:
+    del vllm.loaders.register_model_loader
+    integration._watch_loaders.cache_clear()
+    integration.register()
+    assert "load format 'fastst' is not added" in caplog.text
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_format_streams_with_its_options(
+    registered, folder, tensors, on_cpu, assert_same, patched, need_o_direct
+) -> None:
+    need_o_direct(str(folder / "m-1.safetensors"))
+    extra = {"io": "direct"}
+    with Loading() as seen, fastst_patch.patched() if patched else contextlib.nullcontext():
+        ours = registered.load(folder, on_cpu, "fastst", model_loader_extra_config=extra)
+    assert registered.utils.asked == []
+    assert seen.only.path == "direct"
+    assert_same({name: ours[name] for name in tensors}, tensors)
+
+
+def test_format_goes_to_the_device(registered, folder, cuda, on_cuda) -> None:
+    with Loading() as seen:
+        registered.load(folder, on_cuda, "fastst")
+    assert (seen.only.device, seen.only.path) == ("cuda:0", "ring")
+
+
+def test_format_reads_parts_by_our_safe_open(registered, folder, tensors, on_cpu) -> None:
+    registered.parallel.sizes["tensor"] = 2
+    extra = {"io": "buffered"}
+    with fastst_patch.profile() as seen:
+        ours = registered.load(folder, on_cpu, "fastst", model_loader_extra_config=extra)
+    assert set(ours) == set(tensors)
+    found = [(report.call, report.path) for report in seen.reports]
+    assert found[0] == ("vllm", "stock")
+    assert set(found[1:]) == {("safe_open", "buffered")}
+
+
+def test_format_says_when_there_is_nothing_to_stream(registered, tmp_path, on_cpu) -> None:
+    with Loading() as seen:
+        registered.load(tmp_path, on_cpu, "fastst")
+    assert "is not read by safetensors_weights_iterator" in seen.only.fallback_reason
+
+
+def test_format_obeys_the_switch(registered, folder, tensors, on_cpu, monkeypatch) -> None:
+    monkeypatch.setenv("FASTST_ENABLED", "0")
+    with Loading() as seen:
+        ours = registered.load(folder, on_cpu, "fastst")
+    assert set(ours) == set(tensors)
+    assert len(registered.utils.asked) == 3
+    assert seen.only.fallback_reason == "FASTST_ENABLED is 0"
+
+
+def test_options_of_the_format_bound_it_too(registered, folder, cuda, on_cuda) -> None:
+    extra = {"device_memory_budget": "4KiB", "tensors": "dlpack"}
+    loader = registered.loader("fastst", model_loader_extra_config=extra)
+    assert 0 < most_held(loader, folder, cuda, on_cuda) <= 4096 + 2 * LARGEST
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        ({"oi": "direct"}, "unknown option 'oi'"),
+        ({"io": "fast"}, "option io='fast': allowed are"),
+        ({"num_threads": 4}, "unknown option 'num_threads'"),
+        ({"log_level": "info"}, "set FASTST_LOG_LEVEL"),
+        ({"fallback": "warn"}, "set FASTST_FALLBACK"),
+        (["io"], "give a JSON object"),
+        (None, "give a JSON object"),
+    ],
+)
+def test_options_of_the_format_are_checked(registered, extra, text) -> None:
+    with pytest.raises(fastst_patch.OptionError) as caught:
+        registered.loader("fastst", model_loader_extra_config=extra)
+    assert text in str(caught.value)
+
+
+def test_keys_of_vllms_own_go_on(registered) -> None:
+    extra = {"enable_weights_track": False, "threads": 2}
+    loader = registered.loader("fastst", model_loader_extra_config=extra)
+    assert loader.load_config.model_loader_extra_config == {"enable_weights_track": False}
+    assert extra == {"enable_weights_track": False, "threads": 2}
+
+
+def test_entry_point_is_found() -> None:
+    (found,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="fastst")
+    assert found.load() is integration.register
+
+
+# ---- processes that are not reached ----
+
+
+@pytest.fixture
+def unsaid() -> Iterator[None]:
+    patcher._say_once.cache_clear()
+    yield
+    patcher._say_once.cache_clear()
+
+
+def test_patch_says_that_vllm_loads_elsewhere(vllm, unsaid, monkeypatch) -> None:
+    monkeypatch.delenv("FASTST_ENABLED", raising=False)
+    with pytest.warns(fastst_patch.FallbackWarning, match="FASTST_ENABLED=1") as caught:
+        fastst_patch.patch()
+    assert [one.filename for one in caught] == [__file__]
+    fastst_patch.unpatch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastst_patch.patch()  # once in a process
+
+
+@pytest.mark.parametrize("case", ["reached", "one process", "another target"])
+def test_nothing_is_said(vllm, unsaid, monkeypatch, case) -> None:
+    monkeypatch.delenv("FASTST_ENABLED", raising=False)
+    targets = None
+    if case == "reached":
+        monkeypatch.setenv("FASTST_ENABLED", "1")
+    elif case == "one process":
+        envs = SimpleNamespace(VLLM_ENABLE_V1_MULTIPROCESSING=False)
+        monkeypatch.setitem(sys.modules, "vllm.envs", envs)
+    else:
+        targets = "safetensors.safe_open"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastst_patch.patch(targets)
+
+
+LATER = """
+import sys, warnings
+warnings.simplefilter("always")
+import fastst_patch
+fastst_patch.patch()
+print("before", flush=True)
+import vllm
+import vllm.model_executor.model_loader as loaders
+print("vllm.load", fastst_patch.is_patched("vllm.load"), list(loaders.formats))
+"""
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_patched_before_vllm_is_imported(tmp_path, error, monkeypatch) -> None:
+    monkeypatch.delenv("FASTST_ENABLED", raising=False)
+    vllm_standin.write(tmp_path)
+    text = LATER.replace('"always"', '"error", fastst_patch.FallbackWarning') if error else LATER
+    text = text.replace("import sys, warnings", "import sys, warnings, fastst_patch")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{text}"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "vllm.load True ['auto']" in done.stdout
+    assert done.stderr.count("patch() does not reach") == (0 if error else 1)
+
+
+REGISTERED = """
+from importlib.metadata import entry_points
+(found,) = entry_points(group="vllm.general_plugins", name="fastst")
+found.load()()
+found.load()()
+import sys
+heavy = sorted({"torch", "vllm"} & set(sys.modules))
+import vllm.model_executor.model_loader as loaders
+import fastst_patch
+print(heavy, list(loaders.formats), fastst_patch.is_patched("vllm.load"))
+"""
+
+
+@pytest.mark.parametrize("enabled", [None, "1", "0"])
+def test_entry_point_in_a_process_of_vllms(tmp_path, monkeypatch, enabled) -> None:
+    monkeypatch.delenv("FASTST_ENABLED", raising=False)
+    if enabled is not None:
+        monkeypatch.setenv("FASTST_ENABLED", enabled)
+    vllm_standin.write(tmp_path)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{REGISTERED}"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == f"[] ['auto', 'fastst'] {enabled == '1'}"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_doctor_says_it(vllm, monkeypatch, capsys, tmp_path, enabled) -> None:
+    monkeypatch.delenv("FASTST_ENABLED", raising=False)
+    if enabled:
+        monkeypatch.setenv("FASTST_ENABLED", "1")
+    monkeypatch.setenv("COLUMNS", "400")
+    assert main(["doctor", str(tmp_path)]) == 0
+    told = f"! {integration.NOT_REACHED}" in capsys.readouterr().out
+    assert told is not enabled
