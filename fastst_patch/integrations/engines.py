@@ -47,7 +47,7 @@ class Wanted:
         call: name of the engine, for reports.
         files: paths, in the order in which they are read.
         device: where the tensors go, as torch names it.
-        note: why that is not the model's device; None where it is.
+        reason: why that is not the model's device; None where it is.
         elements: of the model's parameters; None where that is not known.
         keep: names for which it is False are neither read nor given; None keeps all.
         progress: whether a bar is shown.
@@ -57,7 +57,7 @@ class Wanted:
     call: str
     files: Sequence[str]
     device: str = "cpu"
-    note: str | None = None
+    reason: str | None = None
     elements: int | None = None
     keep: Callable[[str], bool] | None = None
     progress: bool = False
@@ -94,7 +94,7 @@ class Weights:
         if self._target is not None:
             self._room = self._target.room()
             self._left_on_cpu = self._too_large()
-        self._tally = _Tally(wanted.note)
+        self._counts = _Counts(wanted.reason)
 
     def _loader_to(self, device: str, keep: Callable[[str], bool] | None) -> Any:
         from ..loader.parallel import ParallelLoader
@@ -168,11 +168,11 @@ class Weights:
             if left:
                 yield from self._to_cpu(left)
         finally:
-            self._tally.emit(self._wanted, time.perf_counter() - started)
+            self._counts.emit(self._wanted, time.perf_counter() - started)
 
     def _to_device(self) -> Iterator[tuple[str, torch.Tensor]]:
         entries, self._entries = self._entries, []
-        pairs = self._loader._iterate(entries, self._tally.add)
+        pairs = self._loader._iterate(entries, self._counts.add)
         since = 0  # bytes given after the last look at the device
         try:
             for pair in pairs:
@@ -183,13 +183,13 @@ class Weights:
                 if self._target is not None and since > self._ahead:
                     since = 0
                     if self._are_kept(self._target):
-                        self._tally.note = f"tensors on {self._target.name} are not let go of"
+                        self._counts.reason = f"tensors on {self._target.name} are not let go of"
                         return
         except Exception as error:
             target = self._target
             if target is None or not target.runtime.is_out_of_memory(error):
                 raise
-            self._tally.note = f"{target.name} is out of memory: the rest stays on the CPU"
+            self._counts.reason = f"{target.name} is out of memory: the rest stays on the CPU"
         finally:
             pairs.close()
             self._loader.close()
@@ -201,24 +201,24 @@ class Weights:
         return self._room - target.room() > 2 * (self._ahead + largest)
 
     def _to_cpu(self, names: Set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        if self._tally.note is None:
-            self._tally.note = "tensors that do not fit beside the model stay on the CPU"
+        if self._counts.reason is None:
+            self._counts.reason = "tensors that do not fit beside the model stay on the CPU"
         loader = self._loader_to("cpu", names.__contains__)
         try:
-            yield from loader._iterate(loader._open(), self._tally.add)
+            yield from loader._iterate(loader._open(), self._counts.add)
         finally:
             loader.close()
 
 
-class _Tally:
+class _Counts:
     """Counts of all files of a load, by device and path.
 
     Args:
-        note: why tensors are on the CPU.
+        reason: why tensors are on the CPU.
     """
 
-    def __init__(self, note: str | None) -> None:
-        self.note = note
+    def __init__(self, reason: str | None) -> None:
+        self.reason = reason
         self._accounts: dict[tuple[str, str], Account] = {}
 
     def add(self, file: Account, device: str) -> None:
@@ -239,7 +239,7 @@ class _Tally:
         for (device, _), total in found.items():
             total.seconds = seconds * (total.bytes / nbytes if nbytes else 1 / len(found))
             if device == "cpu":
-                total.reason = total.reason or self.note
+                total.reason = total.reason or self.reason
             total.emit(wanted.call, folder_of(wanted.files), device)
 
     def _merge_mapped(self) -> None:

@@ -74,7 +74,7 @@ class _Load:
 
     Attributes:
         device: of the model, or the CPU.
-        note: why the tensors stay on the CPU though the model is elsewhere.
+        reason: why the tensors stay on the CPU though the model is elsewhere.
         elements: of the model's parameters.
         left: why all of it is left to vLLM.
         experts: whether other ranks have experts that this one does not take.
@@ -83,7 +83,7 @@ class _Load:
     """
 
     device: str = "cpu"
-    note: str | None = None
+    reason: str | None = None
     elements: int | None = None
     left: str | None = None
     experts: bool = False
@@ -117,15 +117,15 @@ def _note(loader: Any, model_config: Any, model: Any) -> None:
 def _describe(model_config: Any, model: torch.nn.Module) -> _Load:
     parameters = list(model.parameters())
     devices = {parameter.device for parameter in parameters}
-    device, note = "cpu", None
+    device, reason = "cpu", None
     if len(devices) == 1 and next(iter(devices)).type == "cuda":
-        note = _keeps_on_cpu(model_config)
-        device = "cpu" if note else str(next(iter(devices)))
+        reason = _keeps_on_cpu(model_config)
+        device = "cpu" if reason else str(next(iter(devices)))
     elif any(one.type == "cuda" for one in devices):
-        note = "the model is on several devices"
+        reason = "the model is on several devices"
     return _Load(
         device,
-        note,
+        reason,
         elements=sum(parameter.numel() for parameter in parameters),
         left=_parallel(),
         experts=_expert_ranks() > 1 and bool(getattr(model_config, "is_moe", True)),
@@ -244,7 +244,7 @@ def _wanted(original: Any, args: Any, kwargs: Any, load: _Load) -> Wanted:
         "vllm",
         _sorted(given["hf_weights_files"], utils),
         load.device,
-        load.note,
+        load.reason,
         load.elements,
         None if local is None else _local_only(utils, local),
         bool(utils.enable_tqdm(given["use_tqdm_on_load"])),
