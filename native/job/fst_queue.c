@@ -67,15 +67,14 @@ void fst_queue_fail(fst_job *job, int code, const fst_error *error) {
 }
 
 /* The job is done only after it has released its file and arena: the owner that waited for it then
- * holds counters only. The exception is adopted memory that nobody else holds. Its deleter is
- * torch's and may need Python's lock, which a thread in os.fork() holds while it waits for jobs
- * that are finishing. */
+ * holds counters only. A fork waits for jobs that release, but not for the deleter of adopted
+ * memory: it is torch's and may need Python's lock, which the thread in os.fork() holds. */
 void fst_queue_finish_if_over(fst_job *job) {
     if (job->done || job->finishing || job->chunks != NULL || fst_queue_has_chunk(job)) return;
     fst_file *file = job->file;
     fst_arena *arena = job->arena;
     int fd = job->direct_fd;
-    bool drop = job->kind == JOB_READ && job->options.drop_cache;
+    bool drop = job->kind == JOB_READ && job->options.drop_cache && file != NULL;
     job->finishing = true;
     fst_queue.finishing++;
     fst_queue_unlock(); /* dropping caches and unmapping gigabytes take their time */
@@ -84,24 +83,27 @@ void fst_queue_finish_if_over(fst_job *job) {
     fst_gds_deregister(job->options.device, job->gds_handle);
     if (fd >= 0) close(fd);
     fst_file_unref(file);
-    if (arena != NULL && fst_arena_unref_adopted(arena)) arena = NULL;
-    bool later = arena != NULL && arena->kind == FST_ARENA_ADOPTED;
-    if (arena != NULL && !later) fst_arena_unref(arena);
+    bool adopted = arena != NULL && arena->kind == FST_ARENA_ADOPTED;
+    if (arena != NULL && !adopted) fst_arena_unref(arena);
     if (job->allocated != NULL) fst_gpu_give_event(job->options.device, job->allocated);
     fst_queue_lock();
     fst_queue.finishing--;
-    unlink_job(job);
     job->file = NULL;
     job->arena = NULL;
+    job->direct_fd = -1;
+    job->gds_handle = job->allocated = NULL;
+    if (adopted) {
+        (void)pthread_cond_broadcast(&fst_queue.event); /* a fork may go on */
+        fst_queue_unlock();
+        fst_arena_unref(arena);
+        fst_queue_lock();
+    }
+    unlink_job(job);
     job->stats.bytes_skipped = job->stats.bytes_total - job->stats.bytes_done;
     job->stats.done = 1;
     job->done = true;
     if (--job->refs == 0) fst_queue_free(job);
     (void)pthread_cond_broadcast(&fst_queue.event);
-    if (!later) return;
-    fst_queue_unlock();
-    fst_arena_unref(arena);
-    fst_queue_lock();
 }
 
 static bool goes_first(const fst_job *job, const fst_job *other) {
@@ -169,6 +171,7 @@ static void after_fork_child(void) {
         fst_job *job = fst_queue.head;
         job->chunks = NULL;
         job->reading = 0;
+        job->finishing = false;            /* the thread that released its adopted memory is gone */
         if (job->options.device != NULL) { /* only the parent may free these */
             job->arena = NULL;
             job->allocated = job->gds_handle = NULL;

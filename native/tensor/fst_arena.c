@@ -211,15 +211,6 @@ void fst_arena_unref(fst_arena *arena) {
     free(arena);
 }
 
-bool fst_arena_unref_adopted(fst_arena *arena) {
-    unsigned refs = atomic_load_explicit(&arena->refs, memory_order_relaxed);
-    while (arena->kind == FST_ARENA_ADOPTED && refs > 1)
-        if (atomic_compare_exchange_weak_explicit(&arena->refs, &refs, refs - 1,
-                                                  memory_order_acq_rel, memory_order_relaxed))
-            return true;
-    return false;
-}
-
 void fst_arena_retain_user(fst_arena *arena) {
     atomic_fetch_add_explicit(&arena->users, 1, memory_order_relaxed);
 }

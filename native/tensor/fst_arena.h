@@ -32,8 +32,6 @@ void fst_arena_release_user(fst_arena *arena);
 /* A job's hold: it keeps the memory, but read-ahead for the arena still stops without users. */
 void fst_arena_retain(fst_arena *arena);
 void fst_arena_unref(fst_arena *arena);
-/* Lets go of adopted memory unless that is the last hold; false: it is, or it is not adopted. */
-bool fst_arena_unref_adopted(fst_arena *arena);
 bool fst_arena_abandoned(const fst_arena *arena);
 /* Records how much processor time it took to fill part of an arena: see fst_arena.c. */
 void fst_arena_note_fill(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds);
