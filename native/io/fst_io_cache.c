@@ -111,7 +111,7 @@ static bool came_whole(const fst_io_context *io, huge_range part) {
     uint64_t first = fst_align_down(part.begin, fst_page()), resident = 0;
     uint64_t end = fst_min(fst_align_down(part.begin, FST_HUGE_PAGE) + FST_HUGE_PAGE, part.end);
     int probe = FST_PROBE_NONE;
-    fst_file *file = (fst_file *)(uintptr_t)io->file;
+    fst_file *file = io->file;
     (void)fst_file_residency(file, first, end - first, &resident, &probe);
     if (probe != FST_PROBE_NONE) return resident == end - first;
     return fst_file_has_page(file, fst_align_down(end - 1, fst_page())); /* else it is on its way */
@@ -132,7 +132,7 @@ typedef struct file_range {
 static bool probed(const fst_io_context *io, uint64_t *cold) {
     uint64_t resident = 0, length = io->end - io->begin;
     int probe = FST_PROBE_NONE;
-    (void)fst_file_residency((fst_file *)(uintptr_t)io->file, io->begin, length, &resident, &probe);
+    (void)fst_file_residency(io->file, io->begin, length, &resident, &probe);
     *cold = length - fst_min(resident, length);
     return probe != FST_PROBE_NONE;
 }
@@ -152,7 +152,7 @@ static uint64_t cold_bytes_of(const fst_io_context *io, mapped huge, huge_range 
  * the ends, since the first fault also reads half a window before it, and the last may read
  * two windows beyond. Empty where the window is unknown, or too large for the folios to grow. */
 static file_range faulted_part(const fst_io_context *io) {
-    uint64_t window = fst_file_window((fst_file *)(uintptr_t)io->file), page = fst_page();
+    uint64_t window = fst_file_window(io->file), page = fst_page();
     file_range part = {io->begin, io->begin};
     if (window < page || window > (io->end - io->begin) / 8 || atomic_load(&io->file->exactly))
         return part;
@@ -199,7 +199,7 @@ static ssize_t touch_ahead(int fd, uint64_t offset, size_t bytes, int flags) {
 static uint64_t started(const fst_io_context *io, uint64_t begin, uint64_t most) {
     uint64_t resident = 0;
     int probe = FST_PROBE_NONE;
-    (void)fst_file_residency((fst_file *)(uintptr_t)io->file, begin, most, &resident, &probe);
+    (void)fst_file_residency(io->file, begin, most, &resident, &probe);
     return probe == FST_PROBE_CACHESTAT ? resident : 0;
 }
 
@@ -235,8 +235,7 @@ static int read_by_requests(const fst_io_context *io, bool cold) {
     if (base == MAP_FAILED) return errno;
     mapped map = {base, first};
     (void)advise(map, io->begin, io->end, MADV_RANDOM);
-    if (cold && !atomic_load(&io->file->exactly))
-        queue_growing(io, fst_file_window((fst_file *)(uintptr_t)io->file));
+    if (cold && !atomic_load(&io->file->exactly)) queue_growing(io, fst_file_window(io->file));
     queue_reads(io, io->begin, io->end); /* what is left; the rest is asked for already */
     for (uint64_t at = io->begin; at < io->end && code == 0; at += READAHEAD_BYTES) {
         uint64_t end = fst_min(at + READAHEAD_BYTES, io->end);
@@ -248,7 +247,7 @@ static int read_by_requests(const fst_io_context *io, bool cold) {
 
 /* Whether both ends of the chunk are cached. It reads nothing. */
 static bool ends_cached(const fst_io_context *io) {
-    fst_file *file = (fst_file *)(uintptr_t)io->file;
+    fst_file *file = io->file;
     return fst_file_has_page(file, fst_align_down(io->begin, fst_page())) &&
            fst_file_has_page(file, fst_align_down(io->end - 1, fst_page()));
 }

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import in_threads
 
 import fastst_patch
 from fastst_patch import engine
@@ -153,11 +154,7 @@ def test_threads_share_a_walk(cuda, path, fast, mode) -> None:
                 except BaseException as error:
                     wrong.append(error)
 
-            threads = [threading.Thread(target=work) for _ in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            in_threads(work, 4)
     assert wrong == []
     assert cuda.driver.live().blocks == 0
 

@@ -14,6 +14,7 @@ from fake_device import StockOnCpu
 from hypothesis import given
 from hypothesis import strategies as st
 from loader_files import bits, loader_of, of_all_dtypes, write
+from waiting import in_threads
 
 import fastst_patch
 from fastst_patch import (
@@ -360,11 +361,7 @@ def test_threads_share_a_buffer(cuda, paths, mode) -> None:
             if not _right(name, buffer.get_tensor(name)):
                 wrong.append(name)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 3)
     assert wrong == []
     buffer.close()
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from loader_files import loader_of
+from waiting import in_threads
 
 import fastst_patch
 from fastst_patch import FastSafetensorsFile, engine
@@ -104,11 +105,7 @@ def test_two_threads_share_a_buffer(raw, options) -> None:
             if not bool((buffer.get_tensor(name) == 16 * int(name[0]) + int(name[2:])).all()):
                 wrong.append(name)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert wrong == []
     buffer.close()
 

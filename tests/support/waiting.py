@@ -1,7 +1,8 @@
-"""Waiting for workers in the background."""
+"""Waiting: for workers in the background, and for threads of a test."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -14,3 +15,12 @@ def until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
             return False
         time.sleep(0.005)
     return True
+
+
+def in_threads(work: Callable[[], object], count: int) -> None:
+    """Run the same function in several threads at once, to the end of all."""
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
