@@ -22,16 +22,30 @@ static void test_quick_huge_pages(void) {
     CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 5), 0);
 }
 
+/* Eight workers that start together wait for each other's requests. */
+static void test_slow_start(void) {
+    fst_fill_mode_set(FST_FILL_HUGE);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 4, 50), 0);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 5), 0);
+}
+
+static void test_slow_sample_among_quick_ones(void) {
+    fst_fill_mode_set(FST_FILL_HUGE);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 12, 3), 0); /* judged, and half of the next */
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 4, 8), 0);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 3), 0);
+}
+
 static void test_slow_huge_pages(void) {
     fst_fill_mode_set(FST_FILL_HUGE);
-    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 12), 2); /* 16 MiB */
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 12), 8); /* 32 MiB go by unjudged */
     CHECK_EQ(fst_fill_mode_get(), FST_FILL_TRIAL);
-    CHECK_EQ(chunks_until_change(FST_FILL_TRIAL, 1000, 5), 6); /* 32 MiB go by unjudged */
+    CHECK_EQ(chunks_until_change(FST_FILL_TRIAL, 1000, 5), 8);
     CHECK_EQ(fst_fill_mode_get(), FST_FILL_SMALL);
     /* After 1 GiB the host may have given memory back. */
     CHECK_EQ(chunks_until_change(FST_FILL_SMALL, 1000, 5), 128);
     CHECK_EQ(fst_fill_mode_get(), FST_FILL_HUGE);
-    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 12), 2);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 12), 8);
     CHECK_EQ(fst_fill_mode_get(), FST_FILL_SMALL); /* without another trial */
 }
 
@@ -51,10 +65,10 @@ static void test_single_pages(void) {
     CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 8), 0);
     growing = true;
     fst_fill_mode_set(FST_FILL_HUGE);
-    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 8), 2);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 8), 8);
     growing = false;
     fst_fill_mode_set(FST_FILL_HUGE);
-    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 12), 2);
+    CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 1000, 12), 8);
     growing = true;
 }
 
@@ -69,6 +83,8 @@ static void test_ignored(void) {
 
 int main(void) {
     RUN(test_quick_huge_pages);
+    RUN(test_slow_start);
+    RUN(test_slow_sample_among_quick_ones);
     RUN(test_slow_huge_pages);
     RUN(test_slow_storage);
     RUN(test_single_pages);
