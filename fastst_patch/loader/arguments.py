@@ -79,6 +79,9 @@ class Settings:
             self.fallback = Fallback(f"device {self.device!r} is not accelerated")
         self.hand_out = hand_out_of(self.framework, named)
         self.config = self._config(bbuf_size_kb, max_threads, nogds, use_fgds, options or {})
+        if self.framework == "paddle" and self.target and self.config.tensors == "dlpack":
+            # An arena is reused without waiting for paddle's streams: see `hand_out_of`.
+            raise OptionError("tensors='dlpack' is for torch: on a device, paddle needs 'owned'")
 
     def _find_target(self, named: torch.device) -> None:
         try:

@@ -140,7 +140,7 @@ class AutoLoader:
     def __init__(self, pg: Any, hf_weights_files: Sequence[str], device: Any = "cpu") -> None:
         config = self._config = load_config()
         if config.loader == "3fs":
-            raise OptionError("loader='3fs': files of 3FS are read as those of any other mount")
+            raise OptionError("loader='3fs' is not covered; 'base' reads 3FS by its mount")
         if config.loader != "base":
             raise OptionError(f"Unknown loader type: {config.loader!r}; allowed is 'base'")
         boolean("disable_cache", config.disable_cache)

@@ -40,7 +40,8 @@ class WrappedTensor:
 
     def get_nbytes(self) -> int:
         """Bytes of its elements."""
-        return math.prod(self.real_tensor.shape) * int(self.real_tensor.element_size())
+        nbytes: int = math.prod(self.real_tensor.shape) * self.real_tensor.element_size()
+        return nbytes
 
     def to(self, device: object = None, dtype: object = None) -> WrappedTensor:
         """The tensor on another device or in another dtype; None keeps each."""

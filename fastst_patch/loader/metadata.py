@@ -57,9 +57,9 @@ class TensorFrame:
     @classmethod
     def from_buffer(cls, entry: Mapping[str, Any]) -> TensorFrame:
         """A tensor's frame, given its entry in the header. KeyError, ValueError: it is no entry."""
-        shape, offsets = list(entry["shape"]), list(entry["data_offsets"])
-        if any(type(length) is not int or length < 0 for length in shape):
-            raise ValueError(f"shape={shape!r}: allowed are whole numbers from 0 on")
+        shape, offsets = entry["shape"], list(entry["data_offsets"])
+        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"shape={shape!r}: allowed is a list of whole numbers from 0 on")
         strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         return cls(DType(entry["dtype"]), shape, offsets, strides, [0] * len(shape), False)
 

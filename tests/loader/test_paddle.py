@@ -194,6 +194,22 @@ def test_a_tensor_that_is_requested_twice(paths, expected, io) -> None:
             del again, other
 
 
+def test_a_device(paths, expected, cuda, monkeypatch) -> None:
+    """Over the fake driver, where memory of the CPU stands for the device's."""
+    with pytest.raises(OptionError, match="device='cuda:0': this PaddlePaddle is a build without"):
+        loader_of(paths, "cuda:0", framework="paddle")
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    with pytest.raises(OptionError, match="tensors='dlpack' is for torch"):
+        loader_of(paths, "cuda:0", framework="paddle", tensors="dlpack")
+    for device in ("cuda:0", "gpu:0"):
+        loader = loader_of(paths, device, framework="paddle")
+        loader.set_tensor_filter(kept)
+        with loader.copy_files_to_device() as buffer:
+            for name, value in expected.items():
+                assert described(buffer.get_tensor(name)) == value, name
+        loader.close()
+
+
 class Pair:
     def rank(self) -> int:
         return 0
