@@ -212,7 +212,7 @@ class SafeTensorsFileLoader:
 
     def get_keys(self) -> list[str]:
         """Names of all tensors, in the order of the files, in offset order."""
-        return list(filter(self._filter, self._names)) if self._filter else list(self._names)
+        return [name for name in self._names if self._filter is None or self._filter(name)]
 
     @property
     def frames(self) -> Mapping[str, TensorFrame]:

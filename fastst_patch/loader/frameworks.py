@@ -84,7 +84,7 @@ class _Paddle:
             stream = self._paddle.device.current_stream(f"gpu:{tensor.device.index}").stream_base
             external: Any = torch.cuda.ExternalStream
             tensor.record_stream(external(stream.cuda_stream, tensor.device))
-        # torch before 2.10 exports no such dtype
+        # Not every version of torch that is supported exports these dtypes.
         as_bytes = tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point
         raw = tensor.view(torch.uint8) if as_bytes else tensor
         result = self._paddle.utils.dlpack.from_dlpack(torch._C._to_dlpack(raw))

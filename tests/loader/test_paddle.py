@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import subprocess
 import sys
 from typing import Any
@@ -23,7 +24,10 @@ from fastst_patch import (
     fastsafe_open,
 )
 
-paddle = pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
+_root = logging.getLogger()
+_before = _root.handlers[:], _root.level
+paddle = pytest.importorskip("paddle", reason="needs PaddlePaddle: the extra `paddle`")
+_root.handlers[:], _root.level = _before  # importing it makes every INFO of the process visible
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
