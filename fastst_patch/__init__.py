@@ -24,11 +24,18 @@ if TYPE_CHECKING:
     from safetensors.torch import load_file, load_model
 
     from .loader import (
+        DType,
         FastSafetensorsFile,
         FilesBufferOnDevice,
+        LazyTensorFactory,
         SafeTensorsFileLoader,
+        SafeTensorsMetadata,
+        TensorFrame,
+        expert_parallel_filter,
         fastsafe_open,
+        owned_expert_range,
     )
+    from .loader.auto import AutoLoader, LoaderConfig, load_config
     from .loader.parallel import ParallelLoader
     from .sharding import SingleGroup, load_sharded
 
@@ -52,29 +59,38 @@ except ImportError as _error:
         raise
 
 __all__ = [
+    "AutoLoader",
     "Config",
+    "DType",
     "FallbackWarning",
     "FastSafetensorsFile",
     "FaststError",
     "FilesBufferOnDevice",
+    "LazyTensorFactory",
     "LoadReport",
+    "LoaderConfig",
     "OptionError",
     "ParallelLoader",
     "PatchReport",
     "Profile",
     "RankError",
     "SafeTensorsFileLoader",
+    "SafeTensorsMetadata",
     "SingleGroup",
     "TargetStatus",
+    "TensorFrame",
     "UntestedVersionWarning",
     "config",
     "config_context",
+    "expert_parallel_filter",
     "fastsafe_open",
     "get_original",
     "is_patched",
+    "load_config",
     "load_file",
     "load_model",
     "load_sharded",
+    "owned_expert_range",
     "patch",
     "patch_map",
     "patched",
@@ -86,13 +102,13 @@ __all__ = [
 
 
 _LAZY = {
-    "FastSafetensorsFile": "loader",
-    "FilesBufferOnDevice": "loader",
+    **dict.fromkeys(("AutoLoader", "LoaderConfig", "load_config"), "loader.auto"),
+    **dict.fromkeys(("DType", "SafeTensorsMetadata", "TensorFrame"), "loader"),
+    **dict.fromkeys(("FastSafetensorsFile", "FilesBufferOnDevice", "LazyTensorFactory"), "loader"),
+    **dict.fromkeys(("SafeTensorsFileLoader", "fastsafe_open"), "loader"),
+    **dict.fromkeys(("expert_parallel_filter", "owned_expert_range"), "loader"),
     "ParallelLoader": "loader.parallel",
-    "SafeTensorsFileLoader": "loader",
-    "SingleGroup": "sharding",
-    "fastsafe_open": "loader",
-    "load_sharded": "sharding",
+    **dict.fromkeys(("SingleGroup", "load_sharded"), "sharding"),
 }
 """Names of the explicit interface, and the module that each comes from when it is asked for."""
 

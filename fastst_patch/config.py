@@ -32,6 +32,7 @@ __all__ = [
     "environment_enabled",
     "environment_profile",
     "environment_targets",
+    "loader_config_path",
     "local_ranks",
     "misspelt_variables",
     "pop",
@@ -254,6 +255,11 @@ def environment_enabled() -> bool | None:
     """``FASTST_ENABLED``: True patches on import, False forbids patching; None: not set."""
     value = os.environ.get("FASTST_ENABLED")
     return _boolean("FASTST_ENABLED", value) if value else None
+
+
+def loader_config_path() -> str | None:
+    """``FASTSAFETENSORS_CONFIG``: path of the file with the arguments of an `AutoLoader`."""
+    return os.environ.get("FASTSAFETENSORS_CONFIG")
 
 
 def environment_targets() -> tuple[str, ...] | None:

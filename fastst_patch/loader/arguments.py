@@ -15,6 +15,7 @@ from ..config import KIB, MIB, Config, current, with_options
 from ..device import Device, device_of, parse_device
 from ..errors import Fallback, OptionError
 from ..machine import gds_obstacle
+from .frameworks import framework_name, hand_out_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,7 @@ __all__ = [
     "boolean",
     "device_named",
     "filter_or_none",
+    "group_size",
     "path_list",
     "rank_files",
     "with_copy_block",
@@ -38,7 +40,6 @@ DEFAULT_BOUNCE_KB = 16 * 1024
 DEFAULT_THREADS = 16
 DEFAULT_COPY_BLOCK = 16 * 1024**3
 
-_FRAMEWORKS = ("pt", "pytorch", "torch")
 _PROCESS_OPTIONS = ("fallback", "log_level")  # a loader cannot set these
 
 
@@ -51,6 +52,8 @@ class Settings:
         fallback: why stock must load; None where it need not.
         config: options for the files.
         note: for reports: why a requested feature is not used.
+        framework: ``pytorch`` or ``paddle``.
+        hand_out: makes that framework's tensor of one of torch's.
     """
 
     def __init__(
@@ -64,11 +67,7 @@ class Settings:
         use_fgds: object = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        if framework not in _FRAMEWORKS:
-            raise OptionError(
-                f"framework={framework!r}: allowed are {', '.join(_FRAMEWORKS)};"
-                " other frameworks are fastsafetensors' own"
-            )
+        self.framework = framework_name(framework)
         self.fallback: Fallback | None = None
         self.target: Device | None = None
         self.note: str | None = None
@@ -78,7 +77,11 @@ class Settings:
             self._find_target(named)
         elif named.type != "cpu":
             self.fallback = Fallback(f"device {self.device!r} is not accelerated")
+        self.hand_out = hand_out_of(self.framework, named)
         self.config = self._config(bbuf_size_kb, max_threads, nogds, use_fgds, options or {})
+        if self.framework == "paddle" and self.target and self.config.tensors == "dlpack":
+            # An arena is reused without waiting for paddle's streams: see `hand_out_of`.
+            raise OptionError("tensors='dlpack' is for torch: on a device, paddle needs 'owned'")
 
     def _find_target(self, named: torch.device) -> None:
         try:
@@ -169,6 +172,22 @@ def device_named(device: object) -> torch.device:
     if device == "gpu" or (isinstance(device, str) and device.startswith("gpu:")):
         device = "cuda" + device[3:]  # DeviceType.GPU of fastsafetensors
     return parse_device(device)
+
+
+def group_size(pg: Any) -> int:
+    """Size of a process group; 1 for None.
+
+    Raises:
+        TypeError: ``pg`` is no group.
+    """
+    if pg is None:
+        return 1
+    size = getattr(pg, "size", None)
+    if not callable(getattr(pg, "rank", None)) or not callable(size):
+        raise TypeError(
+            f"pg={pg!r}: allowed are None, SingleGroup() and a torch.distributed.ProcessGroup"
+        )
+    return int(size())
 
 
 def filter_or_none(keep: object, name: str = "tensor_filter") -> Any:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ..tensors import dtype_wanted
+from .arguments import Settings
 from .compat_tensor import WrappedTensor, moved
+from .metadata import SafeTensorsMetadata
+from .tensor_factory import LazyTensorFactory
 
 if TYPE_CHECKING:
     import torch
@@ -53,22 +56,44 @@ class FilesBufferOnDevice:
     Attributes:
         key_to_rank_lidx: for each name, the rank of its file, and the file's number among that
             rank's files.
+        pg: the process group; a `SingleGroup` for a process on its own.
+        device: of the tensors.
     """
 
     def __init__(
         self,
         files: Files,
-        places: Mapping[str, tuple[int, int]],
-        describe: Callable[[str], tuple[str, list[int]]],
+        headers: Sequence[tuple[SafeTensorsMetadata, int]],
+        names: Mapping[str, SafeTensorsMetadata],
+        settings: Settings,
         *,
-        size: int,
+        pg: Any,
         dtype: torch.dtype | None,
         cached: bool,
     ) -> None:
+        """Tensors of files.
+
+        Args:
+            files: the files.
+            headers: of each file, and its rank.
+            names: of the tensors that may be requested, with the header of the file.
+            settings: of the loader.
+            pg: as the attribute.
+            dtype: to convert tensors to.
+            cached: whether to keep tensors, and hand out copies.
+        """
         self._files: Files | None = files
-        self.key_to_rank_lidx: dict[str, tuple[int, int]] = dict(places)
-        self._describe = describe
-        self._size = size  # of the group
+        self._headers: dict[int, list[SafeTensorsMetadata]] = {}
+        numbers: dict[str, tuple[int, int]] = {}
+        for header, rank in headers:
+            some = self._headers.setdefault(rank, [])
+            numbers[header.src] = rank, len(some)
+            some.append(header)
+        self.key_to_rank_lidx = {name: numbers[header.src] for name, header in names.items()}
+        self.pg = pg
+        self.device = settings.device
+        self._hand_out = settings.hand_out
+        self._size: int = pg.size()
         self._dtype = dtype
         self._cache: dict[tuple[str, int], torch.Tensor] | None = {} if cached else None
 
@@ -76,13 +101,24 @@ class FilesBufferOnDevice:
 
     def get_filename(self, tensor_name: str) -> str:
         """Path, as it was given, of the file with a tensor. Raises ValueError if no file has it."""
-        self._check(tensor_name)
-        return self._describe(tensor_name)[0]
+        return self._header(tensor_name).src
 
     def get_shape(self, tensor_name: str) -> list[int]:
         """Shape of a tensor, as in the header. Raises ValueError if no file has it."""
-        self._check(tensor_name)
-        return self._describe(tensor_name)[1]
+        return self._header(tensor_name).shape(tensor_name)
+
+    @property
+    def rank_loaders(self) -> dict[int, list[LazyTensorFactory]]:
+        """By rank, its files, in the order of their numbers; empty after `close`."""
+        if self._files is None:
+            return {}
+        return {
+            rank: [
+                LazyTensorFactory.of_buffer(self, header, rank, lidx)
+                for lidx, header in enumerate(self._headers.get(rank, ()))
+            ]
+            for rank in range(self._size)
+        }
 
     # ---- tensors ----
 
@@ -112,13 +148,17 @@ class FilesBufferOnDevice:
 
         Raises as `get_tensor`, and in a group IndexError when the tensor has no such dimension.
         """
+        result: torch.Tensor = self._hand_out(self._shard(tensor_name, dim, device, dtype))
+        return result
+
+    def _shard(self, tensor_name: str, dim: int, device: object, dtype: object) -> torch.Tensor:
         files = self._open()
         with self._refusing(tensor_name):
-            self._check(tensor_name)
+            header = self._header(tensor_name)
             wanted = dtype_wanted(dtype)
             _check_dim(dim)
             if self._size > 1 and dim != -1:
-                shape = self._describe(tensor_name)[1]
+                shape = header.shape(tensor_name)
                 if not 0 <= dim < len(shape):
                     raise IndexError(
                         f"tensor {tensor_name!r} of shape {shape} has no dimension {dim} to shard"
@@ -163,15 +203,14 @@ class FilesBufferOnDevice:
             _check_dim(dim)
             shapes = {}
             for name in names:
-                self._check(name)
-                shapes[name] = self._describe(name)[1]
+                shapes[name] = self._header(name).shape(name)
             along = _same_but_along(shapes, dim)
             wanted = dtype_wanted(dtype)
-        shards = [self.get_sharded(name, along, None, wanted) for name in names]
+        shards = [self._shard(name, along, None, wanted) for name in names]
         if len({shard.dtype for shard in shards}) > 1:
             found = ", ".join(f"{n!r} {s.dtype}" for n, s in zip(names, shards, strict=True))
             raise ValueError(f"get_multi_cols: the dtypes differ: {found}; give one with dtype=")
-        return WrappedTensor(moved(_concatenated(shards, along), device, None))
+        return WrappedTensor(self._hand_out(moved(_concatenated(shards, along), device, None)))
 
     def push_tensor(
         self, tensor_name: str, dst_rank: int, device: object = None, dtype: object = None
@@ -179,7 +218,7 @@ class FilesBufferOnDevice:
         """A whole tensor on rank ``dst_rank``; None on the others. Raises as `get_tensor`."""
         files = self._open()
         with self._refusing(tensor_name):
-            self._check(tensor_name)
+            self._header(tensor_name)
             if isinstance(dst_rank, bool) or not isinstance(dst_rank, int):
                 raise TypeError(f"push_tensor: dst_rank={dst_rank!r} is not an integer")
             if not 0 <= dst_rank < self._size:
@@ -188,7 +227,7 @@ class FilesBufferOnDevice:
                 )
             wanted = dtype_wanted(dtype) or self._dtype
         result = files.push(tensor_name, dst_rank, wanted)
-        return None if result is None else moved(result, device, wanted)
+        return None if result is None else self._hand_out(moved(result, device, wanted))
 
     def as_dict(self, tensor_shard_dim: Mapping[str, int]) -> dict[str, WrappedTensor]:
         """`get_sharded_wrapped` of each name along its dimension."""
@@ -226,10 +265,13 @@ class FilesBufferOnDevice:
             raise ValueError("the buffer is closed: take tensors before close()")
         return self._files
 
-    def _check(self, name: str) -> None:
+    def _header(self, name: str) -> SafeTensorsMetadata:
+        """Of the file with a tensor. Raises ValueError if no file has it."""
         self._open()
         if name not in self.key_to_rank_lidx:
             raise ValueError(unknown_key(name, self.key_to_rank_lidx))
+        rank, lidx = self.key_to_rank_lidx[name]
+        return self._headers[rank][lidx]
 
     @contextlib.contextmanager
     def _refusing(self, name: str) -> Iterator[None]:

@@ -1,12 +1,14 @@
-"""The wrapped tensor that some methods of fastsafetensors return."""
+"""The wrapped tensor that some methods of fastsafetensors return, and moving tensors."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import header_shape
 from ..tensors import dtype_wanted
 from .arguments import device_named
+from .frameworks import paddle_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +17,7 @@ __all__ = ["WrappedTensor"]
 
 
 class WrappedTensor:
-    """A torch tensor in fastsafetensors' wrapper; `get_raw` returns the tensor.
+    """A tensor in fastsafetensors' wrapper; `get_raw` returns the tensor.
 
     Other attributes are the tensor's own, and torch's functions accept the wrapper.
 
@@ -25,24 +27,28 @@ class WrappedTensor:
 
     __slots__ = ("real_tensor",)
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: Any) -> None:
         self.real_tensor = tensor
 
-    def get_raw(self) -> torch.Tensor:
+    def get_raw(self) -> Any:
         """The tensor itself."""
         return self.real_tensor
 
     def get_shape(self) -> list[int]:
         """Its shape; for packed 4-bit dtypes, of numbers and not of bytes."""
-        return header_shape(self.real_tensor.shape, self.real_tensor.dtype)
+        return header_shape(list(self.real_tensor.shape), self.real_tensor.dtype)
 
     def get_nbytes(self) -> int:
         """Bytes of its elements."""
-        return self.real_tensor.nbytes
+        nbytes: int = math.prod(self.real_tensor.shape) * self.real_tensor.element_size()
+        return nbytes
 
     def to(self, device: object = None, dtype: object = None) -> WrappedTensor:
         """The tensor on another device or in another dtype; None keeps each."""
-        return WrappedTensor(moved(self.real_tensor, device, dtype_wanted(dtype)))
+        import torch
+
+        move = moved if isinstance(self.real_tensor, torch.Tensor) else moved_in_paddle
+        return WrappedTensor(move(self.real_tensor, device, dtype_wanted(dtype)))
 
     def clone(self) -> WrappedTensor:
         """A copy."""
@@ -58,8 +64,14 @@ class WrappedTensor:
 
     def view(self, dtype: object) -> WrappedTensor:
         """Its bytes as another dtype."""
+        import torch
+
         wanted = dtype_wanted(dtype)
-        return self if wanted is None else WrappedTensor(self.real_tensor.view(wanted))
+        if wanted is None:
+            return self
+        if not isinstance(self.real_tensor, torch.Tensor):
+            wanted = paddle_dtype(wanted)
+        return WrappedTensor(self.real_tensor.view(wanted))
 
     def reshape(self, shape: list[int]) -> WrappedTensor:
         """The tensor in another shape."""
@@ -103,3 +115,9 @@ def moved(tensor: torch.Tensor, device: object, dtype: torch.dtype | None) -> to
     if same_device:
         return tensor if dtype is None else tensor.to(dtype)
     return tensor.to(named) if dtype is None else tensor.to(named, dtype)
+
+
+def moved_in_paddle(tensor: Any, device: object, dtype: torch.dtype | None) -> Any:
+    """The same of paddle's tensors."""
+    place = None if device is None else str(device_named(device)).replace("cuda", "gpu")
+    return tensor.to(place, None if dtype is None else paddle_dtype(dtype))

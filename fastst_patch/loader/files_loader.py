@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+import collections
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import sharding
 from ..config import Config, pop, push
-from ..dtypes import header_shape
+from ..errors import OptionError
+from ..layout import FileLayout
 from ..sharding.opening import in_turns
 from ..tensors import dtype_wanted
 from .arguments import (
@@ -21,38 +22,27 @@ from .arguments import (
     Settings,
     boolean,
     filter_or_none,
+    group_size,
     one_path,
     path_list,
     rank_files,
     with_copy_block,
 )
-from .buffer import FilesBufferOnDevice
+from .buffer import Files, FilesBufferOnDevice
 from .compat_tensor import WrappedTensor
 from .headers import Entry, open_entries
 from .local_files import LocalFiles, bar_of
+from .metadata import SafeTensorsMetadata, TensorFrame
+from .stock_file import layout_of
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SafeTensorsFileLoader", "fastsafe_open", "group_size"]
+__all__ = ["SafeTensorsFileLoader", "fastsafe_open"]
 
 _log = logging.getLogger("fastst_patch")
 
-
-def group_size(pg: Any) -> int:
-    """Size of a process group; 1 for None.
-
-    Raises:
-        TypeError: ``pg`` is no group.
-    """
-    if pg is None:
-        return 1
-    size = getattr(pg, "size", None)
-    if not callable(getattr(pg, "rank", None)) or not callable(size):
-        raise TypeError(
-            f"pg={pg!r}: allowed are None, SingleGroup() and a torch.distributed.ProcessGroup"
-        )
-    return int(size())
+_COPIERS = ("gds", "fgds", "nogds", "unified")
 
 
 class SafeTensorsFileLoader:
@@ -73,9 +63,13 @@ class SafeTensorsFileLoader:
             hands out copies. It must be the same on all ranks, because kept tensors are not
             exchanged again.
         debug_log: log details of ``fastst_patch`` on stderr until `close`.
-        framework: ``pt``, ``pytorch`` or ``torch``.
+        framework: ``pt``, ``pytorch`` or ``torch``; ``paddle`` in one process.
         use_fgds: requests GPU Direct Storage, too.
         **options: our options for these files, such as ``io`` or ``device_memory_budget``.
+
+    Attributes:
+        pg: as given.
+        meta: for each path the header of the file, and the rank that the file was added for.
 
     Raises:
         OptionError: a value is not allowed (a ValueError).
@@ -105,7 +99,8 @@ class SafeTensorsFileLoader:
         self._filter: Callable[[str], bool] | None = None
         self._files: dict[int, list[str]] = {}
         self._entries: dict[str, Entry] = {}
-        self._names: dict[str, Entry] = {}
+        self._names: dict[str, SafeTensorsMetadata] = {}
+        self.meta: dict[str, tuple[SafeTensorsMetadata, int]] = {}
         self._sharded: sharding.ShardedFiles | None = None  # of a group
         self._buffer_closes = False  # a buffer uses `_sharded`, and closes it
         self.pg = pg
@@ -123,6 +118,8 @@ class SafeTensorsFileLoader:
                 use_fgds=use_fgds,
                 options=options,
             )
+            if self._size > 1 and self._settings.framework != "pytorch":
+                raise OptionError(f"framework={framework!r}: a group exchanges torch's tensors")
         except Exception as error:
             if self._size > 1:
                 _refuse(pg, error)  # the others receive it when they add files
@@ -155,7 +152,7 @@ class SafeTensorsFileLoader:
             return
         for entry in open_entries(in_turns(added), self._settings):
             self._entries[entry.path] = entry
-            self._names.update(dict.fromkeys(entry.layout.names, entry))
+            self._describe(entry.path, entry.layout, entry.rank)
         for rank, paths in added.items():
             self._files.setdefault(rank, []).extend(paths)
         _log.debug("%s: %d files, %d tensors", self._call, len(self._entries), len(self._names))
@@ -167,6 +164,16 @@ class SafeTensorsFileLoader:
         sharded = self._open_sharded(files, self._settings.config)
         self._close_sharded()
         self._files, self._sharded = files, sharded
+        ranks = {path: rank for rank, paths in files.items() for path in paths}
+        for source in sharded.sources:
+            by_stock = source.fallback is not None
+            layout = layout_of(source.path) if by_stock else source.layout
+            self._describe(source.path, layout, ranks[source.path])
+
+    def _describe(self, path: str, layout: FileLayout, rank: int) -> None:
+        header = SafeTensorsMetadata.of_layout(layout, self._settings.framework, path)
+        self.meta[path] = header, rank
+        self._names.update(dict.fromkeys(layout.names, header))
 
     def _open_sharded(
         self, files: Mapping[int, list[str]], config: Config
@@ -180,6 +187,22 @@ class SafeTensorsFileLoader:
             sharded.close()
         self._buffer_closes = False
 
+    @classmethod
+    def process_extension_config(
+        cls, ext_config: Mapping[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Arguments of the class, given those of an `AutoLoader`'s file.
+
+        Raises:
+            OptionError: ``copier_type`` is none that the engine stands for.
+        """
+        found = dict(ext_config)
+        copier = found.pop("copier_type", "gds")
+        if copier not in _COPIERS:
+            raise OptionError(f"copier_type={copier!r}: allowed are {', '.join(_COPIERS)}")
+        use_fgds = copier == "fgds" or found.pop("use_fgds", False)
+        return {**found, "nogds": copier not in ("gds", "fgds"), "use_fgds": use_fgds}
+
     def set_tensor_filter(self, keep_tensor: Callable[[str], bool] | None) -> None:
         """Load only tensors for whose name ``keep_tensor`` is True; None loads all.
 
@@ -189,9 +212,13 @@ class SafeTensorsFileLoader:
 
     def get_keys(self) -> list[str]:
         """Names of all tensors, in the order of the files, in offset order."""
-        names = self._names if self._sharded is None else self._sharded.names
-        keep = self._filter
-        return list(names) if keep is None else [name for name in names if keep(name)]
+        return [name for name in self._names if self._filter is None or self._filter(name)]
+
+    @property
+    def frames(self) -> Mapping[str, TensorFrame]:
+        """Where each tensor lies in its file, by name."""
+        found = [header.tensors for header, _ in self.meta.values()]
+        return collections.ChainMap(*reversed(found))  # which begins with the last
 
     def get_shape(self, tensor_name: str) -> list[int]:
         """Shape of a tensor, as in the header.
@@ -202,21 +229,7 @@ class SafeTensorsFileLoader:
         """
         if self._filter is not None and not self._filter(tensor_name):
             raise ValueError(f"get_shape: key {tensor_name} is filtered out")
-        if self._size > 1:
-            if self._sharded is None:
-                raise KeyError(tensor_name)
-            return _path_and_shape(self._sharded, tensor_name)[1]
-        layout = self._names[tensor_name].layout
-        return layout.shape(layout.index[tensor_name])
-
-    def _metadata(self) -> dict[str, dict[str, str]]:
-        """The free-form metadata of each file; empty for a file without."""
-        found: Mapping[str, Mapping[str, str] | None]
-        if self._sharded is not None:
-            found = {source.path: source.metadata() for source in self._sharded.sources}
-        else:
-            found = {path: entry.layout.metadata for path, entry in self._entries.items()}
-        return {path: dict(metadata or {}) for path, metadata in found.items()}
+        return self._names[tensor_name].shape(tensor_name)
 
     # ---- tensors ----
 
@@ -258,23 +271,27 @@ class SafeTensorsFileLoader:
         if self._size > 1:
             return self._copy_sharded(wanted, config)
         entries = list(self._entries.values())
-        files = LocalFiles(self._call, entries, self._settings, config, keep=self._filter)
+        names = self.get_keys()
+        keep = None if self._filter is None else set(names).__contains__
+        files = LocalFiles(self._call, entries, self._settings, config, keep=keep)
         if config.progress:
             files.show(bar_of(entries, files.numbers))
-        places = {
-            name: (entry.rank, lidx)
-            for lidx, (entry, numbers) in enumerate(zip(entries, files.numbers, strict=True))
-            for name in map(entry.layout.names.__getitem__, numbers)
-        }
-
-        def describe(name: str) -> tuple[str, list[int]]:
-            return files.where(name)[0], files.shape(name)
-
-        made = FilesBufferOnDevice(
-            files, places, describe, size=1, dtype=wanted, cached=self._cached
-        )
+        made = self._buffer(files, names, wanted)
         files.begin()
         return made
+
+    def _buffer(
+        self, files: Files, names: Sequence[str], wanted: torch.dtype | None
+    ) -> FilesBufferOnDevice:
+        return FilesBufferOnDevice(
+            files,
+            list(self.meta.values()),
+            {name: self._names[name] for name in names},
+            self._settings,
+            pg=sharding.SingleGroup() if self.pg is None else self.pg,
+            dtype=wanted,
+            cached=self._cached,
+        )
 
     copy_file_to_device = copy_files_to_device
     """The same, as fastsafetensors' README spells it."""
@@ -286,23 +303,13 @@ class SafeTensorsFileLoader:
         else:
             self._buffer_closes = True
         sharded.read_ahead()
-        at = {path: (rank, k) for rank, some in self._files.items() for k, path in enumerate(some)}
-        keep = self._filter
-        names = [name for name in sharded.names if keep is None or keep(name)]
-        return FilesBufferOnDevice(
-            sharded,
-            {name: at[sharded.where(name)[0]] for name in names},
-            functools.partial(_path_and_shape, sharded),
-            size=self._size,
-            dtype=wanted,
-            cached=self._cached,
-        )
+        return self._buffer(sharded, self.get_keys(), wanted)
 
     # ---- closing ----
 
     def reset(self) -> None:
         """Forget the files. Buffers made of them stay valid."""
-        self._files, self._entries, self._names = {}, {}, {}
+        self._files, self._entries, self._names, self.meta = {}, {}, {}, {}
         self._close_sharded()
 
     def close(self) -> None:
@@ -339,11 +346,6 @@ def _refuse(pg: Any, error: Exception) -> NoReturn:
     """
     sharding.Group.of(pg).agree(error)
     raise error
-
-
-def _path_and_shape(files: sharding.ShardedFiles, name: str) -> tuple[str, list[int]]:
-    """Path of the file with a tensor, and the tensor's shape in its header. Raises KeyError."""
-    return files.where(name)[0], header_shape(*files.describe(name))
 
 
 class fastsafe_open:  # noqa: N801 - fastsafetensors' name
@@ -397,7 +399,7 @@ class fastsafe_open:  # noqa: N801 - fastsafetensors' name
 
     def metadata(self) -> dict[str, dict[str, str]]:
         """The free-form metadata of each file; empty for a file without."""
-        return self.loader._metadata()
+        return {path: header.metadata or {} for path, (header, _) in self.loader.meta.items()}
 
     def keys(self) -> list[str]:
         """Names of all tensors."""

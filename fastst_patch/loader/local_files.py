@@ -139,20 +139,10 @@ class LocalFiles:
 
     # ---- what is there ----
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the tensors, by file, in offset order."""
-        return list(self._places)
-
     def where(self, name: str) -> tuple[str, int]:
         """Path of the file that has a tensor, and the tensor's number in it. KeyError for none."""
         k, i = self._place(name)
         return self._paths[k], i
-
-    def shape(self, name: str) -> list[int]:
-        """Shape of a tensor as the header has it. KeyError for none."""
-        k, i = self._place(name)
-        return self._layouts[k].shape(i)
 
     def _place(self, name: str) -> tuple[int, int]:
         k = self._places[name]

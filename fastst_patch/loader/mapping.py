@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import DTYPE_NAMES
+from ..errors import OptionError
 from .arguments import Settings, one_path
 from .buffer import unknown_key
 from .headers import open_entries
@@ -47,7 +48,7 @@ class FastSafetensorsFile(Mapping[str, "torch.Tensor"]):
     Args:
         path: of the file.
         device: where tensors go.
-        framework: ``pt``, ``pytorch`` or ``torch``.
+        framework: ``pt``, ``pytorch`` or ``torch``; or ``paddle``, without slices.
         **options: our options for this file, such as ``io`` or ``device_memory_budget``.
 
     Raises:
@@ -66,6 +67,7 @@ class FastSafetensorsFile(Mapping[str, "torch.Tensor"]):
         self._path = one_path(path, "FastSafetensorsFile")
         (entry,) = open_entries([(self._path, 0)], settings)
         self._layout = entry.layout
+        self._settings = settings
         self._files = LocalFiles("FastSafetensorsFile", [entry], settings, settings.config)
 
     # ---- the header ----
@@ -114,14 +116,17 @@ class FastSafetensorsFile(Mapping[str, "torch.Tensor"]):
             OSError, MemoryError, SafetensorError: it could not be read.
         """
         self._check(name)
-        return self._files.take(name)
+        result: torch.Tensor = self._settings.hand_out(self._files.take(name))
+        return result
 
     def get_slice(self, name: str) -> Any:
         """A slice that reads when it is indexed; to a device, it reads only the needed rows.
 
-        Raises as indexing.
+        Raises as indexing, and OptionError with another framework than torch.
         """
         self._check(name)
+        if self._settings.framework != "pytorch":
+            raise OptionError(f"get_slice: slices are torch's, not {self._settings.framework}'s")
         return self._files.slice(name)
 
     def close(self) -> None:

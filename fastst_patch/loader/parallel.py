@@ -14,9 +14,10 @@ from .arguments import (
     Settings,
     boolean,
     filter_or_none,
+    group_size,
     path_list,
 )
-from .files_loader import SafeTensorsFileLoader, group_size
+from .files_loader import SafeTensorsFileLoader
 from .headers import Entry, open_entries
 from .local_files import LocalFiles, bar_of
 
@@ -194,7 +195,7 @@ class ParallelLoader:
         settings: Settings = self.loader._settings
         config = settings.config
         files = LocalFiles(
-            "ParallelLoader",
+            self.loader._call,
             entries,
             settings,
             config,
@@ -214,7 +215,7 @@ class ParallelLoader:
             files.begin()
             for k, some in enumerate(numbers):
                 for i in some:
-                    yield names[k][i], files.take_at(k, i)
+                    yield names[k][i], settings.hand_out(files.take_at(k, i))
                 files.done_with(k)
         finally:
             files.close()

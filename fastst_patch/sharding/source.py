@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import stock, tensors
@@ -68,14 +67,6 @@ class Source:
             shape, dtype = tensors.shape_and_dtype(self._layout, i)
             found.append((tuple(shape), dtype))
         return found
-
-    def metadata(self) -> Mapping[str, str] | None:
-        """The header's free-form metadata, or None."""
-        if self.fallback is None:
-            return self.layout.metadata
-        with stock.safe_open(self.path, "pt") as handle:
-            found: Mapping[str, str] | None = handle.metadata()
-            return found
 
     @once
     def extents(self) -> list[Extent]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import subprocess
@@ -14,9 +13,11 @@ import pytest
 import torch
 from loader_files import bits
 from places import SUPPORT
+from safetensors.torch import save_file
 
 from fastst_patch import ParallelLoader, SafeTensorsFileLoader, fastsafe_open, sharding
 from fastst_patch.config import Config
+from fastst_patch.loader.stock_file import layout_of
 
 
 class Pair:
@@ -52,7 +53,7 @@ class FakeSharded:
                     self.paths |= dict.fromkeys(found, path)
         self.names = list(self.tensors)
         self.sources = [
-            SimpleNamespace(path=path, metadata=functools.partial(dict, of=path))
+            SimpleNamespace(path=path, fallback=None, layout=layout_of(path))
             for path in dict.fromkeys(self.paths.values())
         ]
         FakeSharded.made.append(self)
@@ -97,17 +98,15 @@ class FakeGroup(tuple):
 
 
 @pytest.fixture
-def files(raw, monkeypatch) -> dict[str, torch.Tensor]:
+def files(tmp_path, monkeypatch) -> dict[str, str]:
     monkeypatch.setattr(sharding, "ShardedFiles", FakeSharded, raising=False)
     monkeypatch.setattr(sharding, "Group", FakeGroup, raising=False)
     FakeSharded.made.clear()
-    return {
-        f"{k}": raw.tensors(
-            {f"{k}.w": torch.arange(30.0).view(5, 6) + k, f"{k}.b": torch.arange(3) + k},
-            f"{k}.safetensors",
-        )
-        for k in range(3)
-    }
+    paths = {f"{k}": str(tmp_path / f"{k}.safetensors") for k in range(3)}
+    for k, path in enumerate(paths.values()):
+        tensors = {f"{k}.w": torch.arange(30.0).view(5, 6) + k, f"{k}.b": torch.arange(3) + k}
+        save_file(tensors, path, {"of": path})
+    return paths
 
 
 def test_tensors_come_from_sharded_files(files) -> None:
@@ -158,6 +157,21 @@ def test_tensors_come_from_sharded_files(files) -> None:
         buffer.push_tensor("0.w", 2)
     with pytest.raises(RuntimeError, match="single-process"):
         list(buffer.iter_local_tensors(["0.w"]))
+    assert {path: rank for path, (_, rank) in loader.meta.items()} == {
+        files["0"]: 0, files["1"]: 1, files["2"]: 0,
+    }  # fmt: skip
+    ours, theirs = (
+        buffer.rank_loaders[rank][lidx]
+        for rank, lidx in map(buffer.key_to_rank_lidx.__getitem__, ("1.w", "2.w"))
+    )
+    assert (ours.metadata.src, theirs.metadata.src) == (files["1"], files["2"])
+    assert (list(ours.tensors), list(theirs.tensors)) == (["1.b", "1.w"], [])
+    with pytest.raises(RuntimeError, match="take tensors together; use shuffle"):
+        ours.tensors["1.w"]
+    assert bits(theirs.shuffle(Pair(), "2.w", 0).get_raw()) == bits(tensors["2.w"][3:].half())
+    assert theirs.push(Pair(), "2.b", 0, 0) is None
+    with pytest.raises(ValueError, match="a group of 1"):
+        theirs.shuffle(None, "2.w", 0)
     loader.close()
     assert fake.closed == 0  # the buffer closes it
     buffer.close()
