@@ -59,4 +59,5 @@ def test_the_model_has_the_weights(cuda, names, source, program, call) -> None:
     for name, expected in source.state_dict().items():
         assert torch.equal(found[name], expected.to(found[name].dtype))
     assert [(r.call, r.device, r.path) for r in profile.reports] == [(call, "cuda:0", "ring")]
-    assert cuda.driver.lib.fake_pageable_copies() == 1  # the chunk that is read back
+    read_back = cuda.driver.calls("cuMemcpyDtoHAsync_v2")
+    assert cuda.driver.lib.fake_pageable_copies() == read_back <= 2

@@ -66,7 +66,8 @@ def test_loads_through_pinned_memory(cuda, kind, model, fast, stock, tensors) ->
         for name in reversed(handle.keys()):
             assert torch.equal(handle.get_tensor(name), expected[name])
         assert torch.equal(handle.get_slice("floats")[7:9], expected["floats"][7:9])
-    assert cuda.driver.lib.fake_pageable_copies() == 1  # the chunk that is read back
+    read_back = cuda.driver.calls("cuMemcpyDtoHAsync_v2")
+    assert cuda.driver.lib.fake_pageable_copies() == read_back <= 2
     by_driver = "coherent" in kind
     assert (cuda.driver.calls("cuMemHostAlloc") > 0) == by_driver
     assert (cuda.driver.calls("cuMemHostRegister_v2") > 0) != by_driver
@@ -96,8 +97,7 @@ def test_modules_move_through_pinned_memory(kind, moving) -> None:
     module = torch.nn.Linear(300, 700)
     expected = module.weight.detach().clone()
     assert torch.equal(module.to("cuda").weight, expected)
-    copies = moving.driver.lib.fake_pageable_copies()
-    assert copies <= 2  # what is read back, of the device's tensor and of its source
+    assert moving.driver.lib.fake_pageable_copies() == 0
 
 
 # ---------------------------------------------------------------- the page cache
