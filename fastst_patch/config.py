@@ -71,7 +71,8 @@ class Config:
             ``auto`` is ``buffered`` unless the file is too large to be cached, ``gds`` reads by
             cuFile (to the CPU it is ``auto``), and ``mmap`` is left to stock.
         page_cache: ``auto`` and ``keep`` leave the file cached; ``drop`` leaves it uncached,
-            which makes ``io="auto"`` read with O_DIRECT.
+            which makes ``io="auto"`` read with O_DIRECT. To a device whose memory is the host's,
+            ``auto`` reads with O_DIRECT what is not cached.
         threads: most workers on one load, 1 to 64; 0 chooses by CPUs. With O_DIRECT
             to the CPU, 0 means twice as many, each with a quarter of ``chunk_bytes``.
         chunk_bytes: bytes one worker handles at a time, 64 KiB to 64 MiB.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Device",
+    "Memory",
     "Runtime",
     "Sample",
     "device_of",
@@ -155,9 +156,47 @@ class Runtime:
 
 _sides: dict[int, torch.cuda.Stream] = {}  # by ordinal
 
+
+class Memory(NamedTuple):
+    """Where a device's memory is, and what loads make of that. docs/devices.md has the reasons.
+
+    Attributes:
+        policy: both, in a line for users.
+        shared: whether it is the host's. A file that stays cached is then in memory twice.
+        counts_cached: whether the driver counts cached pages as taken, although the kernel gives
+            them up when the device needs memory.
+    """
+
+    policy: str
+    shared: bool
+    counts_cached: bool
+
+
+_NEVER = "(never run on such a device)"
+_OWN = Memory("memory of its own; copies start from pinned memory", False, False)
+_COHERENT = Memory(
+    "memory of its own, reads the host's page tables; copies start from memory that the driver"
+    f" allocates, never from a file's map {_NEVER}",
+    False,
+    False,
+)
+_SHARED = (
+    "shares the host's memory; copies start from pinned memory, and files that are not cached are"
+    f" read past the page cache {_NEVER}"
+)
+
+
+def _memory_of(kind: str, info: engine.DeviceInfo) -> Memory:
+    if info.integrated:
+        # CUDA tells the kernel's MemFree there, ROCm what is left of its own limit.
+        return Memory(_SHARED, True, counts_cached=kind == "cuda")
+    return _COHERENT if info.host_page_tables else _OWN
+
+
 _runtime = Runtime()
 # No lock: each update is one operation on one dict, and all threads write the same value.
 _opened: dict[tuple[int, int], engine.DeviceHandle] = {}  # by runtime and ordinal
+_memories: dict[tuple[int, int], Memory] = {}
 _proved: dict[tuple[int, int], int] = {}  # bytes of the largest sample that was right
 _refused: dict[int, str] = {}  # ordinal -> why, once bytes came out wrong
 
@@ -196,6 +235,15 @@ class Device:
             found = _opened.setdefault(key, self.runtime.native(self.ordinal))
         return found
 
+    def memory(self) -> Memory:
+        """Where its memory is. Raises as `native`."""
+        key = (id(self.runtime), self.ordinal)
+        found = _memories.get(key)
+        if found is None:
+            native = self.native()
+            found = _memories[key] = _memory_of(native.kind, engine.device_info(native))
+        return found
+
     def wants(self, nbytes: int) -> bool:
         """Whether a sample of so many bytes is to be verified: no similar one has been yet."""
         proved = _proved.get((id(self.runtime), self.ordinal), 0)
@@ -203,7 +251,11 @@ class Device:
 
     def room(self) -> int:
         """Bytes that can be allocated there now, in pieces of any size. Raises as `native`."""
-        return engine.device_info(self.native()).free_bytes + self.runtime.cached(self.ordinal)
+        info = engine.device_info(self.native())
+        free = info.free_bytes
+        if self.memory().counts_cached:
+            free = max(free, min(engine.memory_headroom() or 0, info.total_bytes))
+        return free + self.runtime.cached(self.ordinal)
 
     def synchronize(self) -> None:
         """Wait for the work pending on this thread's current stream: then any stream may use it."""
@@ -405,5 +457,6 @@ def replaced(runtime: Runtime) -> Iterator[None]:
 
 def _forget() -> None:
     _opened.clear()
+    _memories.clear()
     _proved.clear()
     _refused.clear()

@@ -211,9 +211,11 @@ int fst_device_open(int kind, const char *library, int ordinal, fst_device **out
 typedef struct fst_device_info {
     int32_t kind;
     int32_t ordinal;
-    int32_t streams;     /* that copies are spread over */
-    int32_t numa_node;   /* the device's, or -1 */
-    uint64_t free_bytes; /* the driver's own figure, now */
+    int32_t streams;          /* that copies are spread over */
+    int32_t numa_node;        /* the device's, or -1 */
+    int32_t integrated;       /* 1: its memory is the host's */
+    int32_t host_page_tables; /* 1: it reads pageable memory by the host's page tables */
+    uint64_t free_bytes;      /* the driver's own figure, now */
     uint64_t total_bytes;
 } fst_device_info;
 int fst_device_get_info(fst_device *device, fst_device_info *info, fst_error *err);

@@ -31,9 +31,10 @@ from .doctor_text import diagnose, render
 
 # Modules that import safetensors are imported in functions: without it the rest still works.
 if TYPE_CHECKING:
+    from ..device import Device
     from ..integrations import Hook
 
-__all__ = ["SCHEMA", "examine", "main"]
+__all__ = ["SCHEMA", "describe", "examine", "main"]
 
 SCHEMA = 1
 """Version of the JSON; increased when a key is removed or changes its meaning."""
@@ -63,19 +64,19 @@ for name in sys.argv[1:]:
     except OSError as error:
         found[name] = str(error)
 gpus = []
-def engine(i):
+def state(i):
     try:
-        from fastst_patch import device, engine
-        info = engine.device_info(device.Runtime().native(i))
-        return f"ready, {info.free_bytes / 2**30:.1f} GiB free, NUMA node {info.numa_node}"
+        from fastst_patch import device
+        from fastst_patch.cli.doctor import describe
+        return describe(device.Device(f"cuda:{i}", i, device.Runtime()))
     except Exception as error:
-        return f"cannot use it: {error}"
+        return {"engine": f"cannot use it: {error}"}
 try:
     import torch
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
-            gpus.append({"name": p.name, "memory_bytes": p.total_memory, "engine": engine(i)})
+            gpus.append({"name": p.name, "memory_bytes": p.total_memory, **state(i)})
     reason = None if gpus else (
         "this torch is built without CUDA" if torch.version.cuda is None and not torch.version.hip
         else "torch sees no usable GPU")
@@ -83,6 +84,15 @@ except Exception as error:
     reason = f"torch cannot tell: {error}"
 print(json.dumps({"libraries": found, "gpus": gpus, "gpu_reason": reason}))
 """
+
+
+def describe(device: Device) -> dict[str, str]:
+    """What the engine makes of a device, which it opens: for the child process."""
+    node = engine.device_info(device.native()).numa_node
+    return {
+        "engine": f"ready, {device.room() / 2**30:.1f} GiB free, NUMA node {node}",
+        "memory": device.memory().policy,
+    }
 
 
 def _versions() -> dict[str, str | None]:

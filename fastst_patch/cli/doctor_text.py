@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,10 +114,9 @@ def _good(found: Mapping[str, Any]) -> Iterator[str]:
         )
     if found["native"]["reason"] is None:
         yield f"native engine: loaded, {found['machine']['workers_per_load']} workers a load"
-    if found["gpus"]:
-        ready = [gpu["name"] for gpu in found["gpus"] if gpu["engine"].startswith("ready")]
-        if ready:
-            yield "GPU: " + ", ".join(ready)
+    ready = [gpu for gpu in found["gpus"] if gpu["engine"].startswith("ready")]
+    for (name, memory), count in Counter((gpu["name"], gpu["memory"]) for gpu in ready).items():
+        yield f"GPU: {f'{count} x ' if count > 1 else ''}{name}: {memory}"
     targets = _targets(found)
     if targets:
         yes = [one["name"] for one in targets if one["patched"] or _later(one)]

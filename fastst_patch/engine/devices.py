@@ -31,10 +31,12 @@ class DeviceHandle:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceInfo:
-    """See ``fst_device_info`` in native/fst.h; bytes are the driver's own figures."""
+    """See ``fst_device_info`` in native/fst.h; all of it is what the driver says."""
 
     streams: int
     numa_node: int
+    integrated: bool
+    host_page_tables: bool
     free_bytes: int
     total_bytes: int
 
@@ -74,7 +76,14 @@ def device_info(device: DeviceHandle) -> DeviceInfo:
     out, err = ffi.new("fst_device_info *"), ffi.new("fst_error *")
     if lib.fst_device_get_info(device.handle, out, err):
         raise_(err)
-    return DeviceInfo(out.streams, out.numa_node, out.free_bytes, out.total_bytes)
+    return DeviceInfo(
+        out.streams,
+        out.numa_node,
+        bool(out.integrated),
+        bool(out.host_page_tables),
+        out.free_bytes,
+        out.total_bytes,
+    )
 
 
 def compare(

@@ -52,12 +52,7 @@ BUDGET = 256 * MIB
 PINNED = 256 * MIB
 """Default of ``pinned_bytes``. Slots are pinned as workers need them: 16 of 4 MiB for 8 workers."""
 
-_PATHS = {
-    "buffered": "ring",
-    "direct": "ring+direct",
-    "direct-if-cold": "ring+direct",
-    "gds": "gds",
-}
+_PATHS = {"auto": "ring", "buffered": "ring", "direct": "ring+direct", "gds": "gds"}
 
 
 def group_bytes(budget: int) -> int:
@@ -84,24 +79,27 @@ class DeviceFile(OpenedFile):
         budget = self._budget
         order = FileOrder([(layout, range(len(layout.names)))], group_bytes(budget), one_ahead=True)
         self._prefetcher = Prefetcher(order, lambda: budget)
-        self._mode = self._read_mode()
+        self._mode = self._asked_mode()  # if "auto", the first read decides
         self.account.path = _PATHS[self._mode]
 
     # ---- which path ----
 
-    def _read_mode(self) -> str:
+    def _asked_mode(self) -> str:
         config = self.config
         if config.io == "mmap":
             raise Fallback("io='mmap' copies to a device from the map, which is what stock does")
-        if config.io != "auto":
-            return config.io
-        if config.page_cache == "drop":
-            return "direct"
-        headroom = engine.memory_headroom()
-        if config.page_cache == "keep" or headroom is None or self.file.fs_magic in NETWORKED:
+        return "direct" if config.io == "auto" and config.page_cache == "drop" else config.io
+
+    def _auto_mode(self) -> str:
+        """What is best for this file and device. May open the device's driver; raises as that."""
+        if self.config.page_cache == "keep" or self.file.fs_magic in NETWORKED:
             return "buffered"
+        if self._target.memory().shared:
+            return "direct-if-cold"
         # To cache a larger file would take more than half of the memory that is left.
-        return "direct-if-cold" if self.file.size > headroom // 2 else "buffered"
+        headroom = engine.memory_headroom()
+        large = headroom is not None and self.file.size > headroom // 2
+        return "direct-if-cold" if large else "buffered"
 
     @property
     def _budget(self) -> int:
@@ -301,6 +299,8 @@ class DeviceFile(OpenedFile):
         Raises:
             Fallback: the device's driver failed.
         """
+        if self._mode == "auto":
+            self._mode = self._auto_mode()
         pinned = PINNED if self.config.pinned_bytes is None else self.config.pinned_bytes
         return engine.read(
             self.file,
@@ -355,6 +355,8 @@ class DeviceFile(OpenedFile):
             self.account.reason = f"cuFile gave way: {stats.gds_note}"
         elif stats.bytes_gds:
             self.account.path = f"gds ({stats.gds_note})"
+        elif stats.bytes_direct:
+            self.account.path = "ring+direct"
         if stats.direct_errno:
             self.account.path = "ring"
             self.account.reason = f"O_DIRECT was refused ({os.strerror(stats.direct_errno)})"

@@ -137,6 +137,15 @@ static int numa_node(const fst_gpu *gpu, int device) {
     return fst_read_number(&node, "/sys/bus/pci/devices/%s/numa_node", id) ? (int)node : -1;
 }
 
+bool fst_gpu_memory_is(const fst_device *device, enum fst_gpu_memory what) {
+    /* CU_DEVICE_ATTRIBUTE_INTEGRATED, _PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES; HIP's
+     * hipDeviceAttributeIntegrated and so on, as numbered since ROCm 5 */
+    static const int numbers[2][2] = {{18, 100}, {16, 66}};
+    const fst_gpu *gpu = device->gpu;
+    int value = 0;
+    return gpu->attribute(&value, numbers[gpu->kind][what], device->handle) == 0 && value == 1;
+}
+
 static int make_current(const fst_device *device, fst_gpu_scope *scope, fst_error *err) {
     const fst_gpu *gpu = device->gpu;
     if (atomic_load(&forked))
@@ -297,11 +306,15 @@ int fst_device_get_info(fst_device *device, fst_device_info *info, fst_error *er
     int code = fst_gpu_enter(device, &scope, err);
     if (code != FST_OK) return code;
     int status = device->gpu->memory_info(&free_bytes, &total);
+    bool integrated = fst_gpu_memory_is(device, FST_GPU_INTEGRATED);
+    bool host_page_tables = fst_gpu_memory_is(device, FST_GPU_HOST_PAGE_TABLES);
     fst_gpu_leave(&scope);
     *info = (fst_device_info){.kind = device->gpu->kind,
                               .ordinal = device->ordinal,
                               .streams = FST_STREAMS,
                               .numa_node = device->numa_node,
+                              .integrated = integrated,
+                              .host_page_tables = host_page_tables,
                               .free_bytes = free_bytes,
                               .total_bytes = total};
     return status == 0 ? FST_OK : fst_gpu_fail(err, device, "asking for its free memory", status);

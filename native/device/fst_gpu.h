@@ -78,6 +78,13 @@ int fst_gpu_enter(const fst_device *device, fst_gpu_scope *scope, fst_error *err
 int fst_gpu_enter_surely(const fst_device *device, fst_gpu_scope *scope, fst_error *err);
 void fst_gpu_leave(const fst_gpu_scope *scope);
 
+/* How a device's memory relates to the host's: whether the driver says so. */
+enum fst_gpu_memory {
+    FST_GPU_INTEGRATED = 0,      /* it is the host's memory */
+    FST_GPU_HOST_PAGE_TABLES = 1 /* pageable memory is read by the page tables of the host */
+};
+bool fst_gpu_memory_is(const fst_device *device, enum fst_gpu_memory what);
+
 /* Puts the address of a library's function into *field; false: there is none. */
 bool fst_gpu_find(void *library, const char *name, void *field);
 /* FST_E_DEVICE with the device, the call and the driver's name for the status. */

@@ -7,6 +7,11 @@
  *
  * Slots are not inherited by children (MADV_DONTFORK): after a fork, a write by the parent would
  * give the process another page than the one that the device reads.
+ *
+ * On CUDA devices that read by the host's page tables (Grace Hopper, GB10) cuMemHostRegister pins
+ * nothing, as NVIDIA documents. There the driver allocates the slots, as it does for torch's pinned
+ * tensors: docs/devices.md has the measurements of others. A fork does no harm to these: the device
+ * follows the page tables of this process.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -18,7 +23,8 @@
 #include "base/fst_sys.h"
 #include "device/fst_ring.h"
 
-#define PORTABLE 1u /* CU_MEMHOSTREGISTER_PORTABLE, hipHostRegisterPortable: any context */
+/* CU_MEMHOSTREGISTER_PORTABLE, CU_MEMHOSTALLOC_PORTABLE, hipHostRegisterPortable: any context */
+#define PORTABLE 1u
 #define PREFERRED 1 /* MPOL_PREFERRED: near the device, elsewhere if need be */
 #define NODES_MAX 1024
 
@@ -60,12 +66,27 @@ static void near(const fst_device *device, const fst_pages *pages) {
     (void)syscall(SYS_mbind, pages->map, pages->map_bytes, PREFERRED, mask, NODES_MAX, 0);
 }
 
+static bool registering_pins(const fst_device *device) {
+    return device->gpu->kind != FST_GPU_CUDA ||
+           !fst_gpu_memory_is(device, FST_GPU_HOST_PAGE_TABLES);
+}
+
+static int allocate(const fst_gpu *gpu, fst_pages *pages) {
+    void *memory = NULL;
+    int status = gpu->host_alloc(&memory, (size_t)pages->bytes, PORTABLE);
+    pages->data = memory;
+    return status;
+}
+
 static bool pin(fst_device *device, fst_slot *slot) {
     fst_gpu_scope scope;
     fst_error ignored = {0};
+    const fst_gpu *gpu = device->gpu;
+    fst_pages *pages = &slot->pages;
     uint64_t begin = fst_nanoseconds(CLOCK_MONOTONIC);
     if (fst_gpu_enter(device, &scope, &ignored) != FST_OK) return false;
-    int status = device->gpu->host_register(slot->pages.data, (size_t)slot->pages.bytes, PORTABLE);
+    int status = slot->drivers ? allocate(gpu, pages)
+                               : gpu->host_register(pages->data, (size_t)pages->bytes, PORTABLE);
     fst_gpu_leave(&scope);
     uint64_t took = fst_nanoseconds(CLOCK_MONOTONIC) - begin;
     (void)pthread_mutex_lock(&ring.lock);
@@ -78,7 +99,9 @@ static bool unpin(fst_slot *slot) {
     fst_gpu_scope scope;
     fst_error ignored = {0};
     if (fst_gpu_enter_surely(slot->device, &scope, &ignored) != FST_OK) return false;
-    int status = slot->device->gpu->host_unregister(slot->pages.data);
+    const fst_gpu *gpu = slot->device->gpu;
+    int status =
+        slot->drivers ? gpu->host_free(slot->pages.data) : gpu->host_unregister(slot->pages.data);
     fst_gpu_leave(&scope);
     return status == 0;
 }
@@ -86,21 +109,28 @@ static bool unpin(fst_slot *slot) {
 /* Memory that the driver does not unpin stays mapped: nothing else could be pinned at its address,
  * and a device may still read there. */
 static void destroy(fst_slot *slot) {
-    if (!slot->pinned || unpin(slot)) fst_pages_unmap(&slot->pages);
+    bool released = !slot->pinned || unpin(slot);
+    if (released && !slot->drivers) fst_pages_unmap(&slot->pages);
     free(slot);
 }
 
 static fst_slot *create(fst_device *device, uint64_t bytes, bool pinned) {
     fst_slot *slot = calloc(1, sizeof *slot);
-    if (slot == NULL || fst_pages_map(&slot->pages, bytes) != 0) {
+    if (slot == NULL) return NULL;
+    slot->device = device;
+    slot->drivers = pinned && !registering_pins(device);
+    if (slot->drivers) {
+        slot->pages.bytes = bytes;
+        slot->pinned = pin(device, slot);
+    } else if (fst_pages_map(&slot->pages, bytes) == 0) {
+        near(device, &slot->pages);
+        bool apart = FST_SYS->madvise(slot->pages.map, (size_t)slot->pages.map_bytes,
+                                      MADV_DONTFORK) == 0; /* without it, none may be pinned */
+        slot->pinned = pinned && apart && pin(device, slot);
+    } else {
         free(slot);
         return NULL;
     }
-    slot->device = device;
-    near(device, &slot->pages);
-    bool apart = FST_SYS->madvise(slot->pages.map, (size_t)slot->pages.map_bytes, MADV_DONTFORK) ==
-                 0; /* without it, none may be pinned */
-    slot->pinned = pinned && apart && pin(device, slot);
     if (slot->pinned == pinned) return slot;
     destroy(slot);
     return NULL;

@@ -8,6 +8,7 @@ typedef struct fst_slot {
     fst_pages pages;
     fst_device *device; /* that pinned it; any device of the same driver may use it */
     bool pinned;        /* false: pinning was refused, and copies from it are slower */
+    bool drivers;       /* the driver allocated it, in place of pinning memory of ours */
     struct fst_slot *next;
 } fst_slot;
 

@@ -42,7 +42,8 @@ int fst_io_direct_slot(const fst_io_context *io, fst_error *err) {
         if (n < 0) {
             code = errno;
             if (fst_io_again(code, &again)) continue;
-            bool refused = code == EINVAL || code == ENOTSUP;
+            /* EFAULT: the slot is a driver's, and the kernel cannot pin it for the read. */
+            bool refused = code == EINVAL || code == ENOTSUP || code == EFAULT;
             return fst_fail(err, refused ? FST_E_INVALID : FST_E_SYS, code,
                             "%s: O_DIRECT read at offset %llu: %s", io->file->path,
                             (unsigned long long)(from + got), strerror(code));

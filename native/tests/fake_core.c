@@ -110,6 +110,8 @@ static bool is_unordered(enum function function) {
     case AT_cuEventDestroy_v2:
     case AT_cuEventQuery:
     case AT_cuEventSynchronize:
+    case AT_cuMemHostAlloc:
+    case AT_cuMemFreeHost:
     case AT_cuMemHostRegister_v2:
     case AT_cuMemHostUnregister:
     case AT_cuMemAlloc_v2:
@@ -185,6 +187,7 @@ int fake_fail(const char *name, uint64_t first, uint64_t count, int code) {
 }
 
 void fake_refuse_pin(uint64_t first, uint64_t count) {
+    (void)fake_fail("cuMemHostAlloc", first, count, OUT_OF_MEMORY);
     (void)fake_fail("cuMemHostRegister_v2", first, count, OUT_OF_MEMORY);
     (void)fake_fail("hipHostRegister", first, count, OUT_OF_MEMORY);
 }
@@ -411,6 +414,7 @@ static void forget(void) {
     fake.mode = FAKE_LATE_MODE;
     fake.query_delay = 2;
     fake.free_copies = fake.capturing = false;
+    fake.integrated = fake.host_page_tables = 0;
     fake.lost = 0;
     fake.random = 1;
     fake.copied_bytes = fake.pageable_copies = 0;

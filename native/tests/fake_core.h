@@ -92,6 +92,8 @@ extern struct fake {
     int devices;
     int query_delay;
     bool free_copies;
+    int integrated; /* the answers of every device to questions for these attributes */
+    int host_page_tables;
     bool initialised;
     bool forked;    /* since then: nothing works any more */
     bool capturing; /* a thread that is none of the callers captures a graph, in "global" mode */
@@ -231,7 +233,10 @@ bool quarantine_is_full(void); /* then blocks are handed out again */
 int memory_alloc(struct context *context, uintptr_t *out, size_t bytes);
 int memory_free(struct context *context, uintptr_t address);
 int memory_info(struct context *context, size_t *free_bytes, size_t *total_bytes);
-int host_register(void *base, size_t bytes);
+int device_attribute(int *value, int device, int answer); /* answer below 0: it is not known */
+int host_alloc(void **out, size_t bytes);
+int host_free(void *base);
+int host_register(void *base, size_t bytes, bool pins);
 int host_unregister(void *base);
 int copy(struct context *context, enum kind kind, uintptr_t to, uintptr_t from, size_t bytes,
          uintptr_t stream);

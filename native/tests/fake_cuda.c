@@ -39,6 +39,14 @@ int cuDeviceGet(int *device, int ordinal) {
                                            : (*device = ordinal, OK));
 }
 
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    CALL(cuDeviceGetAttribute, NEEDS_INIT,
+         device_attribute(value, device,
+                          attribute == 18    ? fake.integrated
+                          : attribute == 100 ? fake.host_page_tables
+                                             : -1));
+}
+
 int cuDeviceGetPCIBusId(char *id, int bytes, int device) {
     CALL(cuDeviceGetPCIBusId, NEEDS_INIT, pci_bus_id(id, bytes, device));
 }
@@ -104,9 +112,15 @@ int cuEventSynchronize(uintptr_t event) {
 
 /* ---- memory ---- */
 
+int cuMemHostAlloc(void **out, size_t bytes, unsigned flags) {
+    CALL(cuMemHostAlloc, NEEDS_CONTEXT, flags > 7 ? INVALID_VALUE : host_alloc(out, bytes));
+}
+
+int cuMemFreeHost(void *base) { CALL(cuMemFreeHost, NEEDS_CONTEXT, host_free(base)); }
+
 int cuMemHostRegister_v2(void *base, size_t bytes, unsigned flags) {
     CALL(cuMemHostRegister_v2, NEEDS_CONTEXT,
-         flags > 15 ? INVALID_VALUE : host_register(base, bytes));
+         flags > 15 ? INVALID_VALUE : host_register(base, bytes, fake.host_page_tables == 0));
 }
 
 int cuMemHostUnregister(void *base) {

@@ -41,11 +41,14 @@ enum {
 void fake_mode(int mode, uint64_t seed);
 void fake_devices(int count);           /* 0..16; default 1; before initialisation */
 void fake_device_bytes(uint64_t bytes); /* total memory of each; default 16 GiB */
-void fake_query_delay(int queries);     /* answers "not ready" to each record; default 2 */
-void fake_free_copies(int on);          /* work is done at once and moves no bytes */
-void fake_quarantine(uint64_t bytes);   /* freed memory kept and watched; default 64 MiB */
-void fake_dlpack_device(int type);      /* of fake_block: 1 CPU (default), 2 CUDA, 10 ROCm */
-void fake_close_stdin(int on);          /* cuFileDriverOpen closes descriptor 0 */
+/* What every device says of its memory (0 or 1): that it is the host's; and that it reads pageable
+ * memory by the host's page tables. With the latter, cuMemHostRegister_v2 pins nothing. */
+void fake_unified(int integrated, int host_page_tables);
+void fake_query_delay(int queries);   /* answers "not ready" to each record; default 2 */
+void fake_free_copies(int on);        /* work is done at once and moves no bytes */
+void fake_quarantine(uint64_t bytes); /* freed memory kept and watched; default 64 MiB */
+void fake_dlpack_device(int type);    /* of fake_block: 1 CPU (default), 2 CUDA, 10 ROCm */
+void fake_close_stdin(int on);        /* cuFileDriverOpen closes descriptor 0 */
 
 /* ---- failures ---- */
 
@@ -55,7 +58,7 @@ void fake_close_stdin(int on);          /* cuFileDriverOpen closes descriptor 0 
  * cuFileHandleDeregister cannot fail.
  * Returns 0, or -1 for an unknown name. */
 int fake_fail(const char *name, uint64_t first, uint64_t count, int code);
-/* Pinning (cuMemHostRegister_v2, hipHostRegister) fails with "out of memory". */
+/* Pinning (cuMemHostAlloc, cuMemHostRegister_v2, hipHostRegister) fails with "out of memory". */
 void fake_refuse_pin(uint64_t first, uint64_t count);
 /* From now on every call but for error names returns the code; pending work never runs.
  * 0: the device is back. */
@@ -109,14 +112,14 @@ int fake_forget(void *memory);
 uint64_t fake_violations(void);
 const char *fake_violation_text(uint64_t i); /* of the first 64; else "" */
 uint64_t fake_copied_bytes(void);            /* by copies that have run, in any direction */
-uint64_t fake_pageable_copies(void);         /* from or to host memory not registered */
+uint64_t fake_pageable_copies(void);         /* from or to host memory that is not pinned */
 int fake_current_depth(void);                /* contexts on the calling thread's stack */
 
 typedef struct fake_counts { /* without what is the allocator's */
     int32_t contexts;        /* retained more often than released */
     int32_t streams;
     int32_t events;
-    int32_t ranges; /* host memory registered */
+    int32_t ranges; /* host memory registered, or allocated by the driver */
     uint64_t range_bytes;
     int32_t blocks; /* live, from every source */
     int32_t file_driver;

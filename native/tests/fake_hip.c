@@ -22,6 +22,14 @@ int hipSetDevice(int device) {
          device_context(device) == NULL ? INVALID_DEVICE : (*hip_device() = device, OK));
 }
 
+int hipDeviceGetAttribute(int *value, int attribute, int device) {
+    CALL(hipDeviceGetAttribute, NEEDS_HIP,
+         device_attribute(value, device,
+                          attribute == 16   ? fake.integrated
+                          : attribute == 66 ? fake.host_page_tables
+                                            : -1));
+}
+
 int hipDeviceGetPCIBusId(char *id, int bytes, int device) {
     CALL(hipDeviceGetPCIBusId, NEEDS_HIP, pci_bus_id(id, bytes, device));
 }
@@ -68,7 +76,7 @@ int hipEventSynchronize(uintptr_t event) {
 
 int hipHostRegister(void *base, size_t bytes, unsigned flags) {
     (void)flags;
-    CALL(hipHostRegister, NEEDS_HIP, host_register(base, bytes));
+    CALL(hipHostRegister, NEEDS_HIP, host_register(base, bytes, true));
 }
 
 int hipHostUnregister(void *base) { CALL(hipHostUnregister, NEEDS_HIP, host_unregister(base)); }

@@ -287,12 +287,28 @@ int memory_info(struct context *context, size_t *free_bytes, size_t *total_bytes
     return OK;
 }
 
-/* ---- registered host memory ---- */
+int device_attribute(int *value, int device, int answer) {
+    if (device_context(device) == NULL) return INVALID_DEVICE;
+    if (value == NULL || answer < 0) return INVALID_VALUE;
+    *value = answer;
+    return OK;
+}
+
+void fake_unified(int integrated, int host_page_tables) {
+    (void)pthread_mutex_lock(&fake.lock);
+    fake.integrated = integrated;
+    fake.host_page_tables = host_page_tables;
+    (void)pthread_mutex_unlock(&fake.lock);
+}
+
+/* ---- host memory, registered or of the driver ---- */
 
 struct range {
     struct range *next;
     uintptr_t base;
     size_t bytes;
+    bool pinned;
+    void *memory; /* the driver's, or NULL: the caller's */
 };
 
 static struct range *ranges;
@@ -303,33 +319,59 @@ static struct range *range_overlapping(uintptr_t base, size_t bytes) {
     return NULL;
 }
 
-int host_register(void *base, size_t bytes) {
-    if (base == NULL || bytes == 0) return INVALID_VALUE;
-    if (range_overlapping((uintptr_t)base, bytes) != NULL) return ALREADY_REGISTERED;
+static void range_add(void *base, size_t bytes, bool pinned, void *memory) {
     struct range *range = zeroed(sizeof *range);
-    *range = (struct range){ranges, (uintptr_t)base, bytes};
+    *range = (struct range){ranges, (uintptr_t)base, bytes, pinned, memory};
     ranges = range;
-    return OK;
 }
 
-int host_unregister(void *base) {
+static void range_end(struct range **place) {
+    struct range *range = *place;
+    *place = range->next;
+    free(range->memory);
+    free(range);
+}
+
+/* Ends a range of the driver's memory, or of the caller's. */
+static int range_release(void *base, bool drivers) {
     struct range **place = &ranges;
     while (*place != NULL && (*place)->base != (uintptr_t)base) place = &(*place)->next;
     struct range *range = *place;
-    if (range == NULL) {
-        violation("host memory at %p unregistered, but it is not registered", base);
-        return NOT_REGISTERED;
+    if (range == NULL || (range->memory != NULL) != drivers) {
+        violation("host memory at %p released, but it is not %s", base,
+                  drivers ? "the driver's" : "registered");
+        return drivers ? INVALID_VALUE : NOT_REGISTERED;
     }
-    /* The caller will free it: a pending copy must not touch it any more. */
+    /* It will be freed: a pending copy must not touch it any more. */
     struct op *op = NULL;
     while ((op = op_touching(op, range->base, range->bytes)) != NULL) {
-        violation("host memory at %p unregistered before a copy that uses it has run", base);
+        violation("host memory at %p released before a copy that uses it has run", base);
         op->kind = NOTHING_TO_DO;
     }
-    *place = range->next;
-    free(range);
+    range_end(place);
     return OK;
 }
+
+int host_alloc(void **out, size_t bytes) {
+    if (out == NULL || bytes == 0) return INVALID_VALUE;
+    void *memory = aligned_alloc(PAGE, (bytes + PAGE - 1) / PAGE * PAGE);
+    if (memory == NULL) return OUT_OF_MEMORY;
+    memset(memory, FAKE_FRESH, bytes);
+    range_add(memory, bytes, true, memory);
+    *out = memory;
+    return OK;
+}
+
+int host_free(void *base) { return range_release(base, true); }
+
+int host_register(void *base, size_t bytes, bool pins) {
+    if (base == NULL || bytes == 0) return INVALID_VALUE;
+    if (range_overlapping((uintptr_t)base, bytes) != NULL) return ALREADY_REGISTERED;
+    range_add(base, bytes, pins, NULL);
+    return OK;
+}
+
+int host_unregister(void *base) { return range_release(base, false); }
 
 /* ---- copies ---- */
 
@@ -346,13 +388,12 @@ static int check_block(const struct context *context, uintptr_t base, size_t byt
 static int check_host(uintptr_t base, size_t bytes) {
     struct range *range = range_overlapping(base, bytes);
     if (base == 0) return INVALID_VALUE;
-    if (range == NULL) {
-        fake.pageable_copies++;
-        return OK;
+    if (range != NULL && (base < range->base || base + bytes > range->base + range->bytes)) {
+        violation("copy of %zu bytes at %#zx: only partly registered", bytes, (size_t)base);
+        return INVALID_VALUE;
     }
-    if (base >= range->base && base + bytes <= range->base + range->bytes) return OK;
-    violation("copy of %zu bytes at %#zx: only partly registered", bytes, (size_t)base);
-    return INVALID_VALUE;
+    fake.pageable_copies += range == NULL || !range->pinned;
+    return OK;
 }
 
 int copy(struct context *context, enum kind kind, uintptr_t to, uintptr_t from, size_t bytes,
@@ -430,11 +471,7 @@ void memory_reset(void) {
         block->state = ORPHAN;
         if (!block->managed) block_end(block);
     }
-    while (ranges != NULL) {
-        struct range *range = ranges;
-        ranges = range->next;
-        free(range);
-    }
+    while (ranges != NULL) range_end(&ranges);
 }
 
 void memory_count(fake_counts *out) {

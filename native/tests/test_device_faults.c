@@ -13,6 +13,7 @@ enum {
 
 static test_file made;
 static bool direct_works;
+static bool host_page_tables; /* then the driver allocates the slots */
 
 static fst_job_options small_ring(int threads) {
     fst_job_options options = options_to(0, FST_READ_BUFFERED);
@@ -31,6 +32,7 @@ static int go(int threads) {
     int32_t equal = 0;
     fst_job_options options = small_ring(threads);
     device_load l = {.made = made};
+    FAKE(fake_unified)(0, host_page_tables);
     int code = fst_device_get_info(options.device, &info, &err);
     if (code == FST_OK) code = device_load_once(&made, &options, &stats);
     if (code != FST_OK) return code;
@@ -49,6 +51,7 @@ static int go(int threads) {
 static int go_upload(int threads) {
     fst_job_stats stats;
     fst_job_options options = small_ring(threads);
+    FAKE(fake_unified)(0, host_page_tables);
     int code = device_upload_once(&made, &options, &stats);
     FAKE(fake_drain)();
     fst_pool_shutdown();
@@ -67,7 +70,8 @@ static void check_stack(const char *name, bool lost, int before) {
 /* What unregistering refused is registered still; then, and only then. */
 static void check_ranges(const char *name) {
     fake_counts now;
-    bool kept = strcmp(name, "cuMemHostUnregister") == 0 || strcmp(name, "hipHostUnregister") == 0;
+    bool kept = strcmp(name, "cuMemHostUnregister") == 0 || strcmp(name, "cuMemFreeHost") == 0 ||
+                strcmp(name, "hipHostUnregister") == 0;
     FAKE(fake_live)(&now);
     CHECK(now.ranges - device_before.ranges <= kept);
     device_before.ranges = now.ranges;
@@ -132,6 +136,19 @@ static void test_without_threads(void) {
         }
 }
 
+static void test_driver_memory_fails(void) {
+    static const char *const names[] = {"cuMemHostAlloc", "cuMemFreeHost", "cuDeviceGetAttribute"};
+    host_page_tables = true;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        for (int count = 1; count >= 0; count--)
+            for (uint64_t call = 1; fail_at(names[i], call, count, 2); call++)
+                MUST(call < CALLS_MAX);
+        FAKE(fake_live)(&device_before); /* what a lost device did not free */
+    }
+    CHECK_EQ(everything(2), FST_OK);
+    host_page_tables = false;
+}
+
 static void test_uploads_fail(void) {
     everything = go_upload;
     test_each_call_fails();
@@ -167,6 +184,7 @@ static const read_fault read_faults[] = {
     {DIRECT, "pread", 1, ALL, 0, 5001, FST_OK, 0},
     {DIRECT, "pread", 1, ALL, EINVAL, 0, FST_OK, EINVAL},
     {DIRECT, "pread", 4, 1, ENOTSUP, 0, FST_OK, ENOTSUP},
+    {DIRECT, "pread", 2, 1, EFAULT, 0, FST_OK, EFAULT},
     {BUFFERED, "pthread_create", 1, ALL, EAGAIN, 0, FST_OK, 0},
     {DIRECT, "pthread_create", 1, ALL, EAGAIN, 0, FST_OK, 0},
     {BUFFERED, "pthread_create", 2, ALL, EAGAIN, 0, FST_OK, 0},
@@ -218,6 +236,7 @@ int main(void) {
         RUN_ON(test_each_call_fails);
         RUN_ON(test_device_lost);
         RUN_ON(test_without_threads);
+        RUN_ON(test_driver_memory_fails);
         RUN_ON(test_uploads_fail);
         RUN_ON(test_reads_fail);
         RUN_ON(test_truncated_file);

@@ -13,10 +13,21 @@ enum {
 static test_file made;
 static bool uploading; /* from memory, in place of the file */
 
-static uint64_t pins(void) {
+static bool host_page_tables;
+
+static void clear(void) {
+    FAKE(fake_clear)();
+    FAKE(fake_unified)(0, host_page_tables);
+}
+
+static uint64_t registered(void) {
     return FAKE(fake_calls)(device_kind == FST_GPU_CUDA ? "cuMemHostRegister_v2"
                                                         : "hipHostRegister");
 }
+
+static uint64_t allocated(void) { return FAKE(fake_calls)("cuMemHostAlloc"); }
+
+static uint64_t pins(void) { return registered() + allocated(); }
 
 static uint64_t pinned(void) {
     fake_counts now;
@@ -50,7 +61,7 @@ static void test_limits(void) {
         CHECK_EQ(FAKE(fake_pageable_copies)() > 0, slots == 0);
         fst_pool_shutdown();
         CHECK_EQ(pinned(), 0);
-        FAKE(fake_clear)();
+        clear();
     }
 }
 
@@ -83,7 +94,7 @@ static void test_refused(void) {
         load(0, SLOT_BYTES, NO_LIMIT, 4); /* but after the ring was cleared */
         CHECK(pins() > tried);
         fst_pool_shutdown();
-        FAKE(fake_clear)();
+        clear();
     }
 }
 
@@ -112,9 +123,26 @@ static void test_uploads(void) {
     uploading = true;
     test_limits();
     test_refused();
-    FAKE(fake_clear)();
+    clear();
     test_reuse();
     uploading = false;
+}
+
+/* Where CUDA's registering pins nothing, the driver allocates the slots. */
+static void test_host_page_tables(void) {
+    bool cuda = device_kind == FST_GPU_CUDA;
+    host_page_tables = true;
+    clear();
+    test_limits();
+    test_refused();
+    clear();
+    test_reuse();
+    CHECK_EQ(allocated(), cuda);
+    CHECK_EQ(registered(), !cuda);
+    fst_pool_shutdown();
+    CHECK_EQ(pinned(), 0);
+    CHECK_EQ(FAKE(fake_calls)("cuMemFreeHost"), cuda);
+    host_page_tables = false;
 }
 
 /* What CUDA pinned is of no use to HIP. */
@@ -152,6 +180,24 @@ static void test_devices_open(void) {
     check_not_opened(device_kind, fake_path(), -1, FST_E_DEVICE);
     check_not_opened(device_kind, "/nowhere/libcuda.so.1", 0, FST_E_DEVICE);
     check_not_opened(device_kind, "libdl.so.2", 0, FST_E_DEVICE); /* has no such functions */
+}
+
+/* Where the driver does not know the question, the answer is no. */
+static void test_kinds_of_memory(void) {
+    fst_device_info info;
+    fst_error err = {0};
+    const char *asks =
+        device_kind == FST_GPU_CUDA ? "cuDeviceGetAttribute" : "hipDeviceGetAttribute";
+    for (int kind = 0; kind < 4; kind++) {
+        FAKE(fake_unified)(kind & 1, kind >> 1);
+        CHECK_EQ(fst_device_get_info(device_at(0), &info, &err), FST_OK);
+        CHECK(info.integrated == (kind & 1) && info.host_page_tables == kind >> 1);
+    }
+    CHECK_EQ(FAKE(fake_fail)(asks, 1, UINT64_MAX, 1), 0);
+    CHECK_EQ(fst_device_get_info(device_at(0), &info, &err), FST_OK);
+    CHECK(info.integrated == 0 && info.host_page_tables == 0);
+    load(0, SLOT_BYTES, SLOT_BYTES, 2);
+    CHECK_EQ(registered(), 1);
 }
 
 /* A driver under another name is another driver: its first device initialises it. */
@@ -246,6 +292,8 @@ int main(void) {
         RUN_ON(test_refused);
         RUN_ON(test_growing_chunks);
         RUN_ON(test_uploads);
+        RUN_ON(test_host_page_tables);
+        RUN_ON(test_kinds_of_memory);
         RUN_ON(test_devices_open);
         RUN_ON(test_open_fails);
         RUN_ON(test_context_is_kept);

@@ -282,6 +282,41 @@ static void test_registration(void) {
     end(3);
 }
 
+static void test_memory_of_the_driver(void) {
+    void *mine = NULL;
+    begin();
+    uintptr_t stream = stream_new(), memory = alloc(BYTES);
+    CHECK_EQ(FAKE(cuMemHostAlloc)(&mine, BYTES, 1), 0);
+    CHECK(all(mine, BYTES, FAKE_FRESH));
+    copy_in(memory, mine, stream);
+    CHECK_EQ(FAKE(fake_pageable_copies)(), 0);
+    BITES(CHECK_EQ(FAKE(cuMemFreeHost)(mine), 0)); /* while it is read from */
+    BITES(CHECK_EQ(FAKE(cuMemFreeHost)(mine), 1));
+    BITES(CHECK_EQ(FAKE(cuMemFreeHost)(slot), 1));
+    CHECK_EQ(FAKE(cuMemHostAlloc)(&mine, BYTES, 1), 0);
+    BITES(CHECK_EQ(FAKE(cuMemHostUnregister)(mine), 713));
+    end(4);
+}
+
+static void test_kinds_of_memory(void) {
+    int value = -1;
+    begin();
+    uintptr_t stream = stream_new(), memory = alloc(BYTES);
+    CHECK(FAKE(cuDeviceGetAttribute)(&value, 18, 0) == 0 && value == 0);
+    FAKE(fake_unified)(1, 1);
+    CHECK(FAKE(cuDeviceGetAttribute)(&value, 18, 0) == 0 && value == 1);
+    CHECK(FAKE(cuDeviceGetAttribute)(&value, 100, 0) == 0 && value == 1);
+    CHECK(FAKE(hipDeviceGetAttribute)(&value, 16, 0) == 0 && value == 1);
+    CHECK_EQ(FAKE(cuDeviceGetAttribute)(&value, 17, 0), 1);
+    CHECK_EQ(FAKE(cuDeviceGetAttribute)(&value, 18, 1), 101);
+    CHECK_EQ(FAKE(cuMemHostUnregister)(slot), 0);
+    CHECK_EQ(FAKE(cuMemHostRegister_v2)(slot, BYTES, 0), 0); /* pins nothing now */
+    copy_in(memory, slot, stream);
+    CHECK_EQ(FAKE(fake_pageable_copies)(), 1);
+    FAKE(fake_drain)();
+    end(0);
+}
+
 static void test_copies_out_and_on(void) {
     begin();
     uintptr_t stream = stream_new(), memory = alloc(BYTES), moved = alloc(BYTES);
@@ -414,6 +449,8 @@ int main(void) {
     RUN(test_freed_memory_is_watched);
     RUN(test_memory_is_finite);
     RUN(test_registration);
+    RUN(test_memory_of_the_driver);
+    RUN(test_kinds_of_memory);
     RUN(test_copies_out_and_on);
     RUN(test_faults);
     RUN(test_lost_device);

@@ -70,6 +70,7 @@ class Driver:
             ("fake_quarantine", None, "u"),
             ("fake_mode", None, "iu"),
             ("fake_device_bytes", None, "u"),
+            ("fake_unified", None, "ii"),
             ("fake_violations", ctypes.c_uint64, ""),
             ("fake_violation_text", ctypes.c_char_p, "u"),
             ("fake_copied_bytes", ctypes.c_uint64, ""),
