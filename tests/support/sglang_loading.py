@@ -16,11 +16,6 @@ from typing import Any
 
 import torch
 
-import fastst_patch
-
-Parameters = dict[str, torch.Tensor]
-
-
 # ---- packages that are missing ----
 
 
@@ -157,6 +152,8 @@ def load(folder: str, shapes: dict[str, Any], extra: Any = None, **told: Any) ->
     """
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader import loader as module
+
+    import fastst_patch  # not before: SGLang's plug-ins shall be the first to import it
 
     _give_arguments(module, told)
     loader = module.DefaultModelLoader(LoadConfig(model_loader_extra_config=extra or {}))
