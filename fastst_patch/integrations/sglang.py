@@ -1,0 +1,191 @@
+"""SGLang: weights come from the explicit loader, on the model's own device where that is one.
+
+    sglang.srt.plugins -> register()                     in every process of SGLang
+        import fastst_patch                              patches where FASTST_ENABLED says so
+
+    DefaultModelLoader._get_all_weights(model)           -> where this load goes, noted on loader
+    DefaultModelLoader._get_weights_iterator(source)     -> kept in a context variable around
+    safetensors_weights_iterator(files), and
+    buffered_multi_thread_safetensors_weights_iterator   -> stream, or leave it to SGLang
+
+SGLang opens every file for the CPU and copies each tensor, from pageable memory, into its
+parameter. Here the tensors are on the parameter's device when SGLang copies them. Names and bytes
+are the same; the order within a file is that of the offsets.
+
+The functions are wrapped by our own hooks. SGLang's HookRegistry imports its targets at once, in
+processes that load nothing, too, and logs a traceback where that fails; it checks no signature,
+cannot take a hook back, and is not there in processes that load no plug-ins.
+
+Left to SGLang, with a reason in the report: several ranks and drafters, which take little of what
+the files have, and functions with parameters that are not known. Quantized models, and models in
+memory that SGLang may release, stay on the CPU. SGLang has no open list of load formats, so there
+is no format of ours: options are given by the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..config import current, environment_enabled
+from ..errors import Fallback
+from .engines import Load, Wanted, arguments, begun, destination, note, noted, streamed, within
+from .hook import Hook, Integration
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["INTEGRATION", "NOT_REACHED", "register", "unreached"]
+
+_LOADERS = "sglang.srt.model_loader"
+_UTILS = f"{_LOADERS}.weight_utils"
+_LOADER = f"{_LOADERS}.loader"
+_ALL = "DefaultModelLoader._get_all_weights"
+_KNOWN = {
+    "hf_weights_files",
+    "max_workers",
+    "disable_mmap",
+    "prefetch",
+    "prefetch_num_threads",
+    "drop_cache_after_load",
+}
+
+
+def register() -> None:
+    """The entry point that SGLang calls in each of its processes. Never raises.
+
+    There is nothing left to do: importing this package has patched where FASTST_ENABLED is true.
+    """
+
+
+# ---- where a load goes ----
+
+
+def _get_all_weights(original: Any, args: Any, kwargs: Any) -> Any:
+    with contextlib.suppress(TypeError):  # the original's to say
+        bound = inspect.signature(original).bind(*args, **kwargs).arguments
+        note(bound["self"], lambda: _describe(bound["model_config"], bound["model"]))
+    return original(*args, **kwargs)
+
+
+def _get_weights_iterator(original: Any, args: Any, kwargs: Any) -> Any:
+    with within(noted(args[0], _ALL) if args else None):
+        return original(*args, **kwargs)
+
+
+def _describe(model_config: Any, model: torch.nn.Module) -> Load:
+    found = destination(model.parameters(), lambda: _keeps_on_cpu(model_config))
+    return Load(*found, left=_ranks())
+
+
+def _keeps_on_cpu(model_config: Any) -> str | None:
+    """Why tensors for a model on a device are given on the CPU, as SGLang gives them."""
+    if getattr(model_config, "quantization", None) is not None:
+        return "the model is quantized, and its conversions may differ on the device"
+    if _server_args().enable_memory_saver:
+        return "with enable_memory_saver, memory allocated while loading is kept"
+    return None
+
+
+def _server_args() -> Any:
+    context = sys.modules.get("sglang.srt.runtime_context")  # not in 0.5.11
+    if context is not None:
+        return context.get_server_args()
+    return sys.modules["sglang.srt.server_args"].get_global_server_args()
+
+
+def _ranks() -> str | None:
+    """Why a rank of several reads parts of the tensors, which SGLang's own loop does."""
+    from torch import distributed
+
+    # All kinds of parallelism in one model: the ranks are torch's default group in each version.
+    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+    return f"{ranks} ranks: each reads no more than its part" if ranks > 1 else None
+
+
+# ---- the iterators ----
+
+
+def _iterator(original: Any, args: Any, kwargs: Any) -> Any:
+    """In an iterator's place: what the context says is read now, before the iterator runs."""
+    load = begun(original.__name__)
+    return streamed(
+        "sglang",
+        args[0] if args else kwargs.get("hf_weights_files", ()),
+        lambda: _wanted(original, args, kwargs, load),
+        functools.partial(original, *args, **kwargs),
+    )
+
+
+def _wanted(original: Any, args: Any, kwargs: Any, load: Load) -> Wanted:
+    """A call of an iterator as we do it.
+
+    Raises:
+        Fallback: it is left to the original.
+    """
+    given = arguments(original, args, kwargs, load, _KNOWN)
+    return Wanted(
+        "sglang",
+        list(given["hf_weights_files"]),
+        load.device,
+        load.reason,
+        load.elements,
+        progress=_shows_progress(),
+        options=_options(given),
+    )
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Our options for what SGLang was told."""
+    options = {}
+    if given.get("disable_mmap") and current().io in ("auto", "mmap"):
+        options["io"] = "buffered"
+    if given.get("drop_cache_after_load"):
+        if options.get("io", current().io) == "mmap":
+            raise Fallback("io='mmap' leaves the files cached, and drop_cache_after_load does not")
+        options["page_cache"] = "drop"
+    return options
+
+
+def _shows_progress() -> bool:
+    from torch import distributed
+
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+# ---- processes that are not reached ----
+
+
+def unreached() -> str | None:
+    """What to tell a program that has imported SGLang and patches itself; None if nothing."""
+    if "sglang" not in sys.modules or environment_enabled() is not None:
+        return None
+    from multiprocessing import parent_process
+
+    return NOT_REACHED if parent_process() is None else None
+
+
+NOT_REACHED = (
+    "SGLang loads in processes of its own, which are spawned, and patch() does not reach them: set"
+    " FASTST_ENABLED=1 before the program starts, or start it by `fastst-patch run`"
+)
+
+
+INTEGRATION = Integration(
+    "sglang.load",
+    "weights are streamed ahead of SGLang's copies, through the pinned ring to the model's device",
+    ("sglang", "0.5.11", "0.5.23"),
+    (
+        Hook("sglang", _UTILS, "safetensors_weights_iterator", _iterator, ("hf_weights_files",)),
+        Hook("sglang", _UTILS, "buffered_multi_thread_safetensors_weights_iterator", _iterator,
+             ("hf_weights_files", "max_workers")),
+        Hook("sglang", _LOADER, _ALL, _get_all_weights, ("self", "model_config", "model")),
+        Hook("sglang", _LOADER, "DefaultModelLoader._get_weights_iterator", _get_weights_iterator,
+             ("self", "source")),
+    ),
+    unreached,
+)  # fmt: skip
