@@ -46,13 +46,16 @@ class PartOrder:
         self._at = -1  # the tensor given last
         self._used: dict[Part, None] = {}  # of it
         self._next = 0  # behind all that were started
-        self._passed = 0  # before it nothing more is predicted
+        self._cursor = 0  # behind all that were looked at
         self._group: Group | None = None  # the next one
+        self._full = False  # nothing more joins it
+        self._kinds_of: dict[int, tuple[Hashable, Hashable]] = {}  # of those looked at
 
     def expected(self, what: int) -> bool:
         """Note that a tensor is given, by its position: the one before was used."""
         if self._at >= 0:
             self._learn(self._at, tuple(self._used))
+            self._kinds_of.pop(self._at)
         self._at, self._used = what, {}
         return True
 
@@ -71,17 +74,20 @@ class PartOrder:
         return group
 
     def next(self, waiting: Mapping[Hashable, Group]) -> Group | None:
-        """See `Order`."""
+        """See `Order`. A group that is not full can wait until half of what is ahead is used."""
         if self._group is not None and self._group.last < self._at:
-            self._group = None
-        if self._group is None:
-            self._group = self._formed()
-        return self._group
+            self._group, self._full = None, False
+        if not self._full:
+            self._look_ahead()
+        group = self._group
+        if group is None or self._full or group.first <= self._at + _LOOK // 2:
+            return group
+        return None
 
     def started(self, group: Group) -> None:
         """See `Order`."""
         self._next = group.last + 1
-        self._group = None
+        self._group, self._full = None, False
 
     def gives_up(self, oldest: Group, now: bool) -> bool:
         """Give up what was predicted and not used."""
@@ -89,20 +95,26 @@ class PartOrder:
 
     def clear(self) -> list[Group]:
         """See `Order`."""
-        self._next, self._group = len(self.places), None
+        self._next = self._cursor = len(self.places)
+        self._group = None
         return []
 
     def _kinds(self, position: int) -> tuple[Hashable, Hashable]:
         """What tensors have in common: in other layers, and in other layers and experts."""
-        k, i = self.places[position]
-        layout = self._layouts[k]
-        name, form = layout.names[i], (tuple(layout.shape(i)), layout.dtype(i))
-        return (_NUMBER.sub("#", name, count=1), form), (_NUMBER.sub("#", name), form, "any")
+        found = self._kinds_of.get(position)
+        if found is None:
+            k, i = self.places[position]
+            layout = self._layouts[k]
+            name, form = layout.names[i], (tuple(layout.shape(i)), layout.dtype(i))
+            found = (_NUMBER.sub("#", name, count=1), form), (_NUMBER.sub("#", name), form, "any")
+            self._kinds_of[position] = found
+        return found
 
     def _learn(self, position: int, parts: tuple[Part, ...]) -> None:
         layer, any_number = self._kinds(position)
-        if self._known.get(layer) != parts:
-            self._passed = 0
+        if self._known.get(layer, parts) != parts:  # so what was looked at is wrong, too
+            self._cursor = self._next
+            self._group, self._full = None, False
         self._known[layer] = self._known[any_number] = parts
 
     def _predicted(self, position: int) -> tuple[Part, ...] | None:
@@ -111,23 +123,22 @@ class PartOrder:
         found = self._known.get(layer)
         return self._known.get(any_number) if found is None else found
 
-    def _formed(self) -> Group | None:
-        group: Group | None = None
-        position = max(self._next, self._at, self._passed, 0)
-        while position < min(len(self.places), self._at + _LOOK):
+    def _look_ahead(self) -> None:
+        """Add to the group what is predicted next."""
+        self._cursor = max(self._cursor, self._next, self._at, 0)
+        while self._cursor < min(len(self.places), self._at + _LOOK):
+            position = self._cursor
             parts = self._predicted(position)
             if parts is None and position > self._at:
-                break
+                return
             if parts:
-                if group is None:
-                    group = Group(self.places[position][0], position)
-                elif not self._joins(group, position, parts):
-                    break
-                self._add(group, position, parts)
-            position += 1
-        if group is None:
-            self._passed = position
-        return group
+                if self._group is None:
+                    self._group = Group(self.places[position][0], position)
+                elif not self._joins(self._group, position, parts):
+                    self._full = True
+                    return
+                self._add(self._group, position, parts)
+            self._cursor += 1
 
     def _joins(self, group: Group, position: int, parts: tuple[Part, ...]) -> bool:
         nbytes = sum(self._bytes(position, part) for part in parts)

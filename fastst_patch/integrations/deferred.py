@@ -104,7 +104,7 @@ class DeferredTensor(torch.Tensor):
     ) -> Any:
         """Do one of torch's functions."""
         kwargs = kwargs or {}
-        alone = all(kind is DeferredTensor for kind in types)
+        alone = types == (DeferredTensor,)
         if alone and func in _FACTS:
             with _Untouched():
                 return func(*args, **kwargs)

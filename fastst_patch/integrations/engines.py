@@ -274,6 +274,13 @@ class Counts:
         total = self._accounts.setdefault((device, file.path), Account(file.path))
         _move(file, total)
 
+    def use(self, file: Account, device: str, tensors: int, nbytes: int) -> None:
+        """Count some tensors, or more bytes of them, beside the counts of their file."""
+        total = self._accounts.setdefault((device, file.path), Account(file.path))
+        total.tensors += tensors
+        total.bytes += nbytes
+        total.reason = total.reason or file.reason
+
     def emit(self, wanted: Wanted, seconds: float) -> None:
         """One report, or one for each way by which the tensors came.
 

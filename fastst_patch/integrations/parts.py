@@ -39,7 +39,6 @@ from ..loader.arguments import Settings
 from ..loader.headers import Entry, open_entries
 from ..loader.local_files import bar_of
 from ..loader.messages import explained
-from ..report import Account
 from .deferred import DeferredTensor, plain
 from .engines import Counts, Wanted, check_mode
 from .uploads import PendingUpload
@@ -99,15 +98,15 @@ class _Packed:
 
 
 class _Cached:
-    """A `Pending` of parts that are read into the page cache; they are used from the map."""
+    """A `Pending` of parts that are read into the page cache. They are used from the map."""
 
     def landed(self) -> bool:
-        """The page cache is nobody's memory."""
+        """Whether nothing moves that is of this process: always."""
         return True
 
     def take(self, item: Item) -> torch.Tensor:
-        """Never called."""
-        raise NotImplementedError
+        """Refuse: there is nothing but the map."""
+        raise KeyError(item)
 
 
 @dataclasses.dataclass(eq=False)
@@ -136,6 +135,7 @@ class _Given:
         self.file = file
         self.position = position
         self.i = i
+        self.dtype = tensors.shape_and_dtype(file.layout, i)[1]
         self.counted: set[str] = set()  # devices that count it as a tensor
         self._load = load
         self._settled = False
@@ -162,8 +162,7 @@ class _Given:
             self._load.count(self, "cpu", view.nbytes)
 
     def _part(self, view: torch.Tensor) -> Part | None:
-        dtype = tensors.shape_and_dtype(self.file.layout, self.i)[1]
-        if view.dtype != dtype or view.is_conj() or view.is_neg():
+        if view.dtype != self.dtype or view.is_inference() or view.is_conj() or view.is_neg():
             return None
         part = Part.of(view)
         return part if part.is_box() else None
@@ -232,6 +231,8 @@ class Parts:
         self._prefetcher = Prefetcher(self._order, lambda: most)
         self.alive: weakref.WeakValueDictionary[int, DeferredTensor] = weakref.WeakValueDictionary()
         self._counts = Counts(wanted.reason)
+        if self._target is not None:
+            self._counts.reason = "tensors that are cast, or not copied, are used from the map"
         self._bar = bar_of(entries, self._numbers) if wanted.progress else None
 
     def _opened(self, entry: Entry) -> _File:
@@ -296,16 +297,12 @@ class Parts:
     def taken(self, given: _Given, part: Part, into: torch.Tensor) -> torch.Tensor | None:
         """A part on the device that it is copied into; None: it is copied from the map."""
         file, item = given.file, (given.i, part)
-        key = given.position, part
         if file.device is None:
-            if self._prefetcher.hand_out(key, self._start) is None:
+            if self._prefetcher.hand_out((given.position, part), self._start) is None:
                 self.read_ahead(file, [item])
-        elif self._moves(file, item, into):
+        elif self._moves(given, part, into):
             try:
-                pending = self._prefetcher.hand_out(key, self._start)
-                if pending is None:
-                    pending = self._moving(file, file.device, [item])
-                moved: torch.Tensor = pending.take(item)
+                moved = self._moved(given, file.device, item)
             except (Fallback, MemoryError) as error:
                 file.host.account.reason = Fallback.alone(error).reason
             except Exception as error:
@@ -313,19 +310,24 @@ class Parts:
             else:
                 self.count(given, file.device.device, moved.nbytes)
                 return moved
-        self.count(given, "cpu", part.numel * itemsize_of(file.layout, given.i))
+        self.count(given, "cpu", part.numel * given.dtype.itemsize)
         return None
 
-    def _moves(self, file: _File, item: Item, into: torch.Tensor) -> bool:
+    def _moved(self, given: _Given, device: DeviceFile, item: Item) -> torch.Tensor:
+        pending = self._prefetcher.hand_out((given.position, item[1]), self._start)
+        if pending is None:
+            pending = self._moving(given.file, device, [item])
+        moved: torch.Tensor = pending.take(item)
+        return moved
+
+    def _moves(self, given: _Given, part: Part, into: torch.Tensor) -> bool:
         """Whether a part goes through our hands to the device where it is copied."""
-        i, part = item
-        itemsize = itemsize_of(file.layout, i)
-        if into.device != self._torch_device or (
-            into.dtype != tensors.shape_and_dtype(file.layout, i)[1]
-        ):
+        itemsize = given.dtype.itemsize
+        if into.device != self._torch_device or into.dtype != given.dtype:
             return False
         if part.numel * itemsize > self._room:
-            file.host.account.reason = "parts that do not fit beside the model stay on the CPU"
+            reason = "parts that do not fit beside the model stay on the CPU"
+            given.file.host.account.reason = reason
             return False
         return part.dense or part.run * itemsize >= RUN
 
@@ -338,7 +340,7 @@ class Parts:
             account = file.device.account
         made = device not in given.counted
         given.counted.add(device)
-        self._counts.add(Account(account.path, nbytes, int(made), reason=account.reason), device)
+        self._counts.use(account, device, int(made), nbytes)
 
     # ---- reading ----
 
@@ -376,7 +378,7 @@ class Parts:
     def _is_packed(layout: FileLayout, device: DeviceFile, item: Item) -> bool:
         """Whether workers pack a part from the map: if an option does not say how it is read."""
         i, part = item
-        cached = device.account.path == "ring" or device.config.io == "auto"
+        cached = device._mode in ("buffered", "direct-if-cold")
         return cached and not part.dense and part.run * itemsize_of(layout, i) < LONG_RUN
 
     def _pack(self, file: _File, items: Sequence[Item], moving: _Moving) -> None:

@@ -185,6 +185,21 @@ def test_weights_used_after_all_were_given(rank_of_two, llama, cuda) -> None:
     assert cuda.driver.live().blocks == 0
 
 
+def test_a_mode_that_begins_later(rank_of_two, llama, cuda) -> None:
+    theirs, ours = (Parallel(1, 2, "cuda:0") for _ in range(2))
+    load(rank_of_two, llama, theirs)
+    config = SimpleNamespace(model=llama, prefix="")
+    with fastst_patch.patched():
+        pairs = rank_of_two.loader().get_all_weights(config, ours)
+        ours.load_weights([next(pairs)])
+        with torch.inference_mode():
+            kept = [next(pairs) for _ in range(9)]
+            ours.load_weights(kept[:5])
+        ours.load_weights(kept[5:])
+        ours.load_weights(pairs)
+    assert same(ours, theirs)
+
+
 @pytest.mark.parametrize("case", ["verify", "buffered", "mode"])
 def test_left_to_vllm(rank_of_two, llama, case) -> None:
     options = {"verify": {"verify": True}, "buffered": {"io": "buffered"}}.get(case, {})

@@ -55,7 +55,8 @@ def _compared(rank: Any, folder: str, device: str, way: str, extra: dict[str, An
             reports = load(vllm, folder, ours, "fastst", model_loader_extra_config=extra)
         after = engine.counters()
         return {
-            "same": same(ours, theirs), "keeps": ours.nbytes, "asked": len(vllm.utils.asked),
+            "device": device, "same": same(ours, theirs), "keeps": ours.nbytes,
+            "asked": len(vllm.utils.asked),
             "copied": after["bytes_copied"] - before["bytes_copied"],
             "reports": [[r.call, r.device, r.path, r.bytes, r.fallback_reason] for r in reports],
         }  # fmt: skip
