@@ -129,7 +129,7 @@ STEPS: dict[str, Any] = {
 }
 
 
-@settings(max_examples=400)
+@settings(max_examples=3 * settings.default.max_examples)  # 5 ms an example
 @given(st.data())
 def test_any_chain_of_operations(data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from([(4, 6), (1, 5), (5, 1), (2, 3, 4), (7,), (3, 2, 1, 2)]))

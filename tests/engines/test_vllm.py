@@ -237,7 +237,9 @@ def test_experts_of_other_ranks_are_not_read(vllm, folder, tensors, on_cpu, asse
     assert [report.tensors for report in seen.reports] == [len(few), 6, 9]
 
 
-def test_a_drafter_takes_little_of_the_files(vllm, folder, tensors, assert_same) -> None:
+def test_a_drafter_takes_little_of_the_files(
+    vllm, folder, tensors, assert_same, nothing_left
+) -> None:
     with Loading() as seen:
         ours = copied(vllm, folder, Model(ELEMENTS // 2, "cpu"), ["norm", "1.w"])
     assert vllm.utils.asked == []
