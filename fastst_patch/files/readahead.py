@@ -97,10 +97,11 @@ class ReadAhead:
 
     def tensors(self, arena: engine.Arena, wanted: array[int]) -> None:
         """Start reading ahead some tensors; workers find out what of them is not cached."""
-        if self._config.io == "mmap":
-            return
-        runs = Runs(map(self._layout.extent, wanted))
-        if runs.nbytes < WORKERS_FROM:
+        self.ranges(arena, Runs(map(self._layout.extent, wanted)))
+
+    def ranges(self, arena: engine.Arena, runs: Runs) -> None:
+        """Start reading ahead some of the file, as `tensors` does."""
+        if self._config.io == "mmap" or runs.nbytes < WORKERS_FROM:
             return
         if self._account.resident is None:
             whole = self._layout.data_begin, self._layout.data_bytes

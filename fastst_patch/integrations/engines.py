@@ -39,11 +39,15 @@ if TYPE_CHECKING:
     from ..layout import FileLayout
 
 __all__ = [
+    "Counts",
+    "Exchanged",
     "Load",
+    "TakesLittle",
     "Wanted",
     "Weights",
     "arguments",
     "begun",
+    "check_mode",
     "destination",
     "folder_of",
     "note",
@@ -191,21 +195,31 @@ class Wanted:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+class TakesLittle(Fallback):
+    """The files have much that the model does not take."""
+
+
+def check_mode() -> None:
+    """Raise Fallback unless the engine can read, and tensors made now are plain."""
+    error = engine.native_error()
+    if error is not None:
+        raise Fallback(error)
+    if not tensors.ordinary_mode():
+        raise Fallback("a torch mode or default device is in force")
+
+
 class Weights:
     """One load of an engine. Opens the files and reads their headers.
 
     Raises:
+        TakesLittle: the files have much that the model does not take.
         Fallback: the engine's own loop has to do it.
         OptionError: an option has a bad name or value.
         OSError, SafetensorError: a file cannot be opened.
     """
 
     def __init__(self, wanted: Wanted) -> None:
-        error = engine.native_error()
-        if error is not None:
-            raise Fallback(error)
-        if not tensors.ordinary_mode():
-            raise Fallback("a torch mode or default device is in force")
+        check_mode()
         self._wanted = wanted
         self._left_on_cpu: set[str] = set()
         self._given: set[str] = set()
@@ -221,7 +235,7 @@ class Weights:
         if self._target is not None:
             self._room = self._target.room()
             self._left_on_cpu = self._too_large()
-        self._counts = _Counts(wanted.reason)
+        self._counts = Counts(wanted.reason)
 
     def _loader_to(self, device: str, keep: Callable[[str], bool] | None) -> Any:
         from ..loader.parallel import ParallelLoader
@@ -258,7 +272,7 @@ class Weights:
                 elements += math.prod(layout.shape(i))
         taken = self._wanted.elements
         if taken is not None and elements > _MORE * taken:
-            raise Fallback(
+            raise TakesLittle(
                 f"the files have {elements} elements and the model {taken}: what it does not take"
                 " is better not read"
             )
@@ -337,7 +351,45 @@ class Weights:
             loader.close()
 
 
-class _Counts:
+class Exchanged:
+    """One load of an engine by a group of ranks: each reads some files, and all get all tensors.
+
+    All ranks of the group make one, and iterate over it in step.
+
+    Args:
+        wanted: the same on all ranks, but for the device.
+        group: a ``torch.distributed.ProcessGroup``.
+
+    Raises:
+        Fallback: the engine's own loop has to do it; on all ranks.
+        OptionError, RankError: an option has a bad value, here or on another rank.
+    """
+
+    def __init__(self, wanted: Wanted, group: Any) -> None:
+        check_mode()
+        from ..loader.parallel import ParallelLoader
+
+        self._loader = ParallelLoader(
+            group,
+            list(wanted.files),
+            use_tqdm_on_load=wanted.progress,
+            device=wanted.device,
+            nogds=True,  # unless the option io says otherwise
+            **wanted.options,
+        )
+        self._loader.loader._call = wanted.call
+
+    def pairs(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors, file by file.
+
+        Raises:
+            RankError: a rank failed.
+        """
+        with self._loader:
+            yield from self._loader.iterate_weights()
+
+
+class Counts:
     """Counts of all files of a load, by device and path.
 
     Args:
@@ -352,6 +404,13 @@ class _Counts:
         """Take over the counts of a file, which then has none."""
         total = self._accounts.setdefault((device, file.path), Account(file.path))
         _move(file, total)
+
+    def use(self, file: Account, device: str, tensors: int, nbytes: int) -> None:
+        """Count some tensors, or more bytes of them, beside the counts of their file."""
+        total = self._accounts.setdefault((device, file.path), Account(file.path))
+        total.tensors += tensors
+        total.bytes += nbytes
+        total.reason = total.reason or file.reason
 
     def emit(self, wanted: Wanted, seconds: float) -> None:
         """One report, or one for each way by which the tensors came.

@@ -12,9 +12,14 @@ vLLM opens every file for the CPU and copies each tensor, from pageable memory, 
 Here the tensors are on the parameter's device when vLLM copies them. Names and bytes are the
 same; the order within a file is that of the offsets.
 
-Left to vLLM, with a reason in the report: tensor and pipeline parallelism, and drafters, which
-take little of what the files have; strategies other than None, ``lazy`` and ``prefetch``;
-functions with parameters that are not known. Quantized models, and sleep mode, stay on the CPU.
+With tensor or pipeline parallelism, and where a model takes little of what the files have, the
+tensors are views of the files' maps, as vLLM's own, and only the parts that vLLM copies are read,
+to the parameter's device (`parts`). Ranks do not communicate, unless ``{"group": "tp"}`` asks for
+it.
+
+Left to vLLM, with a reason in the report: strategies other than None, ``lazy`` and ``prefetch``;
+functions with parameters that are not known. With sleep mode tensors stay on the CPU, and so do
+whole tensors of quantized models.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import wrapt
 
@@ -36,11 +41,13 @@ from ..config import config_context, current, environment_enabled, with_options
 from ..dropin import handle
 from ..dropin.eligibility import report_stock
 from ..errors import Fallback, FaststError, OptionError
-from .engines import Wanted, Weights, folder_of
+from .engines import Exchanged, TakesLittle, Wanted, Weights, folder_of
 from .hook import Hook, Integration
 
 if TYPE_CHECKING:
     import torch
+
+    from .parts import Parts
 
 __all__ = ["FORMAT", "INTEGRATION", "format_options", "register", "unreached"]
 
@@ -68,26 +75,38 @@ _THEIRS = ("enable_weights_track",)  # keys of vLLM's that go with the load form
 # ---- where a load goes ----
 
 
+class _Place(NamedTuple):
+    """Where tensors go, and why that is the CPU though the model is elsewhere."""
+
+    device: str = "cpu"
+    reason: str | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Load:
     """What `safetensors_weights_iterator` is not told of the load it is part of.
 
     Attributes:
-        device: of the model, or the CPU.
-        reason: why the tensors stay on the CPU though the model is elsewhere.
+        place: where whole tensors go.
+        place_of_parts: where parts go that are copied as they are.
         elements: of the model's parameters.
         left: why all of it is left to vLLM.
+        ranks: number of this rank among those that share each tensor, and how many these are;
+            None: this process takes all of the model.
         experts: whether other ranks have experts that this one does not take.
         options: of ours, where the load format is; else None.
+        group: whether these ranks exchange whole tensors.
         asked: called when the iterator is made.
     """
 
-    device: str = "cpu"
-    reason: str | None = None
+    place: _Place = _Place()  # noqa: RUF009 - it is immutable
+    place_of_parts: _Place = _Place()  # noqa: RUF009
     elements: int | None = None
     left: str | None = None
+    ranks: tuple[int, int] | None = None
     experts: bool = False
     options: Mapping[str, Any] | None = None
+    group: bool = False
     asked: Callable[[], None] = lambda: None
 
 
@@ -116,43 +135,44 @@ def _note(loader: Any, model_config: Any, model: Any) -> None:
 
 def _describe(model_config: Any, model: torch.nn.Module) -> _Load:
     parameters = list(model.parameters())
-    devices = {parameter.device for parameter in parameters}
-    device, reason = "cpu", None
-    if len(devices) == 1 and next(iter(devices)).type == "cuda":
-        reason = _keeps_on_cpu(model_config)
-        device = "cpu" if reason else str(next(iter(devices)))
-    elif any(one.type == "cuda" for one in devices):
-        reason = "the model is on several devices"
+    devices = {str(parameter.device) for parameter in parameters}
+    on_cuda = [device for device in devices if device.startswith("cuda")]
+    place = place_of_parts = _Place()
+    if len(on_cuda) == len(devices) == 1:
+        place = place_of_parts = _Place(on_cuda[0])
+        if getattr(model_config, "quantization", None) is not None:
+            reason = "the model is quantized, and its conversions may differ on the device"
+            place = _Place(reason=reason)
+        if getattr(model_config, "enable_sleep_mode", False):
+            reason = "with sleep mode, memory allocated while loading is kept"
+            place = place_of_parts = _Place(reason=reason)
+    elif on_cuda:
+        place = place_of_parts = _Place(reason="the model is on several devices")
     return _Load(
-        device,
-        reason,
+        place,
+        place_of_parts,
         elements=sum(parameter.numel() for parameter in parameters),
-        left=_parallel(),
+        ranks=_ranks(),
         experts=_expert_ranks() > 1 and bool(getattr(model_config, "is_moe", True)),
     )
 
 
-def _keeps_on_cpu(model_config: Any) -> str | None:
-    """Why tensors for a model on a device are given on the CPU, as vLLM gives them."""
-    if getattr(model_config, "quantization", None) is not None:
-        return "the model is quantized, and its conversions may differ on the device"
-    if getattr(model_config, "enable_sleep_mode", False):
-        return "with sleep mode, memory allocated while loading is kept"
-    return None
-
-
-def _parallel() -> str | None:
-    """Why a rank of several reads parts of the tensors, which vLLM's own loop does."""
+def _groups() -> Any:
+    """The module of vLLM's process groups, once these are made."""
     groups = sys.modules.get("vllm.distributed.parallel_state")
-    if groups is None or not groups.model_parallel_is_initialized():
+    made = groups is not None and groups.model_parallel_is_initialized()
+    return groups if made else None
+
+
+def _ranks() -> tuple[int, int] | None:
+    """See `_Load`. Pipeline stages take whole tensors, and skip others."""
+    groups = _groups()
+    if groups is None:
         return None
-    for name, size in (
-        ("tensor", groups.get_tensor_model_parallel_world_size()),
-        ("pipeline", groups.get_pp_group().world_size),
-    ):
-        if size > 1:
-            return f"{name} parallelism of {size}: each rank reads no more than its part"
-    return None
+    size = groups.get_tensor_model_parallel_world_size()
+    if size == 1 and groups.get_pp_group().world_size == 1:
+        return None
+    return groups.get_tensor_model_parallel_rank(), size
 
 
 def _expert_ranks() -> int:
@@ -195,7 +215,7 @@ def _weights(
     wanted, weights = None, None
     try:
         wanted = _wanted(original, args, kwargs, load)
-        weights = Weights(wanted)
+        weights = _begun(wanted, load)
     except FaststError:
         raise
     except Exception as error:  # a damaged file is vLLM's to tell, in stock's words
@@ -206,6 +226,21 @@ def _weights(
     files = args[0] if args else kwargs.get("hf_weights_files", ())
     report_stock("vllm", folder_of(wanted.files if wanted else list(files)), "cpu", fallback)
     yield from _left(original, args, kwargs, load)
+
+
+def _begun(wanted: Wanted, load: _Load) -> Weights | Parts | Exchanged:
+    """A load by the way that suits what this process takes of the tensors."""
+    shared = load.ranks is not None and load.ranks[1] > 1
+    if load.group and shared and wanted.keep is None:
+        return Exchanged(wanted, _groups().get_tp_group().device_group)
+    if load.ranks is None and (wanted.keep is not None or not load.experts):
+        with contextlib.suppress(TakesLittle):
+            return Weights(wanted)
+    from .parts import Parts
+
+    place = load.place_of_parts
+    wanted = dataclasses.replace(wanted, device=place.device, reason=place.reason)
+    return Parts(wanted, *load.ranks or (0, 1))
 
 
 def _left(original: Any, args: Any, kwargs: Any, load: _Load) -> Iterator[tuple[str, torch.Tensor]]:
@@ -238,13 +273,10 @@ def _wanted(original: Any, args: Any, kwargs: Any, load: _Load) -> Wanted:
         raise Fallback(f"safetensors_load_strategy is {strategy!r}")
     utils = sys.modules[original.__module__]
     local = given.get("local_expert_ids")
-    if load.experts and local is None:
-        raise Fallback("the experts of other ranks are better not read")
     return Wanted(
         "vllm",
         _sorted(given["hf_weights_files"], utils),
-        load.device,
-        load.reason,
+        *load.place,
         load.elements,
         None if local is None else _local_only(utils, local),
         bool(utils.enable_tqdm(given["use_tqdm_on_load"])),
@@ -289,8 +321,12 @@ def _add_format(loaders: Any) -> None:
         _log.warning("vLLM: load format %r is not added: %s", FORMAT, error)
 
 
-def format_options(extra: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``--model-loader-extra-config`` says: our options, and keys for vLLM's own loader.
+def format_options(extra: object) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """What ``--model-loader-extra-config`` says.
+
+    Returns:
+        Our options, keys for vLLM's own loader, and whether the ranks of tensor parallelism
+        exchange what they read.
 
     Raises:
         OptionError: a key or value is not allowed.
@@ -302,6 +338,9 @@ def format_options(extra: object) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     theirs = {name: value for name, value in extra.items() if name in _THEIRS}
     options = {name: value for name, value in extra.items() if name not in _THEIRS}
+    group = options.pop("group", None)
+    if group not in (None, "tp"):
+        raise OptionError(f"group={group!r}: allowed is 'tp', the ranks of tensor parallelism")
     for name in options:
         if name in _OF_THE_PROCESS:
             raise OptionError(
@@ -309,20 +348,20 @@ def format_options(extra: object) -> tuple[dict[str, Any], dict[str, Any]]:
                 " naming it in model_loader_extra_config"
             )
     with_options(current(), options)
-    return options, theirs
+    return options, theirs, group is not None
 
 
 def _loader_class(default: Any) -> Any:
     """The class behind the load format: vLLM's own loader over our iterator."""
 
     def init(self: Any, load_config: Any) -> None:
-        options, theirs = format_options(load_config.model_loader_extra_config)
+        options, theirs, group = format_options(load_config.model_loader_extra_config)
         # vLLM's loader refuses a format and keys that it does not know.
         plain = dataclasses.replace(
             load_config, load_format="auto", model_loader_extra_config=theirs
         )
         default.__init__(self, plain)
-        self._fastst_options = options
+        self._fastst_options, self._fastst_group = options, group
 
     def get_all_weights(self: Any, model_config: Any, model: Any) -> Any:
         _note(self, model_config, model)
@@ -346,6 +385,7 @@ def _format_iterator(default: Any, loader: Any, source: Any) -> Any:
     load = dataclasses.replace(
         getattr(loader, _NOTED, _UNKNOWN),
         options=loader._fastst_options,
+        group=loader._fastst_group,
         asked=lambda: asked.append(True),
     )
     original = inspect.unwrap(default._get_weights_iterator, stop=_calls_the_iterator)
@@ -354,7 +394,7 @@ def _format_iterator(default: Any, loader: Any, source: Any) -> Any:
         result = function(loader, source)
     if not asked:
         reason = Fallback(f"this checkpoint is not read by {_ITERATOR}")
-        report_stock("vllm", source.model_or_path, load.device, reason)
+        report_stock("vllm", source.model_or_path, load.place.device, reason)
     return result
 
 

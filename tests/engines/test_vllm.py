@@ -200,31 +200,51 @@ def test_these_strategies_are_ours(vllm, folder, on_cpu, strategy) -> None:
     assert vllm.utils.asked == []
 
 
+def copied(vllm, folder, model, few=None, **options):
+    """Copies of what a model takes of the weights that it is given."""
+    with fastst_patch.patched():
+        loader = vllm.loader()
+        loader.local_expert_ids = options.pop("local", None)
+        config = SimpleNamespace(model=str(folder), prefix="", **options)
+        found = {}
+        for name, tensor in loader.get_all_weights(config, model):
+            if few is None or name in few:
+                found[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                found[name].data.copy_(tensor)
+        return found
+
+
 @pytest.mark.parametrize("kind", ["tensor", "pipeline"])
-def test_ranks_that_take_parts_are_vllms(vllm, folder, cuda, on_cuda, kind) -> None:
+def test_ranks_that_take_parts(vllm, folder, tensors, cuda, on_cuda, assert_same, kind) -> None:
     vllm.parallel.sizes[kind] = 2
-    with Loading() as seen, fastst_patch.patched():
-        vllm.load(folder, on_cuda)
-    assert len(vllm.utils.asked) == 3
-    assert cuda.allocated == 0
-    assert seen.only.fallback_reason.startswith(f"{kind} parallelism of 2")
+    with Loading() as seen:
+        ours = copied(vllm, folder, on_cuda)
+    assert vllm.utils.asked == []
+    assert_same({name: ours[name] for name in tensors}, tensors)
+    assert (seen.only.device, seen.only.path, seen.only.tensors) == ("cuda:0", "ring", len(tensors))
+    assert seen.only.fallback_reason is None
 
 
-def test_experts_of_other_ranks_are_not_read(vllm, folder, on_cpu) -> None:
+def test_experts_of_other_ranks_are_not_read(vllm, folder, tensors, on_cpu, assert_same) -> None:
     vllm.parallel._EP = SimpleNamespace(world_size=2)
-    with Loading() as seen, fastst_patch.patched():
-        vllm.load(folder, on_cpu)
-        vllm.load(folder, on_cpu, local={0})
-        vllm.load(folder, on_cpu, model_config={"is_moe": False})
-    reasons = [report.fallback_reason for report in seen.reports]
-    assert reasons == ["the experts of other ranks are better not read", None, None]
+    few = [name for name in tensors if "experts" not in name or "experts.1." in name]
+    with Loading() as seen:
+        ours = copied(vllm, folder, on_cpu, few)
+        copied(vllm, folder, on_cpu, local={0})
+        copied(vllm, folder, on_cpu, is_moe=False)
+    assert_same({name: ours[name] for name in few}, {name: tensors[name] for name in few})
+    assert [report.fallback_reason for report in seen.reports] == [None] * 3
+    assert [report.tensors for report in seen.reports] == [len(few), 6, 9]
 
 
-def test_a_drafter_takes_little_of_the_files(vllm, folder) -> None:
-    with Loading() as seen, fastst_patch.patched():
-        vllm.load(folder, Model(ELEMENTS // 2, "cpu"))
-    assert len(vllm.utils.asked) == 3
-    assert f"the model {ELEMENTS // 2}" in seen.only.fallback_reason
+def test_a_drafter_takes_little_of_the_files(
+    vllm, folder, tensors, assert_same, nothing_left
+) -> None:
+    with Loading() as seen:
+        ours = copied(vllm, folder, Model(ELEMENTS // 2, "cpu"), ["norm", "1.w"])
+    assert vllm.utils.asked == []
+    assert_same({"1.w": ours["1.w"]}, {"1.w": tensors["1.w"]})
+    assert seen.only.bytes == tensors["1.w"].nbytes + tensors["norm"].nbytes
 
 
 def test_a_name_in_two_files_is_vllms(vllm, folder, on_cpu) -> None:

@@ -141,3 +141,13 @@ def test_load_format_reaches_the_engine(checkpoint, tmp_path, tokens) -> None:  
     assert found == tokens
     assert len(told) == 1
     assert "path buffered" in told[0]
+
+
+def test_two_workers_take_their_parts(checkpoint, tmp_path) -> None:  # noqa: F811
+    options = {"tensor_parallel_size": 2}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    plain, _ = generate(checkpoint, tmp_path, options, **environment)
+    found, told = generate(checkpoint, tmp_path, options, FASTST_ENABLED="1", **environment)
+    assert found == plain
+    assert len(told) == 2  # a line of each worker
+    assert all("in 21 tensors" in line and "path mmap" in line for line in told)

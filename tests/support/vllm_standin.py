@@ -101,6 +101,8 @@ _PARALLEL = """
 from types import SimpleNamespace
 
 sizes = {"tensor": 1, "pipeline": 1}
+rank = 0  # of tensor parallelism
+group = None
 _EP = None
 
 def model_parallel_is_initialized():
@@ -108,6 +110,12 @@ def model_parallel_is_initialized():
 
 def get_tensor_model_parallel_world_size():
     return sizes["tensor"]
+
+def get_tensor_model_parallel_rank():
+    return rank
+
+def get_tp_group():
+    return SimpleNamespace(device_group=group)
 
 def get_pp_group():
     return SimpleNamespace(world_size=sizes["pipeline"])

@@ -1,0 +1,79 @@
+"""Ranks that load a model as vLLM's do; see parallel_model.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import vllm_standin
+from parallel_model import Parallel
+
+import fastst_patch
+from fastst_patch import engine
+from fastst_patch.integrations import vllm as integration
+
+
+def load(
+    vllm: Any, folder: str, model: Parallel, load_format: str = "auto", **options: Any
+) -> list[Any]:
+    """Load a model; what was reported."""
+    loader = vllm.loader(load_format, **options)
+    config = SimpleNamespace(model=folder, prefix="")
+    with fastst_patch.profile() as seen:
+        model.load_weights(loader.get_all_weights(config, model))
+    return seen.reports
+
+
+def same(ours: Parallel, theirs: Parallel) -> bool:
+    """Whether all parameters are equal, byte for byte."""
+    return all(
+        torch.equal(ours.params[name].view(torch.uint8), param.view(torch.uint8))
+        if param.dim()
+        else torch.equal(ours.params[name], param)
+        for name, param in theirs.params.items()
+    )
+
+
+def _compared(rank: Any, folder: str, device: str, way: str, extra: dict[str, Any]) -> Any:
+    with vllm_standin.standing_in(Path.cwd() / f"site-{way}-{device}") as vllm:
+        integration._watch_loaders.cache_clear()
+        integration.register()
+        vllm.parallel.sizes["tensor"] = rank.world
+        vllm.parallel.rank = rank.rank
+        vllm.parallel.group = dist.group.WORLD
+        theirs = Parallel(rank.rank, rank.world, device)
+        load(vllm, folder, theirs)
+        ours = Parallel(rank.rank, rank.world, device)
+        before = engine.counters()
+        if way == "patched":
+            with fastst_patch.patched():
+                reports = load(vllm, folder, ours)
+        else:
+            reports = load(vllm, folder, ours, "fastst", model_loader_extra_config=extra)
+        after = engine.counters()
+        return {
+            "device": device, "same": same(ours, theirs), "keeps": ours.nbytes,
+            "asked": len(vllm.utils.asked),
+            "copied": after["bytes_copied"] - before["bytes_copied"],
+            "reports": [[r.call, r.device, r.path, r.bytes, r.fallback_reason] for r in reports],
+        }  # fmt: skip
+
+
+def loads(
+    rank: Any, folder: str, device: str, way: str, extra: dict[str, Any] | None = None
+) -> Any:
+    """Load with and without us."""
+    if device == "cpu":
+        return _compared(rank, folder, device, way, extra or {})
+    with rank.fake_cuda() as runtime:
+        found = _compared(rank, folder, device, way, extra or {})
+        found["left"] = runtime.driver.live().blocks
+        return found
+
+
+def alone(rank: Any, folder: str) -> Any:
+    """Only the first rank loads."""
+    return _compared(rank, folder, "cpu", "patched", {}) if rank.rank == 0 else None
