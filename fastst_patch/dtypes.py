@@ -14,7 +14,15 @@ from . import engine
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPE_NAMES", "PACKED", "TORCH", "TorchDtype", "dtype_named", "header_shape"]
+__all__ = [
+    "DTYPE_NAMES",
+    "PACKED",
+    "TORCH",
+    "TorchDtype",
+    "dtype_named",
+    "header_of_one",
+    "header_shape",
+]
 
 
 class TorchDtype(NamedTuple):
@@ -71,6 +79,15 @@ def dtype_named(name: str) -> torch.dtype | None:
 
     attribute = TORCH[name].name if name in TORCH else None
     return None if attribute is None else getattr(torch, attribute, None)
+
+
+def header_of_one(k: int) -> tuple[bytes, int]:
+    """Header of a file with one element of a dtype, as torch counts elements, and its bytes."""
+    name = DTYPE_NAMES[k]
+    per_element = TORCH[name].per_element
+    nbytes = engine.dtype_bits(k) * per_element // 8
+    described = f'"dtype":"{name}","shape":[{per_element}],"data_offsets":[0,{nbytes}]'
+    return f'{{"x":{{{described}}}}}'.encode(), nbytes
 
 
 def header_shape(shape: Sequence[int], dtype: torch.dtype) -> list[int]:

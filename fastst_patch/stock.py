@@ -117,30 +117,40 @@ def small_file(header: bytes, nbytes: int = 0) -> Iterator[Any]:
         os.close(fd)
 
 
-def opens(header: bytes) -> bool:
+def any_framework() -> str:
+    """One that is there, where its name makes no difference; importing torch takes seconds."""
+    return "pt" if "torch" in sys.modules else "np"
+
+
+def opens(header: bytes, framework: str | None = None) -> bool:
     """Whether stock opens a file with this header and nothing behind it."""
     try:
-        with small_file(header) as file, safe_open(file.name, "pt"):
+        with small_file(header) as file, safe_open(file.name, framework or any_framework()):
             return True
     except Exception:  # of any class; the user's own call to stock raises it again
         return False
+
+
+def loaded(header: bytes, nbytes: int, framework: str) -> Any:
+    """Tensor ``x`` of a file with this header and zeros behind it. Raises what stock raises."""
+    with small_file(header, nbytes) as file, safe_open(file.name, framework) as opened:
+        return opened.get_tensor("x")
 
 
 def loads(header: bytes, nbytes: int) -> bool:
-    """Whether stock loads tensor ``x`` of a file with this header and zeros behind it."""
+    """Whether stock loads tensor ``x`` of a file with this header and zeros behind it for torch."""
     try:
-        with small_file(header, nbytes) as file, safe_open(file.name, "pt") as opened:
-            opened.get_tensor("x")
-            return True
+        loaded(header, nbytes, "pt")
     except Exception:  # of any class; the user's own call to stock raises it again
         return False
+    return True
 
 
 @functools.cache
 def slice_class() -> Any:
     """The class of stock's slices, which it does not export."""
     header = b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
-    with small_file(header, 1) as file, safe_open(file.name, "pt") as opened:
+    with small_file(header, 1) as file, safe_open(file.name, any_framework()) as opened:
         return type(opened.get_slice("x"))
 
 

@@ -12,7 +12,7 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from . import engine, stock
-from .dtypes import DTYPE_NAMES, PACKED, TORCH, dtype_named
+from .dtypes import DTYPE_NAMES, PACKED, TORCH, dtype_named, header_of_one
 from .errors import Fallback, OptionError
 from .layout import FileLayout, described
 from .locks import shared
@@ -56,17 +56,6 @@ def _importer() -> tuple[int, int, object]:
     return (address if version == 1 else 0), id(from_dlpack), from_dlpack
 
 
-def _header_of_one(k: int) -> bytes:
-    """Header of a file with one element, as torch counts elements, of a dtype."""
-    name = DTYPE_NAMES[k]
-    shape, offsets = f"[{TORCH[name].per_element}]", f"[0,{_bytes_of(k)}]"
-    return f'{{"x":{{"dtype":"{name}","shape":{shape},"data_offsets":{offsets}}}}}'.encode()
-
-
-def _bytes_of(k: int) -> int:
-    return engine.dtype_bits(k) * TORCH[DTYPE_NAMES[k]].per_element // 8
-
-
 class _Dtypes:
     """How the installed torch imports dtypes: each is tried when it first occurs.
 
@@ -95,7 +84,7 @@ class _Dtypes:
             if not kinds >> k & 1:
                 continue
             entry = self._try(k)
-            good = entry.known and (name in _ALWAYS or stock.loads(_header_of_one(k), _bytes_of(k)))
+            good = entry.known and (name in _ALWAYS or stock.loads(*header_of_one(k)))
             if good:  # a thread that races writes the same
                 engine.set_dl_dtype(self.table, k, entry)
             with shared:  # in this order: other threads read these without the lock
@@ -118,7 +107,8 @@ class _Dtypes:
         return engine.DlDtype(1, 8, True, True)
 
     def _import_one(self, k: int, entry: engine.DlDtype) -> torch.Tensor:
-        layout = described([("", k, (TORCH[DTYPE_NAMES[k]].per_element,), _bytes_of(k))])
+        _, nbytes = header_of_one(k)
+        layout = described([("", k, (TORCH[DTYPE_NAMES[k]].per_element,), nbytes)])
         entries = [engine.DlDtype()] * len(DTYPE_NAMES)
         entries[k] = entry
         tensors = engine.import_tensors(
@@ -275,7 +265,7 @@ def _stock_names_the_device() -> bool:
     """Whether stock says ``device="cpu"`` where it makes a tensor: a default device tells."""
     import torch
 
-    with stock.small_file(_header_of_one(_F32), 4) as file, torch.device("meta"):
+    with stock.small_file(*header_of_one(_F32)) as file, torch.device("meta"):
         with stock.safe_open(file.name, "pt") as opened:
             return str(opened.get_tensor("x").device) == "cpu"
 

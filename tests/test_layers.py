@@ -24,7 +24,7 @@ LAYERS = [
     {"sharding"},
     {"dropin"},
     {"files"},
-    {"device", "dtypes", "tensors"},
+    {"arrays", "device", "dtypes", "tensors"},
     {"engine"},
     {
         *("config", "errors", "interrupts", "layout", "locks", "machine"),

@@ -24,6 +24,7 @@ from .eligibility import (
     SmallFile,
     check_descriptors,
     complain,
+    destination,
     device_for_call,
     fell_back,
     open_fast,
@@ -138,7 +139,7 @@ def _open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> An
         except TypeError:
             raise Fallback("the arguments are not safe_open's") from None
         path = find_path(filename)
-        target = device_for_call(framework, device, backend)
+        target = destination(framework, device, backend)
         check_descriptors()
         return FastHandle(stock_class, open_fast(path, config, target), started)
     except Fallback as error:
@@ -178,7 +179,7 @@ def _path_of_file_object(file: Any) -> str:
 def _closed_stock(stock_class: Any) -> Any:
     """A closed stock handle, which raises stock's exceptions for uses of a closed handle."""
     with stock.small_file(b"{}      ") as file:
-        handle = stock_handle(stock_class, file.name)
+        handle = stock_handle(stock_class, file.name, framework=stock.any_framework())
     handle.__exit__(None, None, None)
     return handle
 

@@ -25,15 +25,15 @@ def stock_over(opened: OpenedFile, stock_class: Any = stock.safe_open) -> Any:
     """A stock handle over the file that is open here, whatever its path leads to by now."""
     link = f"/proc/self/fd/{opened.file.fd}"
     path = link if os.path.exists(link) else opened.file.path
-    return stock_handle(stock_class, path, opened.device_argument)
+    return stock_handle(stock_class, path, opened.device_argument, opened.framework)
 
 
-def stock_handle(stock_class: Any, path: str, device: object = "cpu") -> Any:
+def stock_handle(stock_class: Any, path: str, device: object = "cpu", framework: str = "pt") -> Any:
     """A stock handle over a path; `stock_class` is ``safe_open`` or ``_safe_open_handle``."""
     if stock_class is not stock.safe_open_handle:
-        return stock_class(path, "pt", device)
+        return stock_class(path, framework, device)
     with open(path, "rb") as file:
-        return stock_class(file, "pt", device)
+        return stock_class(file, framework, device)
 
 
 def repr_as(self: object, stock_class: Any) -> str:
@@ -100,6 +100,7 @@ class FastSlice:
         return self._left_to_stock(fallback, index)
 
     def _indexed(self, opened: OpenedFile, index: Any) -> torch.Tensor:
+        opened.check_index(self._i, index)
         shape = opened.layout.shape(self._i)
         rows = leading_rows(index, shape)
         if rows is None:

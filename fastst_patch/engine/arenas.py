@@ -33,6 +33,11 @@ class Arena:
         self.handle = at[0]
         self.nbytes: int = lib.fst_arena_bytes(self.handle)
 
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+        return int(ffi.cast("uintptr_t", lib.fst_arena_data(self.handle)))
+
     @classmethod
     def over(cls, spans: Sequence[tuple[int, int]], owner: object) -> tuple[Arena, int]:
         """Memory of another owner as one arena, from the lowest byte to the highest.

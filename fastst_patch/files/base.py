@@ -94,10 +94,12 @@ class OpenedFile(TensorFile):
     Attributes:
         file: open for reading.
         device_argument: how the caller named the device.
+        framework: whose tensors they are, as stock takes it.
         mapped: whether tensors are views of the file's map.
     """
 
     device_argument: object = "cpu"
+    framework = "pt"
     mapped = False
 
     def __init__(self, file: engine.File, layout: FileLayout, config: Config) -> None:
@@ -155,6 +157,9 @@ class OpenedFile(TensorFile):
         """
         return self.index(self.tensor(i, for_slice=True), index)
 
+    def check_index(self, i: int, index: Any) -> None:
+        """Raise Fallback where stock must judge an index into tensor i: for torch nowhere."""
+
     def index(self, whole: torch.Tensor, index: Any) -> torch.Tensor:
         """The result of stock's slice for an index into a tensor, or into some rows of it."""
         result: torch.Tensor = stock.call(operator.getitem, (whole, index), {})
@@ -162,14 +167,16 @@ class OpenedFile(TensorFile):
 
 
 def places_in_arena(
-    places: Sequence[tuple[int, int, torch.Tensor]],
+    places: Sequence[tuple[int, int, Any]],
+    address_of: Callable[[Any], int] = operator.methodcaller("data_ptr"),
 ) -> tuple[engine.Arena, array[int]]:
     """One arena over tensors that exist, and the segments to read into it.
 
     Args:
         places: (file offset, bytes, tensor), by file offset.
+        address_of: finds a tensor's first byte.
     """
-    found = [(begin, nbytes, tensor.data_ptr()) for begin, nbytes, tensor in places if nbytes]
+    found = [(begin, nbytes, address_of(tensor)) for begin, nbytes, tensor in places if nbytes]
     arena, base = engine.Arena.over([(at, nbytes) for _, nbytes, at in found], places)
     segments = array("Q")
     for begin, nbytes, at in found:

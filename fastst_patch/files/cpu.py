@@ -114,7 +114,8 @@ class HostFile(OpenedFile):
         if not tensors.ordinary_mode():
             return self._in_mode(i, for_slice)
         if not self.mapped:
-            return self._read([i])[0]
+            read: torch.Tensor = self._read([i])[0]
+            return read
         if ahead:
             self.ahead_of.request(self.map(), i, rows)
         return tensors.import_batch(self.map(), self.layout, array("Q", (i,)))[0]
@@ -165,9 +166,9 @@ class HostFile(OpenedFile):
         self.check(i)
         first, last = plan_rows(self.layout, i, start, stop)
         self._require_room(last - first)
-        result = tensors.empty(self.layout, i, stop - start)
+        result: torch.Tensor = self._empty(i, stop - start)
         begin = self.layout.extent(i)[0] + first
-        self._run(*places_in_arena([(begin, last - first, result)]), last - first)
+        self._run(*self._over([(begin, last - first, result)]), last - first)
         self.count(1, last - first)
         return result
 
@@ -211,6 +212,22 @@ class HostFile(OpenedFile):
         if self.config.io != "mmap":  # which leaves reading to the kernel
             self.map().keep_to(wanted)
 
+    # ---- what torch does here, and NumPy in `ArrayFile` ----
+
+    def _import(
+        self,
+        arena: engine.Arena,
+        wanted: array[int] | None = None,
+        offsets: array[int] | None = None,
+    ) -> list[Any]:
+        return tensors.import_batch(arena, self.layout, wanted, offsets)
+
+    def _empty(self, i: int, rows: int | None = None) -> Any:
+        return tensors.empty(self.layout, i, rows)
+
+    def _over(self, places: Sequence[tuple[int, int, Any]]) -> tuple[engine.Arena, array[int]]:
+        return places_in_arena(places)
+
     # ---- read into memory of our own ----
 
     def _require_room(self, nbytes: int) -> None:
@@ -227,27 +244,25 @@ class HostFile(OpenedFile):
             raise Fallback(f"{nbytes} bytes do not fit the memory that is left ({headroom})")
         HostFile._taken = 0
 
-    def _read(self, wanted: Iterable[int]) -> list[torch.Tensor]:
+    def _read(self, wanted: Iterable[int]) -> list[Any]:
         chosen = array("Q", wanted)
         self._require_room(sum(map(self.layout.nbytes, chosen)))
         made, arena, segments, nbytes = self._places(chosen)
         self._run(arena, segments, nbytes)
         return made
 
-    def _places(
-        self, wanted: array[int]
-    ) -> tuple[list[torch.Tensor], engine.Arena, array[int], int]:
+    def _places(self, wanted: array[int]) -> tuple[list[Any], engine.Arena, array[int], int]:
         """Tensors over memory that is yet to be filled: tensors, arena, segments and bytes."""
         if self.owned:
-            made = [tensors.empty(self.layout, i) for i in wanted]
+            made = [self._empty(i) for i in wanted]
             places = [
                 (self.layout.extent(i)[0], self.layout.nbytes(i), tensor)
                 for i, tensor in zip(wanted, made, strict=True)
             ]
-            return made, *places_in_arena(places), sum(nbytes for _, nbytes, _ in places)
+            return made, *self._over(places), sum(nbytes for _, nbytes, _ in places)
         plan = plan_arena(self.layout, wanted)
         arena = engine.alloc_arena(plan.arena_bytes)
-        made = tensors.import_batch(arena, self.layout, plan.tensors, plan.offsets)
+        made = self._import(arena, plan.tensors, plan.offsets)
         return made, arena, plan.segments, plan.data_bytes
 
     def _run(self, arena: engine.Arena, segments: array[int], nbytes: int) -> None:

@@ -138,13 +138,13 @@ def test_fallback_policies(checkpoint: Path, call: str) -> None:
             with torch.inference_mode():
                 fastst_patch.load_file(checkpoint)
         else:
-            fastst_patch.safe_open(checkpoint, "np")
+            fastst_patch.safe_open(checkpoint, "pt", "npu")
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run()
     with fastst_patch.config_context(fallback="warn"):
-        with pytest.warns(fastst_patch.FallbackWarning, match=r"pread|np|mode"):
+        with pytest.warns(fastst_patch.FallbackWarning, match=r"pread|npu|mode"):
             run()
     with fastst_patch.config_context(fallback="error"):
         with pytest.raises(fastst_patch.FaststError, match="left to stock"):

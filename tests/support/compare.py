@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,10 @@ def _assert_same(ours: Any, theirs: Any) -> None:
     elif type(theirs).__module__ == "numpy":
         assert (type(ours), ours.dtype) == (type(theirs), theirs.dtype)
         assert (ours.shape, ours.tobytes()) == (theirs.shape, theirs.tobytes())
+        assert (ours.strides, str(ours.flags)) == (theirs.strides, str(theirs.flags))
+    elif hasattr(theirs, "__array__"):  # of a library beside torch
+        assert type(ours) is type(theirs)
+        _assert_same(np.asarray(ours), np.asarray(theirs))
     elif type(theirs).__name__ in ("safe_open", "_safe_open_handle", "PySafeSlice"):
         pass  # a handle or a slice: what it answers is compared, not what it is
     else:
