@@ -174,19 +174,22 @@ class Column:
     """
 
     heading: str
-    of: Callable[[Any], float]
+    of: Callable[[Any], float | None]
     scale: float = 1.0
     decimals: int | None = None
     base: str | None = None
 
     def summary(self, runs: Mapping[str, Sequence[Any]], name: str) -> stats.Summary | None:
-        """Of one contender."""
-        values = [self.scale * self.of(one) for one in runs[name]]
+        """Of one contender; None where an answer has no such number."""
+        values = self._values(runs[name])
         if self.base is None:
-            return stats.summarize(values)
-        if self.base not in runs:
-            return None
-        return stats.paired_ratio(values, [self.scale * self.of(one) for one in runs[self.base]])
+            return stats.summarize(values) if values else None
+        base = self._values(runs.get(self.base, ()))
+        return stats.paired_ratio(values, base) if values and base else None
+
+    def _values(self, answers: Sequence[Any]) -> list[float] | None:
+        found = [self.of(one) for one in answers]
+        return None if None in found else [self.scale * one for one in found]
 
     def shown(self, runs: Mapping[str, Sequence[Any]], name: str) -> str:
         """The text of a cell."""
@@ -211,7 +214,8 @@ class Table:
 
     Args:
         columns: of numbers.
-        facts: headings of text columns before the contender's name; `add` gets their values.
+        facts: headings of text columns before the contender's name; `add` gets their values, and
+            others for the JSON alone.
         text: headings of text columns after the numbers, and what makes each from a row's answers.
     """
 
@@ -232,7 +236,8 @@ class Table:
                 | {"runs": [_plain(one) for one in answers]}
             )
             shown = (one.shown(runs, name) for one in self.columns)
-            self.cells.append((*map(str, facts.values()), name, *shown, *told.values()))
+            known = (str(facts[heading]) for heading in self.facts)
+            self.cells.append((*known, name, *shown, *told.values()))
 
     def render(self) -> str:
         """The text of the table."""

@@ -79,7 +79,7 @@ def draw(found: Found, out: Path, suffix: str = "") -> list[str]:
     Raises:
         UsageError: it cannot be written.
     """
-    rows = [row for cell in results.cells(found) for row in results.rows(found, *cell)]
+    rows = results.rows(found)
     if not any(row.total_s for row in rows):
         return []
     file_name = f"{NAME}{suffix}.png"

@@ -92,7 +92,7 @@ def race(args: argparse.Namespace, source: Source | None = None) -> int:
 
 def verdict(found: results.Found) -> int:
     """1 if our own loaders failed anywhere, or nobody has a result; what others do is theirs."""
-    rows = [row for cell in results.cells(found) for row in results.rows(found, *cell)]
+    rows = results.rows(found)
     ours = [row for row in rows if row.family == "fastst"]
     bad = any(row.state in ("wrong", "crashed", "time limit") for row in ours)
     return EXIT_FAILED if bad or not any(row.total_s for row in rows) else 0
@@ -284,6 +284,7 @@ def _version(loader: Any) -> str | None:
 
 def write_page(sections: Sequence[results.Found], out: Path) -> str:
     """Write the Markdown page, its charts, and the summary of a single section; return the text."""
+    sections = [results.summarize(found) for found in sections]
     drawn = [charts.draw(found, out, _suffix(sections, number))
              for number, found in enumerate(sections)]  # fmt: skip
     page = report.markdown(sections, drawn)

@@ -33,6 +33,7 @@ def markdown(sections: Sequence[Found], charts: Sequence[Sequence[str]] = ()) ->
 
 def section(found: Found, charts: Sequence[str] = ()) -> str:
     """One machine's and one device's results."""
+    found = results.summarize(found)
     parts = [f"## {title(found)}", f"{conditions(found)} Quartiles are in brackets."]
     parts += [f"![{_alt(name)}]({name})" for name in charts]
     parts += [cell(found, workload, cache) for workload, cache in results.cells(found)]
@@ -72,12 +73,7 @@ def conditions(found: Found) -> str:
     ]
     if one.get("driver"):
         parts.append(f"driver {one['driver']}")
-    counts = [
-        row.rounds
-        for cell in results.cells(found)
-        for row in results.rows(found, *cell)
-        if row.total_s
-    ] or [0]
+    counts = [row.rounds for row in results.rows(found) if row.total_s] or [0]
     rounds = "-".join(map(str, sorted({min(counts), max(counts)})))
     return (
         f"{', '.join(parts)}. Medians of {rounds} rounds in fresh processes and random "
@@ -222,7 +218,7 @@ _LEFT = {
 
 
 def _missing(found: Found) -> str:
-    ran = results.ran(found)
+    ran = {row.loader for row in results.rows(found)}
     entries = [
         [one["name"], one["version"] or "-", one["note"]]
         for one in found["loaders"]

@@ -97,10 +97,7 @@ def found_of(race, **environment):
 
 
 def states(race) -> dict[str, str]:
-    found = found_of(race)
-    return {
-        row.loader: row.state for cell in results.cells(found) for row in results.rows(found, *cell)
-    }
+    return {row.loader: row.state for row in results.rows(found_of(race))}
 
 
 def sample(load_s=1.0, **changes):
