@@ -7,13 +7,12 @@ The same function serves stock and patched; nothing in it knows which it is.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import inspect
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,27 +254,6 @@ def _offloaded(model: Any) -> Tensors:
     raise SystemExit("nothing was offloaded to the disk")
 
 
-def touch(tensors: Tensors) -> list[int]:
-    """Read every byte, and return a checksum of each tensor that depends on their order."""
-    from fastst_patch import engine
-
-    sums = []
-    for tensor in tensors.values():
-        here = tensor.detach().cpu().contiguous()
-        sums.append(engine.touch(here.data_ptr(), here.nbytes))
-    return sums
-
-
-def digest_of(tensors: Tensors, sums: Iterable[int]) -> str:
-    """Hash what a program can see of the tensors: the order of names counts too."""
-    digest = hashlib.blake2b(digest_size=16)
-    for (name, tensor), checksum in zip(tensors.items(), sums, strict=True):
-        seen = (name, str(tensor.dtype), list(tensor.shape), list(tensor.stride()),
-                str(tensor.device), checksum)  # fmt: skip
-        digest.update(json.dumps(seen).encode())
-    return digest.hexdigest()
-
-
 # ---- one run ------------------------------------------------------------
 
 
@@ -310,7 +288,7 @@ def run(job: Job, gate: Callable[..., None]) -> dict[str, Any]:
         timed.lap("whole")
     tensors = call.tensors(result)
     touching = time.perf_counter()
-    sums = touch(tensors)
+    sums = {name: device_use.touch(tensor) for name, tensor in tensors.items()}
     touched = time.perf_counter()
     carried = _accelerated(job, timed.reports) if job.loader == "patched" else []
     whole_s, touch_s = timed.seconds["whole"], touched - touching if line.cache == "cold" else 0.0
@@ -321,7 +299,7 @@ def run(job: Job, gate: Callable[..., None]) -> dict[str, Any]:
         "weights_s": sum(parts) if parts else None,  # in transformers' _load_pretrained_model
         "touch_s": touch_s,  # reading every byte once; 0 where that is not timed
         "total_s": whole_s + touch_s,  # a lazy load is paid for when the bytes are read
-        "digest": digest_of(tensors, sums),
+        "digest": device_use.digest(tensors, sums),
         "tensors": len(tensors),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "path": ", ".join(dict.fromkeys(str(report.path) for report in carried)) or "stock",

@@ -76,8 +76,9 @@ def child(job: dict[str, Any], gate: Callable[..., None]) -> dict[str, Any]:
     import safetensors
     import torch
 
-    from fastst_patch import engine  # in both: stock's bytes are compared, too
+    from fastst_patch import engine
     from fastst_patch.bench.child import clock, patch_with, require_stock
+    from fastst_patch.bench.device_use import touch
 
     if job["loader"] == "patched":
         patch_with(job["options"])
@@ -94,7 +95,7 @@ def child(job: dict[str, Any], gate: Callable[..., None]) -> dict[str, Any]:
         if job["use"] == "copy":
             copies[name].copy_(found)
         else:
-            sums[name] = engine.touch(found.data_ptr(), found.nbytes)
+            sums[name] = touch(found)
 
     def as_another(**told: object) -> None:
         gate(**told)
@@ -117,8 +118,7 @@ def child(job: dict[str, Any], gate: Callable[..., None]) -> dict[str, Any]:
         "read_bytes": read,
         "resident_before": timed.resident,
         "path": ", ".join(dict.fromkeys(one.path for one in timed.reports)) or "stock",
-        "sums": sums
-        or {name: engine.touch(copy.data_ptr(), copy.nbytes) for name, copy in copies.items()},
+        "sums": sums or {name: touch(copy) for name, copy in copies.items()},
     }
 
 

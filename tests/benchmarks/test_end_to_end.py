@@ -178,25 +178,6 @@ def test_an_offer_sets_what_it_names(rows, monkeypatch) -> None:
 # ---- parts --------------------------------------------------------------
 
 
-def test_digest_sees_what_a_program_can_see(rows) -> None:
-    base = {"a": torch.arange(64, dtype=torch.int16).view(8, 8), "b": torch.ones(3)}
-    swapped = base["a"].clone()
-    swapped.view(-1)[[3, 40]] = swapped.view(-1)[[40, 3]]
-    variants = [
-        base,
-        {**base, "a": swapped},
-        {**base, "a": base["a"].t()},
-        {**base, "a": base["a"].view(torch.float16)},
-        {**base, "a": base["a"].view(16, 4)},
-        {**base, "c": torch.ones(1)},
-        {"b": base["b"], "a": base["a"]},
-        {"a": base["a"]},
-    ]
-    assert len({rows.digest_of(one, rows.touch(one)) for one in variants}) == len(variants)
-    copies = {name: tensor.clone() for name, tensor in base.items()}
-    assert rows.digest_of(copies, rows.touch(copies)) == rows.digest_of(base, rows.touch(base))
-
-
 def test_only_bytes_that_reached_the_device_count(rows) -> None:
     def report(path, device, nbytes=1):
         return LoadReport("safe_open", "x", device, path, nbytes, 1, 1.0)
