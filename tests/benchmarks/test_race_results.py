@@ -203,9 +203,9 @@ def test_our_own_failure_is_the_exit_status(found) -> None:
 
 def test_memory_of_a_map_is_told_from_a_copy() -> None:
     row = SimpleNamespace(memory={"peak": 2e9, "anonymous": 0.1e9, "file": 1.8e9})
-    assert charts.own_and_whole(row) == pytest.approx((0.2, 2.0))
+    assert charts.own_gb(row) == pytest.approx(0.2)
     copy = SimpleNamespace(memory={"peak": 3e9, "anonymous": 2e9, "file": 0.0, "pinned": 1e9})
-    assert charts.own_and_whole(copy) == pytest.approx((4.0, 4.0))
+    assert charts.own_gb(copy) == pytest.approx(4.0)
 
 
 def test_peak_that_could_not_be_reset_is_no_number(found) -> None:
