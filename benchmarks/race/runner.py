@@ -15,7 +15,7 @@ from fastst_patch.bench.failures import BenchError
 from fastst_patch.bench.process import Child, ProcessFailedError
 
 from . import process
-from .entrants import Entrants, read_by, scrub
+from .entrants import Entrants, scrub
 from .plan import Cell, Planner
 from .process import Starters
 from .screen import Screen
@@ -244,7 +244,7 @@ def _start(run: Race, written: Written, name: str, copied: bool) -> Child:
         "folder": source.folder,
         "device": run.device,
         "files": written.files,
-        "read": read_by(loader, written.files),
+        "read": loader.reads(list(written.files)),
         "truth": written.truth,
     }
     return process.begin(message, run.entrants.environment_of(loader), copied=copied)
@@ -282,7 +282,7 @@ def _proven(run: Race, written: Written, ready: Starters, name: str, cache: str)
 def _once(
     run: Race, written: Written, ready: Starters, name: str, cache: str | None
 ) -> dict[str, Any]:
-    files = read_by(run.entrants.running_by_name[name], written.files)
+    files = run.entrants.running_by_name[name].reads(list(written.files))
     try:
         with ready.take(name) as child:
             started = child.wait_ready(process.READY_S)

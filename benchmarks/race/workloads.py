@@ -18,7 +18,7 @@ from fastst_patch.bench.checkpoint import TensorSpec, write_checkpoint
 from fastst_patch.bench.checkpoint_files import describe
 from fastst_patch.bench.failures import BenchError, UsageError
 
-from . import shapes
+from .shapes import image, text
 
 Progress = Callable[[int], None]  # gets the bytes of each block written
 
@@ -69,53 +69,53 @@ MODELS = {
             "qwen2.5-7b",
             "dense language model, four files",
             "Qwen/Qwen2.5-7B",
-            shapes.qwen2_5_7b,
+            text.qwen2_5_7b,
             4_000_000_000,
         ),
         Model(
             "qwen3-30b-a3b",
             "mixture of experts: 18,867 tensors in sixteen files",
             "Qwen/Qwen3-30B-A3B",
-            shapes.qwen3_30b_a3b,
+            text.qwen3_30b_a3b,
             4_000_000_000,
         ),
         Model(
             "llama-3-8b",
             "dense language model, four files",
             "meta-llama/Meta-Llama-3-8B",
-            shapes.llama_3_8b,
+            text.llama_3_8b,
             5_000_000_000,
         ),
         Model(
             "llama-3-8b-one-file",
             "the same tensors in one file",
             "meta-llama/Meta-Llama-3-8B",
-            shapes.llama_3_8b,
+            text.llama_3_8b,
         ),
         Model(
             "llama-3-8b-fp8",
             "fp8 with scalar scales, two files",
             "neuralmagic/Meta-Llama-3-8B-Instruct-FP8",
-            shapes.llama_3_8b_fp8,
+            text.llama_3_8b_fp8,
             5_000_000_000,
         ),
         Model(
             "sdxl-unet",
             "UNet of an image model, one file",
             "stabilityai/stable-diffusion-xl-base-1.0",
-            shapes.sdxl_unet,
+            image.sdxl_unet,
         ),
         Model(
             "gpt2-medium",
             "small dense language model, one file",
             "openai-community/gpt2-medium",
-            shapes.gpt2_medium,
+            text.gpt2_medium,
         ),
         Model(
             "llama-3-8b-lora",
             "LoRA adapter of rank 8: 128 tensors of a few KB",
             "peft, q_proj and v_proj of meta-llama/Meta-Llama-3-8B",
-            shapes.llama_3_8b_lora,
+            text.llama_3_8b_lora,
         ),
     )
 }

@@ -3,7 +3,6 @@
 # ruff: noqa: F401, F811 - fixtures come from race_harness
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import os
@@ -14,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import race_standins
 from race_harness import (
     ROOT,
     SOURCE,
@@ -271,12 +269,11 @@ def test_whole_command(file, fake, tmp_path, monkeypatch, capsys, on_disk) -> No
         write_checkpoint(path, transformer_specs(one.nbytes), progress)
         return [path]
 
-    module = SimpleNamespace(
-        suite=lambda name, device, disk, memory: [workload(), workload("other")],
-        absent=lambda suite: {"real": "it is not installed"},
-        write=write,
-    )
-    monkeypatch.setitem(sys.modules, command._WORKLOADS, module)
+    suite = [workload(), workload("other")]
+    monkeypatch.setattr(command.workloads, "suite", lambda name, device, disk, memory: suite)
+    absent = {"real": "it is not installed"}
+    monkeypatch.setattr(command.workloads, "absent", lambda suite: absent)
+    monkeypatch.setattr(command.workloads, "write", write)
     parse = benchmarks_main.parser().parse_args
     out = tmp_path / "out"
     common = ["race", "--out", str(out), "--dir", str(tmp_path), "--no-end-to-end", "--seed", "3"]
@@ -318,12 +315,12 @@ def test_what_an_interruption_leaves_can_be_drawn(
     file, fake, tmp_path, monkeypatch, capsys
 ) -> None:
     pytest.importorskip("matplotlib", reason="charts need matplotlib")
-    one = workload()
-    module = SimpleNamespace(
-        suite=lambda *args: [one],
-        write=lambda given, folder, progress: folder.mkdir() or [Path(shutil.copy(file, folder))],
-    )
-    monkeypatch.setitem(sys.modules, command._WORKLOADS, module)
+    suite = [workload()]
+    monkeypatch.setattr(command.workloads, "suite", lambda *args: suite)
+    monkeypatch.setattr(
+        command.workloads, "write",
+        lambda given, folder, progress: folder.mkdir() or [Path(shutil.copy(file, folder))],
+    )  # fmt: skip
     monkeypatch.setattr(runner, "board", lambda *args: ceilings.Board((), {}, []))
 
     def interrupted():
@@ -401,12 +398,8 @@ def test_watch_finds_the_peak(monkeypatch) -> None:
     assert risen == [300]
 
 
-def test_stand_ins_have_the_interface_of_the_loaders() -> None:
+def test_who_the_others_are_compared_with_races() -> None:
     loaders = importlib.import_module("benchmarks.race.loaders")
-    wanted = {"name", "family", "devices", "package", "environment", "note"}
-    for loader in (*loaders.LOADERS, *race_standins.LOADERS):
-        assert wanted <= {field.name for field in dataclasses.fields(loader)}
-        assert all(callable(getattr(loader, name)) for name in ("missing", "load", "warm_imports"))
     names = [loader.name for loader in loaders.LOADERS]
     assert len(set(names)) == len(names)
     assert {results.STOCK, results.OURS} <= set(names)
