@@ -208,7 +208,7 @@ def fit(name: str, most: int) -> Workload:
     return Workload(
         name=name,
         description=model.description,
-        files=len(_split(true, model.shard_bytes)),
+        files=len(split(true, model.shard_bytes)),
         tensors=len(true),
         nbytes=nbytes_at(low),
         scaled=nbytes_at(low) / nbytes_at(_STEPS),
@@ -247,7 +247,7 @@ def specs_of(workload: Workload) -> list[list[TensorSpec]]:
     model = MODELS[workload.name]
     true = list(model.specs())
     shrunk = _shrunk(true, workload.steps)
-    return [[shrunk[index] for index in shard] for shard in _split(true, model.shard_bytes)]
+    return [[shrunk[index] for index in shard] for shard in split(true, model.shard_bytes)]
 
 
 # ---- sizes and files ----------------------------------------------------
@@ -268,7 +268,7 @@ def _dimension(true: int, steps: int) -> int:
     return max(_MULTIPLE, true * steps // _STEPS // _MULTIPLE * _MULTIPLE)
 
 
-def _split(true: Sequence[TensorSpec], shard_bytes: int | None) -> list[list[int]]:
+def split(true: Sequence[TensorSpec], shard_bytes: int | None) -> list[list[int]]:
     """Assign tensors to files as the hub's tools do: in order, a new file when one is full.
 
     By the true sizes also of a shrunk model, so that its files hold the same tensors.
