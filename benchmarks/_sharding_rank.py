@@ -117,14 +117,6 @@ LOADERS = {"fastst": ours, "stock": stock, "fastsafetensors": fastsafetensors}
 # ---- measuring ----------------------------------------------------------
 
 
-def read_bytes() -> int:
-    """From storage, by this process, as the kernel counts."""
-    for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines():
-        if line.startswith("read_bytes:"):
-            return int(line.split()[1])
-    raise SystemExit("this kernel does not count what processes read")
-
-
 def touch(tensors: Tensors) -> int:
     """Read every byte where it lies; strided slices are not copied first."""
     total = 0
@@ -178,14 +170,14 @@ def act(job: dict[str, Any], gate: Callable[..., None]) -> dict[str, Any]:
     )  # fmt: skip
     load = (pretrained if job["model"] else LOADERS[job["loader"]])(job)
     resident = start_line(job, gate)
-    before = read_bytes()
+    before = device_use.read_bytes()
     with reports_of("patched" if job["loader"] == "fastst" else "stock") as reports:
         begin = time.perf_counter()
         tensors = load()
         ready = time.perf_counter()
         touch(tensors)
         end = time.perf_counter()
-    after = read_bytes()
+    after = device_use.read_bytes()
     memory = device_use.process_memory()
     dist.barrier()
     answer = {

@@ -21,7 +21,6 @@ import math
 import os
 import random
 import re
-import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -78,7 +77,7 @@ def child(job: dict[str, Any], gate: Callable[..., None]) -> dict[str, Any]:
 
     from fastst_patch import engine
     from fastst_patch.bench.child import clock, patch_with, require_stock
-    from fastst_patch.bench.device_use import touch
+    from fastst_patch.bench.device_use import read_bytes, touch
 
     if job["loader"] == "patched":
         patch_with(job["options"])
@@ -152,11 +151,6 @@ def _walk(
             handle.keys()
             for name in names:
                 take(handle, name)
-
-
-def read_bytes() -> int:
-    """What this process has had read from storage; also after it became another user."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_inblock * 512
 
 
 # ---- rounds -------------------------------------------------------------

@@ -47,11 +47,16 @@ def act(message: dict[str, Any], gate: WaitAtGate) -> Mapping[str, Any]:
     if kind == "load":
         message |= {key: tuple(message[key]) for key in ("files", "read")}
         return load(Job(**message), gate)
-    if kind == "make":
-        return make(**message)
-    from . import probes
+    from benchmarks import ceilings, gpu_ceilings
 
-    return probes.ask(kind, **message)
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {
+        "make": make,
+        "memory": ceilings.memory_speeds,
+        "copies": gpu_ceilings.copies,
+        "sections": gpu_ceilings.sections,
+        "device": gpu_ceilings.facts,
+    }
+    return kinds[kind](**message)
 
 
 def make(module: str, folder: str | None, loader: str, files: list[str]) -> dict[str, Any]:

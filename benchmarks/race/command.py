@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def race(args: argparse.Namespace, source: Source | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror}") from error
-    rest = _Rest(args, place, facts, absent)
+    environment = hardware.environment(place) | probes.host_facts() | facts
+    environment.pop("uuid", None)
+    rest = _Rest(args, environment, absent)
     with tempfile.TemporaryDirectory(
         prefix="fastst-bench-", dir=place, ignore_cleanup_errors=True
     ) as name:
@@ -202,17 +205,14 @@ def _make(name: str, who: Entrants, files: Sequence[str]) -> str | None:
 # ---- results ------------------------------------------------------------
 
 
+@dataclass
 class _Rest:
     """What results.json holds beside the race itself."""
 
-    def __init__(
-        self, args: argparse.Namespace, place: Path, facts: dict[str, Any], absent: dict[str, str]
-    ) -> None:
-        self.args = args
-        self.absent = absent
-        self.end_to_end: dict[str, Any] | None = None
-        self.environment = hardware.environment(place) | probes.host_facts()
-        self.environment |= {key: value for key, value in facts.items() if key != "uuid"}
+    args: argparse.Namespace
+    environment: dict[str, Any]
+    absent: dict[str, str]
+    end_to_end: dict[str, Any] | None = None
 
 
 def _found(run: Race, rest: _Rest) -> results.Found:

@@ -185,7 +185,7 @@ def _cell(
     steps: list[Step] = [("load", name) for name in turns.loaders if name not in out]
     steps += [("ceiling", one) for one in turns.ceilings]
     chance.shuffle(steps)
-    order = [what if kind == "load" else _ceiling_name(what) for kind, what in steps]
+    order = [what if kind == "load" else what.name for kind, what in steps]
     run.orders.append({"round": number, "workload": cell.workload, "cache": cell.cache,
                        "order": order})  # fmt: skip
     racing = [what for kind, what in steps if kind == "load"]
@@ -195,10 +195,10 @@ def _cell(
     with Starters(lambda name: _start(run, written, name, copied), waiting, run.at_once) as ready:
         for turn, (kind, what) in enumerate(steps):
             if kind == "ceiling":
-                shown.doing(f"round {number}: {_ceiling_name(what)}")
+                shown.doing(f"round {number}: {what.name}")
                 # Of the variants that are tried, later rounds measure one.
                 variants = len(getattr(what, "variants", ())) or 1
-                seconds = _measure_ceiling(run.boards[cell.workload], what, run.reserve)
+                seconds = _measure_ceiling(what, run.boards[cell.workload].files, run.reserve)
                 measuring, later = measuring + seconds, later + seconds / variants
                 continue
             shown.doing(f"round {number}: {cell}: {what}")
@@ -219,14 +219,10 @@ def _importing(run: Race, seen: int) -> float:
     return sum(sample["import_s"] or 0.0 for sample in samples) / run.at_once
 
 
-def _ceiling_name(step: Any) -> str:
-    return str(step.name) if hasattr(step, "name") else " and ".join(step.names)
-
-
-def _measure_ceiling(measured_on: Board, step: Any, reserve: settle.Reserve) -> float:
+def _measure_ceiling(step: Any, files: Sequence[str], reserve: settle.Reserve) -> float:
     begin = time.monotonic()
     try:
-        measured_on.measure(step, reserve)
+        step.measure(files, reserve)
     except BenchError as error:  # no reason to end the race
         step.unavailable = str(error)
     return time.monotonic() - begin

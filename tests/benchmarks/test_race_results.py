@@ -235,13 +235,13 @@ def test_a_changed_number_is_found_and_mended(tmp_path, monkeypatch) -> None:
 def test_race_is_written_from_the_results(found, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
-    page, end = tmp_path / "page.md", "<!-- end -->"
+    page, (begin, end) = tmp_path / "page.md", readme.markers("race")
     monkeypatch.setattr(readme, "PAGE", page)
-    monkeypatch.setattr(readme, "parts", lambda: [(page, "race", end, readme.race)])
+    monkeypatch.setattr(readme, "parts", lambda: [(page, "race", readme.race)])
     folder = tmp_path / "results" / "here" / "race"
     folder.mkdir(parents=True)
     results.save_summary(found, folder)
-    before = f"# x\n{readme.marker('race')}\nold\n{end}\ny\n"
+    before = f"# x\n{begin}\nold\n{end}\ny\n"
     page.write_text(before)
     assert readme.main(check=True) == 1
     assert page.read_text() == before
