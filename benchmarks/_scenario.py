@@ -12,7 +12,6 @@ import importlib.util
 import operator
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastst_patch.bench import guarded, hardware, harness, settle, stats, write_json
-from fastst_patch.bench.checkpoint import TensorSpec, pick_directory, write_checkpoint
+from fastst_patch.bench.checkpoint import (
+    TensorSpec,
+    pick_directory,
+    temporary_folder,
+    write_checkpoint,
+)
 from fastst_patch.bench.checkpoint_files import CheckpointFile
 from fastst_patch.bench.failures import UsageError
 from fastst_patch.bench.job import LoadJob, Sample, run_load
@@ -61,14 +65,9 @@ def script(name: str, main: Callable[[], int], child: Act | None = None) -> None
     sys.exit(guarded(name, main))
 
 
-@contextlib.contextmanager
-def folder(directory: str | None) -> Iterator[Path]:
+def folder(directory: str | None) -> contextlib.AbstractContextManager[Path]:
     """A folder on a disk; it is removed afterwards."""
-    place = pick_directory(directory)
-    with tempfile.TemporaryDirectory(
-        prefix="fastst-bench-", dir=place, ignore_cleanup_errors=True
-    ) as made:
-        yield Path(made)
+    return temporary_folder(pick_directory(directory))
 
 
 def write(path: Path, specs: Sequence[TensorSpec], **how: bool) -> str:

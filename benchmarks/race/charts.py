@@ -91,7 +91,7 @@ def draw(found: Found, out: Path, suffix: str = "") -> list[str]:
 # ---- what is drawn ------------------------------------------------------
 
 
-def panels(found: Found, rows: Sequence[Row]) -> list[Panel]:
+def panels(rows: Sequence[Row]) -> list[Panel]:
     """Those that this race has numbers for."""
     caches = list(dict.fromkeys(row.cache for row in rows))
     times = [Panel(f"Time, {cache}", cache, _relative(rows), lambda x: f"{x:.2f}")
@@ -169,7 +169,7 @@ def own_gb(row: Row) -> float:
 
 
 def _figure(found: Found, rows: Sequence[Row]) -> Any:
-    chosen = [(panel, bars(rows, panel)) for panel in panels(found, rows)]
+    chosen = [(panel, bars(rows, panel)) for panel in panels(rows)]
     lines = math.ceil(len(chosen) / 2)
     # A Figure of its own, not pyplot: no display, no global state.
     figure = require_matplotlib().Figure(

@@ -7,7 +7,6 @@ import contextlib
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from benchmarks import ceilings
 from fastst_patch import engine
 from fastst_patch.bench import hardware
-from fastst_patch.bench.checkpoint import pick_directory
+from fastst_patch.bench.checkpoint import pick_directory, temporary_folder
 from fastst_patch.bench.failures import EXIT_FAILED, BenchError, UsageError
 from fastst_patch.bench.process import ProcessFailedError
 
@@ -67,10 +66,7 @@ def race(args: argparse.Namespace, source: Source | None = None) -> int:
     environment = hardware.environment(place) | probes.host_facts() | facts
     environment.pop("uuid", None)
     rest = _Rest(args, environment, absent)
-    with tempfile.TemporaryDirectory(
-        prefix="fastst-bench-", dir=place, ignore_cleanup_errors=True
-    ) as name:
-        folder = Path(name)
+    with temporary_folder(place) as folder:
         run = _plan(args, who, suite, folder, facts)
         try:
             with screen.bar():
@@ -117,7 +113,7 @@ def _suite(
     memory = min(hardware.memory_available(), facts.get("device_free", sys.maxsize))
     free = shutil.disk_usage(place).free
     suite = workloads.suite(args.suite, args.device, free, memory)
-    absent = workloads.absent(args.suite)
+    absent = workloads.absent()
     if args.workloads is None:
         return suite, absent
     names = {workload.name for workload in suite}
@@ -185,8 +181,7 @@ def provide(workload: Workload, place: Path, who: Entrants) -> Iterator[Written]
             if loader.name not in refused and loader.reads(files) != files:
                 reason = _make(loader.name, who, files)
                 refused |= {loader.name: reason} if reason else {}
-        size = sum(Path(file).stat().st_size for file in files)
-        yield Written(tuple(files), size, str(path), refused)
+        yield Written(tuple(files), str(path), refused)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

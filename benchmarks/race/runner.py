@@ -33,7 +33,6 @@ class Written:
     """A workload's files, and what they hold."""
 
     files: tuple[str, ...]
-    file_bytes: int
     truth: str  # see truth.write
     refused: dict[str, str] = field(default_factory=dict)  # loader -> why it cannot take it
 

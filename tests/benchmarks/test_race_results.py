@@ -74,7 +74,7 @@ def test_committed_results_are_small() -> None:
 
 def test_chart_has_a_bar_for_each_family(found, tmp_path) -> None:
     rows = results.rows(found)
-    (panel, *_), families = charts.panels(found, rows), {row.family for row in rows}
+    (panel, *_), families = charts.panels(rows), {row.family for row in rows}
     bars = charts.bars(rows, panel)
     assert [bar.family for bar in bars] == sorted(families, key=[b.family for b in bars].index)
     assert bars[0].value == 1.0  # nobody is ours here: the fastest is the measure
@@ -272,7 +272,7 @@ def test_whole_command(file, fake, tmp_path, monkeypatch, capsys, on_disk) -> No
     suite = [workload(), workload("other")]
     monkeypatch.setattr(command.workloads, "suite", lambda name, device, disk, memory: suite)
     absent = {"real": "it is not installed"}
-    monkeypatch.setattr(command.workloads, "absent", lambda suite: absent)
+    monkeypatch.setattr(command.workloads, "absent", lambda: absent)
     monkeypatch.setattr(command.workloads, "write", write)
     parse = benchmarks_main.parser().parse_args
     out = tmp_path / "out"

@@ -69,7 +69,7 @@ def race_of(file: Path, *names: str, caches=("warm",), rounds=1, **changes):
     def provide(_):
         path = file.parent / "truth.json"
         truth.write(truth.of([str(file)]), path)
-        yield runner.Written((str(file),), file.stat().st_size, str(path))
+        yield runner.Written((str(file),), str(path))
 
     facts = {
         "entrants": entered,
