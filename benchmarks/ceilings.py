@@ -291,7 +291,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{environment['cpu']}, {environment['cpus']} CPUs; {environment['kernel']}; "
           f"{environment['fs']} on {environment['block_device']}, "
           f"read-ahead {environment['read_ahead_kb']} KiB\n")  # fmt: skip
-    print("\n".join(grid([("ceiling", "GB/s", "best", "all tried"), *map(_cells, entries)], _LEFT)))
+    print("\n".join(grid([("ceiling", "GB/s", "best", "all tried"), *map(cells, entries)], _LEFT)))
     for name, value in sections.items():
         for row in value if isinstance(value, list) else [value]:
             print(f"{name:16} {figures(row)}")
@@ -325,11 +325,13 @@ def figures(row: dict[str, Any]) -> str:
                      for name, one in cells.items())  # fmt: skip
 
 
-def _cells(one: dict[str, Any]) -> tuple[str, ...]:
+def cells(one: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Name, GB/s, the best variant, and all that were tried, as text."""
     if one["gb_per_s"] is None:
-        return (one["name"], "-", "not available", str(one["unavailable"]))
-    tried = ", ".join(f"{name}: {speed:.2f}" for name, speed in one["tried"].items())
-    return (one["name"], f"{one['gb_per_s']:.2f}", one["variant"], tried)
+        return one["name"], "-", f"not available: {one['unavailable']}", ""
+    mark = "" if one["verified"] else " (state of the cache not proven)"
+    tried = ", ".join(f"{name}: {speed:.1f}" for name, speed in one["tried"].items())
+    return one["name"] + mark, f"{one['gb_per_s']:.2f}", one["variant"], tried
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -233,20 +233,9 @@ def _missing(found: Found) -> str:
 
 
 def _ceilings(found: Found) -> str:
-    lines = []
-    for one in found["ceilings"]:
-        if one["gb_per_s"] is None:
-            lines.append(
-                [one["workload"], one["name"], "-", f"not available: {one['unavailable']}", ""]
-            )
-            continue
-        tried = ", ".join(f"{name}: {speed:.1f}" for name, speed in one["tried"].items())
-        mark = "" if one["verified"] else " (state of the cache not proven)"
-        lines.append(
-            [one["workload"], one["name"] + mark, f"{one['gb_per_s']:.2f}", one["variant"], tried]
-        )
-    if not lines:
+    if not found["ceilings"]:
         return ""
+    lines = [[one["workload"], *ceilings.cells(one)] for one in found["ceilings"]]
     shown = table(["beside", "ceiling", "GB/s", "best", "all tried"], lines)
     return "\n".join(["### What the machine can give, measured in the same rounds", "", *shown])
 
