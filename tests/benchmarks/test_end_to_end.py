@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from places import BENCHMARKS
+from race_harness import results as race_results
 
 import fastst_patch
 from fastst_patch import engine
@@ -101,6 +102,9 @@ def test_two_rows(run, capsys) -> None:
         else:
             assert one["path"].startswith("mmap")
             assert run_["accelerated_bytes"] > 2_000_000
+    told = race_results._call_of(rows[1])  # as the race tells it
+    assert told["total_ratio_to_stock"] == rows[1]["time / stock"]["median"]
+    assert (told["total_s"], told["rounds"]) == (rows[1]["runs"][0]["total_s"], 1)
     if not torch.cuda.is_available():
         assert found["skipped"] == {"cuda-to": "no CUDA device"}
         assert "skipped: no CUDA device" in text.out

@@ -96,6 +96,17 @@ def test_page_and_readme_are_the_same_from_the_summary(found, tmp_path) -> None:
         results.merge([thirds, summary])
 
 
+def test_whole_calls_are_told(found) -> None:
+    runs = [{"total_s": seconds, "memory": {"peak_rss": 7_000_000}} for seconds in (1.0, 3.0)]
+    row = {"title": "a call", "cache": "cold", "contender": "patched", "runs": runs,
+           "time / stock": {"median": 0.5}, "import s": {"median": 4.0}}  # fmt: skip
+    found["end_to_end"] = {"results": [row], "skipped": {"x": "no"}, "errors": {"y": "bad\nluck"}}
+    page = report.markdown([found])
+    assert "| a call | cold | patched | 2.000 | 0.50 | 4.00 | 7 | 2 |" in page
+    assert "- x: skipped: no." in page
+    assert "- **y: FAILED**: bad luck" in page
+
+
 def test_committed_report_is_that_of_its_summary() -> None:
     for folder in readme.folders():
         page = report.markdown([results.read(folder)], [[readme.CHART]])
