@@ -8,7 +8,6 @@ state          what is free while the clock runs
 ``small``      small pages only, lent alone. Neighbours among them join into huge ones when they
                are freed; `fastst-patch bench` holds huge blocks beside, and is stricter
 ``fragmented`` no free block of 2 MiB: a host after weeks of use. A huge page takes compaction
-``fresh``      nothing is lent: every page comes from the host
 =============  ================================================================================
 """
 
@@ -16,21 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastst_patch.bench import hardware
 from fastst_patch.bench.failures import BenchError
-from fastst_patch.bench.settle import HUGE, POPULATE_WRITE, SMALL, Reserve, advise
+from fastst_patch.bench.settle import HUGE, KINDS, POPULATE_WRITE, SMALL, Reserve, advise
 
-STATES = ("lent", "huge", "small", "fragmented", "fresh")
+STATES = ("lent", "huge", "small", "fragmented")
 
 HUGE_PAGE = 2 << 20
 BLOCK = 64 << 20
 LEFT = 512 << 20  # for everybody else while the rest is held
 FEW_BLOCKS = 16  # free ones of 2 MiB: no load gets far with them
-TAKEN_BACK_S = 4.0  # free page reporting runs every two seconds
 HOLE_EVERY = 3  # pages; what lies between keeps free pages from joining
 
 
@@ -105,26 +102,7 @@ def free_blocks() -> int:
     return found
 
 
-class Fresh:
-    """Lends nothing, and waits until the host has taken back what is free. A context manager."""
-
-    def __enter__(self) -> Fresh:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-    @contextlib.contextmanager
-    def lend(self) -> Iterator[None]:
-        """What runs in the block finds memory that the host has to give first."""
-        time.sleep(TAKEN_BACK_S)
-        yield
-
-
-def reserve(state: str, wanted: int) -> Reserve | Fragmented | Fresh:
+def reserve(state: str, wanted: int) -> Reserve | Fragmented:
     """Memory for a load of so many bytes, in one of the `STATES`."""
-    if state == "lent":
-        return Reserve(wanted)
-    if state in ("small", "huge"):
-        return Reserve(wanted, {SMALL: 5} if state == "small" else {HUGE: 4})
-    return Fragmented(wanted + LEFT) if state == "fragmented" else Fresh()
+    kinds = {"lent": KINDS, "huge": {HUGE: 4}, "small": {SMALL: 5}}
+    return Reserve(wanted, kinds[state]) if state in kinds else Fragmented(wanted + LEFT)

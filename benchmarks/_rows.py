@@ -7,14 +7,13 @@ The same function serves stock and patched; nothing in it knows which it is.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import inspect
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +35,6 @@ class Job:
     arguments: Mapping[str, object] = field(default_factory=dict)  # for from_pretrained; an Offer's
     variables: Mapping[str, str] = field(default_factory=dict)  # of the environment; an Offer's
     rehearse: bool = False  # the device is the CPU in truth: nothing can reach a GPU
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What one Job measured. Seconds; the whole call ends when its device has done everything."""
-
-    import_s: float  # patch(), and importing what the row needs
-    prepare_s: float  # what the program did before the timed call, such as loading to the CPU
-    whole_s: float
-    weights_s: float | None  # of the whole: in transformers' _load_pretrained_model
-    touch_s: float  # reading every byte once; 0 where that is not timed
-    digest: str  # over names, dtypes, shapes, strides, devices and bytes, in order
-    tensors: int
-    bytes: int
-    path: str  # ways taken, such as "mmap+readahead"; "stock" for the stock loader
-    accelerated_bytes: int
-    fallbacks: tuple[str, ...]
-    resident_before: float | None
-    memory: Mapping[str, int]
-    device_name: str
-
-    @property
-    def total_s(self) -> float:
-        """What a program waits: a lazy load is paid for when the bytes are read."""
-        return self.whole_s + self.touch_s
 
 
 @dataclass(frozen=True)
@@ -94,7 +68,6 @@ class Row:
     cache: str = "warm"
     device: str = "cpu"
     packages: tuple[str, ...] = ("transformers",)
-    target: str = "-"  # what issue 4 wants, of stock's time
     offers: tuple[str, ...] = ()  # of OFFERS
 
 
@@ -157,10 +130,10 @@ _OF_DIFFUSERS = tuple(name for name, one in OFFERS.items() if one.package == "di
 
 
 @row("moe-cpu", "from_pretrained of a mixture of experts to the CPU", model="moe",
-     imports=_MIXTURE, target="<= 1.0", offers=_OF_TRANSFORMERS)  # fmt: skip
+     imports=_MIXTURE, offers=_OF_TRANSFORMERS)  # fmt: skip
 @row("cpu-cold", "from_pretrained to the CPU, all weights touched", model="dense", cache="cold",
-     imports=_LLAMA, target="<= 0.65 at 128 KiB", offers=_OF_TRANSFORMERS)  # fmt: skip
-@row("cpu-warm", "from_pretrained to the CPU", model="dense", imports=_LLAMA, target="<= 1.0",
+     imports=_LLAMA, offers=_OF_TRANSFORMERS)  # fmt: skip
+@row("cpu-warm", "from_pretrained to the CPU", model="dense", imports=_LLAMA,
      offers=_OF_TRANSFORMERS)  # fmt: skip
 def load_to_cpu(job: Job) -> Call:
     architecture = _architecture(job.folder)
@@ -168,8 +141,7 @@ def load_to_cpu(job: Job) -> Call:
 
 
 @row("disk-offload", f"{FORWARDS} forwards with the layers left on the disk", model="llama",
-     imports=(*_LLAMA, "accelerate"), packages=("transformers", "accelerate"),
-     target="<= 1.0")  # fmt: skip
+     imports=(*_LLAMA, "accelerate"), packages=("transformers", "accelerate"))  # fmt: skip
 def offloaded_forward(job: Job) -> Call:
     import torch
 
@@ -193,7 +165,7 @@ def offloaded_forward(job: Job) -> Call:
 
 @row("sentence-transformers", "SentenceTransformer(MiniLM), real weights", model="minilm",
      imports=("sentence_transformers", "transformers.models.bert.modeling_bert"),
-     packages=("transformers", "sentence_transformers"), target="<= 1.0")  # fmt: skip
+     packages=("transformers", "sentence_transformers"))  # fmt: skip
 def sentence_transformer(job: Job) -> Call:
     from sentence_transformers import SentenceTransformer
 
@@ -202,10 +174,10 @@ def sentence_transformer(job: Job) -> Call:
 
 @row("cuda-moe", "from_pretrained(device_map) of a mixture of experts", model="moe",
      device="cuda", imports=(*_MIXTURE, "accelerate"), packages=("transformers", "accelerate"),
-     target="<= 0.4", offers=_OF_TRANSFORMERS)  # fmt: skip
+     offers=_OF_TRANSFORMERS)  # fmt: skip
 @row("cuda-device-map", "from_pretrained(device_map)", model="dense", device="cuda",
      imports=(*_LLAMA, "accelerate"), packages=("transformers", "accelerate"),
-     target="weights <= 0.35, >= 70%", offers=_OF_TRANSFORMERS)  # fmt: skip
+     offers=_OF_TRANSFORMERS)  # fmt: skip
 def load_to_device(job: Job) -> Call:
     architecture = _architecture(job.folder)
     arguments = {"device_map": {"": job.device}, **job.arguments}
@@ -213,7 +185,7 @@ def load_to_device(job: Job) -> Call:
 
 
 @row("cuda-to", "model.to(device), loaded on the CPU before", model="dense", device="cuda",
-     imports=_LLAMA, target="<= 0.35, >= 70%")  # fmt: skip
+     imports=_LLAMA)  # fmt: skip
 def model_to_device(job: Job) -> Call:
     model = _architecture(job.folder).from_pretrained(job.folder)
     return Call(lambda: model.to(job.device), _state)
@@ -282,32 +254,14 @@ def _offloaded(model: Any) -> Tensors:
     raise SystemExit("nothing was offloaded to the disk")
 
 
-def touch(tensors: Tensors) -> list[int]:
-    """Read every byte, and return a checksum of each tensor that depends on their order."""
-    from fastst_patch import engine
-
-    sums = []
-    for tensor in tensors.values():
-        here = tensor.detach().cpu().contiguous()
-        sums.append(engine.touch(here.data_ptr(), here.nbytes))
-    return sums
-
-
-def digest_of(tensors: Tensors, sums: Iterable[int]) -> str:
-    """Hash what a program can see of the tensors: the order of names counts too."""
-    digest = hashlib.blake2b(digest_size=16)
-    for (name, tensor), checksum in zip(tensors.items(), sums, strict=True):
-        seen = (name, str(tensor.dtype), list(tensor.shape), list(tensor.stride()),
-                str(tensor.device), checksum)  # fmt: skip
-        digest.update(json.dumps(seen).encode())
-    return digest.hexdigest()
-
-
 # ---- one run ------------------------------------------------------------
 
 
-def run(job: Job, gate: Callable[..., None]) -> Sample:
-    """Time one row once, in this process. Ends the process where it cannot be a fair race."""
+def run(job: Job, gate: Callable[..., None]) -> dict[str, Any]:
+    """Time one row once, in this process. Ends the process where it cannot be a fair race.
+
+    The whole call ends when its device has done everything.
+    """
     from fastst_patch.bench import child, device_use
 
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -334,25 +288,27 @@ def run(job: Job, gate: Callable[..., None]) -> Sample:
         timed.lap("whole")
     tensors = call.tensors(result)
     touching = time.perf_counter()
-    sums = touch(tensors)
+    sums = {name: device_use.touch(tensor) for name, tensor in tensors.items()}
     touched = time.perf_counter()
     carried = _accelerated(job, timed.reports) if job.loader == "patched" else []
-    return Sample(
-        import_s=imported - begin,
-        prepare_s=prepare_s,
-        whole_s=timed.seconds["whole"],
-        weights_s=sum(parts) if parts else None,
-        touch_s=touched - touching if line.cache == "cold" else 0.0,
-        digest=digest_of(tensors, sums),
-        tensors=len(tensors),
-        bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        path=", ".join(dict.fromkeys(str(report.path) for report in carried)) or "stock",
-        accelerated_bytes=sum(report.bytes for report in carried),
-        fallbacks=timed.fallbacks,
-        resident_before=timed.resident,
-        memory=timed.memory,
-        device_name=device_use.device_name(job.device),
-    )
+    whole_s, touch_s = timed.seconds["whole"], touched - touching if line.cache == "cold" else 0.0
+    return {
+        "import_s": imported - begin,  # patch(), and importing what the row needs
+        "prepare_s": prepare_s,  # before the timed call, such as loading to the CPU
+        "whole_s": whole_s,
+        "weights_s": sum(parts) if parts else None,  # in transformers' _load_pretrained_model
+        "touch_s": touch_s,  # reading every byte once; 0 where that is not timed
+        "total_s": whole_s + touch_s,  # a lazy load is paid for when the bytes are read
+        "digest": device_use.digest(tensors, sums),
+        "tensors": len(tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "path": ", ".join(dict.fromkeys(str(report.path) for report in carried)) or "stock",
+        "accelerated_bytes": sum(report.bytes for report in carried),
+        "fallbacks": timed.fallbacks,
+        "resident_before": timed.resident,
+        "memory": timed.memory,
+        "device_name": device_use.device_name(job.device),
+    }
 
 
 def _time_weights(device: str) -> list[float]:
@@ -415,7 +371,7 @@ def child(message: dict[str, Any], gate: Callable[..., None]) -> Mapping[str, An
     kind = message.pop("kind")
     if kind == "run":
         message["files"] = tuple(message["files"])
-        return asdict(run(Job(**message), gate))
+        return run(Job(**message), gate)
     if kind == "make":
         import _models
 

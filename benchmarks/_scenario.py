@@ -12,7 +12,6 @@ import importlib.util
 import operator
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastst_patch.bench import guarded, hardware, harness, settle, stats, write_json
-from fastst_patch.bench.checkpoint import TensorSpec, pick_directory, write_checkpoint
+from fastst_patch.bench.checkpoint import (
+    TensorSpec,
+    pick_directory,
+    temporary_folder,
+    write_checkpoint,
+)
 from fastst_patch.bench.checkpoint_files import CheckpointFile
 from fastst_patch.bench.failures import UsageError
 from fastst_patch.bench.job import LoadJob, Sample, run_load
@@ -61,14 +65,9 @@ def script(name: str, main: Callable[[], int], child: Act | None = None) -> None
     sys.exit(guarded(name, main))
 
 
-@contextlib.contextmanager
-def folder(directory: str | None) -> Iterator[Path]:
+def folder(directory: str | None) -> contextlib.AbstractContextManager[Path]:
     """A folder on a disk; it is removed afterwards."""
-    place = pick_directory(directory)
-    with tempfile.TemporaryDirectory(
-        prefix="fastst-bench-", dir=place, ignore_cleanup_errors=True
-    ) as made:
-        yield Path(made)
+    return temporary_folder(pick_directory(directory))
 
 
 def write(path: Path, specs: Sequence[TensorSpec], **how: bool) -> str:
@@ -174,19 +173,22 @@ class Column:
     """
 
     heading: str
-    of: Callable[[Any], float]
+    of: Callable[[Any], float | None]
     scale: float = 1.0
     decimals: int | None = None
     base: str | None = None
 
     def summary(self, runs: Mapping[str, Sequence[Any]], name: str) -> stats.Summary | None:
-        """Of one contender."""
-        values = [self.scale * self.of(one) for one in runs[name]]
+        """Of one contender; None where an answer has no such number."""
+        values = self._values(runs[name])
         if self.base is None:
-            return stats.summarize(values)
-        if self.base not in runs:
-            return None
-        return stats.paired_ratio(values, [self.scale * self.of(one) for one in runs[self.base]])
+            return stats.summarize(values) if values else None
+        base = self._values(runs.get(self.base, ()))
+        return stats.paired_ratio(values, base) if values and base else None
+
+    def _values(self, answers: Sequence[Any]) -> list[float] | None:
+        found = [self.of(one) for one in answers]
+        return None if None in found else [self.scale * one for one in found]
 
     def shown(self, runs: Mapping[str, Sequence[Any]], name: str) -> str:
         """The text of a cell."""
@@ -211,7 +213,8 @@ class Table:
 
     Args:
         columns: of numbers.
-        facts: headings of text columns before the contender's name; `add` gets their values.
+        facts: headings of text columns before the contender's name; `add` gets their values, and
+            others for the JSON alone.
         text: headings of text columns after the numbers, and what makes each from a row's answers.
     """
 
@@ -232,7 +235,8 @@ class Table:
                 | {"runs": [_plain(one) for one in answers]}
             )
             shown = (one.shown(runs, name) for one in self.columns)
-            self.cells.append((*map(str, facts.values()), name, *shown, *told.values()))
+            known = (str(facts[heading]) for heading in self.facts)
+            self.cells.append((*known, name, *shown, *told.values()))
 
     def render(self) -> str:
         """The text of the table."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import hashlib
-import json
 import os
 import time
 import warnings
@@ -21,10 +19,8 @@ import safetensors
 import torch
 import torch.distributed as dist
 
-from fastst_patch import engine
-from fastst_patch.bench import residency
+from fastst_patch.bench import checkpoint_files, device_use, residency
 from fastst_patch.bench.child import reports_of, require_stock
-from fastst_patch.bench.device_use import process_memory
 from fastst_patch.bench.process import end_with_parent, serve
 
 Tensors = dict[str, torch.Tensor]
@@ -34,9 +30,8 @@ def dims_of(files: list[str]) -> dict[str, int]:
     """Rows and columns by turns, over all tensors by name; vectors have rows alone."""
     shapes: dict[str, list[int]] = {}
     for file in files:
-        with open(file, "rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        shapes |= {name: one["shape"] for name, one in header.items() if name != "__metadata__"}
+        entries, _ = checkpoint_files.header(file)
+        shapes |= {name: one["shape"] for name, one in entries.items()}
     return {name: k % 2 if len(shapes[name]) > 1 else 0 for k, name in enumerate(sorted(shapes))}
 
 
@@ -122,14 +117,6 @@ LOADERS = {"fastst": ours, "stock": stock, "fastsafetensors": fastsafetensors}
 # ---- measuring ----------------------------------------------------------
 
 
-def read_bytes() -> int:
-    """From storage, by this process, as the kernel counts."""
-    for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines():
-        if line.startswith("read_bytes:"):
-            return int(line.split()[1])
-    raise SystemExit("this kernel does not count what processes read")
-
-
 def touch(tensors: Tensors) -> int:
     """Read every byte where it lies; strided slices are not copied first."""
     total = 0
@@ -139,13 +126,10 @@ def touch(tensors: Tensors) -> int:
 
 
 def digest(tensors: Tensors) -> str:
-    """Of names, dtypes, shapes and bytes."""
-    found = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        checksum = engine.touch(tensor.data_ptr(), tensor.nbytes)
-        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), checksum]).encode())
-    return found.hexdigest()
+    """Of names, dtypes, shapes and bytes; slices of some loaders are strided, and of others not."""
+    alike = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    sums = {name: device_use.touch(tensor) for name, tensor in alike.items()}
+    return device_use.digest(alike, sums)
 
 
 def start_line(job: dict[str, Any], gate: Callable[..., None]) -> float | None:
@@ -186,15 +170,15 @@ def act(job: dict[str, Any], gate: Callable[..., None]) -> dict[str, Any]:
     )  # fmt: skip
     load = (pretrained if job["model"] else LOADERS[job["loader"]])(job)
     resident = start_line(job, gate)
-    before = read_bytes()
+    before = device_use.read_bytes()
     with reports_of("patched" if job["loader"] == "fastst" else "stock") as reports:
         begin = time.perf_counter()
         tensors = load()
         ready = time.perf_counter()
         touch(tensors)
         end = time.perf_counter()
-    after = read_bytes()
-    memory = process_memory()
+    after = device_use.read_bytes()
+    memory = device_use.process_memory()
     dist.barrier()
     answer = {
         "begin": begin, "ready": ready, "end": end, "read_bytes": after - before,

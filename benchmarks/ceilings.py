@@ -68,6 +68,12 @@ class Measured:
     rounds: dict[str, list[tuple[str, float]]] = field(default_factory=dict)  # (variant, GB/s)
     tried: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     unavailable: str | None = None
+    verified = True  # no file takes part
+
+    @property
+    def name(self) -> str:
+        """All of the names."""
+        return " and ".join(self.names)
 
     def measure(self, _files: Sequence[str], reserve: settle.Reserve) -> None:
         """Add one measurement."""
@@ -105,42 +111,30 @@ class Board:
     reads: dict[str, list[Ceiling]]  # by the state of the page cache beside which they are measured
     others: list[Measured]
 
-    def steps(self, cache: str, first: bool) -> list[Any]:
+    def steps(self, cache: str, first: bool) -> list[Ceiling | Measured]:
         """What is measured beside a cell; what needs no file, beside the first cell of a round."""
         return [*self.reads.get(cache, []), *(self.others if first else [])]
 
-    def measure(self, step: Any, reserve: settle.Reserve) -> None:
-        """Measure one of `steps`."""
-        step.measure(self.files, reserve)
-
     def to_json(self, workload: str) -> list[dict[str, Any]]:
         """One entry a ceiling, with what every round gave."""
-        found: list[dict[str, Any]] = []
-        for cache, group in self.reads.items():
-            for one in group:
-                speeds = [one.bytes / seconds / 1e9 for seconds in one.seconds]
-                known = {"verified": one.verified, "unavailable": one.unavailable}
-                entry = _entry(one.name, cache, speeds, variant=one.chosen, tried=one.tried)
-                found.append(entry | known)
+        found = [
+            _entry(one, one.name, cache, [one.bytes / seconds / 1e9 for seconds in one.seconds],
+                   variant=one.chosen, tried=one.tried)
+            for cache, group in self.reads.items() for one in group
+        ]  # fmt: skip
         for other in self.others:
             for name in other.names:
                 rounds = other.rounds.get(name, [])
-                variant = rounds[-1][0] if rounds else ""
-                speeds = [speed for _, speed in rounds]
-                known = {"verified": True, "unavailable": other.unavailable}
-                tried = other.tried.get(name, {})
-                found.append(_entry(name, None, speeds, variant=variant, tried=tried) | known)
+                best = rounds[-1][0] if rounds else ""
+                speeds, tried = [speed for _, speed in rounds], other.tried.get(name, {})
+                found.append(_entry(other, name, None, speeds, variant=best, tried=tried))
         return [{"workload": workload} | one for one in found]
 
 
 def _entry(
-    name: str,
-    cache: str | None,
-    speeds: list[float],
-    *,
-    variant: str,
+    step: Ceiling | Measured, name: str, cache: str | None, speeds: list[float], *, variant: str,
     tried: dict[str, list[float]],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     return {
         "name": name,
         "cache": cache,
@@ -148,6 +142,8 @@ def _entry(
         "gb_per_s": statistics.median(speeds) if speeds else None,
         "rounds": speeds,
         "tried": {label: max(values) for label, values in tried.items()},
+        "verified": step.verified,
+        "unavailable": step.unavailable,
     }
 
 
@@ -285,7 +281,7 @@ def run(args: argparse.Namespace) -> int:
         for _ in range(rounds):
             for number, cache in enumerate(caches):
                 for step in measured.steps(cache, number == 0):
-                    measured.measure(step, reserve)
+                    step.measure(measured.files, reserve)
         entries = measured.to_json(path.name)
         sections = {}
         if args.device != "cpu":
@@ -295,7 +291,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{environment['cpu']}, {environment['cpus']} CPUs; {environment['kernel']}; "
           f"{environment['fs']} on {environment['block_device']}, "
           f"read-ahead {environment['read_ahead_kb']} KiB\n")  # fmt: skip
-    print("\n".join(grid([("ceiling", "GB/s", "best", "all tried"), *map(_cells, entries)], _LEFT)))
+    print("\n".join(grid([("ceiling", "GB/s", "best", "all tried"), *map(cells, entries)], _LEFT)))
     for name, value in sections.items():
         for row in value if isinstance(value, list) else [value]:
             print(f"{name:16} {figures(row)}")
@@ -329,11 +325,13 @@ def figures(row: dict[str, Any]) -> str:
                      for name, one in cells.items())  # fmt: skip
 
 
-def _cells(one: dict[str, Any]) -> tuple[str, ...]:
+def cells(one: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Name, GB/s, the best variant, and all that were tried, as text."""
     if one["gb_per_s"] is None:
-        return (one["name"], "-", "not available", str(one["unavailable"]))
-    tried = ", ".join(f"{name}: {speed:.2f}" for name, speed in one["tried"].items())
-    return (one["name"], f"{one['gb_per_s']:.2f}", one["variant"], tried)
+        return one["name"], "-", f"not available: {one['unavailable']}", ""
+    mark = "" if one["verified"] else " (state of the cache not proven)"
+    tried = ", ".join(f"{name}: {speed:.1f}" for name, speed in one["tried"].items())
+    return one["name"] + mark, f"{one['gb_per_s']:.2f}", one["variant"], tried
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import gc
 import importlib
-import itertools
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from typing import Any
 import _scenario as scenario
 
 from fastst_patch import engine
-from fastst_patch.bench import checkpoint_files, hardware, harness, residency, stats
+from fastst_patch.bench import checkpoint_files, hardware, harness, residency
 from fastst_patch.bench.checkpoint import (
     TensorSpec,
     moe_specs,
@@ -40,13 +39,9 @@ from fastst_patch.bench.checkpoint import (
     write_checkpoint,
 )
 from fastst_patch.bench.failures import BenchError
-from fastst_patch.bench.table import with_spread
 
 TESTS = Path(__file__).resolve().parent.parent / "tests" / "support"
 TENSORS = 18_867
-
-TARGET_MICROSECONDS = 5.0
-TARGET_GB_PER_S = 8.0
 
 MODES = ("dlpack", "owned")
 
@@ -194,17 +189,9 @@ def written(directory: Path, nbytes: int) -> Iterator[dict[str, checkpoint_files
 
 
 def measure(
-    args: argparse.Namespace, library: Path, made: dict[str, Any], reads: dict[int, list[float]]
+    args: argparse.Namespace, library: Path, made: dict[str, checkpoint_files.CheckpointFile]
 ) -> dict[str, list[Any]]:
-    """Run the rounds; the raw reads beside them go into ``reads``, by number of threads."""
-    by_name, turn = {case.name: case for case in cases()}, itertools.count(1)
-
-    def read() -> None:
-        for threads, rates in reads.items():
-            nbytes, taken = engine.read_ceiling(
-                made["dense"].path, direct=False, threads=threads, chunk_bytes=4 << 20
-            )
-            rates.append(nbytes / taken / 1e9)
+    by_name = {case.name: case for case in cases()}
 
     def run_case(name: str) -> Any:
         case = by_name[name]
@@ -223,8 +210,6 @@ def measure(
         answer = scenario.fresh(__file__, message, name)
         if answer.violations:
             raise BenchError(f"{name}: the fake driver objects: {answer.violations[0]}")
-        if next(turn) % len(by_name) == 0:  # in every round, as the loads
-            read()
         return answer
 
     return harness.race([*by_name], args.rounds, run_case)
@@ -235,11 +220,6 @@ def microseconds_a_tensor(one: Any) -> float:
     return float(1e6 * (one.seconds - one.allocator_seconds) / one.count)
 
 
-def gb_per_s_a_core(one: Any) -> float:
-    """Bytes over the processor time of the whole process."""
-    return float(one.bytes / one.cpu_seconds / 1e9)
-
-
 def table() -> scenario.Table:
     return scenario.Table([
         scenario.Column("ms", scenario.answer("seconds"), 1e3),
@@ -247,51 +227,28 @@ def table() -> scenario.Table:
         scenario.Column("µs a tensor", microseconds_a_tensor),
         scenario.Column("of the allocator", lambda one: 1e6 * one.allocator_seconds / one.count),
         scenario.Column("GB/s", lambda one: one.bytes / one.seconds / 1e9),
-        scenario.Column("GB/s a core", gb_per_s_a_core),
+        scenario.Column("GB/s a core", lambda one: one.bytes / one.cpu_seconds / 1e9),
         scenario.Column("copies", scenario.answer("copies"), 1, 0),
         scenario.Column("calls", scenario.answer("calls"), 1, 0),
     ])  # fmt: skip
-
-
-def targets(runs: dict[str, list[Any]]) -> str:
-    """What should be reached, and whether it was."""
-    by_name = {case.name: case for case in cases()}
-
-    def medians(of: Any, chosen: Any) -> list[float]:
-        return [stats.summarize([of(one) for one in some]).median
-                for name, some in runs.items() if chosen(by_name[name])]  # fmt: skip
-
-    worst = max(medians(microseconds_a_tensor, lambda case: case.file != "dense"))
-    single = min(medians(gb_per_s_a_core, lambda case: case.threads == 1))
-    return (
-        f"targets: at most {TARGET_MICROSECONDS:g} µs a tensor: "
-        f"{'met' if worst <= TARGET_MICROSECONDS else 'MISSED'} ({worst:.2f}); at least "
-        f"{TARGET_GB_PER_S:g} GB/s a core from the page cache: "
-        f"{'met' if single >= TARGET_GB_PER_S else 'MISSED'} ({single:.2f})"
-    )
 
 
 def main() -> int:
     parser = scenario.arguments(__doc__, "--dir", rounds=5)
     parser.add_argument("--gb", type=float, default=1.0, help="size of the dense file")
     args = parser.parse_args()
-    place, reads = pick_directory(args.dir), {1: [], hardware.cpu_count(): []}
+    place = pick_directory(args.dir)
     with tempfile.TemporaryDirectory() as folder, written(place, int(args.gb * 1e9)) as made:
         library = _fake_device().build(Path(folder))
         if library is None:
             raise BenchError("needs a C compiler, to build the fake device driver")
         environment, dense = hardware.environment(made["dense"].path), made["dense"]
-        runs = measure(args, library, made, reads)
+        runs = measure(args, library, made)
     shown = table()
     shown.add(runs)
     title = (f"{TENSORS} tensors of 200 and of 256 bytes, and {dense.tensor_bytes / 1e9:.2f} GB in "
              f"{len(dense.order)}; warm, over the fake driver with free copies")  # fmt: skip
-    status = scenario.report(args, title, shown, environment=environment, page_cache_read=reads)
-    for threads, rates in reads.items():
-        print(f"raw page-cache read into one reused buffer a thread: "
-              f"{with_spread(stats.summarize(rates))} GB/s with {threads}")  # fmt: skip
-    print(targets(runs))
-    return status
+    return scenario.report(args, title, shown, environment=environment)
 
 
 if __name__ == "__main__":

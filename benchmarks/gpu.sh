@@ -66,7 +66,7 @@ step() { # name, time limit in seconds, command...
     fi
     if [ "$left" -lt "$seconds" ]; then seconds=$left; fi
     say "=== $name (at ${SECONDS} s, at most $seconds s)"
-    timeout -k 10 "$seconds" "$@" 2>&1 | tee -a "$log"
+    timeout -k 10 "$seconds" "$@" 2>&1 | tee "$raw/$name.txt" | tee -a "$log"
     status=${PIPESTATUS[0]}
     case $status in
     0) note "$name" ok $((SECONDS - begin)) ;;

@@ -43,9 +43,8 @@ def tensors_of(way: str, paths: list[str], device: str) -> Iterator[tuple[str, A
 
 def child(job: dict[str, Any], gate: Any) -> dict[str, Any]:
     import fastst_patch
-    from fastst_patch import engine
     from fastst_patch.bench.child import clock
-    from fastst_patch.bench.device_use import synchronize
+    from fastst_patch.bench.device_use import synchronize, touch
 
     cpu = job["device"] == "cpu"
     nbytes = checksum = 0
@@ -53,7 +52,7 @@ def child(job: dict[str, Any], gate: Any) -> dict[str, Any]:
     def load(paths: list[str]) -> None:
         nonlocal nbytes, checksum
         for _, tensor in tensors_of(job["way"], paths, job["device"]):
-            checksum ^= engine.touch(tensor.data_ptr(), tensor.nbytes) if cpu else 0
+            checksum ^= touch(tensor) if cpu else 0
             nbytes += tensor.nbytes
         synchronize(job["device"])
 

@@ -38,9 +38,9 @@ def main(check: bool) -> int:
         UsageError: a page has no place for them.
     """
     outdated = []
-    for path, name, end, make in parts():
+    for path, name, make in parts():
         before = path.read_text(encoding="utf-8")
-        after = replaced(path.name, before, (marker(name), end), make())
+        after = replaced(path.name, before, name, make())
         if after != before:
             outdated.append(path)
             if not check:
@@ -51,26 +51,23 @@ def main(check: bool) -> int:
     return int(check and bool(outdated))
 
 
-def parts() -> list[tuple[Path, str, str, Callable[[], str]]]:
-    """A page, the name of a part in it, the marker at its end, and what writes it."""
-    return [
-        (README, "results", "<!-- end of results -->", dense_checkpoint),
-        (PAGE, "race", "<!-- end of race -->", race),
-    ]
+def parts() -> list[tuple[Path, str, Callable[[], str]]]:
+    """A page, the name of a part in it, and what writes it."""
+    return [(README, "results", dense_checkpoint), (PAGE, "race", race)]
 
 
-def marker(name: str) -> str:
-    """The line at the beginning of a part."""
-    return f"<!-- {name}: written by python -m benchmarks readme -->"
+def markers(name: str) -> tuple[str, str]:
+    """The lines at the beginning and the end of a part."""
+    return f"<!-- {name}: written by python -m benchmarks readme -->", f"<!-- end of {name} -->"
 
 
-def replaced(page: str, text: str, markers: tuple[str, str], written: str) -> str:
+def replaced(page: str, text: str, name: str, written: str) -> str:
     """The page with what stands between the markers replaced.
 
     Raises:
         UsageError: a marker is missing, or is there twice.
     """
-    begin, end = markers
+    begin, end = markers(name)
     if text.count(begin) != 1 or text.count(end) != 1:
         raise UsageError(f"{page}: expected one line {begin!r} and one {end!r}")
     head, rest = text.split(begin)

@@ -38,7 +38,7 @@ LOADERS = ("fastst", "stock", "fastsafetensors")
 CACHES = ("cold", "warm")
 RANK = Path(__file__).resolve().with_name("_sharding_rank.py")
 RANK_SECONDS = 600  # after which a rank hangs
-STEP = 64  # hidden sizes that all of a model's sizes divide by
+STEP = 64  # hidden sizes that all of a model's sizes divide by, and the size of its heads
 HEADS = 256  # of a Llama, with heads of 64 of which four share a key
 
 
@@ -61,17 +61,8 @@ def checkpoint(folder: Path, files: int, nbytes: int, model: bool) -> list[str]:
     if not model:
         shards = [[TensorSpec(f"first.{number}", (4096 * (number + 1),)), *shard]
                   for number, shard in enumerate(shards)]  # fmt: skip
-    return list(_models.write(folder / "model", llama(hidden), shards).files)
-
-
-def llama(hidden: int) -> dict[str, Any]:
-    """The configuration of `transformer_specs`' model."""
-    return {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16",
-        "hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "vocab_size": hidden * 16,
-        "num_hidden_layers": 16, "num_attention_heads": hidden // 64,
-        "num_key_value_heads": hidden // HEADS, "tie_word_embeddings": False,
-    }  # fmt: skip
+    config = _models.llama_config(specs, head=STEP)
+    return list(_models.write(folder / "model", config, shards).files)
 
 
 # ---- one measurement ----------------------------------------------------

@@ -21,7 +21,6 @@ import math
 import os
 import random
 import re
-import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -76,8 +75,9 @@ def child(job: dict[str, Any], gate: Callable[..., None]) -> dict[str, Any]:
     import safetensors
     import torch
 
-    from fastst_patch import engine  # in both: stock's bytes are compared, too
+    from fastst_patch import engine
     from fastst_patch.bench.child import clock, patch_with, require_stock
+    from fastst_patch.bench.device_use import read_bytes, touch
 
     if job["loader"] == "patched":
         patch_with(job["options"])
@@ -94,7 +94,7 @@ def child(job: dict[str, Any], gate: Callable[..., None]) -> dict[str, Any]:
         if job["use"] == "copy":
             copies[name].copy_(found)
         else:
-            sums[name] = engine.touch(found.data_ptr(), found.nbytes)
+            sums[name] = touch(found)
 
     def as_another(**told: object) -> None:
         gate(**told)
@@ -117,8 +117,7 @@ def child(job: dict[str, Any], gate: Callable[..., None]) -> dict[str, Any]:
         "read_bytes": read,
         "resident_before": timed.resident,
         "path": ", ".join(dict.fromkeys(one.path for one in timed.reports)) or "stock",
-        "sums": sums
-        or {name: engine.touch(copy.data_ptr(), copy.nbytes) for name, copy in copies.items()},
+        "sums": sums or {name: touch(copy) for name, copy in copies.items()},
     }
 
 
@@ -152,11 +151,6 @@ def _walk(
             handle.keys()
             for name in names:
                 take(handle, name)
-
-
-def read_bytes() -> int:
-    """What this process has had read from storage; also after it became another user."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_inblock * 512
 
 
 # ---- rounds -------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "summary"
-WIDTH, HEIGHT = 1600, 1200  # pixels, at most
 _DPI = 100
+_WIDTH, _PANEL = 16, 4.0  # inches; of a panel the height
 _COLOURS = {
     "fastst": "#1746d1",
     "stock": "#5b6472",
@@ -35,8 +35,7 @@ _COLOURS = {
     "instanttensor": "#e08e8e",
 }
 _OTHER = "#8fb8de"
-_INK, _SOFT, _GRID, _BAD = "#1f2530", "#6a7280", "#e6e8ec", "#c2352b"
-_LEFT, _RIGHT, _TOP, _BETWEEN = 2.85, 0.25, 1.85, 0.95  # inches around the panels
+_INK, _SOFT, _BAD = "#1f2530", "#6a7280", "#c2352b"
 
 Measure = Callable[[Row], float | None]
 
@@ -61,7 +60,6 @@ class Bar:
     value: float | None = None  # geometric mean over the workloads
     spread: tuple[float, float] = (0.0, 0.0)  # the least and the most of a workload
     state: str = ""  # why there is no value
-    workloads: set[str] = field(default_factory=set)
 
 
 def require_matplotlib() -> Any:
@@ -79,7 +77,7 @@ def draw(found: Found, out: Path, suffix: str = "") -> list[str]:
     Raises:
         UsageError: it cannot be written.
     """
-    rows = [row for cell in results.cells(found) for row in results.rows(found, *cell)]
+    rows = results.rows(found)
     if not any(row.total_s for row in rows):
         return []
     file_name = f"{NAME}{suffix}.png"
@@ -93,7 +91,7 @@ def draw(found: Found, out: Path, suffix: str = "") -> list[str]:
 # ---- what is drawn ------------------------------------------------------
 
 
-def panels(found: Found, rows: Sequence[Row]) -> list[Panel]:
+def panels(rows: Sequence[Row]) -> list[Panel]:
     """Those that this race has numbers for."""
     caches = list(dict.fromkeys(row.cache for row in rows))
     times = [Panel(f"Time, {cache}", cache, _relative(rows), lambda x: f"{x:.2f}")
@@ -104,7 +102,7 @@ def panels(found: Found, rows: Sequence[Row]) -> list[Panel]:
               lambda row: row.first_s.median if row.first_s else None, report.seconds,
               logarithmic=True),
         Panel(f"Memory of its own / file size, {caches[0]}", caches[0],
-              lambda row: own_and_whole(row)[0] * 1e9 / row.bytes if row.memory else None,
+              lambda row: own_gb(row) * 1e9 / row.bytes if row.memory else None,
               lambda x: f"{x:.0%}"),
     ]  # fmt: skip
 
@@ -148,8 +146,7 @@ def bars(rows: Sequence[Row], panel: Panel) -> list[Bar]:
         values = [value for value in map(panel.measure, timed[name]) if value is not None]
         made.append(
             Bar(family, name.removeprefix(family).lstrip("-"), _mean(values),
-                (min(values, default=0.0), max(values, default=0.0)), "" if values else "unknown",
-                {row.workload for row in timed[name]})
+                (min(values, default=0.0), max(values, default=0.0)), "" if values else "unknown")
         )  # fmt: skip
     return sorted(made, key=lambda bar: math.inf if bar.value is None else bar.value)
 
@@ -160,81 +157,68 @@ def _mean(values: Any) -> float | None:
     return math.exp(sum(map(math.log, known)) / len(known)) if known else None
 
 
-def own_and_whole(row: Row) -> tuple[float, float]:
-    """GB at the peak: memory that is the process's own, and that with the file's pages."""
+def own_gb(row: Row) -> float:
+    """GB at the peak that are the process's own: without pages of the file."""
     memory = row.memory or {}
-    whole = memory.get("peak") or 0.0
-    own = max(memory.get("anonymous") or 0.0, whole - (memory.get("file") or 0.0))
-    own += memory.get("pinned") or 0.0  # mapped by the driver: in no RSS
-    return own / 1e9, max(whole, own) / 1e9
+    own = (memory.get("peak") or 0.0) - (memory.get("file") or 0.0)
+    # Pinned memory is mapped by the driver: in no RSS.
+    return (max(memory.get("anonymous") or 0.0, own) + (memory.get("pinned") or 0.0)) / 1e9
 
 
 # ---- drawing ------------------------------------------------------------
 
 
 def _figure(found: Found, rows: Sequence[Row]) -> Any:
-    chosen = [(panel, bars(rows, panel)) for panel in panels(found, rows)]
+    chosen = [(panel, bars(rows, panel)) for panel in panels(rows)]
     lines = math.ceil(len(chosen) / 2)
-    most = max(len(some) for _, some in chosen)
-    width, highest = WIDTH / _DPI, HEIGHT / _DPI
-    tall = min(0.62 * max(most, 2), (highest - _TOP - 0.5 - _BETWEEN * (lines - 1)) / lines)
-    height = _TOP + lines * tall + (lines - 1) * _BETWEEN + 0.5
     # A Figure of its own, not pyplot: no display, no global state.
-    figure = require_matplotlib().Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
-    wide = width / 2 - _LEFT - _RIGHT
-    for number, (panel, some) in enumerate(chosen):
-        line, column = divmod(number, 2)
-        low = height - _TOP - tall * (line + 1) - _BETWEEN * line
-        left = _LEFT + column * width / 2
-        box = (left / width, low / height, wide / width, tall / height)
-        _panel(figure.add_axes(box), panel, some)
+    figure = require_matplotlib().Figure(
+        figsize=(_WIDTH, 1.7 + _PANEL * lines), dpi=_DPI, layout="constrained"
+    )
+    figure.get_layout_engine().set(h_pad=0.15)
     target = "the CPU" if found["device"] == "cpu" else "the GPU"
-    figure.text(0.012, 1 - 0.15 / height, f"Loading safetensors to {target}", fontsize=26,
-                fontweight="bold", color=_INK, va="top")  # fmt: skip
+    figure.suptitle(f"Loading safetensors to {target}", x=0.01, ha="left", fontsize=26,
+                    fontweight="bold", color=_INK)  # fmt: skip
     explained = (
         f"{report.machine(found)}. Geometric means over {len(found['workloads'])} models (those it "
         "loads); shorter is better. The best variant of each family is named below it. Time: 1 is "
         "plain patch(); the thin line goes from the best model to the worst. Memory: without pages "
         "of the file."
     )
-    figure.text(0.012, 1 - 0.68 / height, textwrap.fill(explained, 140), fontsize=14.5, color=_SOFT,
-                va="top", linespacing=1.3)  # fmt: skip
+    figure.supxlabel(textwrap.fill(explained, 140), x=0.01, ha="left", fontsize=14.5, color=_SOFT)
+    places = figure.subplots(lines, 2, squeeze=False).flat
+    for axes, (panel, some) in zip(places, chosen, strict=False):
+        _panel(axes, panel, some)
     return figure
 
 
 def _panel(axes: Axes, panel: Panel, some: Sequence[Bar]) -> None:
     axes.set_title(panel.title, loc="left", fontsize=18, fontweight="bold", color=_INK, pad=8)
-    values = [bar.value for bar in some if bar.value is not None]
-    least, most = min(values, default=0.1), max(values, default=1.0)
+    known = [bar.value for bar in some if bar.value is not None]
+    least, most = min(known, default=0.1), max(known, default=1.0)
     low = least / 3 if panel.logarithmic else 0.0
     high = most * ((most / low) ** 0.4 if panel.logarithmic else 1.25)
     if panel.logarithmic:
         axes.set_xscale("log")
     axes.set_xlim(low, high or 1.0)
-    axes.set_ylim(len(some) - 0.4, -0.6)
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelbottom=False, which="both")
-    axes.set_yticks([])
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    labels = [f"{bar.family}\n{bar.variant}" if bar.variant else bar.family for bar in some]
+    axes.set_yticks(range(len(some)), labels, fontsize=14)
+    values = [low if bar.value is None else bar.value for bar in some]
+    colours = [_COLOURS.get(bar.family, _OTHER) for bar in some]
+    drawn = axes.barh(range(len(some)), [value - low for value in values], left=low, height=0.7,
+                      color=colours)  # fmt: skip
+    told = ["wrong bytes" if bar.state == "wrong" else bar.state for bar in some]
+    texts = [told[place] if bar.value is None else panel.shown(bar.value)
+             for place, bar in enumerate(some)]  # fmt: skip
+    shown = axes.bar_label(drawn, texts, padding=7, fontsize=16, color=_INK)
     for place, bar in enumerate(some):
-        ours = bar.family == OURS
-        strong = {"color": _COLOURS[OURS] if ours else _INK, "weight": "bold" if ours else "normal"}
-        _text(axes, -0.02, place - (0.13 if bar.variant else 0), bar.family, 16, ha="right",
-              **strong)  # fmt: skip
-        if bar.variant:
-            _text(axes, -0.02, place + 0.27, bar.variant, 12.5, ha="right", color=_SOFT)
-        if bar.value is None:
-            text = {"wrong": "wrong bytes"}.get(bar.state, bar.state)
-            _text(axes, 0.01, place, text, 14, color=_BAD, style="italic")
-            continue
-        colour = _COLOURS.get(bar.family, _OTHER)
-        axes.barh(place, bar.value - low, left=low, height=0.7, color=colour, zorder=2)
-        if not panel.logarithmic and panel.title.startswith("Time"):
-            axes.plot([bar.spread[0], min(bar.spread[1], high)], [place + 0.42] * 2, color=_INK,
-                      linewidth=1.2, zorder=3)  # fmt: skip
-        axes.annotate(panel.shown(bar.value), (bar.value, place), xytext=(7, 0), va="center",
-                      textcoords="offset points", fontsize=17, zorder=4, **strong)  # fmt: skip
-
-
-def _text(axes: Axes, x: float, y: float, text: str, size: float, **style: Any) -> None:
-    axes.annotate(text, (x, y), xycoords=("axes fraction", "data"), va="center", fontsize=size,
-                  annotation_clip=False, **style)  # fmt: skip
+        if bar.family == OURS:
+            for text in (shown[place], axes.get_yticklabels()[place]):
+                text.set(color=_COLOURS[OURS], weight="bold")
+        elif bar.value is None:
+            shown[place].set(color=_BAD, style="italic")
+        if bar.value is not None and panel.title.startswith("Time,"):
+            axes.hlines(place + 0.42, bar.spread[0], min(bar.spread[1], high), color=_INK, lw=1.2)

@@ -47,11 +47,16 @@ def act(message: dict[str, Any], gate: WaitAtGate) -> Mapping[str, Any]:
     if kind == "load":
         message |= {key: tuple(message[key]) for key in ("files", "read")}
         return load(Job(**message), gate)
-    if kind == "make":
-        return make(**message)
-    from . import probes
+    from benchmarks import ceilings, gpu_ceilings
 
-    return probes.ask(kind, **message)
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {
+        "make": make,
+        "memory": ceilings.memory_speeds,
+        "copies": gpu_ceilings.copies,
+        "sections": gpu_ceilings.sections,
+        "device": gpu_ceilings.facts,
+    }
+    return kinds[kind](**message)
 
 
 def make(module: str, folder: str | None, loader: str, files: list[str]) -> dict[str, Any]:
@@ -60,6 +65,13 @@ def make(module: str, folder: str | None, loader: str, files: list[str]) -> dict
 
     entrants.find(entrants.Source(module, folder), loader).make(files)
     return {}
+
+
+def touched(tensors: dict[str, Any], expected: list[Any]) -> dict[str, int]:
+    """Read every byte in file order: the checksum of each tensor that is there."""
+    from fastst_patch.bench.device_use import touch
+
+    return {one.name: touch(tensors[one.name]) for one in expected if one.name in tensors}
 
 
 def load(job: Job, gate: WaitAtGate) -> dict[str, Any]:
@@ -104,14 +116,14 @@ def load(job: Job, gate: WaitAtGate) -> dict[str, Any]:
     synchronize(job.device)
     ready = time.perf_counter()
     on_cpu = job.device == "cpu"
-    sums = touch(tensors, expected) if on_cpu else {}
+    sums = touched(tensors, expected) if on_cpu else {}
     ended = time.perf_counter() if on_cpu else ready
     done_after = probes.done()
     held_after = probes.held(job.device)
     late = sorted({name.partition(".")[0] for name in set(sys.modules) - modules})
 
     gc.collect()  # what the loader left to the collector is gone: tensors must stand alone
-    again = touch(tensors, expected)
+    again = touched(tensors, expected)
     wrong = truth.differences(expected, tensors, again, job.device)
     if on_cpu and not wrong and sums != again:
         wrong = ["bytes changed after the load"]
@@ -132,16 +144,3 @@ def load(job: Job, gate: WaitAtGate) -> dict[str, Any]:
         "path": probes.our_path(loader.family),
         "versions": versions,
     }
-
-
-def touch(tensors: dict[str, Any], expected: list[Any]) -> dict[str, int]:
-    """Read every byte in file order: a checksum of each tensor that depends on their order."""
-    from fastst_patch import engine
-
-    sums = {}
-    for entry in expected:
-        tensor = tensors.get(entry.name)
-        if tensor is not None:
-            here = tensor.detach().cpu().contiguous()  # itself, of an ordinary CPU tensor
-            sums[entry.name] = engine.touch(here.data_ptr(), here.nbytes)
-    return sums

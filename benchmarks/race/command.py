@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks import ceilings
 from fastst_patch import engine
 from fastst_patch.bench import hardware
-from fastst_patch.bench.checkpoint import pick_directory
+from fastst_patch.bench.checkpoint import pick_directory, temporary_folder
 from fastst_patch.bench.failures import EXIT_FAILED, BenchError, UsageError
 from fastst_patch.bench.process import ProcessFailedError
 
-from . import charts, entrants, probes, process, report, results, runner, truth, whole
+from . import charts, entrants, probes, process, report, results, runner, truth, whole, workloads
 from .entrants import Entrants, Source, scrub
 from .plan import COPY_START_S, LEAST_ROUNDS, SLOWEST_GB_PER_S, Planner, units
 from .runner import Race, Written
 from .screen import Screen
 from .watch import DeviceWatch
-
-if TYPE_CHECKING:
-    from .workloads import Workload
+from .workloads import Workload
 
 CACHES = ("cold", "warm")
 QUICK_MINUTES = {"cpu": 19.5, "cuda": 8.0}  # on the two cores of a small machine; on a GPU's time
@@ -39,8 +36,6 @@ LIMIT_S = {"quick": 60.0, "full": 900.0}  # for one load
 MOST_AT_ONCE = 8  # processes that get ready
 DEVICE_BYTES_EACH = 8_000_000_000  # of a device's memory, for each: every one has a context there
 PAGE = "report.md"
-
-_WORKLOADS = "benchmarks.race.workloads"
 
 
 # ---- race ---------------------------------------------------------------
@@ -68,11 +63,10 @@ def race(args: argparse.Namespace, source: Source | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror}") from error
-    rest = _Rest(args, place, facts, absent)
-    with tempfile.TemporaryDirectory(
-        prefix="fastst-bench-", dir=place, ignore_cleanup_errors=True
-    ) as name:
-        folder = Path(name)
+    environment = hardware.environment(place) | probes.host_facts() | facts
+    environment.pop("uuid", None)
+    rest = _Rest(args, environment, absent)
+    with temporary_folder(place) as folder:
         run = _plan(args, who, suite, folder, facts)
         try:
             with screen.bar():
@@ -92,7 +86,7 @@ def race(args: argparse.Namespace, source: Source | None = None) -> int:
 
 def verdict(found: results.Found) -> int:
     """1 if our own loaders failed anywhere, or nobody has a result; what others do is theirs."""
-    rows = [row for cell in results.cells(found) for row in results.rows(found, *cell)]
+    rows = results.rows(found)
     ours = [row for row in rows if row.family == "fastst"]
     bad = any(row.state in ("wrong", "crashed", "time limit") for row in ours)
     return EXIT_FAILED if bad or not any(row.total_s for row in rows) else 0
@@ -116,11 +110,10 @@ def _suite(
     args: argparse.Namespace, place: Path, facts: dict[str, Any]
 ) -> tuple[list[Workload], dict[str, str]]:
     """The workloads asked for, and those that cannot be had here."""
-    module = importlib.import_module(_WORKLOADS)
     memory = min(hardware.memory_available(), facts.get("device_free", sys.maxsize))
     free = shutil.disk_usage(place).free
-    suite: list[Workload] = module.suite(args.suite, args.device, free, memory)
-    absent: dict[str, str] = getattr(module, "absent", lambda _: {})(args.suite)
+    suite = workloads.suite(args.suite, args.device, free, memory)
+    absent = workloads.absent()
     if args.workloads is None:
         return suite, absent
     names = {workload.name for workload in suite}
@@ -175,38 +168,26 @@ def _at_once(facts: dict[str, Any]) -> int:
 def provide(workload: Workload, place: Path, who: Entrants) -> Iterator[Written]:
     """Write a workload's files, find the truth about them, and remove them afterwards."""
     folder = place / workload.name
+    bar = tqdm(total=workload.nbytes, unit="B", unit_scale=True, disable=None, leave=False,
+               desc=f"writing {workload.name}")  # fmt: skip
     try:
-        files = _write(workload, folder)
-        refused = _refused(who, truth.dtypes(files))
-        path = folder / "truth.json"
+        with bar:
+            files = [str(path) for path in workloads.write(workload, folder, bar.update)]
+        dtypes, path = truth.dtypes(files), folder / "truth.json"
+        refusals = {loader.name: loader.refuses(dtypes) for loader in who.running}
+        refused = {name: scrub(reason) for name, reason in refusals.items() if reason}
         truth.write(truth.of(files), path)
         for loader in who.running:
-            if loader.name not in refused and hasattr(loader, "make"):
-                reason = _make(loader.name, who, files, entrants.read_by(loader, files))
+            if loader.name not in refused and loader.reads(files) != files:
+                reason = _make(loader.name, who, files)
                 refused |= {loader.name: reason} if reason else {}
-        size = sum(Path(file).stat().st_size for file in files)
-        yield Written(tuple(files), size, str(path), refused)
+        yield Written(tuple(files), str(path), refused)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(workload: Workload, folder: Path) -> list[str]:
-    module = importlib.import_module(_WORKLOADS)
-    bar = tqdm(total=workload.nbytes, unit="B", unit_scale=True, disable=None, leave=False,
-               desc=f"writing {workload.name}")  # fmt: skip
-    with bar:
-        return [str(path) for path in module.write(workload, folder, bar.update)]
-
-
-def _refused(who: Entrants, dtypes: Sequence[str]) -> dict[str, str]:
-    reasons = {loader.name: entrants.refusal(loader, dtypes) for loader in who.running}
-    return {name: scrub(reason) for name, reason in reasons.items() if reason}
-
-
-def _make(name: str, who: Entrants, files: Sequence[str], reads: Sequence[str]) -> str | None:
+def _make(name: str, who: Entrants, files: Sequence[str]) -> str | None:
     """Have a loader write what it reads instead of the files; say why, if it cannot."""
-    if list(reads) == list(files):
-        return None
     message = {"kind": "make", "module": who.source.module, "folder": who.source.folder,
                "loader": name, "files": list(files)}  # fmt: skip
     try:
@@ -219,17 +200,14 @@ def _make(name: str, who: Entrants, files: Sequence[str], reads: Sequence[str]) 
 # ---- results ------------------------------------------------------------
 
 
+@dataclass
 class _Rest:
     """What results.json holds beside the race itself."""
 
-    def __init__(
-        self, args: argparse.Namespace, place: Path, facts: dict[str, Any], absent: dict[str, str]
-    ) -> None:
-        self.args = args
-        self.absent = absent
-        self.end_to_end: dict[str, Any] | None = None
-        self.environment = hardware.environment(place) | probes.host_facts()
-        self.environment |= {key: value for key, value in facts.items() if key != "uuid"}
+    args: argparse.Namespace
+    environment: dict[str, Any]
+    absent: dict[str, str]
+    end_to_end: dict[str, Any] | None = None
 
 
 def _found(run: Race, rest: _Rest) -> results.Found:
@@ -284,6 +262,7 @@ def _version(loader: Any) -> str | None:
 
 def write_page(sections: Sequence[results.Found], out: Path) -> str:
     """Write the Markdown page, its charts, and the summary of a single section; return the text."""
+    sections = [results.summarize(found) for found in sections]
     drawn = [charts.draw(found, out, _suffix(sections, number))
              for number, found in enumerate(sections)]  # fmt: skip
     page = report.markdown(sections, drawn)

@@ -102,25 +102,7 @@ def _reason(loader: Loader, device: str, prepared: dict[str, Path | str]) -> str
         found = prepared.get(loader.environment, "its environment was not prepared")
         if not isinstance(found, Path):
             return str(found)
-    reason = loader.missing(device)
-    if reason is None and device not in loader.devices:
-        return f"does not load to {device}"
-    return reason
-
-
-def refusal(loader: Loader, dtypes: Sequence[str]) -> str | None:
-    """Why a loader cannot take a workload with these dtypes (in the file's names), or None."""
-    refuses = getattr(loader, "refuses", None)
-    return refuses(list(dtypes)) if refuses else None
-
-
-def read_by(loader: Loader, files: Sequence[str]) -> tuple[str, ...]:
-    """The files whose bytes it reads: a yardstick may have the same tensors in a format of its own.
-
-    Those are what is made cold or warm for it.
-    """
-    reads = getattr(loader, "reads", None)
-    return tuple(map(str, reads(list(files)))) if reads else tuple(files)
+    return loader.missing(device)
 
 
 _ABSOLUTE = re.compile(r"(?<![\w.:/])(?:/[\w.@+~%=-]+)+/([\w.@+~%=-]+)")

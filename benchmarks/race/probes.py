@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import resource
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +80,6 @@ def our_path(family: str) -> dict[str, Any] | None:
 
 
 # ---- of the machine -----------------------------------------------------
-
-
-def ask(kind: str, **how: Any) -> dict[str, Any]:
-    """What a process that loads nothing is asked."""
-    from benchmarks import ceilings, gpu_ceilings
-
-    kinds: dict[str, Callable[..., dict[str, Any]]] = {
-        "memory": ceilings.memory_speeds,
-        "copies": gpu_ceilings.copies,
-        "sections": gpu_ceilings.sections,
-        "device": gpu_ceilings.facts,
-    }
-    return kinds[kind](**how)
 
 
 def host_facts() -> dict[str, Any]:

@@ -33,6 +33,7 @@ def markdown(sections: Sequence[Found], charts: Sequence[Sequence[str]] = ()) ->
 
 def section(found: Found, charts: Sequence[str] = ()) -> str:
     """One machine's and one device's results."""
+    found = results.summarize(found)
     parts = [f"## {title(found)}", f"{conditions(found)} Quartiles are in brackets."]
     parts += [f"![{_alt(name)}]({name})" for name in charts]
     parts += [cell(found, workload, cache) for workload, cache in results.cells(found)]
@@ -72,12 +73,7 @@ def conditions(found: Found) -> str:
     ]
     if one.get("driver"):
         parts.append(f"driver {one['driver']}")
-    counts = [
-        row.rounds
-        for cell in results.cells(found)
-        for row in results.rows(found, *cell)
-        if row.total_s
-    ] or [0]
+    counts = [row.rounds for row in results.rows(found) if row.total_s] or [0]
     rounds = "-".join(map(str, sorted({min(counts), max(counts)})))
     return (
         f"{', '.join(parts)}. Medians of {rounds} rounds in fresh processes and random "
@@ -222,7 +218,7 @@ _LEFT = {
 
 
 def _missing(found: Found) -> str:
-    ran = results.ran(found)
+    ran = {row.loader for row in results.rows(found)}
     entries = [
         [one["name"], one["version"] or "-", one["note"]]
         for one in found["loaders"]
@@ -237,20 +233,9 @@ def _missing(found: Found) -> str:
 
 
 def _ceilings(found: Found) -> str:
-    lines = []
-    for one in found["ceilings"]:
-        if one["gb_per_s"] is None:
-            lines.append(
-                [one["workload"], one["name"], "-", f"not available: {one['unavailable']}", ""]
-            )
-            continue
-        tried = ", ".join(f"{name}: {speed:.1f}" for name, speed in one["tried"].items())
-        mark = "" if one["verified"] else " (state of the cache not proven)"
-        lines.append(
-            [one["workload"], one["name"] + mark, f"{one['gb_per_s']:.2f}", one["variant"], tried]
-        )
-    if not lines:
+    if not found["ceilings"]:
         return ""
+    lines = [[one["workload"], *ceilings.cells(one)] for one in found["ceilings"]]
     shown = table(["beside", "ceiling", "GB/s", "best", "all tried"], lines)
     return "\n".join(["### What the machine can give, measured in the same rounds", "", *shown])
 

@@ -69,8 +69,6 @@ class Row:
     bytes: int
     tensors: int
     total_s: Quartiles | None = None  # load plus, on the CPU, reading every byte
-    load_s: Quartiles | None = None
-    touch_s: Quartiles | None = None
     first_s: Quartiles | None = None
     again_s: Quartiles | None = None  # total of a second load in a new process
     cpu_s: Quartiles | None = None
@@ -102,53 +100,31 @@ def total(run: Mapping[str, Any]) -> float:
 
 def cells(found: Found) -> list[tuple[str, str]]:
     """Workloads and states of the cache that were raced, in the order of the results."""
-    raced = {(one["workload"], one["cache"]) for one in _loads(found)}
+    return list(dict.fromkeys((row.workload, row.cache) for row in rows(found)))
+
+
+def rows(found: Found, workload: str | None = None, cache: str | None = None) -> list[Row]:
+    """The rows of all cells, or of one; the fastest first, those without a rank at the end."""
     return [
-        (workload["name"], cache)
-        for workload in found["workloads"]
-        for cache in ("cold", "warm")
-        if (workload["name"], cache) in raced
+        _row_of(one)
+        for one in summarize(found)["rows"]
+        if workload in (None, one["workload"]) and cache in (None, one["cache"])
     ]
 
 
-def ran(found: Found) -> set[str]:
-    """Loaders that were started at least once."""
-    return {one["loader"] for one in _loads(found)}
-
-
-def _loads(found: Found) -> list[dict[str, Any]]:
-    """Entries with a workload, a cache and a loader: single loads, or rows of a summary."""
-    entries: list[dict[str, Any]] = found["rows"] if is_summary(found) else found["runs"]
-    return entries
-
-
-def is_summary(found: Found) -> bool:
-    """Whether it holds rows and no single loads."""
-    return bool(found["schema"] == SUMMARY_SCHEMA)
-
-
-def rows(found: Found, workload: str, cache: str) -> list[Row]:
-    """The rows of one cell, the fastest first, those without a rank at the end."""
-    if is_summary(found):
-        return [
-            _row_of(one)
-            for one in found["rows"]
-            if (one["workload"], one["cache"]) == (workload, cache)
-        ]
-    runs = [run for run in found["runs"] if (run["workload"], run["cache"]) == (workload, cache)]
+def _cell(found: Found, workload: str, cache: str) -> list[Row]:
+    """The rows of one cell, from its single loads."""
     speeds = ceilings.speeds_of(found["ceilings"], workload)
     by_loader: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        by_loader.setdefault(run["loader"], []).append(run)
+    for run in found["runs"]:
+        if (run["workload"], run["cache"]) == (workload, cache):
+            by_loader.setdefault(run["loader"], []).append(run)
     made = [
         _row(found, workload, cache, name, by_loader=by_loader, speeds=speeds) for name in by_loader
     ]
     made.sort(key=lambda row: (row.state != "ok", row.total_s.median if row.total_s else 1e9))
-    ranked, rank = [], 0
-    for row in made:
-        rank += row.state == "ok"
-        ranked.append(replace(row, rank=rank if row.state == "ok" else None))
-    return ranked
+    return [replace(row, rank=place if row.state == "ok" else None)
+            for place, row in enumerate(made, 1)]  # fmt: skip
 
 
 def _row(
@@ -186,7 +162,7 @@ def _row(
         row,
         total_s=total_s,
         **{name: quartiles(one[name] for one in samples)
-           for name in ("load_s", "touch_s", "first_s", "import_s", "context_s")},
+           for name in ("first_s", "import_s", "context_s")},
         again_s=quartiles(map(total, second)),
         cpu_s=quartiles(one["done"]["user_s"] + one["done"]["system_s"] for one in samples),
         to_stock=_paired(good, by_loader.get(STOCK, [])),
@@ -267,33 +243,45 @@ def _memory(samples: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 # ---- the summary --------------------------------------------------------
 
 _QUARTILES = tuple(name for name, kind in Row.__annotations__.items() if "Quartiles" in kind)
-_END_TO_END = (
-    "title", "cache", "loader", "total_s", "total_ratio_to_stock", "import_s", "rounds",
-)  # fmt: skip
-_UNSHOWN = ("load_s", "touch_s")  # in no table
 _DIGITS = 9  # significant: with 6, one ratio of the committed race was rounded to another
 
 
 def summarize(found: Found) -> Found:
-    """What the page, the charts and the README need: rows in place of loads and orders."""
-    if is_summary(found):
+    """What the page, the charts and the README are made of: rows in place of loads and orders."""
+    if found["schema"] == SUMMARY_SCHEMA:
         return found
     kept = {name: value for name, value in found.items() if name not in ("runs", "orders")}
     kept["schema"] = SUMMARY_SCHEMA
-    kept["rows"] = [_entry_of(row) for cell in cells(found) for row in rows(found, *cell)]
+    kept["rows"] = [
+        _entry_of(row)
+        for workload in found["workloads"]
+        for cache in ("cold", "warm")
+        for row in _cell(found, workload["name"], cache)
+    ]
     whole = found["end_to_end"]
     if whole:
         kept["end_to_end"] = {
-            "results": [
-                {name: one[name] for name in _END_TO_END if name in one}
-                | {"memory": {"peak_rss": one["memory"].get("peak_rss")}}
-                for one in whole["results"]
-            ],
+            "results": [_call_of(one) for one in whole["results"]],
             "skipped": whole["skipped"],
             "errors": whole["errors"],
         }
     rounded: Found = _rounded(kept)
     return rounded
+
+
+def _call_of(one: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of a row of end_to_end.py."""
+    runs = one["runs"]
+    return {
+        "title": one["title"],
+        "cache": one["cache"],
+        "loader": one["contender"],
+        "total_s": _median(run["total_s"] for run in runs),
+        "total_ratio_to_stock": one["time / stock"]["median"],
+        "import_s": one["import s"]["median"],
+        "rounds": len(runs),
+        "memory": {"peak_rss": max(run["memory"].get("peak_rss", 0) for run in runs)},
+    }
 
 
 def _rounded(value: Any) -> Any:
@@ -306,8 +294,7 @@ def _rounded(value: Any) -> Any:
 
 def _entry_of(row: Row) -> dict[str, Any]:
     known = {name: value for name, value in asdict(row).items() if value not in (None, ())}
-    known |= {name: list(known[name].values()) for name in _QUARTILES if name in known}
-    return {name: value for name, value in known.items() if name not in _UNSHOWN}
+    return known | {name: list(known[name].values()) for name in _QUARTILES if name in known}
 
 
 def _row_of(entry: Mapping[str, Any]) -> Row:
@@ -384,7 +371,7 @@ def merge(several: Sequence[Found]) -> list[Found]:
     """
     if len(several) == 1:
         return list(several)
-    if any(map(is_summary, several)):
+    if any(found["schema"] == SUMMARY_SCHEMA for found in several):
         raise UsageError(f"a {SUMMARY_NAME} holds no rounds to put together: give {FILE_NAME}")
     merged: dict[str, Found] = {}
     for number, found in enumerate(several):

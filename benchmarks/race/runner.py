@@ -15,7 +15,7 @@ from fastst_patch.bench.failures import BenchError
 from fastst_patch.bench.process import Child, ProcessFailedError
 
 from . import process
-from .entrants import Entrants, read_by, scrub
+from .entrants import Entrants, scrub
 from .plan import Cell, Planner
 from .process import Starters
 from .screen import Screen
@@ -33,7 +33,6 @@ class Written:
     """A workload's files, and what they hold."""
 
     files: tuple[str, ...]
-    file_bytes: int
     truth: str  # see truth.write
     refused: dict[str, str] = field(default_factory=dict)  # loader -> why it cannot take it
 
@@ -185,7 +184,7 @@ def _cell(
     steps: list[Step] = [("load", name) for name in turns.loaders if name not in out]
     steps += [("ceiling", one) for one in turns.ceilings]
     chance.shuffle(steps)
-    order = [what if kind == "load" else _ceiling_name(what) for kind, what in steps]
+    order = [what if kind == "load" else what.name for kind, what in steps]
     run.orders.append({"round": number, "workload": cell.workload, "cache": cell.cache,
                        "order": order})  # fmt: skip
     racing = [what for kind, what in steps if kind == "load"]
@@ -195,10 +194,10 @@ def _cell(
     with Starters(lambda name: _start(run, written, name, copied), waiting, run.at_once) as ready:
         for turn, (kind, what) in enumerate(steps):
             if kind == "ceiling":
-                shown.doing(f"round {number}: {_ceiling_name(what)}")
+                shown.doing(f"round {number}: {what.name}")
                 # Of the variants that are tried, later rounds measure one.
                 variants = len(getattr(what, "variants", ())) or 1
-                seconds = _measure_ceiling(run.boards[cell.workload], what, run.reserve)
+                seconds = _measure_ceiling(what, run.boards[cell.workload].files, run.reserve)
                 measuring, later = measuring + seconds, later + seconds / variants
                 continue
             shown.doing(f"round {number}: {cell}: {what}")
@@ -219,14 +218,10 @@ def _importing(run: Race, seen: int) -> float:
     return sum(sample["import_s"] or 0.0 for sample in samples) / run.at_once
 
 
-def _ceiling_name(step: Any) -> str:
-    return str(step.name) if hasattr(step, "name") else " and ".join(step.names)
-
-
-def _measure_ceiling(measured_on: Board, step: Any, reserve: settle.Reserve) -> float:
+def _measure_ceiling(step: Any, files: Sequence[str], reserve: settle.Reserve) -> float:
     begin = time.monotonic()
     try:
-        measured_on.measure(step, reserve)
+        step.measure(files, reserve)
     except BenchError as error:  # no reason to end the race
         step.unavailable = str(error)
     return time.monotonic() - begin
@@ -244,7 +239,7 @@ def _start(run: Race, written: Written, name: str, copied: bool) -> Child:
         "folder": source.folder,
         "device": run.device,
         "files": written.files,
-        "read": read_by(loader, written.files),
+        "read": loader.reads(list(written.files)),
         "truth": written.truth,
     }
     return process.begin(message, run.entrants.environment_of(loader), copied=copied)
@@ -282,7 +277,7 @@ def _proven(run: Race, written: Written, ready: Starters, name: str, cache: str)
 def _once(
     run: Race, written: Written, ready: Starters, name: str, cache: str | None
 ) -> dict[str, Any]:
-    files = read_by(run.entrants.running_by_name[name], written.files)
+    files = run.entrants.running_by_name[name].reads(list(written.files))
     try:
         with ready.take(name) as child:
             started = child.wait_ready(process.READY_S)

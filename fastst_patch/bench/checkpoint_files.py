@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .failures import UsageError
 
@@ -67,22 +68,33 @@ def _in_index(index: Path) -> list[Path]:
     return paths
 
 
+def header(path: str | Path) -> tuple[dict[str, Any], int]:
+    """Return the entries of a file's tensors by name, and where their bytes begin.
+
+    Raises:
+        OSError, ValueError, AttributeError, TypeError: it cannot be read, or is something else.
+    """
+    with open(path, "rb") as file:
+        file_bytes = os.fstat(file.fileno()).st_size
+        header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if header_bytes > min(_HEADER_MAX, file_bytes - _LENGTH_BYTES):
+            raise ValueError("its first 8 bytes are no length of a header")
+        entries: dict[str, Any] = json.loads(file.read(header_bytes))
+    entries.pop("__metadata__", None)
+    return entries, _LENGTH_BYTES + header_bytes
+
+
 def describe(path: Path) -> CheckpointFile:
     """Read the header, before the cache is prepared: it makes pages resident."""
     try:
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            if header_bytes > min(_HEADER_MAX, file_bytes - _LENGTH_BYTES):
-                raise ValueError("its first 8 bytes are no length of a header")
-            entries = json.loads(file.read(header_bytes))
-            entries.pop("__metadata__", None)
-            spans = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
+        file_bytes = path.stat().st_size
+        entries, begin = header(path)
+        spans = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: not a safetensors file: {error}") from error
-    end = _LENGTH_BYTES + header_bytes + max((end for _, end in spans.values()), default=0)
+    end = begin + max((end for _, end in spans.values()), default=0)
     if end != file_bytes:
         raise UsageError(
             f"{path}: its header describes a file of {end} bytes, and it has {file_bytes}"

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import importlib
-import json
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +23,15 @@ from fastst_patch import engine
 from fastst_patch.device import find_device
 
 from . import residency, settle
-from .device_use import device_memory, device_name, open_context, process_memory, synchronize
+from .device_use import (
+    device_memory,
+    device_name,
+    digest,
+    open_context,
+    process_memory,
+    synchronize,
+    touch,
+)
 from .job import LoadJob, Sample
 from .process import end_with_parent, serve
 
@@ -130,7 +136,7 @@ def run(job: LoadJob, gate: WaitAtGate) -> Sample:
     return Sample(
         load_s=timed.seconds["load"],
         touch_s=timed.seconds.get("touch", 0.0),
-        digests=tuple(map(_digest, loaded, job.orders, checksums)),
+        digests=tuple(map(digest, loaded, checksums)),
         tensors=len(tensors),
         bytes=sum(tensor.nbytes for tensor in tensors),
         path=_path_taken(job.loader, timed.reports),
@@ -149,29 +155,12 @@ def _load_file(path: str, device: str) -> Tensors:
     return safetensors.torch.load_file(path, device=device)
 
 
-def _touch(loaded: Sequence[Tensors], orders: Sequence[Sequence[str]]) -> list[list[int]]:
+def _touch(loaded: Sequence[Tensors], orders: Sequence[Sequence[str]]) -> list[dict[str, int]]:
     """Read every byte in file order. A tensor that is missing shows in the digest."""
-    sums: list[list[int]] = []
-    for tensors, order in zip(loaded, orders, strict=True):
-        sums.append([])
-        for name in order:
-            tensor = tensors.get(name)
-            if tensor is not None:
-                here = tensor.cpu()  # itself, unless it is on another device
-                sums[-1].append(engine.touch(here.data_ptr(), here.nbytes))
-    return sums
-
-
-def _digest(tensors: Tensors, order: Sequence[str], checksums: Sequence[int]) -> str:
-    """Hash what a caller can see: order of keys, names, dtypes, shapes, strides, bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(list(tensors)).encode())
-    present = [name for name in order if name in tensors]
-    for name, checksum in zip(present, checksums, strict=True):
-        tensor = tensors[name]
-        seen = (name, str(tensor.dtype), list(tensor.shape), list(tensor.stride()), checksum)
-        digest.update(json.dumps(seen).encode())
-    return digest.hexdigest()
+    return [
+        {name: touch(tensors[name]) for name in order if name in tensors}
+        for tensors, order in zip(loaded, orders, strict=True)
+    ]
 
 
 # ---- stock or patched ---------------------------------------------------

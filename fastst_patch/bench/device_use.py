@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import re
+import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastst_patch import engine
+
+if TYPE_CHECKING:
+    import torch
 
 _WANTED = {
     "VmHWM": "peak_rss",
@@ -30,6 +38,11 @@ def process_memory() -> dict[str, int]:
                 if match and match[1] in _WANTED:
                     found[_WANTED[match[1]]] = int(match[2]) * 1024
     return found
+
+
+def read_bytes() -> int:
+    """What this process has had read from storage; known also after it became another user."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_inblock * 512
 
 
 def device_memory(device: str) -> dict[str, int]:
@@ -74,3 +87,24 @@ def device_name(device: str) -> str:
     import torch
 
     return str(torch.cuda.get_device_name(device))
+
+
+def touch(tensor: torch.Tensor) -> int:
+    """Read every byte once: a checksum that depends on their order."""
+    here = tensor.cpu().contiguous()  # itself, of an ordinary CPU tensor
+    return engine.touch(here.data_ptr(), here.nbytes)
+
+
+def digest(tensors: Mapping[str, torch.Tensor], sums: Mapping[str, int]) -> str:
+    """Hash what a program can see: order of names, dtypes, shapes, strides, devices, bytes.
+
+    Args:
+        tensors: by name.
+        sums: what `touch` returned of those that could be touched.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors.items():
+        seen = (name, str(tensor.dtype), list(tensor.shape), list(tensor.stride()),
+                str(tensor.device), sums.get(name))  # fmt: skip
+        found.update(json.dumps(seen).encode())
+    return found.hexdigest()

@@ -22,6 +22,7 @@ from fastst_patch.bench import (
     ceilings,
     checkpoint_files,
     child,
+    device_use,
     hardware,
     harness,
     job,
@@ -229,7 +230,7 @@ def test_interrupted_gate_leaves_no_process(tmp_path):
 
 
 def checksum(tensors, order):
-    return child._digest(tensors, order, child._touch([tensors], [order])[0])
+    return device_use.digest(tensors, child._touch([tensors], [order])[0])
 
 
 @native
@@ -241,6 +242,7 @@ def test_digest_sees_what_a_caller_can_see():
     variants = [
         base,
         {**base, "a": swapped},
+        {**base, "a": base["a"].t()},
         {**base, "a": base["a"].view(torch.float16)},
         {**base, "a": base["a"].view(16, 4)},
         {**base, "c": torch.ones(1)},

@@ -218,7 +218,7 @@ def test_refused_workload_is_listed(file, fake) -> None:
     def provide(_):
         path = file.parent / "truth.json"
         truth.write(truth.of([str(file)]), path)
-        yield runner.Written((str(file),), 1, str(path), {"again": "does not know the dtype BF16"})
+        yield runner.Written((str(file),), str(path), {"again": "does not know the dtype BF16"})
 
     race.provide = provide
     runner.race(race, screen.Screen())
@@ -273,13 +273,13 @@ def test_truth_is_what_stock_loads(file) -> None:
     tensors = safetensors.torch.load_file(file)
     entries = truth.of([str(file)])
     child = importlib.import_module("benchmarks.race.child")
-    sums = child.touch(tensors, entries)
+    sums = child.touched(tensors, entries)
     assert truth.differences(entries, tensors, sums, "cpu") == []
     assert truth.dtypes([str(file)]) == ["BF16"]
     name = entries[5].name
     changed = tensors | {name: tensors[name].t() if tensors[name].dim() == 2 else tensors[name]}
     if tensors[name].dim() == 2:
-        assert truth.differences(entries, changed, child.touch(changed, entries), "cpu")
+        assert truth.differences(entries, changed, child.touched(changed, entries), "cpu")
     assert "on cpu, not on cuda" in truth.differences(entries, tensors, sums, "cuda")[0]
 
 

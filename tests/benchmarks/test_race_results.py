@@ -3,7 +3,6 @@
 # ruff: noqa: F401, F811 - fixtures come from race_harness
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import os
@@ -14,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import race_standins
 from race_harness import (
     ROOT,
     SOURCE,
@@ -75,8 +73,8 @@ def test_committed_results_are_small() -> None:
 
 
 def test_chart_has_a_bar_for_each_family(found, tmp_path) -> None:
-    rows = [row for cell in results.cells(found) for row in results.rows(found, *cell)]
-    (panel, *_), families = charts.panels(found, rows), {row.family for row in rows}
+    rows = results.rows(found)
+    (panel, *_), families = charts.panels(rows), {row.family for row in rows}
     bars = charts.bars(rows, panel)
     assert [bar.family for bar in bars] == sorted(families, key=[b.family for b in bars].index)
     assert bars[0].value == 1.0  # nobody is ours here: the fastest is the measure
@@ -96,6 +94,17 @@ def test_page_and_readme_are_the_same_from_the_summary(found, tmp_path) -> None:
     assert results.read(tmp_path) == summary
     with pytest.raises(UsageError, match="no rounds to put together"):
         results.merge([thirds, summary])
+
+
+def test_whole_calls_are_told(found) -> None:
+    runs = [{"total_s": seconds, "memory": {"peak_rss": 7_000_000}} for seconds in (1.0, 3.0)]
+    row = {"title": "a call", "cache": "cold", "contender": "patched", "runs": runs,
+           "time / stock": {"median": 0.5}, "import s": {"median": 4.0}}  # fmt: skip
+    found["end_to_end"] = {"results": [row], "skipped": {"x": "no"}, "errors": {"y": "bad\nluck"}}
+    page = report.markdown([found])
+    assert "| a call | cold | patched | 2.000 | 0.50 | 4.00 | 7 | 2 |" in page
+    assert "- x: skipped: no." in page
+    assert "- **y: FAILED**: bad luck" in page
 
 
 def test_committed_report_is_that_of_its_summary() -> None:
@@ -203,9 +212,9 @@ def test_our_own_failure_is_the_exit_status(found) -> None:
 
 def test_memory_of_a_map_is_told_from_a_copy() -> None:
     row = SimpleNamespace(memory={"peak": 2e9, "anonymous": 0.1e9, "file": 1.8e9})
-    assert charts.own_and_whole(row) == pytest.approx((0.2, 2.0))
+    assert charts.own_gb(row) == pytest.approx(0.2)
     copy = SimpleNamespace(memory={"peak": 3e9, "anonymous": 2e9, "file": 0.0, "pinned": 1e9})
-    assert charts.own_and_whole(copy) == pytest.approx((4.0, 4.0))
+    assert charts.own_gb(copy) == pytest.approx(4.0)
 
 
 def test_peak_that_could_not_be_reset_is_no_number(found) -> None:
@@ -237,13 +246,13 @@ def test_a_changed_number_is_found_and_mended(tmp_path, monkeypatch) -> None:
 def test_race_is_written_from_the_results(found, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
-    page, end = tmp_path / "page.md", "<!-- end -->"
+    page, (begin, end) = tmp_path / "page.md", readme.markers("race")
     monkeypatch.setattr(readme, "PAGE", page)
-    monkeypatch.setattr(readme, "parts", lambda: [(page, "race", end, readme.race)])
+    monkeypatch.setattr(readme, "parts", lambda: [(page, "race", readme.race)])
     folder = tmp_path / "results" / "here" / "race"
     folder.mkdir(parents=True)
     results.save_summary(found, folder)
-    before = f"# x\n{readme.marker('race')}\nold\n{end}\ny\n"
+    before = f"# x\n{begin}\nold\n{end}\ny\n"
     page.write_text(before)
     assert readme.main(check=True) == 1
     assert page.read_text() == before
@@ -271,12 +280,11 @@ def test_whole_command(file, fake, tmp_path, monkeypatch, capsys, on_disk) -> No
         write_checkpoint(path, transformer_specs(one.nbytes), progress)
         return [path]
 
-    module = SimpleNamespace(
-        suite=lambda name, device, disk, memory: [workload(), workload("other")],
-        absent=lambda suite: {"real": "it is not installed"},
-        write=write,
-    )
-    monkeypatch.setitem(sys.modules, command._WORKLOADS, module)
+    suite = [workload(), workload("other")]
+    monkeypatch.setattr(command.workloads, "suite", lambda name, device, disk, memory: suite)
+    absent = {"real": "it is not installed"}
+    monkeypatch.setattr(command.workloads, "absent", lambda: absent)
+    monkeypatch.setattr(command.workloads, "write", write)
     parse = benchmarks_main.parser().parse_args
     out = tmp_path / "out"
     common = ["race", "--out", str(out), "--dir", str(tmp_path), "--no-end-to-end", "--seed", "3"]
@@ -318,12 +326,12 @@ def test_what_an_interruption_leaves_can_be_drawn(
     file, fake, tmp_path, monkeypatch, capsys
 ) -> None:
     pytest.importorskip("matplotlib", reason="charts need matplotlib")
-    one = workload()
-    module = SimpleNamespace(
-        suite=lambda *args: [one],
-        write=lambda given, folder, progress: folder.mkdir() or [Path(shutil.copy(file, folder))],
-    )
-    monkeypatch.setitem(sys.modules, command._WORKLOADS, module)
+    suite = [workload()]
+    monkeypatch.setattr(command.workloads, "suite", lambda *args: suite)
+    monkeypatch.setattr(
+        command.workloads, "write",
+        lambda given, folder, progress: folder.mkdir() or [Path(shutil.copy(file, folder))],
+    )  # fmt: skip
     monkeypatch.setattr(runner, "board", lambda *args: ceilings.Board((), {}, []))
 
     def interrupted():
@@ -401,12 +409,8 @@ def test_watch_finds_the_peak(monkeypatch) -> None:
     assert risen == [300]
 
 
-def test_stand_ins_have_the_interface_of_the_loaders() -> None:
+def test_who_the_others_are_compared_with_races() -> None:
     loaders = importlib.import_module("benchmarks.race.loaders")
-    wanted = {"name", "family", "devices", "package", "environment", "note"}
-    for loader in (*loaders.LOADERS, *race_standins.LOADERS):
-        assert wanted <= {field.name for field in dataclasses.fields(loader)}
-        assert all(callable(getattr(loader, name)) for name in ("missing", "load", "warm_imports"))
     names = [loader.name for loader in loaders.LOADERS]
     assert len(set(names)) == len(names)
     assert {results.STOCK, results.OURS} <= set(names)

@@ -69,7 +69,7 @@ def race_of(file: Path, *names: str, caches=("warm",), rounds=1, **changes):
     def provide(_):
         path = file.parent / "truth.json"
         truth.write(truth.of([str(file)]), path)
-        yield runner.Written((str(file),), file.stat().st_size, str(path))
+        yield runner.Written((str(file),), str(path))
 
     facts = {
         "entrants": entered,
@@ -97,10 +97,7 @@ def found_of(race, **environment):
 
 
 def states(race) -> dict[str, str]:
-    found = found_of(race)
-    return {
-        row.loader: row.state for cell in results.cells(found) for row in results.rows(found, *cell)
-    }
+    return {row.loader: row.state for row in results.rows(found_of(race))}
 
 
 def sample(load_s=1.0, **changes):

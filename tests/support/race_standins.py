@@ -1,6 +1,6 @@
 """Loaders for the tests of the race: one that is right, and some that are wrong on purpose.
 
-They have the interface of benchmarks/race/loaders, and are found by timed processes the same way.
+Timed processes find them as they find benchmarks/race/loaders.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.race.loaders import Loader
+
 
 @dataclass(frozen=True)
-class StandIn:
+class StandIn(Loader):
     """One way to load, or to fail."""
 
-    name: str
     family: str = "stand-in"
     devices: tuple[str, ...] = ("cpu",)
     package: str | None = "safetensors"
-    environment: str | None = None
     note: str = "a stand-in"
     absent: str | None = None
 
     def missing(self, device: str) -> str | None:
-        return self.absent
+        return self.absent or super().missing(device)
 
     def warm_imports(self, device: str) -> None:
         import safetensors.torch  # noqa: F401

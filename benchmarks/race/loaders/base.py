@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import environments
@@ -31,9 +30,9 @@ class Loader:
 
     name: str
     family: str  # for colours and groups
-    devices: tuple[str, ...]  # of "cpu", "cuda"
     package: str | None  # the distribution whose version is recorded
     note: str  # how it is set up, for the table
+    devices: tuple[str, ...] = ("cpu", "cuda")
     least: str = ""  # the oldest version of the package that ends in the state promised above
     environment: str | None = None  # None: the installed one; else a folder to put on sys.path
     elsewhere: str = ""  # why it does not run on a device that `devices` does not name
@@ -148,9 +147,3 @@ def collected(pairs: Iterable[tuple[str, torch.Tensor]], device: str, first: Fir
         tensors[name] = tensor
     finish(device)
     return tensors
-
-
-def existing(path: str | Path) -> bool:
-    """Whether there is such a file with something in it."""
-    path = Path(path)
-    return path.is_file() and path.stat().st_size > 0

@@ -77,7 +77,6 @@ def _entrant(name: str, note: str, kind: type = FastSafetensors, **options: bool
     return kind(
         name=name,
         family="fastsafetensors",
-        devices=("cpu", "cuda"),
         package="fastsafetensors",
         least="0.5.0",
         lacks=("C64", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),

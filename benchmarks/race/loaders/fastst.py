@@ -64,41 +64,27 @@ class Parallel(Loader):
             return collected(loader.iterate_weights(), device, first)
 
 
-def _patched(name: str, note: str, io: str = "auto", **options: object) -> Patched:
-    settings = {"devices": ("cpu", "cuda"), "package": "fastst-patch", **options}
-    return Patched(name=name, family="fastst", note=note, io=io, **settings)
-
-
+_OURS = {"family": "fastst", "package": "fastst-patch"}
 LOADERS: tuple[Loader, ...] = (
-    _patched("fastst", "patch(), then safetensors.torch.load_file"),
-    Explicit(
-        name="fastst-explicit",
-        family="fastst",
-        devices=("cpu", "cuda"),
-        package="fastst-patch",
-        note="fastst_patch.load_file, nothing patched",
-    ),
-    Parallel(
-        name="fastst-parallel",
-        family="fastst",
-        devices=("cpu", "cuda"),
-        package="fastst-patch",
-        note="fastst_patch.ParallelLoader",
-    ),
-    _patched(
+    Patched("fastst", note="patch(), then safetensors.torch.load_file", **_OURS),
+    Explicit("fastst-explicit", note="fastst_patch.load_file, nothing patched", **_OURS),
+    Parallel("fastst-parallel", note="fastst_patch.ParallelLoader", **_OURS),
+    Patched(
         "fastst-mmap",
-        'io="mmap": no reading ahead of ours',
-        "mmap",
+        note='io="mmap": no reading ahead of ours',
+        io="mmap",
         devices=("cpu",),
         elsewhere='to a device io="mmap" is stock',
+        **_OURS,
     ),
-    _patched("fastst-buffered", 'io="buffered"', "buffered"),
-    _patched("fastst-direct", 'io="direct"', "direct"),
-    _patched(
+    Patched("fastst-buffered", note='io="buffered"', io="buffered", **_OURS),
+    Patched("fastst-direct", note='io="direct"', io="direct", **_OURS),
+    Patched(
         "fastst-gds",
-        'io="gds": cuFile',
-        "gds",
+        note='io="gds": cuFile',
+        io="gds",
         devices=("cuda",),
         elsewhere='on the CPU io="gds" is the default',
+        **_OURS,
     ),
 )

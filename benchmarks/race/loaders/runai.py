@@ -29,7 +29,6 @@ def _entrant(name: str, note: str, strategy: str = "") -> RunAI:
     return RunAI(
         name=name,
         family="runai",
-        devices=("cpu", "cuda"),
         package="runai-model-streamer",
         least="0.17.0",  # whose tensors are the caller's
         lacks=("F8_E4M3FNUZ", "F8_E5M2FNUZ"),

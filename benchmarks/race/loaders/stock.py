@@ -59,39 +59,19 @@ class Prefetch(Stock):
         return tensors
 
 
-BOTH = ("cpu", "cuda")
+_STOCK = {"family": "stock", "package": "safetensors"}
 LOADERS: tuple[Loader, ...] = (
+    Stock("stock-mmap", note="safetensors.torch.load_file, as it comes", **_STOCK),
     Stock(
-        name="stock-mmap",
-        family="stock",
-        devices=BOTH,
-        package="safetensors",
-        note="safetensors.torch.load_file, as it comes",
+        "stock-pread", note='load_file(backend="pread")', backend="pread", least="0.8.0", **_STOCK
     ),
-    Stock(
-        name="stock-pread",
-        family="stock",
-        devices=BOTH,
-        package="safetensors",
-        least="0.8.0",
-        note='load_file(backend="pread")',
-        backend="pread",
-    ),
-    Stock(
-        name="stock-0.9",
-        family="stock",
-        devices=BOTH,
-        package="safetensors",
-        environment=CANDIDATE,
-        note="load_file of the release candidate",
-    ),
+    Stock("stock-0.9", note="load_file of the release candidate", environment=CANDIDATE, **_STOCK),
     Prefetch(
-        name="stock-0.9-prefetch",
-        family="stock",
-        devices=("cuda",),
-        package="safetensors",
-        environment=CANDIDATE,
-        elsewhere="prefetch loads to CUDA devices only (it raises SafetensorError on the CPU)",
+        "stock-0.9-prefetch",
         note="safe_open(...).prefetch(), 8 threads, the next file's started ahead",
+        devices=("cuda",),
+        elsewhere="prefetch loads to CUDA devices only (it raises SafetensorError on the CPU)",
+        environment=CANDIDATE,
+        **_STOCK,
     ),
 )

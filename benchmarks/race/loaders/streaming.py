@@ -36,7 +36,6 @@ LOADERS: tuple[Loader, ...] = (
     Streaming(
         name="safetensors-streaming",
         family="safetensors-streaming",
-        devices=("cpu", "cuda"),
         package="safetensors-streaming",
         lacks=_LACKS,
         note="safetensors_streaming.load_file of a local path, as it comes",

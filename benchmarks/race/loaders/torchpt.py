@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .base import First, Loader, Tensors, existing, one_by_one
+from .base import First, Loader, Tensors, one_by_one
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TorchLoad(Loader):
         from safetensors.torch import load_file
 
         for file, saved in zip(files, self.reads(files), strict=True):
-            if existing(saved):
+            if os.path.exists(saved):
                 continue
             unfinished = f"{saved}.unfinished"
             torch.save(load_file(file), unfinished)  # over a map: needs no memory for the tensors
@@ -52,7 +52,6 @@ LOADERS: tuple[Loader, ...] = (
     TorchLoad(
         name="torch-load",
         family="torch",
-        devices=("cpu", "cuda"),
         package="torch",
         note="torch.load(mmap=True, weights_only=True) of .pt files with the same tensors",
     ),

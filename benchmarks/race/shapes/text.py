@@ -78,18 +78,33 @@ def llama_3_8b_lora() -> Iterator[TensorSpec]:
 
 def qwen3_30b_a3b() -> Iterator[TensorSpec]:
     """Qwen/Qwen3-30B-A3B: bfloat16, 128 experts in each of 48 layers."""
-    hidden, experts = 2048, 128
-    yield TensorSpec("model.embed_tokens.weight", (151936, hidden))
-    for layer in range(48):
+    return qwen3_moe(48, hidden=2048, inner=768, head=128, queries=32, keys=4, experts=128,
+                     vocabulary=151936)  # fmt: skip
+
+
+def qwen3_moe(
+    layers: int,
+    *,
+    hidden: int,
+    inner: int,
+    head: int,
+    queries: int,
+    keys: int,
+    experts: int,
+    vocabulary: int,
+) -> Iterator[TensorSpec]:
+    """A mixture of experts; ``queries`` and ``keys`` are numbers of heads."""
+    yield TensorSpec("model.embed_tokens.weight", (vocabulary, hidden))
+    for layer in range(layers):
         at = f"model.layers.{layer}"
-        yield from _attention(at, hidden, 4096, 512)
-        yield TensorSpec(f"{at}.self_attn.q_norm.weight", (128,))
-        yield TensorSpec(f"{at}.self_attn.k_norm.weight", (128,))
+        yield from _attention(at, hidden, queries * head, keys * head)
+        yield TensorSpec(f"{at}.self_attn.q_norm.weight", (head,))
+        yield TensorSpec(f"{at}.self_attn.k_norm.weight", (head,))
         yield TensorSpec(f"{at}.mlp.gate.weight", (experts, hidden))
         for expert in range(experts):
-            yield from _mlp(f"{at}.mlp.experts.{expert}", hidden, 768)
+            yield from _mlp(f"{at}.mlp.experts.{expert}", hidden, inner)
         yield from _norms(at, hidden)
-    yield from _head(151936, hidden)
+    yield from _head(vocabulary, hidden)
 
 
 def _attention(at: str, hidden: int, queries: int, kv: int) -> Iterator[TensorSpec]:
