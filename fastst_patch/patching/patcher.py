@@ -33,7 +33,7 @@ from ..config import (
 from ..dropin import handle
 from ..errors import FallbackWarning, OptionError, warn_caller
 from ..integrations import INTEGRATIONS, Hook
-from ..locks import carried, interrupted
+from ..locks import Carried, interrupted
 from .targets import LATER, TESTED, PatchPoint, PatchTarget, sweep, warn_of_untested
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ _TARGETS = {
     )
 }
 
-_lock = carried()
+_patching = Carried()
 _permanent: set[str] = set()
 _permanent_options: list[object] = []
 _hooked: set[str] = set()
@@ -163,7 +163,7 @@ def _hook(module_name: str) -> None:
     _hooked.add(module_name)
 
     def imported(module: Any) -> None:
-        with _lock:
+        with _patching.lock():
             found = [t for t in _TARGETS.values() if t.uses and module_name in t.modules]
             _install_quietly(found)
 
@@ -197,7 +197,7 @@ def _install_quietly(targets: Sequence[PatchTarget]) -> None:
 
 def _settle() -> None:
     """Patch modules that were in the middle of their import when ``patch()`` was called."""
-    with _lock:
+    with _patching.lock():
         names = set(_unsettled)
         _unsettled.clear()
         _install_quietly([_TARGETS[name] for name in names if _TARGETS[name].uses])
@@ -316,7 +316,7 @@ def patch(
         OptionError: unknown target, or a bad option; nothing has changed then.
     """
     names = _chosen(targets)
-    with _lock:
+    with _patching.lock():
         token = push(options)
         reason = _impossible()
         if reason is not None:
@@ -339,7 +339,7 @@ def patch(
 
 def unpatch() -> None:
     """Undo every ``patch()``; targets that running ``patched()`` blocks use stay patched."""
-    with _lock:
+    with _patching.lock():
         _drop(_permanent)
         _permanent.clear()
         while _permanent_options:
@@ -407,7 +407,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
         """Patch, and return the report."""
         targets, rebind_aliases, options = self._arguments
         names = _chosen(targets)
-        with _lock:
+        with _patching.lock():
             token = push(options)
             try:
                 reason = _impossible()
@@ -425,7 +425,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
 
     def __exit__(self, *exc_info: object) -> None:
         """Put back the targets that nothing else uses."""
-        with _lock:
+        with _patching.lock():
             names, token = self._entered.pop()
             _drop(names)
             pop(token)
@@ -462,7 +462,7 @@ def _reason(target: PatchTarget) -> str | None:
 
 def patch_map() -> Mapping[str, TargetStatus]:
     """The state of every target, by name."""
-    with _lock:
+    with _patching.lock():
         _settle()
         return types.MappingProxyType({name: _status(target) for name, target in _TARGETS.items()})
 
