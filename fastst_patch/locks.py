@@ -14,8 +14,9 @@ lock             what it is for
                  under it takes no other lock. Updates are single operations, which nested code
                  cannot see half done, or a flag makes nested code do without the state.
                  At a fork: taken by the forking thread before, so the child finds the state whole
-`carried()`      long sections of a module. Made at import; taken before `shared`.
-                 At a fork: like `shared`, in the order `carried`, `shared`
+`Carried`        long sections of a module. Made at import; taken before `shared`. Nested code
+                 that holds `shared` already lets go of it while it waits.
+                 At a fork: like `shared`, in the order `Carried`, `shared`
 `Guard`          sections of one object, which start reads. `here.inside` is set in them, so
                  that `interrupted()` is true for nested code, which then uses no guarded state.
                  At a fork: the child gets a new lock, and the object drops its state, which a
@@ -35,7 +36,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Guard", "carried", "here", "interrupted", "once", "shared"]
+__all__ = ["Carried", "Guard", "here", "interrupted", "once", "shared"]
 
 _T = TypeVar("_T")
 
@@ -66,17 +67,44 @@ if hasattr(os, "register_at_fork"):  # there is no fork elsewhere
     )
 
 
-def carried() -> Any:
+class Carried:
     """A lock for a module, held through every fork by the thread that forks.
 
     Handlers for forks cannot be unregistered, so it is for modules and not for single objects.
+    Used as ``with carried.lock(): ...``.
     """
-    lock = threading.RLock()
-    if hasattr(os, "register_at_fork"):  # the lock registered last is taken first
-        os.register_at_fork(
-            before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
-        )
-    return lock
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock: Any = threading.RLock()
+        if hasattr(os, "register_at_fork"):  # the lock registered last is taken first
+            release = self._lock.release
+            os.register_at_fork(
+                before=self.__enter__, after_in_parent=release, after_in_child=release
+            )
+
+    def lock(self) -> Any:
+        """The RLock itself, but for nested code that interrupted a section of `shared`."""
+        return self if shared._is_owned() else self._lock
+
+    def __enter__(self) -> None:
+        """Take the lock; where its holder may be waiting for our `shared`, without that one.
+
+        What is interrupted allows for nested code that takes `shared`, so also for other threads
+        that do so meanwhile.
+        """
+        if not shared._is_owned():
+            self._lock.acquire()
+        elif not self._lock.acquire(blocking=False):
+            depth = shared._release_save()
+            try:
+                self._lock.acquire()
+            finally:
+                shared._acquire_restore(depth)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._lock.release()
 
 
 def interrupted() -> bool:

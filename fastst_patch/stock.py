@@ -1,4 +1,4 @@
-"""The installed safetensors, as it is without a patch.
+"""The installed safetensors, as it is without a patch, ours or others'.
 
 All calls to stock go through this module, so that our code never calls our own wrappers.
 Importing safetensors does not import torch; ``safetensors.torch`` does, and only functions that
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 import operator
 import os
@@ -27,6 +28,7 @@ __all__ = [
     "load_file",
     "load_model",
     "original",
+    "own",
     "safe_open",
     "unwrapped",
     "with_globals",
@@ -75,9 +77,25 @@ def unwrapped(value: Any) -> Any:
     return value
 
 
+def _class(name: str) -> Any:
+    """A class of safetensors' extension, also where other code has replaced it even there."""
+    extension = sys.modules.get("safetensors._safetensors_rust", safetensors)
+    found = unwrapped(getattr(extension, name, None))
+    known = (found, *object.__subclasses__())
+    return next((one for one in known if _is_of_extension(one, name)), found)
+
+
+def _is_of_extension(value: Any, name: str) -> bool:
+    return (
+        type(value) is type
+        and value.__name__ == name
+        and value.__module__.partition(".")[0] in ("builtins", "safetensors")
+    )
+
+
 SafetensorError: type[Exception] = safetensors.SafetensorError
-safe_open: Any = unwrapped(safetensors.safe_open)
-safe_open_handle: Any = unwrapped(getattr(safetensors, "_safe_open_handle", None))
+safe_open: Any = _class("safe_open")
+safe_open_handle: Any = _class("_safe_open_handle")
 
 HANDLE_METHODS = frozenset(name for name in dir(safe_open) if not name.startswith("_"))
 """Public methods of the installed version's handle; our handle has the same."""
@@ -86,9 +104,17 @@ BACKENDS = "backend" in str(getattr(safe_open, "__text_signature__", ""))
 """Whether this version knows ``backend=`` (0.8 and later)."""
 
 
-@functools.cache
+def own(value: Any) -> bool:
+    """Whether safetensors itself defines a class or function, and not code that has replaced it."""
+    if type(value) is types.FunctionType:  # __module__ may be copied from what it wraps
+        return str(value.__globals__.get("__name__")).partition(".")[0] == "safetensors"
+    return value is not None and (value is safe_open or value is safe_open_handle)
+
+
 def original(module_name: str, name: str) -> Any:
     """The unpatched object behind a name of a module, or of a class in it (``Module.to``).
+
+    Of safetensors it is its own object, also where other code has replaced it.
 
     Raises:
         AttributeError: the installed version has no such name.
@@ -97,7 +123,27 @@ def original(module_name: str, name: str) -> Any:
     # Not by an import when the module is there: a thread that is importing it may be waiting for
     # us in a post-import hook.
     module = sys.modules.get(module_name) or importlib.import_module(module_name)
-    return unwrapped(operator.attrgetter(name)(module))
+    value = unwrapped(operator.attrgetter(name)(module))
+    if module_name.partition(".")[0] != "safetensors":
+        return value
+    if module is safetensors:
+        return _class(name)
+    for _ in range(32):  # some wrappers wrap themselves
+        if own(value):
+            return value
+        value = getattr(value, "__wrapped__", None)
+    return getattr(_copy(module_name), name)
+
+
+@functools.cache
+def _copy(module_name: str) -> types.ModuleType:
+    """A module of safetensors once more, from its source; nobody else knows it."""
+    spec = importlib.util.spec_from_file_location(module_name, sys.modules[module_name].__file__)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{module_name} has no source to read", name=module_name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextlib.contextmanager

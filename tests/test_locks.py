@@ -42,7 +42,7 @@ def _takes_lock(item: ast.withitem) -> bool:
     held = item.context_expr
     if isinstance(held, ast.Call):
         return isinstance(held.func, ast.Attribute) and held.func.attr == "lock"
-    return isinstance(held, ast.Name) and held.id in {"shared", "_lock"}
+    return isinstance(held, ast.Name) and held.id == "shared"
 
 
 def test_every_lock_is_struck() -> None:
@@ -87,3 +87,67 @@ def test_struck_under_every_lock(scenario, mode, folder, fake_driver, tmp_path) 
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == str(sorted(SECTIONS[scenario])).replace("'", '"')
+
+
+_CROSSED = """
+import faulthandler, os, signal, sys, threading
+import safetensors
+import fastst_patch
+from fastst_patch import locks
+from fastst_patch.patching import patcher
+
+faulthandler.dump_traceback_later(30, exit=True)
+stock = [safetensors.safe_open]
+inside, done = threading.Event(), []
+
+def push(options, original=patcher.push):
+    inside.set()  # the other thread holds the patcher's lock, and will wait for `shared`
+    return original(options)
+
+def fork():
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)
+        fastst_patch.patched().__enter__()
+        os._exit(not fastst_patch.is_patched())
+    assert os.waitpid(pid, 0)[1] == 0
+
+def block():
+    with fastst_patch.patched():
+        assert fastst_patch.is_patched()
+
+calls = {"patch": fastst_patch.patch, "patched": block, "unpatch": fastst_patch.unpatch,
+         "patch_map": fastst_patch.patch_map, "fork": fork}
+signal.signal(signal.SIGUSR1, lambda *_: done.append(calls[sys.argv[1]]()))
+block_of_thread = fastst_patch.patched()
+thread = threading.Thread(target=block_of_thread.__enter__)
+patcher.push = push
+with locks.shared:
+    thread.start()
+    inside.wait()
+    patcher.push = push.__defaults__[0]
+    signal.raise_signal(signal.SIGUSR1)
+    assert done and locks.shared._is_owned()
+assert not locks.shared._is_owned()
+thread.join()
+assert fastst_patch.is_patched()
+block_of_thread.__exit__(None, None, None)
+fastst_patch.unpatch()
+assert safetensors.safe_open is stock[0]
+print("fine")
+"""
+
+
+@pytest.mark.skipif(engine.native_error() is not None, reason=str(engine.native_error()))
+@pytest.mark.parametrize("call", ["patch", "patched", "unpatch", "patch_map", "fork"])
+def test_nested_code_under_shared_patches_while_another_thread_does(call, tmp_path) -> None:
+    """Each of them would wait for the other one's lock."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _CROSSED, call],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr

@@ -33,6 +33,7 @@ _COLOURS = {
     "runai": "#7fbf9b",
     "safetensors-streaming": "#c39bd3",
     "instanttensor": "#e08e8e",
+    "cattensors": "#d6c36b",
 }
 _OTHER = "#8fb8de"
 _INK, _SOFT, _BAD = "#1f2530", "#6a7280", "#c2352b"

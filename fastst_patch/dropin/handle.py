@@ -3,10 +3,13 @@
 Our code does a call only when the result certainly equals stock's; else stock does it with the
 caller's own arguments. A stock handle is opened when it is needed, through our descriptor, so it
 reads the file that was opened even when the path leads to another one by now.
+
+Functions that take ``standing`` are told what stood in the place of stock's before ours.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import sys
@@ -41,10 +44,13 @@ if TYPE_CHECKING:
 __all__ = [
     "FastHandle",
     "load_file",
+    "load_file_over",
     "load_model",
+    "load_model_over",
     "report_open_handles",
     "safe_open",
-    "safe_open_handle",
+    "safe_open_handle_over",
+    "safe_open_over",
 ]
 
 # ---- load_file ----
@@ -58,6 +64,11 @@ def _bind_load_file(
 
 def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     """``safetensors.torch.load_file``, faster: same arguments, results and exceptions."""
+    return load_file_over(None, args, kwargs)
+
+
+def load_file_over(standing: Any, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
+    """`load_file` in the place of what stood there; None: of stock's own."""
     config, started = current(), time.perf_counter()
     try:
         path, opened, result = _fast_load_file(config, args, kwargs)
@@ -69,7 +80,7 @@ def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         if config.verify:
             return verified(config, path, result, stock.load_file(*args, **kwargs))
         return result
-    return _stock_load_file(config, started, fallback, args, kwargs)
+    return _stock_load_file(standing, config, fallback, args, kwargs, started=started)
 
 
 def _fast_load_file(
@@ -89,24 +100,57 @@ def _fast_load_file(
     return path, opened, result
 
 
+def _left_to(standing: Any, stock_function: Any) -> Any:
+    """What does the calls that ours does not: stock.
+
+    Where other code stood in its place, a name that stock finds no file for goes there: it may be
+    a URL.
+    """
+    if standing is None or stock.own(standing):
+        return stock_function
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return stock.call(stock_function, args, kwargs)
+        except FileNotFoundError as error:
+            missing = error
+        with contextlib.suppress(Exception):
+            return stock.call(standing, args, kwargs)
+        raise missing
+
+    return either
+
+
 def _stock_load_file(
-    config: Config, started: float, fallback: Fallback, args: Any, kwargs: Any
+    standing: Any, config: Config, fallback: Fallback, args: Any, kwargs: Any, *, started: float
 ) -> dict[str, torch.Tensor]:
-    result: dict[str, torch.Tensor] = stock.load_file(*args, **kwargs)
+    result: dict[str, torch.Tensor] = _left_to(standing, stock.load_file)(*args, **kwargs)
     filename = args[0] if args else kwargs.get("filename")
     fell_back(config, "load_file", str(filename), fallback)
     device = args[1] if len(args) > 1 else kwargs.get("device", "cpu")
-    nbytes = 0 if isinstance(fallback, SmallFile) else sum(t.nbytes for t in result.values())
+    tensors = (
+        result.values() if isinstance(result, dict) else ()
+    )  # of other code it may be anything
+    nbytes = 0 if isinstance(fallback, SmallFile) else sum(getattr(t, "nbytes", 0) for t in tensors)
     seconds = time.perf_counter() - started
     report_stock(
-        "load_file", filename, device, fallback, bytes=nbytes, tensors=len(result), seconds=seconds
+        "load_file", filename, device, fallback, bytes=nbytes, tensors=len(tensors), seconds=seconds
     )
     return result
 
 
 def load_model(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
     """``safetensors.torch.load_model``, faster: stock's own code over our ``load_file``."""
-    result: tuple[list[str], list[str]] = stock.load_model(load_file, *args, **kwargs)
+    return load_model_over(None, args, kwargs)
+
+
+def load_model_over(standing: Any, args: Any, kwargs: Any) -> tuple[list[str], list[str]]:
+    """`load_model` where `standing` stood in the place of ``load_file``; None: stock's own."""
+
+    def loading(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return load_file_over(standing, args, kwargs)
+
+    result: tuple[list[str], list[str]] = stock.load_model(loading, *args, **kwargs)
     return result
 
 
@@ -119,12 +163,13 @@ def _bind_safe_open(
     return filename, framework, device, backend
 
 
-def _open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> Any:
+def _open_handle(stock_class: Any, find_path: Any, standing: Any, args: Any, kwargs: Any) -> Any:
     """A fast handle where it equals stock's, else stock's own.
 
     Args:
-        stock_class: ``safe_open`` or ``_safe_open_handle``, called for a fallback.
+        stock_class: ``safe_open`` or ``_safe_open_handle``.
         find_path: from their first argument to a path.
+        standing: called for a fallback; None: the class itself.
         args: as the caller gave them.
         kwargs: as the caller gave them.
     """
@@ -144,7 +189,7 @@ def _open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> An
         return FastHandle(stock_class, open_fast(path, config, target), started)
     except Fallback as error:
         fallback = Fallback.alone(error)
-    handle = stock.call(stock_class, args, kwargs)
+    handle = stock.call(_left_to(standing, stock_class), args, kwargs)
     fell_back(config, "safe_open", str(filename), fallback)
     report_stock("safe_open", filename, device, fallback, seconds=time.perf_counter() - started)
     return handle
@@ -152,7 +197,12 @@ def _open_handle(stock_class: Any, find_path: Any, args: Any, kwargs: Any) -> An
 
 def safe_open(*args: Any, **kwargs: Any) -> Any:
     """``safetensors.safe_open``, faster: same arguments, methods, results and exceptions."""
-    return _open_handle(stock.safe_open, path_of, args, kwargs)
+    return safe_open_over(None, args, kwargs)
+
+
+def safe_open_over(standing: Any, args: Any, kwargs: Any) -> Any:
+    """`safe_open` in the place of what stood there; None: of stock's own."""
+    return _open_handle(stock.safe_open, path_of, standing, args, kwargs)
 
 
 # `help` and interactive shells show it.
@@ -164,9 +214,9 @@ for _function, _module in (
     vars(_function)["__signature__"] = stock.Signature(_module, _function.__name__)
 
 
-def safe_open_handle(*args: Any, **kwargs: Any) -> Any:
+def safe_open_handle_over(standing: Any, args: Any, kwargs: Any) -> Any:
     """``safetensors._safe_open_handle``: `safe_open` for file objects."""
-    return _open_handle(stock.safe_open_handle, _path_of_file_object, args, kwargs)
+    return _open_handle(stock.safe_open_handle, _path_of_file_object, standing, args, kwargs)
 
 
 def _path_of_file_object(file: Any) -> str:

@@ -10,7 +10,6 @@ Uses are counted, not stacked: ``patch()`` uses its targets until ``unpatch()``,
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import logging
@@ -33,8 +32,10 @@ from ..config import (
 from ..dropin import handle
 from ..errors import FallbackWarning, OptionError, warn_caller
 from ..integrations import INTEGRATIONS, Hook
-from ..locks import carried, interrupted
-from .targets import LATER, TESTED, PatchPoint, PatchTarget, sweep, warn_of_untested
+from ..locks import Carried, interrupted
+from . import others
+from .status import PatchReport, TargetStatus
+from .targets import TESTED, PatchPoint, PatchTarget, sweep, warn_of_untested
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,65 +52,19 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class TargetStatus:
-    """The state of a target.
-
-    Attributes:
-        name: dotted name.
-        patched: whether calls reach the fast version now.
-        reason: why they do not; None when they do.
-        aliases: other names in imported modules that were rebound, as ``module.name``.
-        summary: what the fast version does.
-    """
-
-    name: str
-    patched: bool
-    reason: str | None
-    aliases: tuple[str, ...]
-    summary: str
-
-    @property
-    def later(self) -> bool:
-        """Whether it is patched as soon as its module is imported."""
-        return self.reason is not None and self.reason.endswith(LATER)
-
-
-@dataclasses.dataclass(frozen=True)
-class PatchReport:
-    """The result of one ``patch()``.
-
-    Attributes:
-        targets: status of every known target afterwards, by name.
-        reason: why nothing could be patched at all, or None.
-    """
-
-    targets: Mapping[str, TargetStatus]
-    reason: str | None = None
-
-    def __str__(self) -> str:
-        """One line per target."""
-        if self.reason is not None:
-            return f"fastst_patch: nothing patched: {self.reason}"
-        lines = ["fastst_patch:"]
-        for status in self.targets.values():
-            state = "patched" if status.patched else f"not patched ({status.reason})"
-            if status.later:
-                state = f"when it is imported ({str(status.reason).partition(' ')[0]})"
-            count = len(status.aliases)
-            aliases = f", and under {count} other name{'s'[: count > 1]}" if count else ""
-            lines.append(f"  {status.name}: {state}{aliases}")
-        return "\n".join(lines)
-
-
 def _safetensors(module: str, name: str, summary: str, fast: Callable[..., Any]) -> PatchTarget:
-    def settled(_: Any, args: Any, kwargs: Any) -> Any:
+    def settled(standing: Any, args: Any, kwargs: Any) -> Any:
         if _unsettled and not interrupted():
             _settle()
-        return fast(*args, **kwargs)
+        return fast(standing, args, kwargs)
 
     hook = Hook("safetensors", module, name, settled)
     return PatchTarget(f"{module}.{name}", summary, (PatchPoint(hook),))
+
+
+def _load_model(_: Any, args: Any, kwargs: Any) -> Any:
+    load_file = _TARGETS["safetensors.torch.load_file"].places[0].standing()
+    return handle.load_model_over(load_file, args, kwargs)
 
 
 _TARGETS = {
@@ -119,25 +74,25 @@ _TARGETS = {
             "safetensors",
             "safe_open",
             "CPU: zero-copy map, batched tensors, parallel read-ahead; CUDA: pinned ring",
-            handle.safe_open,
+            handle.safe_open_over,
         ),
         _safetensors(
             "safetensors",
             "_safe_open_handle",
             "the same for file objects",
-            handle.safe_open_handle,
+            handle.safe_open_handle_over,
         ),
         _safetensors(
             "safetensors.torch",
             "load_file",
             "whole files in one batch, to the CPU or a CUDA device",
-            handle.load_file,
+            handle.load_file_over,
         ),
         _safetensors(
             "safetensors.torch",
             "load_model",
             "stock's own code over the fast load_file",
-            handle.load_model,
+            _load_model,
         ),
         *(
             PatchTarget(
@@ -148,7 +103,7 @@ _TARGETS = {
     )
 }
 
-_lock = carried()
+_patching = Carried()
 _permanent: set[str] = set()
 _permanent_options: list[object] = []
 _hooked: set[str] = set()
@@ -163,7 +118,7 @@ def _hook(module_name: str) -> None:
     _hooked.add(module_name)
 
     def imported(module: Any) -> None:
-        with _lock:
+        with _patching.lock():
             found = [t for t in _TARGETS.values() if t.uses and module_name in t.modules]
             _install_quietly(found)
 
@@ -181,6 +136,19 @@ def _install(targets: Sequence[PatchTarget], rebind_aliases: bool) -> None:
     if rebind_aliases:
         sweep(place for target in targets if target.missing is None for place in target.places)
     sweep((place for t in targets if t.missing is not None for place in t.places), back=True)
+    for target in targets:
+        if target.missing is None:
+            _tell_of_others(target)
+
+
+def _tell_of_others(target: PatchTarget) -> None:
+    wraps = target.places[0].wraps()
+    text = others.lost(target.name, wraps)
+    if text is not None:
+        _say_once(text)
+    elif wraps is not None:
+        why = others.KNOWN[wraps.partition(".")[0]]
+        _log.info("%s: over %s: %s", target.name, wraps, why)
 
 
 def _install_quietly(targets: Sequence[PatchTarget]) -> None:
@@ -197,7 +165,7 @@ def _install_quietly(targets: Sequence[PatchTarget]) -> None:
 
 def _settle() -> None:
     """Patch modules that were in the middle of their import when ``patch()`` was called."""
-    with _lock:
+    with _patching.lock():
         names = set(_unsettled)
         _unsettled.clear()
         _install_quietly([_TARGETS[name] for name in names if _TARGETS[name].uses])
@@ -316,7 +284,7 @@ def patch(
         OptionError: unknown target, or a bad option; nothing has changed then.
     """
     names = _chosen(targets)
-    with _lock:
+    with _patching.lock():
         token = push(options)
         reason = _impossible()
         if reason is not None:
@@ -339,7 +307,7 @@ def patch(
 
 def unpatch() -> None:
     """Undo every ``patch()``; targets that running ``patched()`` blocks use stay patched."""
-    with _lock:
+    with _patching.lock():
         _drop(_permanent)
         _permanent.clear()
         while _permanent_options:
@@ -407,7 +375,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
         """Patch, and return the report."""
         targets, rebind_aliases, options = self._arguments
         names = _chosen(targets)
-        with _lock:
+        with _patching.lock():
             token = push(options)
             try:
                 reason = _impossible()
@@ -425,7 +393,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
 
     def __exit__(self, *exc_info: object) -> None:
         """Put back the targets that nothing else uses."""
-        with _lock:
+        with _patching.lock():
             names, token = self._entered.pop()
             _drop(names)
             pop(token)
@@ -451,7 +419,19 @@ def _status(target: PatchTarget) -> TargetStatus:
         for module, name in target.rebound
         if f"{module.__name__}.{name}" != target.name
     )
-    return TargetStatus(target.name, reason is None, reason, aliases, target.summary)
+    place = target.places[0]
+    replaced_since = reason is not None and target.uses > 0
+    wraps = None if replaced_since else place.wraps()
+    return TargetStatus(
+        target.name,
+        reason is None,
+        reason,
+        aliases,
+        target.summary,
+        wraps,
+        place.wrapped_by(),
+        others.lost(target.name, wraps),
+    )
 
 
 def _reason(target: PatchTarget) -> str | None:
@@ -462,7 +442,7 @@ def _reason(target: PatchTarget) -> str | None:
 
 def patch_map() -> Mapping[str, TargetStatus]:
     """The state of every target, by name."""
-    with _lock:
+    with _patching.lock():
         _settle()
         return types.MappingProxyType({name: _status(target) for name, target in _TARGETS.items()})
 

@@ -5,6 +5,10 @@ happens to its aliases in other modules (``from safetensors import safe_open`` i
 are found by identity in ``sys.modules``. Methods are replaced on their class by plain functions,
 which bind, pickle and show their source as methods do. While a target is not in use our objects
 call the original, so references that were taken while it was in use stay valid.
+
+Where other code had put a function of its own in the place of safetensors', ours goes over it. Both
+that function and stock's own are replaced in other modules, each by an object of its own, so that
+everything can be put back as it was.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import wrapt
 from .. import stock
 from ..errors import UntestedVersionWarning, warn_caller
 from ..integrations import Hook
+from .others import maker, package_of
 
 __all__ = ["LATER", "PatchPoint", "PatchTarget", "sweep", "untested_version", "warn_of_untested"]
 
@@ -114,26 +119,47 @@ def sweep(places: Iterable[PatchPoint], *, back: bool = False) -> None:
     """
     wanted: dict[int, tuple[Any, Any, PatchPoint]] = {}
     for place in places:
-        if place.replacement is not None and place.has_aliases():
-            old, new = place.original, place.replacement
-            old, new = (new, old) if back else (old, new)
-            wanted[id(old)] = (old, new, place)
+        if place.has_aliases():
+            for old, new in place.replaced:
+                wanted[id(new if back else old)] = (new, old, place) if back else (old, new, place)
     if not wanted:
         return
+    wrapped = {place.hook.name for _, _, place in wanted.values() if place.of_safetensors}
     for module_name, module in list(sys.modules.items()):
         if not isinstance(module, types.ModuleType) or _skip_module(module_name):
             continue
         names = module.__dict__
-        if wanted.keys().isdisjoint(map(id, list(names.values()))):
+        for name in wrapped & names.keys():
+            # A wrapper of others keeps its name, and what it wraps is replaced: unsloth's of
+            # transformers.modeling_utils.safe_open.
+            for cell in _cells(names[name]):
+                found = wanted.get(id(cell.cell_contents))
+                if found is not None and cell.cell_contents is found[0]:
+                    cell.cell_contents = found[1]
+                    found[2].note(module, name, back)
+        if not wanted.keys().isdisjoint(map(id, list(names.values()))):
+            _rebind(module, wanted, back)
+
+
+def _rebind(
+    module: types.ModuleType, wanted: dict[int, tuple[Any, Any, PatchPoint]], back: bool
+) -> None:
+    names = module.__dict__
+    package = str(names.get("__name__")).partition(".")[0]
+    for name, value in list(names.items()):
+        found = wanted.get(id(value))
+        if found is None or value is not found[0]:
             continue
-        for name, value in list(names.items()):
-            found = wanted.get(id(value))
-            if found is None or value is not found[0]:
-                continue
-            names[name] = found[1]
-            rebound = found[2].rebound
-            if not back and (module, name) not in rebound:
-                rebound.append((module, name))
+        if not back and package in found[2].others():
+            continue  # they keep it in order to call it, and to put it back
+        names[name] = found[1]
+        found[2].note(module, name, back)
+
+
+def _cells(value: Any) -> list[types.CellType]:
+    """What a function refers to from outside of it."""
+    closure = value.__closure__ if type(value) is types.FunctionType else None
+    return [cell for cell in closure or () if cell != types.CellType()]  # an empty one raises
 
 
 def _function(original: Any, fast: Callable[..., Any], active: Callable[[], bool]) -> Any:
@@ -146,26 +172,38 @@ def _function(original: Any, fast: Callable[..., Any], active: Callable[[], bool
     return replacement
 
 
-def _proxy(original: Any, fast: Callable[..., Any], active: Callable[[], bool]) -> Any:
+def _proxy(
+    original: Any, fast: Callable[..., Any], active: Callable[[], bool], looks_like: Any
+) -> Any:
     def call(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if not active():
-            return wrapped(*args, **kwargs)
+            return original(*args, **kwargs)
         try:
-            return fast(wrapped, args, kwargs)
+            return fast(original, args, kwargs)
         except BaseException as error:
             raise stock.trimmed(error)  # noqa: B904 - the same, with fewer frames
 
-    return Proxy(original, call)
+    return Proxy(looks_like, call)
 
 
 @dataclasses.dataclass(eq=False)
 class PatchPoint:
-    """One name that a target replaces, and its replacement."""
+    """One name that a target replaces, and its replacements.
+
+    Attributes:
+        hook: which name, and what replaces it.
+        replaced: what was found there, or is stock's own, each with its replacement.
+        rebound: aliases that hold a replacement, or others' wrapper around it: module and name.
+    """
 
     hook: Hook
-    replacement: Any = None
-    original: Any = None
+    replaced: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
     rebound: list[tuple[types.ModuleType, str]] = dataclasses.field(default_factory=list)
+
+    @property
+    def of_safetensors(self) -> bool:
+        """Whether the name is safetensors' own, which others replace, too."""
+        return self.hook.package == "safetensors"
 
     def _owner(self) -> tuple[Any, str]:
         """The module or class that holds the name, and the name in it."""
@@ -187,19 +225,22 @@ class PatchPoint:
             if self.in_progress():
                 return f"{self.hook.module} is being imported; it is patched soon after"
             return f"the installed {self.hook.package} does not have {self.hook.name}"
-        if self.replacement is None:
-            original = stock.unwrapped(current) if not isinstance(owner, type) else current
-            why = _unlike(original, self.hook.parameters)
-            if why is not None:
-                return f"{self.hook.name} {why}"
-            make = _function if isinstance(owner, type) or self.hook.parameters else _proxy
-            made = make(original, self.hook.fast, active)
-            if self.replacement is None:  # a signal handler may have patched
-                self.original, self.replacement = original, made
-        if current is self.original:
-            setattr(owner, name, self.replacement)
-        elif not self.stands():  # others may wrap ours
-            return "other code has replaced it"
+        if self.stands():  # others may wrap ours
+            return None
+        why = _unlike(current, self.hook.parameters)
+        if why is not None:
+            return f"{self.hook.name} {why}"
+        looks_like = current
+        if self.of_safetensors and not stock.own(current):  # its aliases may hold stock's own
+            looks_like = stock.original(self.hook.module, self.hook.name)
+        for original in (looks_like, current):
+            if all(original is not old for old, _ in self.replaced):
+                if isinstance(owner, type) or self.hook.parameters:
+                    made = _function(original, self.hook.fast, active)
+                else:
+                    made = _proxy(original, self.hook.fast, active, looks_like)
+                self.replaced.append((original, made))
+        setattr(owner, name, next(new for old, new in self.replaced if old is current))
         return None
 
     def in_progress(self) -> bool:
@@ -207,34 +248,71 @@ class PatchPoint:
         spec = getattr(sys.modules.get(self.hook.module), "__spec__", None)
         return bool(getattr(spec, "_initializing", False))
 
+    def note(self, module: types.ModuleType, name: str, back: bool) -> None:
+        """Note that an alias holds a replacement, or a wrapper around it, unless put ``back``."""
+        if not back and (module, name) not in self.rebound:
+            self.rebound.append((module, name))
+
     def stands(self) -> bool:
         """Whether the name leads to our object, directly or through wrappers of others."""
-        place = self._found()
-        found = None if place is None else place[0].__dict__.get(place[1])
+        found = self._held()
         for _ in range(32):  # some wrappers wrap themselves
-            if found is None or found is self.replacement:
+            if found is None or self._behind(found) is not None:
                 break
             found = getattr(found, "__wrapped__", None)
-        return found is not None and found is self.replacement
+        return self._behind(found) is not None
 
     def remove(self) -> None:
         """Put the original back if the name holds ours; `sweep` does so for aliases."""
         self.rebound.clear()
-        if self.replacement is not None and (found := self._found()) is not None:
-            owner, name = found
-            if owner.__dict__.get(name) is self.replacement:
-                setattr(owner, name, self.original)
+        original = self._behind(self._held())
+        if original is not None:
+            owner, name = self._owner()
+            setattr(owner, name, original)
+
+    def _held(self) -> Any:
+        """What the name holds; None when it is not there."""
+        try:
+            owner, name = self._owner()
+        except KeyError:
+            return None
+        return owner.__dict__.get(name)
+
+    def _behind(self, value: Any) -> Any:
+        """What an object of ours replaces; None when the object is not ours."""
+        return next((old for old, new in self.replaced if new is value), None)
+
+    def standing(self) -> Any:
+        """What stands at the name beneath ours, or in place of it; None when nothing does."""
+        held = self._held()
+        behind = self._behind(held)
+        return held if behind is None else behind
+
+    def wraps(self) -> str | None:
+        """Whose function ours stands over, or would; None: safetensors' own, or that of a library.
+
+        Above ours there may be another one: see `wrapped_by`.
+        """
+        if not self.of_safetensors or self.wrapped_by() is not None:
+            return None
+        standing = self.standing()
+        return None if standing is None or stock.own(standing) else maker(standing)
+
+    def wrapped_by(self) -> str | None:
+        """Whose function stands at the name and leads to ours; None when ours stands there."""
+        held = self._held()
+        return maker(held) if self._behind(held) is None and self.stands() else None
+
+    def others(self) -> set[str]:
+        """Packages whose functions ours has replaced in the place of safetensors'."""
+        if not self.of_safetensors:
+            return set()
+        return {package_of(old) for old, _ in self.replaced if not stock.own(old)}
 
     def has_aliases(self) -> bool:
         """Whether other modules may hold the original under names of their own."""
         # Modules do not hold methods of a class.
         return self.hook.elsewhere and "." not in self.hook.name
-
-    def _found(self) -> tuple[Any, str] | None:
-        try:
-            return self._owner()
-        except KeyError:
-            return None
 
 
 def _unlike(original: Any, parameters: tuple[str, ...]) -> str | None:
@@ -302,9 +380,13 @@ class PatchTarget:
 
     def why_not(self) -> str | None:
         """Why calls do not reach the fast version of a target in use; None when they do."""
-        if self.missing is None and not all(place.stands() for place in self.places):
-            return "other code has replaced it since"
-        return self.missing
+        if self.missing is not None:
+            return self.missing
+        for place in self.places:
+            if not place.stands():
+                by = place.wraps()
+                return f"other code has replaced it since{'' if by is None else f': {by}'}"
+        return None
 
     def remove(self) -> None:
         """Put the originals back where our objects are."""
@@ -324,6 +406,6 @@ class PatchTarget:
             ImportError: its module cannot be imported.
         """
         place = self.places[0]
-        if place.original is not None:
-            return place.original
+        if place.replaced and not place.of_safetensors:
+            return place.replaced[-1][0]
         return stock.original(place.hook.module, place.hook.name)

@@ -52,7 +52,7 @@ assert "torch" in sys.modules  # else its import would be timed as loading
 import torch
 
 HEAVY = {"torch", "numpy", "safetensors", "fastst_patch", "fastsafetensors", "instanttensor",
-         "runai_model_streamer", "safetensors_streaming"}
+         "runai_model_streamer", "safetensors_streaming", "cattensors"}
 
 def describe(tensor):
     tensor = tensor.cpu()
@@ -231,7 +231,7 @@ def test_names_are_unique_and_every_family_is_there():
     assert len(LOADERS) == len(loaders.LOADERS)
     assert {loader.family for loader in loaders.LOADERS} == {
         "stock", "fastst", "torch", "fastsafetensors", "runai", "safetensors-streaming",
-        "instanttensor",
+        "instanttensor", "cattensors",
     }  # fmt: skip
     assert all(loader.note for loader in loaders.LOADERS)
 
@@ -245,7 +245,8 @@ for loader in loaders.LOADERS:
     for device in ("cpu", "cuda", "cuda:1"):
         reason = loader.missing(device)
         assert reason is None or reason, loader.name
-heavy = {"torch", "safetensors", "fastsafetensors", "runai_model_streamer", "instanttensor"}
+heavy = {"torch", "safetensors", "fastsafetensors", "runai_model_streamer", "instanttensor",
+         "cattensors"}
 print(json.dumps(sorted(heavy & set(sys.modules))))
 """
     done = subprocess.run(
@@ -261,6 +262,7 @@ def test_missing_says_why(monkeypatch, tmp_path):
     assert "is stock" in LOADERS["fastst-mmap"].missing("cuda")
     monkeypatch.setenv(environments.FOLDER_VARIABLE, str(tmp_path))
     assert "prepare()" in LOADERS["stock-0.9"].missing("cpu")
+    assert "prepare()" in LOADERS["cattensors"].missing("cpu")
 
     def version(package):
         raise importlib.metadata.PackageNotFoundError(package)
@@ -318,11 +320,12 @@ def test_the_yardstick_reads_files_of_its_own(tmp_path, checkpoints):
 # ---- side environments --------------------------------------------------
 
 
-def _wheel(folder: Path) -> None:
-    with zipfile.ZipFile(folder / "sample-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("sample.py", "")
-        about = "sample-1.0.dist-info"
-        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: sample\nVersion: 1.0\n")
+def _wheel(folder: Path, name: str, version: str) -> None:
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "")
+        about = f"{name}-{version}.dist-info"
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        wheel.writestr(f"{about}/METADATA", metadata)
         tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         wheel.writestr(f"{about}/WHEEL", tags)
         wheel.writestr(f"{about}/RECORD", "")
@@ -330,14 +333,18 @@ def _wheel(folder: Path) -> None:
 
 def test_an_environment_is_filled_once(monkeypatch, tmp_path):
     monkeypatch.setattr(environments, "ENVIRONMENTS", ("sample==1.0",))
+    monkeypatch.setattr(environments, "BESIDE", {"sample==1.0": ("other==2.0",)})
     monkeypatch.setenv(environments.FOLDER_VARIABLE, str(tmp_path / "side"))
     told: list[str] = []
     failed = loaders.prepare(tmp_path, told.append)
     assert "pip could not install sample==1.0" in failed["sample==1.0"]
 
-    _wheel(tmp_path)
+    _wheel(tmp_path, "sample", "1.0")
+    assert "pip could not install sample==1.0" in loaders.prepare(tmp_path)["sample==1.0"]
+    _wheel(tmp_path, "other", "2.0")
     folder = loaders.prepare(tmp_path, told.append)["sample==1.0"]
     assert (folder / "sample.py").is_file()
+    assert (folder / "other.py").is_file()
     assert folder == loaders.folder("sample==1.0")
     assert environments.missing("sample==1.0") is None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
@@ -15,6 +16,7 @@ import fastst_patch
 from fastst_patch import engine, errors
 from fastst_patch.cli import doctor
 from fastst_patch.cli.main import main
+from fastst_patch.patching import others
 
 
 def test_text_and_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -143,3 +145,24 @@ def test_bad_environment_is_shown(
     text = " ".join(capsys.readouterr().out.split())
     assert "FASTST_IO='warp'" in text
     assert "patch() would raise OptionError" in text
+
+
+def test_code_that_wraps_safetensors_is_told(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """By what stands in safetensors' place, and by what is installed."""
+    original = safetensors.torch.load_file
+
+    def counting(*args: object, **kwargs: object) -> object:
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(safetensors.torch, "load_file", counting)
+    monkeypatch.setattr(others, "WRAPPERS", {"pytest": "is here", "absent_package": "is not"})
+    found = doctor.examine()
+    assert safetensors.torch.load_file is counting
+    (target,) = (t for t in found["patch"]["targets"] if t["name"] == "safetensors.torch.load_file")
+    assert target["patched"]
+    assert target["wraps"] == f"{__name__}.counting"
+    assert found["verdict"] == "The fast path works here; see the remarks below."
+    assert found["wrappers"] == {"pytest": "is here"}
+    assert not [one for one in recwarn if issubclass(one.category, errors.FallbackWarning)]

@@ -85,3 +85,19 @@ def test_the_verdict_comes_before_its_reasons() -> None:
 def test_targets_that_come_later_count_as_replaced() -> None:
     # The text must not import targets, which imports safetensors.
     assert doctor_text._LATER == targets.LATER
+
+
+def test_code_that_wraps_safetensors_is_told() -> None:
+    target = {
+        "name": "safetensors.safe_open", "patched": True, "reason": None, "aliases": [],
+        "summary": "fast", "wraps": "a.b", "lost": "a.b is not called",
+    }  # fmt: skip
+    patching = {"possible": True, "reason": None, "targets": [target], "left_to_stock": {}}
+    found = findings(patch=patching, wrappers={"unsloth": "wraps it"})
+    assert doctor_text.diagnose(found).remarks == ["a.b is not called"]
+    lines = doctor_text.render(found, MARKS, 80, verbose=True)
+    assert "  ! a.b is not called" in lines
+    assert "  - unsloth wraps it" in lines
+    assert any(line.strip() == "over a.b" for line in lines)
+    target["lost"] = None
+    assert doctor_text.diagnose(found).text == FINE

@@ -2,12 +2,12 @@
 
 `LOADERS` lists all of them, also those that cannot run here: `missing` says why. Nothing heavy is
 imported before `warm_imports`. All rivals live in one environment (`pip install '.[bench]'`), but
-for a second safetensors, which `prepare` puts into a folder of its own.
+for those that need another safetensors, which `prepare` puts into folders of their own.
 """
 
 from __future__ import annotations
 
-from . import fastsafe, fastst, instant, runai, stock, streaming, torchpt
+from . import cattensors, fastsafe, fastst, instant, runai, stock, streaming, torchpt
 from .base import Loader
 from .environments import folder, prepare
 
@@ -19,6 +19,7 @@ LOADERS: tuple[Loader, ...] = (
     *runai.LOADERS,
     *streaming.LOADERS,
     *instant.LOADERS,
+    *cattensors.LOADERS,
 )
 
 __all__ = ["LOADERS", "Loader", "folder", "prepare"]

@@ -1,6 +1,8 @@
 """Side environments: packages that cannot be installed beside what the others need.
 
-Only one needs it so far: the release candidate of safetensors, as the installed release races, too.
+The release candidate of safetensors needs one, as the installed release races, too; and cattensors,
+over which safetensors 0.8's ``load_file`` raises TypeError.
+
 Each is a folder that pip fills (`--target`, without dependencies), to be put in front of sys.path
 before anything is imported.
 """
@@ -15,8 +17,9 @@ from pathlib import Path
 
 FOLDER_VARIABLE = "FASTST_RACE_ENVIRONMENTS"
 
-# The name of an environment is what pip is asked for.
-ENVIRONMENTS = ("safetensors==0.9.0rc1",)
+# The name of an environment is what pip is asked for, with what goes beside it.
+ENVIRONMENTS = ("safetensors==0.9.0rc1", "cattensors==0.2.0")
+BESIDE = {"cattensors==0.2.0": ("safetensors==0.7.0",)}
 
 Progress = Callable[[str], None]
 
@@ -29,8 +32,8 @@ def folder(name: str) -> Path:
 
 def missing(name: str) -> str | None:
     """Say what is not there, or None."""
-    package, _, version = name.partition("==")
-    if (folder(name) / f"{package}-{version}.dist-info" / "METADATA").is_file():
+    found = [wanted.replace("==", "-") for wanted in (name, *BESIDE.get(name, ()))]
+    if all((folder(name) / f"{one}.dist-info" / "METADATA").is_file() for one in found):
         return None
     return f"{name} is not in {folder(name)}: prepare() puts it there, by pip"
 
@@ -56,7 +59,8 @@ def _prepare(name: str, wheels: Path | None, progress: Progress) -> Path | str:
         return target
     progress(f"installing {name} into {target}")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
-    command += ["--disable-pip-version-check", "--target", str(target), name]
+    command += ["--disable-pip-version-check", "--target", str(target)]
+    command += [name, *BESIDE.get(name, ())]
     if wheels is not None:
         command += ["--no-index", "--find-links", str(wheels)]
     try:
