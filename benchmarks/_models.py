@@ -57,7 +57,7 @@ def describe(folder: Path) -> Model:
 def dense(folder: Path, nbytes: int) -> Model:
     """Write a Llama of 16 layers in bf16, at most ``nbytes``, in shards."""
     specs = transformer_specs(nbytes)
-    return write(folder, _llama_config(specs), _shards(specs))
+    return write(folder, _llama_config(specs), in_shards(specs))
 
 
 def mixture(folder: Path, tensors: int) -> Model:
@@ -79,7 +79,7 @@ def mixture(folder: Path, tensors: int) -> Model:
         "vocab_size": 1024,
     }
     specs = outside + [spec for layer in range(layers) for spec in _mixture_layer(layer)]
-    return write(folder, config, _shards(specs))
+    return write(folder, config, in_shards(specs))
 
 
 def by_libraries(kind: str, folder: Path, make: Make) -> Model:
@@ -170,7 +170,7 @@ def write(folder: Path, config: dict[str, Any], shards: Sequence[Sequence[Tensor
                 name = f"model-{number:05}-of-{len(shards):05}.safetensors"
                 if len(shards) == 1:
                     name = "model.safetensors"
-                write_checkpoint(folder / name, shard, bar.update)
+                write_checkpoint(folder / name, shard, bar.update, number - 1)
                 weight_map |= {spec.name: name for spec in shard}
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -180,16 +180,17 @@ def write(folder: Path, config: dict[str, Any], shards: Sequence[Sequence[Tensor
     return describe(folder)
 
 
-def _shards(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
-    shards: list[list[TensorSpec]] = [[]]
-    room = SHARD_BYTES
+def in_shards(specs: Sequence[TensorSpec], most: int = SHARD_BYTES) -> list[list[TensorSpec]]:
+    """Split tensors into files of at most so many bytes, in their order."""
+    found: list[list[TensorSpec]] = [[]]
+    room = most
     for spec in specs:
-        if spec.nbytes > room and shards[-1]:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(spec)
+        if spec.nbytes > room and found[-1]:
+            found.append([])
+            room = most
+        found[-1].append(spec)
         room -= spec.nbytes
-    return shards
+    return found
 
 
 # ---- made by the libraries, in a process of their own -------------------
