@@ -24,6 +24,7 @@ import contextvars
 import dataclasses
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -118,10 +119,22 @@ def _describe(model_config: Any, model: torch.nn.Module) -> _Load:
     return _Load(
         device,
         reason,
-        elements=sum(parameter.numel() for parameter in parameters),
+        elements=_most_elements(model, sum(parameter.numel() for parameter in parameters)),
         left=_parallel(),
         experts=_expert_ranks() > 1 and bool(getattr(model_config, "is_moe", True)),
     )
+
+
+_elements: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def _most_elements(model: torch.nn.Module, now: int) -> int:
+    """Elements of a model's parameters at the load that found most of them.
+
+    On the CPU vLLM packs weights for its kernels, and drops the parameters until it loads again.
+    """
+    _elements[model] = most = max(now, _elements.get(model, 0))
+    return most
 
 
 def _keeps_on_cpu(model_config: Any) -> str | None:
