@@ -9,10 +9,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .. import sharding
 from ..config import Config, pop, push
 from ..dtypes import header_shape
-from ..sharding.opening import in_turns
 from ..tensors import dtype_wanted
 from .arguments import (
     DEFAULT_BOUNCE_KB,
@@ -33,6 +31,8 @@ from .local_files import LocalFiles, bar_of
 
 if TYPE_CHECKING:
     import torch
+
+    from .. import sharding  # else imported for groups alone: it takes more than this module
 
 __all__ = ["SafeTensorsFileLoader", "fastsafe_open", "group_size"]
 
@@ -153,6 +153,8 @@ class SafeTensorsFileLoader:
         if self._size > 1:
             self._add_sharded(added)
             return
+        from ..sharding.opening import in_turns
+
         for entry in open_entries(in_turns(added), self._settings):
             self._entries[entry.path] = entry
             self._names.update(dict.fromkeys(entry.layout.names, entry))
@@ -171,6 +173,8 @@ class SafeTensorsFileLoader:
     def _open_sharded(
         self, files: Mapping[int, list[str]], config: Config
     ) -> sharding.ShardedFiles:
+        from .. import sharding
+
         group, device = sharding.Group.of(self.pg), self._settings.device
         return sharding.ShardedFiles(files, group, device, config, call=self._call)
 
@@ -337,7 +341,9 @@ def _refuse(pg: Any, error: Exception) -> NoReturn:
     Raises:
         RankError: on all ranks; or ``error`` itself, where all ranks have the same one.
     """
-    sharding.Group.of(pg).agree(error)
+    from ..sharding import Group
+
+    Group.of(pg).agree(error)
     raise error
 
 
