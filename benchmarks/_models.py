@@ -58,7 +58,7 @@ def describe(folder: Path) -> Model:
 def dense(folder: Path, nbytes: int) -> Model:
     """Write a Llama of 16 layers in bf16, at most ``nbytes``, in shards."""
     specs = transformer_specs(nbytes)
-    return write(folder, llama_config(specs), _shards(specs))
+    return write(folder, llama_config(specs), in_shards(specs))
 
 
 def mixture(folder: Path, tensors: int) -> Model:
@@ -79,7 +79,7 @@ def mixture(folder: Path, tensors: int) -> Model:
         "num_experts_per_tok": 8,
         "vocab_size": _MIXTURE["vocabulary"],
     }
-    return write(folder, config, _shards(list(qwen3_moe(layers, **_MIXTURE))))
+    return write(folder, config, in_shards(list(qwen3_moe(layers, **_MIXTURE))))
 
 
 def by_libraries(kind: str, folder: Path, make: Make) -> Model:
@@ -143,7 +143,7 @@ def write(folder: Path, config: dict[str, Any], shards: Sequence[Sequence[Tensor
                 name = f"model-{number:05}-of-{len(shards):05}.safetensors"
                 if len(shards) == 1:
                     name = "model.safetensors"
-                write_checkpoint(folder / name, shard, bar.update)
+                write_checkpoint(folder / name, shard, bar.update, number - 1)
                 weight_map |= {spec.name: name for spec in shard}
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -153,8 +153,9 @@ def write(folder: Path, config: dict[str, Any], shards: Sequence[Sequence[Tensor
     return describe(folder)
 
 
-def _shards(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
-    return [[specs[index] for index in shard] for shard in split(specs, SHARD_BYTES)]
+def in_shards(specs: Sequence[TensorSpec], most: int = SHARD_BYTES) -> list[list[TensorSpec]]:
+    """Split tensors into files of at most so many bytes, in their order."""
+    return [[specs[index] for index in shard] for shard in split(specs, most)]
 
 
 # ---- made by the libraries, in a process of their own -------------------

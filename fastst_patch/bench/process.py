@@ -232,12 +232,21 @@ def run_json(
     and not a checkout that happens to be the user's working directory. ``FASTST_ENABLED`` is
     for programs, and does not reach it: the bench decides itself which process is patched.
 
+    Gate and errors are `ask`'s.
+    """
+    return ask(interpreter(arguments, undecided_environment(), _PACKAGES), message, label, gate)
+
+
+def ask(
+    start: Start, message: Mapping[str, object], label: str, gate: Gate | None = None
+) -> dict[str, Any]:
+    """Start a process on a JSON message, and return its answer.
+
     With a gate the process waits after its first answer, and goes on within that context.
 
     Raises:
         BenchError: it failed; with what it wrote to stderr.
     """
-    start = interpreter(arguments, undecided_environment(), _PACKAGES)
     try:
         with Child(message, start) as child:
             if gate is None:

@@ -1,6 +1,6 @@
 """SGLang: weights come from the explicit loader, on the model's own device where that is one.
 
-    sglang.srt.plugins -> register()                     in every process of SGLang
+    sglang.srt.plugins -> fastst_plugins.register_sglang()   in every process of SGLang
         import fastst_patch                              patches where FASTST_ENABLED says so
 
     DefaultModelLoader._get_all_weights(model)           -> where this load goes, noted on loader
@@ -39,7 +39,7 @@ from .hook import Hook, Integration
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["INTEGRATION", "NOT_REACHED", "register", "unreached"]
+__all__ = ["INTEGRATION", "NOT_REACHED", "unreached"]
 
 _LOADERS = "sglang.srt.model_loader"
 _UTILS = f"{_LOADERS}.weight_utils"
@@ -53,13 +53,6 @@ _KNOWN = {
     "prefetch_num_threads",
     "drop_cache_after_load",
 }
-
-
-def register() -> None:
-    """The entry point that SGLang calls in each of its processes. Never raises.
-
-    There is nothing left to do: importing this package has patched where FASTST_ENABLED is true.
-    """
 
 
 # ---- where a load goes ----

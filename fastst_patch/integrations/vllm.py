@@ -1,8 +1,8 @@
 """vLLM: weights come from the explicit loader, on the model's own device where that is one.
 
-    vllm.general_plugins -> register()                 in every process of vLLM
+    vllm.general_plugins -> fastst_plugins.register_vllm()  in every process of vLLM
         import fastst_patch                            patches where FASTST_ENABLED says so
-        load format "fastst"                           with our options
+        load format "fastst" -> loader_class()         with our options
 
     DefaultModelLoader.get_all_weights(model)          -> where this load goes, noted on the loader
     DefaultModelLoader._get_weights_iterator(source)   -> kept in a context variable around
@@ -27,14 +27,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import functools
 import inspect
-import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import wrapt
 
 from .. import stock
 from ..config import config_context, current, environment_enabled, with_options
@@ -49,12 +46,8 @@ if TYPE_CHECKING:
 
     from .parts import Parts
 
-__all__ = ["FORMAT", "INTEGRATION", "format_options", "register", "unreached"]
+__all__ = ["INTEGRATION", "format_options", "loader_class", "unreached"]
 
-FORMAT = "fastst"
-"""What ``--load-format`` calls us."""
-
-_log = logging.getLogger("fastst_patch")
 _LOADERS = "vllm.model_executor.model_loader"
 _UTILS = f"{_LOADERS}.weight_utils"
 _DEFAULT = f"{_LOADERS}.default_loader"
@@ -151,10 +144,22 @@ def _describe(model_config: Any, model: torch.nn.Module) -> _Load:
     return _Load(
         place,
         place_of_parts,
-        elements=sum(parameter.numel() for parameter in parameters),
+        elements=_most_elements(model, sum(parameter.numel() for parameter in parameters)),
         ranks=_ranks(),
         experts=_expert_ranks() > 1 and bool(getattr(model_config, "is_moe", True)),
     )
+
+
+_elements: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def _most_elements(model: torch.nn.Module, now: int) -> int:
+    """Elements of a model's parameters at the load that found most of them.
+
+    On the CPU vLLM packs weights for its kernels, and drops the parameters until it loads again.
+    """
+    _elements[model] = most = max(now, _elements.get(model, 0))
+    return most
 
 
 def _groups() -> Any:
@@ -297,30 +302,6 @@ def _local_only(utils: Any, local_expert_ids: Any) -> Callable[[str], bool]:
 # ---- the load format ----
 
 
-def register() -> None:
-    """The entry point that vLLM calls in each of its processes. Never raises.
-
-    It adds the load format when vLLM's loaders are imported. Where FASTST_ENABLED is true,
-    importing this package has patched already.
-    """
-    try:
-        _watch_loaders()
-    except Exception as error:
-        _log.warning("vLLM: load format %r is not added: %s", FORMAT, error)
-
-
-@functools.cache
-def _watch_loaders() -> None:
-    wrapt.register_post_import_hook(_add_format, _LOADERS)
-
-
-def _add_format(loaders: Any) -> None:
-    try:
-        loaders.register_model_loader(FORMAT)(_loader_class(loaders.DefaultModelLoader))
-    except Exception as error:  # inside an import of vLLM's
-        _log.warning("vLLM: load format %r is not added: %s", FORMAT, error)
-
-
 def format_options(extra: object) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """What ``--model-loader-extra-config`` says.
 
@@ -351,7 +332,7 @@ def format_options(extra: object) -> tuple[dict[str, Any], dict[str, Any], bool]
     return options, theirs, group is not None
 
 
-def _loader_class(default: Any) -> Any:
+def loader_class(default: Any) -> Any:
     """The class behind the load format: vLLM's own loader over our iterator."""
 
     def init(self: Any, load_config: Any) -> None:
@@ -371,7 +352,7 @@ def _loader_class(default: Any) -> Any:
         return _format_iterator(default, self, source)
 
     body = {
-        "__doc__": _loader_class.__doc__,
+        "__doc__": loader_class.__doc__,
         "__module__": __name__,
         "__init__": init,
         "get_all_weights": get_all_weights,

@@ -9,11 +9,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .. import sharding
 from ..config import Config, pop, push
 from ..errors import OptionError
 from ..layout import FileLayout
-from ..sharding.opening import in_turns
 from ..tensors import dtype_wanted
 from .arguments import (
     DEFAULT_BOUNCE_KB,
@@ -37,6 +35,8 @@ from .stock_file import layout_of
 
 if TYPE_CHECKING:
     import torch
+
+    from .. import sharding  # else imported for groups alone: it takes more than this module
 
 __all__ = ["SafeTensorsFileLoader", "fastsafe_open"]
 
@@ -150,6 +150,8 @@ class SafeTensorsFileLoader:
         if self._size > 1:
             self._add_sharded(added)
             return
+        from ..sharding.opening import in_turns
+
         for entry in open_entries(in_turns(added), self._settings):
             self._entries[entry.path] = entry
             self._describe(entry.path, entry.layout, entry.rank)
@@ -178,6 +180,8 @@ class SafeTensorsFileLoader:
     def _open_sharded(
         self, files: Mapping[int, list[str]], config: Config
     ) -> sharding.ShardedFiles:
+        from .. import sharding
+
         group, device = sharding.Group.of(self.pg), self._settings.device
         return sharding.ShardedFiles(files, group, device, config, call=self._call)
 
@@ -344,7 +348,9 @@ def _refuse(pg: Any, error: Exception) -> NoReturn:
     Raises:
         RankError: on all ranks; or ``error`` itself, where all ranks have the same one.
     """
-    sharding.Group.of(pg).agree(error)
+    from ..sharding import Group
+
+    Group.of(pg).agree(error)
     raise error
 
 

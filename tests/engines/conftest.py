@@ -12,7 +12,7 @@ import vllm_standin
 from safetensors.torch import save_file
 from vllm_standin import ELEMENTS, Model, Standin
 
-from fastst_patch.integrations import vllm as integration
+import fastst_plugins
 
 
 @pytest.fixture
@@ -64,6 +64,6 @@ def little_memory(fake_driver) -> Iterator[Any]:
 
 @pytest.fixture
 def registered(vllm: Standin) -> Standin:
-    integration._watch_loaders.cache_clear()
-    integration.register()
+    fastst_plugins._watch_loaders.cache_clear()
+    fastst_plugins.register_vllm()
     return vllm

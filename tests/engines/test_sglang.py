@@ -18,6 +18,7 @@ from sglang_standin import Loading, Standin
 from vllm_standin import ELEMENTS, LARGEST, Model
 
 import fastst_patch
+import fastst_plugins
 from fastst_patch.cli.main import main
 from fastst_patch.integrations import sglang as integration
 from fastst_patch.patching import patcher
@@ -257,7 +258,7 @@ def test_an_unknown_parameter_is_sglangs(tmp_path, folder, tensors, on_cpu) -> N
 
 def test_entry_point_is_found() -> None:
     (found,) = importlib.metadata.entry_points(group="sglang.srt.plugins", name="fastst")
-    assert found.load() is integration.register
+    assert found.load() is fastst_plugins.register_sglang
 
 
 REGISTERED = """
@@ -266,9 +267,10 @@ from importlib.metadata import entry_points
 found.load()()
 found.load()()
 import sys
-heavy = sorted({"torch", "sglang"} & set(sys.modules))
+heavy = sorted({"torch", "sglang", "fastst_patch"} & set(sys.modules))
 import sglang.srt.model_loader.loader
 import fastst_patch
+import fastst_plugins
 print(heavy, fastst_patch.is_patched(), fastst_patch.is_patched("sglang.load"))
 """
 
@@ -282,7 +284,8 @@ def test_entry_point_in_a_process_of_sglangs(tmp_path, monkeypatch, enabled) -> 
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{REGISTERED}"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.strip() == f"[] {enabled == '1'} {enabled == '1'}"
+    heavy = [] if enabled is None else ["fastst_patch"]
+    assert done.stdout.strip() == f"{heavy} {enabled == '1'} {enabled == '1'}"
     assert done.stderr == ""
 
 

@@ -35,6 +35,17 @@ def test_tensors_equal_those_of_vllms_own_loop(
     del ours, theirs
 
 
+def test_a_model_whose_weights_were_packed_is_streamed_again(vllm, folder, on_cpu) -> None:
+    with Loading() as seen, fastst_patch.patched():
+        vllm.load(folder, on_cpu)
+        on_cpu._parameters = [SimpleNamespace(device=torch.device("cpu"), numel=lambda: 3)]
+        vllm.load(folder, on_cpu)
+        vllm.load(folder, Model(3, "cpu"))
+    first, again, other = seen.reports
+    assert (first.tensors, again.tensors, again.fallback_reason) == (9, 9, None)
+    assert "what it does not take" in other.fallback_reason
+
+
 def test_one_line_and_one_report_for_a_load(vllm, folder, on_cpu, caplog) -> None:
     caplog.set_level("INFO", "fastst_patch")
     with fastst_patch.patched(), fastst_patch.profile() as seen:

@@ -1,4 +1,4 @@
-"""vLLM itself, its CPU build: other loaders and kinds of checkpoints, and two ranks."""
+"""vLLM itself, its CPU build: other loaders, and other kinds of checkpoints."""
 
 from __future__ import annotations
 
@@ -67,11 +67,25 @@ described["quantization_config"] = {
 (made / "config.json").write_text(json.dumps(described))
 compare("compressed-tensors", made)
 
+# fp8: linear layers in eight bits, a scale for each.
+made, packed = folder(), {}
+for name, tensor in tensors.items():
+    packed[name] = tensor.to(torch.bfloat16)
+    if name.endswith("_proj.weight"):
+        scale = tensor.abs().max() / 448
+        packed[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        packed[name + "_scale"] = scale
+save_file(packed, made / "model.safetensors")
+described = json.loads((made / "config.json").read_text())
+described["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+(made / "config.json").write_text(json.dumps(described))
+compare("fp8", made, dtype="bfloat16")
+
 # A model that does not take all that is in its files.
 made = folder()
 more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.randn(200_000)}
 save_file({**tensors, **more}, made / "model.safetensors")
-compare("drafter", made)
+compare("part", made)
 
 # LoRA
 from vllm.lora.lora_model import LoRAModel
@@ -110,7 +124,7 @@ def kinds(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
-@pytest.mark.parametrize("kind", ["sharded_state", "compressed-tensors", "drafter", "lora"])
+@pytest.mark.parametrize("kind", ["sharded_state", "compressed-tensors", "fp8", "part", "lora"])
 def test_equals_stock(kinds, kind) -> None:
     assert kinds[kind][0]
 
@@ -119,10 +133,13 @@ def test_quantized_weights_are_streamed(kinds) -> None:
     _, dtypes, reports = kinds["compressed-tensors"]
     assert dtypes == ["torch.float32", "torch.int8"]
     assert reports == [["vllm", "mmap", 35, None]]
+    _, dtypes, reports = kinds["fp8"]
+    assert "torch.float8_e4m3fn" in dtypes
+    assert reports == [["vllm", "mmap", 35, None]]
 
 
-def test_a_drafter_takes_little_of_the_files(kinds) -> None:
-    assert kinds["drafter"][2] == [["vllm", "mmap", 21, None]]
+def test_a_model_takes_a_part_of_the_files(kinds) -> None:
+    assert kinds["part"][2] == [["vllm", "mmap", 21, None]]
 
 
 @pytest.mark.parametrize("kind", ["sharded_state", "lora"])

@@ -15,6 +15,7 @@ import vllm_standin
 from vllm_standin import LARGEST, Loading, most_held
 
 import fastst_patch
+import fastst_plugins
 from fastst_patch.cli.main import main
 from fastst_patch.integrations import vllm as integration
 from fastst_patch.patching import patcher
@@ -23,17 +24,17 @@ from fastst_patch.patching import patcher
 
 
 def test_registering_adds_the_format_alone(registered) -> None:
-    before = registered.loaders.formats[integration.FORMAT]
-    integration.register()
-    assert registered.loaders.formats[integration.FORMAT] is before
+    before = registered.loaders.formats[fastst_plugins.FORMAT]
+    fastst_plugins.register_vllm()
+    assert registered.loaders.formats[fastst_plugins.FORMAT] is before
     assert not fastst_patch.is_patched()
-    assert type(registered.utils.safetensors_weights_iterator) is type(integration.register)
+    assert type(registered.utils.safetensors_weights_iterator) is type(fastst_plugins.register_vllm)
 
 
 def test_registering_never_raises(vllm, caplog) -> None:
     del vllm.loaders.register_model_loader
-    integration._watch_loaders.cache_clear()
-    integration.register()
+    fastst_plugins._watch_loaders.cache_clear()
+    fastst_plugins.register_vllm()
     assert "load format 'fastst' is not added" in caplog.text
 
 
@@ -115,7 +116,7 @@ def test_keys_of_vllms_own_go_on(registered) -> None:
 
 def test_entry_point_is_found() -> None:
     (found,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="fastst")
-    assert found.load() is integration.register
+    assert found.load() is fastst_plugins.register_vllm
 
 
 # ---- processes that are not reached ----
@@ -186,10 +187,11 @@ from importlib.metadata import entry_points
 found.load()()
 found.load()()
 import sys
-heavy = sorted({"torch", "vllm"} & set(sys.modules))
+heavy = sorted({"torch", "vllm", "fastst_patch"} & set(sys.modules))
 import vllm.model_executor.model_loader as loaders
+late = "fastst_patch" in sys.modules
 import fastst_patch
-print(heavy, list(loaders.formats), fastst_patch.is_patched("vllm.load"))
+print(heavy, late, list(loaders.formats), fastst_patch.is_patched("vllm.load"))
 """
 
 
@@ -202,7 +204,9 @@ def test_entry_point_in_a_process_of_vllms(tmp_path, monkeypatch, enabled) -> No
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{REGISTERED}"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.strip() == f"[] ['auto', 'fastst'] {enabled == '1'}"
+    heavy = [] if enabled is None else ["fastst_patch"]
+    patched = enabled == "1"
+    assert done.stdout.strip() == f"{heavy} {bool(heavy)} ['auto', 'fastst'] {patched}"
     assert done.stderr == ""
 
 

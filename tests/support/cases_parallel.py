@@ -12,8 +12,8 @@ import vllm_standin
 from parallel_model import Parallel
 
 import fastst_patch
+import fastst_plugins
 from fastst_patch import engine
-from fastst_patch.integrations import vllm as integration
 
 
 def load(
@@ -39,8 +39,8 @@ def same(ours: Parallel, theirs: Parallel) -> bool:
 
 def _compared(rank: Any, folder: str, device: str, way: str, extra: dict[str, Any]) -> Any:
     with vllm_standin.standing_in(Path.cwd() / f"site-{way}-{device}") as vllm:
-        integration._watch_loaders.cache_clear()
-        integration.register()
+        fastst_plugins._watch_loaders.cache_clear()
+        fastst_plugins.register_vllm()
         vllm.parallel.sizes["tensor"] = rank.world
         vllm.parallel.rank = rank.rank
         vllm.parallel.group = dist.group.WORLD
