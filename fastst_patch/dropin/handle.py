@@ -289,7 +289,7 @@ class FastHandle:
             fallback = Fallback.alone(error)
         result = self._left_to_stock("prefetch", fallback, args, kwargs)
         seconds = time.perf_counter() - started
-        device = kwargs.get("device") or opened.device
+        device = opened.device if kwargs.get("device") is None else kwargs["device"]
         report_stock("prefetch", opened.file.path, device, fallback, seconds=seconds)
         return result
 

@@ -13,7 +13,8 @@ import operator
 import os
 import sys
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from ..files.cpu import HostFile
 from ..files.cuda import BUDGET, group_bytes
 from ..files.prefetcher import Group, Pending, Prefetcher
 from ..files.readahead import AHEAD
+from ..layout import ARENA_ALIGNMENT
 from ..locks import shared
 from .eligibility import complain, fell_back, opened_for, same
 from .prefetch_plan import Wanted, wanted_of
@@ -81,7 +83,7 @@ class PrefetchLoader:
         self._plan = {names[wanted.i]: wanted for wanted in plan}
         self._left = dict(self._plan)  # not handed out
         self._stock_handle: Any = None
-        self._order = _PlanOrder(_groups(plan, nbytes, opened.owned))
+        self._order = _PlanOrder(_groups(plan, nbytes))
         self._prefetcher = Prefetcher(self._order, lambda: most)
         self._opened: OpenedFile | None = opened
         with opened.account:
@@ -130,10 +132,11 @@ class PrefetchLoader:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors not taken yet, with their names, those first that have landed."""
-        left = dict.fromkeys(tuple(self._left))
+        left = deque(tuple(self._left))
         while left:
-            name = self._next(left)
-            del left[name]
+            at = self._order.first_landed(self._plan[name].i for name in islice(left, _WINDOW))
+            name = left[at]
+            del left[at]
             opened = self._opened
             if opened is None and name in self._left:
                 raise stock.SafetensorError(_CLOSED)
@@ -172,13 +175,6 @@ class PrefetchLoader:
 
     # ---- inside ----
 
-    def _next(self, left: Mapping[str, None]) -> str:
-        """The first of the next tensors that has landed; else the first, which is waited for."""
-        for name in islice(left, _WINDOW):
-            if self._order.landed(self._plan[name].i):
-                return name
-        return next(iter(left))
-
     def _handed_out(self, opened: OpenedFile, wanted: Wanted, subject: str) -> torch.Tensor:
         """A tensor that the caller has taken out of `_left`; it is put back if that fails."""
         try:
@@ -191,7 +187,8 @@ class PrefetchLoader:
                 raise stock.SafetensorError(f"{subject}io error: {_as_rust(error)}") from error
             else:
                 return self._verified(opened, wanted, result) if opened.config.verify else result
-            self._prefetcher.drop()  # what was read ahead may be the memory that is missing
+            if tensors.ordinary_mode():
+                self._prefetcher.drop()  # what was read ahead may be the memory that is missing
             result = self._by_stock(opened, wanted)
         except BaseException:
             self._left[opened.layout.names[wanted.i]] = wanted
@@ -289,24 +286,21 @@ class _PendingGroup:
         return self._opened.index(self._rows.take(wanted.rows), wanted.rest)
 
 
-def _groups(plan: Sequence[Wanted], nbytes: int, owned: bool) -> list[Group]:
-    """Split a plan into groups, in its order; a larger tensor is a group of its own.
+def _groups(plan: Sequence[Wanted], nbytes: int) -> list[Group]:
+    """Split a plan into groups of some bytes, in its order; a larger tensor is one of its own.
 
-    Args:
-        plan: of the loader.
-        nbytes: most bytes of a group.
-        owned: whether each tensor's memory is free when the tensor is.
+    All of a group counts until its last tensor is taken: until then its job keeps the memory.
     """
     groups: list[Group] = []
     for wanted in plan:
         group = groups[-1] if groups else None
-        if group is None or group.nbytes + wanted.nbytes > nbytes or len(group.items) == _MOST:
+        padded = -(-wanted.nbytes // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
+        if group is None or group.nbytes + padded > nbytes or len(group.items) == _MOST:
             group = Group(None)
             groups.append(group)
         group.items.append(wanted)
-        group.waiting[wanted.i] = wanted.nbytes if owned else 0
-        group.nbytes += wanted.nbytes
-        group.held = group.nbytes
+        group.waiting[wanted.i] = 0
+        group.nbytes = group.held = group.nbytes + padded
     return groups
 
 
@@ -318,10 +312,19 @@ class _PlanOrder:
         self._next = dict.fromkeys(groups)  # not started, as an ordered set
         self._asked: Hashable = None
 
-    def landed(self, key: int) -> bool:
-        """Whether nothing of a tensor's group moves any more, as far as is known."""
-        pending = self._groups[key].pending
-        return pending is not None and pending.landed()
+    def first_landed(self, keys: Iterable[int]) -> int:
+        """Place of the first tensor in whose group nothing moves any more; 0 where there is none.
+
+        Called without the lock: a group that lands meanwhile is found by the next call.
+        """
+        looked_at = None
+        for at, key in enumerate(keys):
+            group = self._groups[key]
+            pending = None if group is looked_at else group.pending
+            if pending is not None and pending.landed():
+                return at
+            looked_at = group
+        return 0
 
     def not_started(self, group: Group) -> None:
         """Note that a group could not be started: the tensor asked for last is read alone."""

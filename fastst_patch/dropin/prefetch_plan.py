@@ -7,10 +7,9 @@ tensor. The texts of errors are stock's.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import engine
 from ..dtypes import DTYPE_NAMES, PACKED, TORCH
@@ -22,8 +21,7 @@ __all__ = ["Wanted", "wanted_of"]
 _TOO_FAR = 1 << 63
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What is wanted of one tensor.
 
     Attributes:
