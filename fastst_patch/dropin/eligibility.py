@@ -77,8 +77,8 @@ def device_for_call(framework: object, device: object, backend: object) -> Devic
 def check_descriptors() -> None:
     """Raise Fallback when our handles hold a quarter of the descriptors that the process may have.
 
-    Stock's handles hold none once they are open. Programs rely on that: they open every shard of
-    a model and close none.
+    Before 0.9 stock's handles hold none once they are open. Programs rely on that: they open every
+    shard of a model and close none.
     """
     import resource  # Unix only, like the engine
 
