@@ -174,6 +174,7 @@ def test_left_halfway(cuda, path, fast) -> None:
         kept = loader.take("t20")
         if end == "close":
             loader.close()
+            assert cuda.driver.live().blocks == 1  # what is kept, though the loader is
         elif end == "handle":
             handle.__exit__(None, None, None)
             assert _right("t29", dict(loader)["t29"])

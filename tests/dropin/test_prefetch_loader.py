@@ -551,8 +551,10 @@ def test_a_read_that_fails(fast, numbered, how) -> None:
             loader.take(first) if how == "take" else next(iter(loader))
         assert str(caught.value) == (f"{first}: {text}" if how == "take" else text)
         engine.clear_faults()
-        assert all(_right(name, tensor) for name, tensor in loader)
         del caught
+        rest = dict(loader)
+        assert sorted(rest) == loader.names()
+        assert all(_right(name, tensor) for name, tensor in rest.items())
 
 
 @pytest.mark.usefixtures("nothing_left")
