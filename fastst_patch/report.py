@@ -39,8 +39,8 @@ class LoadReport:
     """One finished call, or one handle from opening to closing.
 
     Attributes:
-        call: ``load_file``, ``safe_open``, or an integration's: ``from_pretrained``,
-            ``Module.to``, ``diffusers``, ``vllm``, ``sglang``.
+        call: ``load_file``, ``safe_open``, ``prefetch``, or an integration's:
+            ``from_pretrained``, ``Module.to``, ``diffusers``, ``vllm``, ``sglang``.
         file: path as the caller gave it; of tensors that came from memory, the module's class.
         device: where the tensors are.
         path: ``mmap`` (bytes were cached), ``mmap+readahead`` (some were not; workers fetch

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "TORCH",
     "SmallFile",
     "check_descriptors",
     "check_move",
@@ -42,7 +43,7 @@ __all__ = [
     "verified",
 ]
 
-_TORCH = ("pt", "torch", "pytorch")
+TORCH = ("pt", "torch", "pytorch")
 
 SMALL_FOR_ARRAYS = 1 << 20
 """Bytes of a file up to which stock, which copies them, is faster than a map. One array of 1 KB
@@ -73,7 +74,7 @@ def device_for_call(framework: object, device: object, backend: object) -> Devic
     error = engine.native_error()
     if error is not None:
         raise Fallback(error)
-    if framework not in _TORCH:
+    if framework not in TORCH:
         raise Fallback(f"framework {framework!r} is not accelerated")
     if backend != "mmap":
         raise Fallback(f"backend {backend!r} is not accelerated")
@@ -101,8 +102,8 @@ def destination(framework: object, device: object, backend: object) -> Destinati
 def check_descriptors() -> None:
     """Raise Fallback when our handles hold a quarter of the descriptors that the process may have.
 
-    Stock's handles hold none once they are open. Programs rely on that: they open every shard of
-    a model and close none.
+    Before 0.9 stock's handles hold none once they are open. Programs rely on that: they open every
+    shard of a model and close none.
     """
     import resource  # Unix only, like the engine
 

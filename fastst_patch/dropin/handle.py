@@ -24,6 +24,7 @@ from ..errors import Fallback
 from ..files.base import OpenedFile
 from ..report import tell_unfinished
 from .eligibility import (
+    TORCH,
     SmallFile,
     check_descriptors,
     complain,
@@ -36,7 +37,8 @@ from .eligibility import (
     same,
     verified,
 )
-from .slices import FastSlice, repr_as, stock_handle, stock_over
+from .prefetch_loader import UPSTREAM, open_loader
+from .slices import FastSlice, TensorMeta, repr_as, stock_handle, stock_over
 
 if TYPE_CHECKING:
     import torch
@@ -317,6 +319,33 @@ class FastHandle:
         if opened is None or i is None or opened.layout.dtype(i) in PACKED:
             return self._stock().get_slice(*args, **kwargs)
         return FastSlice(opened, i)
+
+    def get_tensor_meta(self, *args: Any, **kwargs: Any) -> Any:
+        """Dtype, shape and place of a tensor as the header has them."""
+        opened = self._opened
+        i = None if opened is None else _number(opened, args, kwargs)
+        if opened is not None and i is not None:
+            return TensorMeta(opened.layout, i)
+        # Where stock has no such method, another that takes a name raises what it would.
+        judge = "get_tensor_meta" if "get_tensor_meta" in stock.HANDLE_METHODS else "get_slice"
+        return getattr(self._stock(), judge)(*args, **kwargs)
+
+    def prefetch(self, *args: Any, **kwargs: Any) -> Any:
+        """Start reading tensors, to be taken one by one: see `PrefetchLoader`."""
+        opened, started = self._opened, time.perf_counter()
+        if opened is None:  # without the method, another raises that the file is closed
+            return self._stock().prefetch(*args, **kwargs) if UPSTREAM else self._stock().keys()
+        if opened.framework not in TORCH:  # raises, or is stock's, as of a handle of stock
+            return self._stock().prefetch(*args, **kwargs)
+        try:
+            return open_loader(opened, args, kwargs)
+        except Fallback as error:
+            fallback = Fallback.alone(error)
+        result = self._left_to_stock("prefetch", fallback, args, kwargs)
+        seconds = time.perf_counter() - started
+        device = opened.device if kwargs.get("device") is None else kwargs["device"]
+        report_stock("prefetch", opened.file.path, device, fallback, seconds=seconds)
+        return result
 
     def __enter__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the handle itself."""

@@ -9,16 +9,28 @@ import operator
 import os
 from typing import TYPE_CHECKING, Any
 
+import safetensors
+
 from .. import stock
 from ..dtypes import DTYPE_NAMES
 from ..errors import Fallback
 from ..files.base import OpenedFile
+from ..layout import FileLayout
 from .eligibility import complain, fell_back, same
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FastSlice", "behind", "leading_rows", "repr_as", "stock_handle", "stock_over"]
+__all__ = [
+    "FastSlice",
+    "TensorMeta",
+    "behind",
+    "indexed",
+    "leading_rows",
+    "repr_as",
+    "stock_handle",
+    "stock_over",
+]
 
 
 def stock_over(opened: OpenedFile, stock_class: Any = stock.safe_open) -> Any:
@@ -90,7 +102,7 @@ class FastSlice:
         opened = self._opened
         try:
             with opened.account:
-                result = self._indexed(opened, index)
+                result = indexed(opened, self._i, index)
         except (Fallback, MemoryError) as error:
             fallback = Fallback.alone(error)
         except BaseException as error:
@@ -98,18 +110,6 @@ class FastSlice:
         else:
             return self._verified(result, index) if opened.config.verify else result
         return self._left_to_stock(fallback, index)
-
-    def _indexed(self, opened: OpenedFile, index: Any) -> torch.Tensor:
-        opened.check_index(self._i, index)
-        shape = opened.layout.shape(self._i)
-        rows = leading_rows(index, shape)
-        if rows is None:
-            return opened.part(self._i, index)
-        start, stop, rest = rows
-        if not opened.mapped:
-            return opened.index(opened.rows(self._i, start, stop), rest)
-        some = (start, stop) if stop - start < shape[0] else None
-        return opened.part(self._i, index, some)
 
     def _verified(self, ours: torch.Tensor, index: Any) -> Any:
         theirs = self._stock()[index]
@@ -125,6 +125,61 @@ class FastSlice:
         opened.account.reason = fallback.reason
         fell_back(opened.config, "get_slice", opened.file.path, fallback)
         return result
+
+
+class TensorMeta:
+    """Behaves like stock's: what a header says of a tensor."""
+
+    __slots__ = ("_i", "_layout")
+
+    def __init__(self, layout: FileLayout, i: int) -> None:
+        self._layout = layout
+        self._i = i
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return getattr(safetensors, "TensorMeta", TensorMeta)
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors name of the dtype, such as ``BF16``."""
+        return DTYPE_NAMES[self._layout.dtype(self._i)]
+
+    @property
+    def shape(self) -> list[int]:
+        """Shape of the tensor, as the header has it."""
+        return self._layout.shape(self._i)
+
+    @property
+    def data_offsets(self) -> tuple[int, int]:
+        """Where its bytes begin and end, from the first byte behind the header."""
+        begin, end = self._layout.extent(self._i)
+        return begin - self._layout.data_begin, end - self._layout.data_begin
+
+    def __repr__(self) -> str:
+        """Stock's text."""
+        return (
+            f'TensorMeta {{ dtype: "{self.dtype}", shape: {self.shape},'
+            f" data_offsets: {self.data_offsets} }}"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise stock's exception: it cannot be pickled."""
+        raise TypeError(f"cannot pickle '{self.__class__.__module__}.TensorMeta' object")
+
+
+def indexed(opened: OpenedFile, i: int, index: Any) -> torch.Tensor:
+    """What stock's slice of tensor i gives for an index; raises as `OpenedFile.tensor`."""
+    opened.check_index(i, index)
+    shape = opened.layout.shape(i)
+    rows = leading_rows(index, shape)
+    if rows is None:
+        return opened.part(i, index)
+    start, stop, rest = rows
+    if not opened.mapped:
+        return opened.index(opened.rows(i, start, stop), rest)
+    some = (start, stop) if stop - start < shape[0] else None
+    return opened.part(i, index, some)
 
 
 def behind(found: Any) -> tuple[OpenedFile, int] | None:

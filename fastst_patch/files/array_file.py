@@ -13,7 +13,7 @@ from ..layout import FileLayout
 from ..locks import shared
 from .base import places_in_arena
 from .cpu import HostFile
-from .pending import PendingHostTensors
+from .pending import PendingHostRows, PendingHostTensors
 
 __all__ = ["ArrayFile"]
 
@@ -75,6 +75,10 @@ class ArrayFile(HostFile):
 
     def ahead(self, numbers: Sequence[int]) -> PendingHostTensors:
         """Raise Fallback: arrays are made when they are requested."""
+        raise Fallback(f"tensors of framework {self.framework!r} are not started ahead")
+
+    def rows_ahead(self, wanted: Sequence[tuple[int, int, int]]) -> PendingHostRows:
+        """Raise Fallback, too."""
         raise Fallback(f"tensors of framework {self.framework!r} are not started ahead")
 
     def part(

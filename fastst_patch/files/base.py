@@ -135,6 +135,15 @@ class OpenedFile(TensorFile):
         """
 
     @abc.abstractmethod
+    def rows_ahead(self, wanted: Sequence[tuple[int, int, int]]) -> Pending:
+        """Start moving rows that will be asked for. Raises as `tensor`.
+
+        Args:
+            wanted: number of the tensor, the first row, and the row behind the last: the items of
+                the result.
+        """
+
+    @abc.abstractmethod
     def read_into(self, arena: engine.Arena, segments: array[int]) -> engine.Job:
         """Start reading extents into memory where the tensors go; not for mapped files.
 

@@ -24,8 +24,9 @@ from ..errors import Fallback
 from ..layout import FileLayout, plan_arena, plan_rows
 from ..locks import once, shared
 from ..machine import io_threads
+from ..runs import Runs
 from .base import OpenedFile, places_in_arena, progress_bar
-from .pending import PendingHostTensors
+from .pending import PendingHostRows, PendingHostTensors
 from .readahead import HUGE_PAGE, ReadAhead
 
 if TYPE_CHECKING:
@@ -160,6 +161,34 @@ class HostFile(OpenedFile):
             made, arena, segments, _ = self._places(wanted)
             job = self.read_into(arena, segments)
         return PendingHostTensors(self, dict(zip(wanted, made, strict=True)), job, asked)
+
+    def rows_ahead(self, wanted: Sequence[tuple[int, int, int]]) -> PendingHostRows:
+        """Start loading rows that will be requested; raises as `ahead`.
+
+        Args:
+            wanted: number of the tensor, the first row, and the row behind the last; one item of
+                each tensor.
+        """
+        self.check()
+        wanted = sorted(wanted)
+        places = []
+        for rows in wanted:
+            begin = self.layout.extent(rows[0])[0]
+            first, last = plan_rows(self.layout, *rows)
+            places.append((begin + first, begin + last))
+        if self.mapped:
+            arena, numbers = self.map(), array("Q", [i for i, _, _ in wanted])
+            whole = tensors.import_batch(arena, self.layout, numbers)
+            self.ahead_of.extents(arena, Runs(places), io_threads(self.config.threads))
+            cut = [t[start:stop] for t, (_, start, stop) in zip(whole, wanted, strict=True)]
+            return PendingHostRows(self, dict(zip(wanted, cut, strict=True)), None)
+        self._require_room(sum(end - begin for begin, end in places))
+        made = [tensors.empty(self.layout, i, stop - start) for i, start, stop in wanted]
+        arena, segments = places_in_arena(
+            [(begin, end - begin, t) for (begin, end), t in zip(places, made, strict=True)]
+        )
+        job = self.read_into(arena, segments)
+        return PendingHostRows(self, dict(zip(wanted, made, strict=True)), job)
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone; not for mapped files."""

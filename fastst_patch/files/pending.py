@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "UNREAD",
     "Failing",
+    "PendingHostRows",
     "PendingHostTensors",
     "PendingRows",
     "PendingTensors",
@@ -262,3 +263,43 @@ class PendingHostTensors:
             return False
         self._opened.note(self._job)
         return True
+
+
+class PendingHostRows:
+    """A `Pending` of rows on the CPU, each taken once; an item is as of `PendingRows`.
+
+    Args:
+        opened: the file.
+        waiting: the rows by their items.
+        job: fills them; None for views of the file's map.
+    """
+
+    def __init__(
+        self,
+        opened: HostFile,
+        waiting: dict[tuple[int, int, int], torch.Tensor],
+        job: engine.Job | None,
+    ) -> None:
+        self._opened = opened
+        self._waiting = waiting
+        self._alone = len(waiting) == 1
+        self._job = job
+
+    def landed(self) -> bool:
+        """Whether nothing moves any more; mapped rows are usable from the start."""
+        return self._job is None or self._job.stats().done
+
+    def take(self, rows: tuple[int, int, int]) -> torch.Tensor:
+        """Rows that were asked for, usable at once. Raises as `HostFile.tensor`."""
+        opened, result = self._opened, self._waiting.pop(rows)
+        if self._job is not None:
+            end = opened.layout.extent(rows[0])[0] + plan_rows(opened.layout, *rows)[1]
+            try:
+                self._job.wait_until(end)
+            except UNREAD:
+                if self._alone:
+                    raise
+                return opened.rows(*rows)
+            opened.note(self._job)
+        opened.count(1, result.nbytes)
+        return result

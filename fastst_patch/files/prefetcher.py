@@ -3,8 +3,9 @@
     order -> next group -> fits the bounds -> started: a `Pending` -> handed out -> gone
 
 An `Order` decides which items make a group and which group comes next. A function that the caller
-passes starts a group. There are four fronts: handles to a device and the explicit loader read in
-the order of their files (`file_order`); integrations announce each item before they take it
+passes starts a group. There are five fronts: handles to a device and the explicit loader read in
+the order of their files (`file_order`); ``handle.prefetch()`` has a plan
+(`fastst_patch.dropin.prefetch_loader`); integrations announce each item before they take it
 (`fastst_patch.integrations.prefetch`); engines take parts, as of earlier tensors (`part_order`).
 
 The start function is passed to each call and not kept. A file that owns its prefetcher would

@@ -69,9 +69,19 @@ def _read(path: str) -> None:
         handle.get_slice("t2")[3:7]
 
 
+def _prefetch(path: str) -> None:
+    with fastst_patch.safe_open(path, "pt") as handle:
+        with handle.prefetch({"t0": None, "t1": slice(3, 7), "t2": None}) as loader:
+            loader.take("t2")
+            for _ in loader:
+                break
+        handle.prefetch()
+
+
 CALLS: dict[str, Callable[[str], Any]] = {
     "load_file": fastst_patch.load_file,
     "safe_open": _read,
+    "prefetch": _prefetch,
 }
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import fastst_patch
 from fastst_patch import engine, stock
 from fastst_patch.config import current
-from fastst_patch.dropin import handle
+from fastst_patch.dropin import slices
 from fastst_patch.dropin.eligibility import open_fast
 from fastst_patch.dropin.slices import behind, leading_rows, stock_over
 
@@ -29,8 +29,8 @@ def test_verify_on_slices(
     expected = read()
     with fastst_patch.config_context(verify=True, fallback="error"):
         assert torch.equal(read(), expected)
-    right = handle.FastSlice._indexed
-    monkeypatch.setattr(handle.FastSlice, "_indexed", lambda *args: right(*args) + 1)
+    right = slices.indexed
+    monkeypatch.setattr(slices, "indexed", lambda *args: right(*args) + 1)
     with fastst_patch.config_context(verify=True), caplog.at_level(logging.ERROR, "fastst_patch"):
         assert torch.equal(read(), expected)  # stock's is handed out
     assert "a slice of 'w1' differs" in caplog.text
