@@ -7,28 +7,20 @@
 An engine copies every tensor into a parameter of its own. On the CPU it takes views of the
 file's map, read ahead of the copies. On a device it takes tensors that came through the pinned
 ring, so that the copy stays on the device.
-
-Engines iterate in a function that gets files and no model. Where the load goes is noted on the
-engine's loader, which gets the model (`note`), and kept in a context variable while the loader
-calls the iterator (`within`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
-import inspect
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from .. import engine, tensors
-from ..config import current, environment_enabled, with_options
-from ..dropin.eligibility import report_stock
-from ..errors import Fallback, FaststError
+from ..config import current, with_options
+from ..errors import Fallback
 from ..files.cuda import BUDGET
 from ..report import Account
 
@@ -38,136 +30,13 @@ if TYPE_CHECKING:
     from ..device import Device
     from ..layout import FileLayout
 
-__all__ = [
-    "Counts",
-    "Exchanged",
-    "Load",
-    "TakesLittle",
-    "Wanted",
-    "Weights",
-    "arguments",
-    "begun",
-    "check_mode",
-    "destination",
-    "folder_of",
-    "note",
-    "noted",
-    "streamed",
-    "within",
-]
+__all__ = ["Counts", "Exchanged", "TakesLittle", "Wanted", "Weights", "check_mode", "folder_of"]
 
 _MORE = 1.5
 """A checkpoint with so many times the model's elements has tensors that the model does not take.
 
 Tied weights that are stored twice make less than that.
 """
-
-
-# ---- where a load goes ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """What an engine's iterator is not told of the load it is part of.
-
-    Attributes:
-        device: of the model, or the CPU.
-        reason: why the tensors stay on the CPU though the model is elsewhere.
-        elements: of the model's parameters.
-        left: why all of it is left to the engine.
-    """
-
-    device: str = "cpu"
-    reason: str | None = None
-    elements: int | None = None
-    left: str | None = None
-
-
-_load: contextvars.ContextVar[Load | None] = contextvars.ContextVar("fastst_load", default=None)
-_NOTED = "_fastst_load"
-
-
-def destination(
-    parameters: Iterable[torch.Tensor], keeps_on_cpu: Callable[[], str | None]
-) -> tuple[str, str | None, int]:
-    """Where tensors for a model go, why they stay on the CPU, and the model's elements.
-
-    Args:
-        parameters: of the model.
-        keeps_on_cpu: says, for a model on a device, why tensors are given on the CPU, if they are.
-    """
-    found = list(parameters)
-    devices = {parameter.device for parameter in found}
-    device, reason = "cpu", None
-    if len(devices) == 1 and next(iter(devices)).type == "cuda":
-        reason = keeps_on_cpu()
-        device = "cpu" if reason else str(next(iter(devices)))
-    elif any(one.type == "cuda" for one in devices):
-        reason = "the model is on several devices"
-    return device, reason, sum(parameter.numel() for parameter in found)
-
-
-def note(loader: Any, describe: Callable[[], Load]) -> None:
-    """Keep on an engine's loader where the load that begins goes."""
-    try:
-        found = describe()
-    except Exception as error:  # a version that we do not know
-        found = Load(left=f"{type(error).__name__}: {error}")
-    setattr(loader, _NOTED, found)
-
-
-def noted(loader: Any, method: str) -> Load:
-    """What `note` kept; ``method`` is the engine's that calls it."""
-    unknown = Load(left=f"{method} was not called before")
-    found: Load = getattr(loader, _NOTED, unknown)
-    return found
-
-
-@contextlib.contextmanager
-def within(load: Load | None) -> Iterator[None]:
-    """Keep where the load goes for iterators that are made in a ``with`` block."""
-    token = _load.set(load)
-    try:
-        yield
-    finally:
-        _load.reset(token)
-
-
-def begun(iterator: str) -> Load:
-    """The load that an iterator, made now, is part of. Iterators run later, in other contexts."""
-    return _load.get() or Load(left=f"{iterator} was not called by DefaultModelLoader")
-
-
-def arguments(
-    original: Callable[..., Any], args: Any, kwargs: Any, load: Load, known: Set[str]
-) -> dict[str, Any]:
-    """The arguments of a call of an iterator that is ours to do, defaults included.
-
-    Args:
-        original: the iterator.
-        args: of the call.
-        kwargs: of the call.
-        load: that the call is part of.
-        known: names of parameters whose meaning is known.
-
-    Raises:
-        Fallback: it is left to the engine.
-    """
-    if environment_enabled() is False:
-        raise Fallback("FASTST_ENABLED is 0")
-    if load.left is not None:
-        raise Fallback(load.left)
-    bound = inspect.signature(original).bind(*args, **kwargs)
-    bound.apply_defaults()
-    unknown = sorted(bound.arguments.keys() - known)
-    if unknown:
-        raise Fallback(
-            f"{original.__name__} takes {', '.join(unknown)}, which this version does not know"
-        )
-    return bound.arguments
-
-
-# ---- one load ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -441,34 +310,6 @@ def _move(counts: Account, total: Account) -> None:
     total.tensors += counts.tensors
     total.reason = total.reason or counts.reason
     counts.bytes = counts.tensors = 0
-
-
-def streamed(
-    call: str,
-    files: Iterable[str],
-    wanted: Callable[[], Wanted],
-    left: Callable[[], Iterator[tuple[str, torch.Tensor]]],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors by `Weights`, or by the engine's own loop, with the reason in a report.
-
-    Args:
-        call: name of the engine.
-        files: paths, as the engine gives them.
-        wanted: what is asked for; may raise Fallback.
-        left: the engine's own loop.
-    """
-    weights = None
-    try:
-        weights = Weights(wanted())
-    except FaststError:
-        raise
-    except Exception as error:  # a damaged file is the engine's to tell, in stock's words
-        fallback = Fallback.alone(error)
-    if weights is not None:
-        yield from weights.pairs()
-        return
-    report_stock(call, folder_of(list(files)), "cpu", fallback)
-    yield from left()
 
 
 def folder_of(files: Sequence[str]) -> str:

@@ -16,10 +16,10 @@ The functions are wrapped by our own hooks. SGLang's HookRegistry imports its ta
 processes that load nothing, too, and logs a traceback where that fails; it checks no signature,
 cannot take a hook back, and is not there in processes that load no plug-ins.
 
-Left to SGLang, with a reason in the report: several ranks and drafters, which take little of what
-the files have, and functions with parameters that are not known. Quantized models, and models in
-memory that SGLang may release, stay on the CPU. SGLang has no open list of load formats, so there
-is no format of ours: options are given by the environment.
+Several ranks, and drafters, take parts of the tensors (`parts.py`). Left to SGLang, with a reason
+in the report: functions with parameters that are not known. Whole tensors for quantized models,
+and all for models in memory that SGLang may release, stay on the CPU. SGLang has no open list of
+load formats, so there is no format of ours: options are given by the environment.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import current, environment_enabled
 from ..errors import Fallback
-from .engines import Load, Wanted, arguments, begun, destination, note, noted, streamed, within
+from .engine_load import Load, arguments, begun, destination, note, noted, streamed, within
+from .engines import Wanted
 from .hook import Hook, Integration
 
 if TYPE_CHECKING:
@@ -71,17 +72,17 @@ def _get_weights_iterator(original: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _describe(model_config: Any, model: torch.nn.Module) -> Load:
-    found = destination(model.parameters(), lambda: _keeps_on_cpu(model_config))
-    return Load(*found, left=_ranks())
+    return Load(*destination(model, lambda: _kept_on_cpu(model_config)), ranks=_ranks())
 
 
-def _keeps_on_cpu(model_config: Any) -> str | None:
-    """Why tensors for a model on a device are given on the CPU, as SGLang gives them."""
+def _kept_on_cpu(model_config: Any) -> tuple[str | None, str | None]:
+    """See `destination`."""
+    quantized = saved = None
     if getattr(model_config, "quantization", None) is not None:
-        return "the model is quantized, and its conversions may differ on the device"
+        quantized = "the model is quantized, and its conversions may differ on the device"
     if _server_args().enable_memory_saver:
-        return "with enable_memory_saver, memory allocated while loading is kept"
-    return None
+        saved = "with enable_memory_saver, memory allocated while loading is kept"
+    return saved or quantized, saved
 
 
 def _server_args() -> Any:
@@ -91,13 +92,14 @@ def _server_args() -> Any:
     return sys.modules["sglang.srt.server_args"].get_global_server_args()
 
 
-def _ranks() -> str | None:
-    """Why a rank of several reads parts of the tensors, which SGLang's own loop does."""
+def _ranks() -> tuple[int, int] | None:
+    """See `Load`."""
     from torch import distributed
 
     # All kinds of parallelism in one model: the ranks are torch's default group in each version.
-    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
-    return f"{ranks} ranks: each reads no more than its part" if ranks > 1 else None
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return None
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 # ---- the iterators ----
@@ -109,6 +111,7 @@ def _iterator(original: Any, args: Any, kwargs: Any) -> Any:
     return streamed(
         "sglang",
         args[0] if args else kwargs.get("hf_weights_files", ()),
+        load,
         lambda: _wanted(original, args, kwargs, load),
         functools.partial(original, *args, **kwargs),
     )
@@ -124,8 +127,7 @@ def _wanted(original: Any, args: Any, kwargs: Any, load: Load) -> Wanted:
     return Wanted(
         "sglang",
         list(given["hf_weights_files"]),
-        load.device,
-        load.reason,
+        *load.place,
         load.elements,
         progress=_shows_progress(),
         options=_options(given),

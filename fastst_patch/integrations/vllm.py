@@ -25,26 +25,23 @@ whole tensors of quantized models.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import inspect
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .. import stock
 from ..config import config_context, current, environment_enabled, with_options
 from ..dropin import handle
 from ..dropin.eligibility import report_stock
-from ..errors import Fallback, FaststError, OptionError
-from .engines import Exchanged, TakesLittle, Wanted, Weights, folder_of
+from ..errors import Fallback, OptionError
+from .engine_load import Load, arguments, begun, destination, note, noted, streamed, within
+from .engines import Wanted
 from .hook import Hook, Integration
 
 if TYPE_CHECKING:
     import torch
-
-    from .parts import Parts
 
 __all__ = ["INTEGRATION", "format_options", "loader_class", "unreached"]
 
@@ -52,6 +49,7 @@ _LOADERS = "vllm.model_executor.model_loader"
 _UTILS = f"{_LOADERS}.weight_utils"
 _DEFAULT = f"{_LOADERS}.default_loader"
 _ITERATOR = "safetensors_weights_iterator"
+_ALL = "DefaultModelLoader.get_all_weights"
 _STRATEGIES = (None, "lazy", "prefetch")
 _KNOWN = {
     "hf_weights_files",
@@ -68,98 +66,40 @@ _THEIRS = ("enable_weights_track",)  # keys of vLLM's that go with the load form
 # ---- where a load goes ----
 
 
-class _Place(NamedTuple):
-    """Where tensors go, and why that is the CPU though the model is elsewhere."""
-
-    device: str = "cpu"
-    reason: str | None = None
-
-
 @dataclasses.dataclass(frozen=True)
-class _Load:
-    """What `safetensors_weights_iterator` is not told of the load it is part of.
+class _FormatLoad(Load):
+    """A load by the load format.
 
     Attributes:
-        place: where whole tensors go.
-        place_of_parts: where parts go that are copied as they are.
-        elements: of the model's parameters.
-        left: why all of it is left to vLLM.
-        ranks: number of this rank among those that share each tensor, and how many these are;
-            None: this process takes all of the model.
-        experts: whether other ranks have experts that this one does not take.
-        options: of ours, where the load format is; else None.
-        group: whether these ranks exchange whole tensors.
+        options: of ours, for this load.
         asked: called when the iterator is made.
     """
 
-    place: _Place = _Place()  # noqa: RUF009 - it is immutable
-    place_of_parts: _Place = _Place()  # noqa: RUF009
-    elements: int | None = None
-    left: str | None = None
-    ranks: tuple[int, int] | None = None
-    experts: bool = False
-    options: Mapping[str, Any] | None = None
-    group: bool = False
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     asked: Callable[[], None] = lambda: None
 
 
-_load: contextvars.ContextVar[_Load | None] = contextvars.ContextVar("fastst_load", default=None)
-_NOTED = "_fastst_load"
-_UNKNOWN = _Load(left="DefaultModelLoader.get_all_weights was not called before")
-
-
-@contextlib.contextmanager
-def _within(load: _Load | None) -> Iterator[None]:
-    token = _load.set(load)
-    try:
-        yield
-    finally:
-        _load.reset(token)
-
-
-def _note(loader: Any, model_config: Any, model: Any) -> None:
+def _note(loader: Any, model_config: Any, model: torch.nn.Module) -> None:
     """Keep on a loader of vLLM's where the load that begins goes."""
-    try:
-        found = _describe(model_config, model)
-    except Exception as error:  # a version that we do not know
-        found = _Load(left=f"{type(error).__name__}: {error}")
-    setattr(loader, _NOTED, found)
+    note(loader, lambda: _describe(model_config, model))
 
 
-def _describe(model_config: Any, model: torch.nn.Module) -> _Load:
-    parameters = list(model.parameters())
-    devices = {str(parameter.device) for parameter in parameters}
-    on_cuda = [device for device in devices if device.startswith("cuda")]
-    place = place_of_parts = _Place()
-    if len(on_cuda) == len(devices) == 1:
-        place = place_of_parts = _Place(on_cuda[0])
-        if getattr(model_config, "quantization", None) is not None:
-            reason = "the model is quantized, and its conversions may differ on the device"
-            place = _Place(reason=reason)
-        if getattr(model_config, "enable_sleep_mode", False):
-            reason = "with sleep mode, memory allocated while loading is kept"
-            place = place_of_parts = _Place(reason=reason)
-    elif on_cuda:
-        place = place_of_parts = _Place(reason="the model is on several devices")
-    return _Load(
-        place,
-        place_of_parts,
-        elements=_most_elements(model, sum(parameter.numel() for parameter in parameters)),
+def _describe(model_config: Any, model: torch.nn.Module) -> Load:
+    return Load(
+        *destination(model, lambda: _kept_on_cpu(model_config)),
         ranks=_ranks(),
         experts=_expert_ranks() > 1 and bool(getattr(model_config, "is_moe", True)),
     )
 
 
-_elements: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-
-
-def _most_elements(model: torch.nn.Module, now: int) -> int:
-    """Elements of a model's parameters at the load that found most of them.
-
-    On the CPU vLLM packs weights for its kernels, and drops the parameters until it loads again.
-    """
-    _elements[model] = most = max(now, _elements.get(model, 0))
-    return most
+def _kept_on_cpu(model_config: Any) -> tuple[str | None, str | None]:
+    """See `destination`."""
+    quantized = asleep = None
+    if getattr(model_config, "quantization", None) is not None:
+        quantized = "the model is quantized, and its conversions may differ on the device"
+    if getattr(model_config, "enable_sleep_mode", False):
+        asleep = "with sleep mode, memory allocated while loading is kept"
+    return asleep or quantized, asleep
 
 
 def _groups() -> Any:
@@ -170,7 +110,7 @@ def _groups() -> Any:
 
 
 def _ranks() -> tuple[int, int] | None:
-    """See `_Load`. Pipeline stages take whole tensors, and skip others."""
+    """See `Load`. Pipeline stages take whole tensors, and skip others."""
     groups = _groups()
     if groups is None:
         return None
@@ -198,7 +138,7 @@ def _get_all_weights(original: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _get_weights_iterator(original: Any, args: Any, kwargs: Any) -> Any:
-    with _within(getattr(args[0], _NOTED, _UNKNOWN) if args else None):
+    with within(noted(args[0], _ALL) if args else None):
         return original(*args, **kwargs)
 
 
@@ -207,72 +147,34 @@ def _iterator(original: Any, args: Any, kwargs: Any) -> Any:
 
     The generator runs later, when the context is another one.
     """
-    load = _load.get()
-    if load is None:
-        load = _Load(left=f"{_ITERATOR} was not called by DefaultModelLoader")
-    load.asked()
-    return _weights(original, args, kwargs, load)
+    load = begun(_ITERATOR)
+    if isinstance(load, _FormatLoad):
+        load.asked()
+    return streamed(
+        "vllm",
+        args[0] if args else kwargs.get("hf_weights_files", ()),
+        load,
+        lambda: _wanted(original, args, kwargs, load),
+        lambda: _left(original, args, kwargs, load),
+    )
 
 
-def _weights(
-    original: Any, args: Any, kwargs: Any, load: _Load
-) -> Iterator[tuple[str, torch.Tensor]]:
-    wanted, weights = None, None
-    try:
-        wanted = _wanted(original, args, kwargs, load)
-        weights = _begun(wanted, load)
-    except FaststError:
-        raise
-    except Exception as error:  # a damaged file is vLLM's to tell, in stock's words
-        fallback = Fallback.alone(error)
-    if weights is not None:
-        yield from weights.pairs()
-        return
-    files = args[0] if args else kwargs.get("hf_weights_files", ())
-    report_stock("vllm", folder_of(wanted.files if wanted else list(files)), "cpu", fallback)
-    yield from _left(original, args, kwargs, load)
-
-
-def _begun(wanted: Wanted, load: _Load) -> Weights | Parts | Exchanged:
-    """A load by the way that suits what this process takes of the tensors."""
-    shared = load.ranks is not None and load.ranks[1] > 1
-    if load.group and shared and wanted.keep is None:
-        return Exchanged(wanted, _groups().get_tp_group().device_group)
-    if load.ranks is None and (wanted.keep is not None or not load.experts):
-        with contextlib.suppress(TakesLittle):
-            return Weights(wanted)
-    from .parts import Parts
-
-    place = load.place_of_parts
-    wanted = dataclasses.replace(wanted, device=place.device, reason=place.reason)
-    return Parts(wanted, *load.ranks or (0, 1))
-
-
-def _left(original: Any, args: Any, kwargs: Any, load: _Load) -> Iterator[tuple[str, torch.Tensor]]:
+def _left(original: Any, args: Any, kwargs: Any, load: Load) -> Iterator[tuple[str, torch.Tensor]]:
     """The loop of vLLM; for the load format, over our ``safe_open`` and with its options."""
-    if load.options is None or environment_enabled() is False:
+    if not isinstance(load, _FormatLoad) or environment_enabled() is False:
         yield from original(*args, **kwargs)
         return
     with config_context(**load.options):
         yield from stock.with_globals(original, safe_open=handle.safe_open)(*args, **kwargs)
 
 
-def _wanted(original: Any, args: Any, kwargs: Any, load: _Load) -> Wanted:
+def _wanted(original: Any, args: Any, kwargs: Any, load: Load) -> Wanted:
     """A call of `safetensors_weights_iterator` as we do it.
 
     Raises:
         Fallback: it is left to the original.
     """
-    if environment_enabled() is False:
-        raise Fallback("FASTST_ENABLED is 0")
-    if load.left is not None:
-        raise Fallback(load.left)
-    bound = inspect.signature(original).bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
-    unknown = sorted(given.keys() - _KNOWN)
-    if unknown:
-        raise Fallback(f"{_ITERATOR} takes {', '.join(unknown)}, which this version does not know")
+    given = arguments(original, args, kwargs, load, _KNOWN)
     strategy = given["safetensors_load_strategy"]
     if strategy not in _STRATEGIES:
         raise Fallback(f"safetensors_load_strategy is {strategy!r}")
@@ -285,7 +187,7 @@ def _wanted(original: Any, args: Any, kwargs: Any, load: _Load) -> Wanted:
         load.elements,
         None if local is None else _local_only(utils, local),
         bool(utils.enable_tqdm(given["use_tqdm_on_load"])),
-        load.options or {},
+        load.options if isinstance(load, _FormatLoad) else {},
     )
 
 
@@ -363,20 +265,26 @@ def loader_class(default: Any) -> Any:
 
 def _format_iterator(default: Any, loader: Any, source: Any) -> Any:
     asked: list[bool] = []
-    load = dataclasses.replace(
-        getattr(loader, _NOTED, _UNKNOWN),
+    found = noted(loader, _ALL)
+    exchange = _tensor_parallel_group if loader._fastst_group else None
+    known = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    load = _FormatLoad(
+        **known | {"exchange": exchange},
         options=loader._fastst_options,
-        group=loader._fastst_group,
         asked=lambda: asked.append(True),
     )
     original = inspect.unwrap(default._get_weights_iterator, stop=_calls_the_iterator)
     function = stock.with_globals(original, **{_ITERATOR: _streaming()})
-    with _within(load):
+    with within(load):
         result = function(loader, source)
     if not asked:
         reason = Fallback(f"this checkpoint is not read by {_ITERATOR}")
         report_stock("vllm", source.model_or_path, load.place.device, reason)
     return result
+
+
+def _tensor_parallel_group() -> Any:
+    return _groups().get_tp_group().device_group
 
 
 def _calls_the_iterator(function: Any) -> bool:
@@ -418,7 +326,7 @@ INTEGRATION = Integration(
     (
         Hook("vllm", _UTILS, _ITERATOR, _iterator,
              ("hf_weights_files", "use_tqdm_on_load", "safetensors_load_strategy")),
-        Hook("vllm", _DEFAULT, "DefaultModelLoader.get_all_weights", _get_all_weights,
+        Hook("vllm", _DEFAULT, _ALL, _get_all_weights,
              ("self", "model_config", "model")),
         Hook("vllm", _DEFAULT, "DefaultModelLoader._get_weights_iterator", _get_weights_iterator,
              ("self", "source")),

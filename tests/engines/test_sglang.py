@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import parallel_model
 import pytest
 import sglang_standin
 import torch
+from cases_parallel import same
+from parallel_model import Parallel
 from safetensors.torch import save_file
 from sglang_standin import Loading, Standin
 from vllm_standin import ELEMENTS, LARGEST, Model
@@ -170,25 +173,40 @@ def test_options_that_exclude_each_other_are_sglangs(sglang, folder, tensors, on
     assert seen.only.fallback_reason.startswith("io='mmap' leaves the files cached")
 
 
-# ---- left to SGLang ----
+# ---- parts ----
 
 
-def test_ranks_that_take_parts_are_sglangs(sglang, folder, cuda, on_cuda, monkeypatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_several_ranks_take_parts(sglang, tmp_path, cuda, monkeypatch, device) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    with Loading() as seen, fastst_patch.patched():
-        sglang.load(folder, on_cuda)
-    assert len(sglang.utils.asked) == 3
-    assert cuda.allocated == 0
-    assert seen.only.fallback_reason == "2 ranks: each reads no more than its part"
+    parallel_model.write(tmp_path / "llama")
+
+    def loaded() -> tuple[Parallel, Loading]:
+        model = Parallel(1, 2, device)
+        with Loading() as seen:
+            model.load_weights(sglang.pairs(tmp_path / "llama", model))
+        return model, seen
+
+    theirs, _ = loaded()
+    with fastst_patch.patched():
+        ours, seen = loaded()
+    assert same(ours, theirs)
+    assert sum(report.bytes for report in seen.reports) <= 1.1 * ours.nbytes
+    assert "stock" not in {report.path for report in seen.reports}
 
 
-def test_a_drafter_takes_little_of_the_files(sglang, folder) -> None:
+def test_a_drafter_takes_little_of_the_files(sglang, folder, tensors) -> None:
     with Loading() as seen, fastst_patch.patched():
-        sglang.load(folder, Model(ELEMENTS // 2, "cpu"))
-    assert len(sglang.utils.asked) == 3
-    assert f"the model {ELEMENTS // 2}" in seen.only.fallback_reason
+        for name, tensor in sglang.pairs(folder, Model(ELEMENTS // 2, "cpu")):
+            if name == "norm":
+                taken = torch.empty_like(tensor).copy_(tensor)
+    assert torch.equal(taken, tensors["norm"])
+    assert (seen.only.bytes, seen.only.tensors) == (taken.nbytes, 1)
+
+
+# ---- left to SGLang ----
 
 
 def test_a_name_in_two_files_is_sglangs(sglang, folder, on_cpu) -> None:

@@ -40,10 +40,10 @@ def test_a_model_whose_weights_were_packed_is_streamed_again(vllm, folder, on_cp
         vllm.load(folder, on_cpu)
         on_cpu._parameters = [SimpleNamespace(device=torch.device("cpu"), numel=lambda: 3)]
         vllm.load(folder, on_cpu)
-        vllm.load(folder, Model(3, "cpu"))
-    first, again, other = seen.reports
+        parts = vllm.load(folder, Model(3, "cpu"))  # not what another model had: see test_deferred
+    first, again = seen.reports
     assert (first.tensors, again.tensors, again.fallback_reason) == (9, 9, None)
-    assert "what it does not take" in other.fallback_reason
+    assert len(parts) == 9
 
 
 def test_one_line_and_one_report_for_a_load(vllm, folder, on_cpu, caplog) -> None:

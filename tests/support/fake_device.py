@@ -266,10 +266,12 @@ class StockOnCpu:
             note("load_file")
             return load_file(filename, "cpu", **options)
 
-        def handle_on_cpu(stock_class: Any, path: str, device: object = "cpu") -> Any:
+        def handle_on_cpu(
+            stock_class: Any, path: str, device: object = "cpu", framework: str = "pt"
+        ) -> Any:
             if device != "cpu":  # else it is asked how a closed handle talks
                 note("handle")
-            return stock_handle(stock_class, path)
+            return stock_handle(stock_class, path, framework=framework)
 
         monkeypatch.setattr(stock, "load_file", load_on_cpu)
         monkeypatch.setattr(slices, "stock_handle", handle_on_cpu)

@@ -160,7 +160,7 @@ def _ours(name: str) -> bool:
 def _forget() -> None:
     """What was patched in a package that is gone."""
     for place in patcher._TARGETS["sglang.load"].places:
-        place.original = place.replacement = None
+        place.replaced.clear()
         place.rebound.clear()
 
 
