@@ -287,12 +287,14 @@ class SafeTensorsFileLoader:
     def _buffer(
         self, files: Files, names: Sequence[str], wanted: torch.dtype | None
     ) -> FilesBufferOnDevice:
+        from ..sharding import SingleGroup
+
         return FilesBufferOnDevice(
             files,
             list(self.meta.values()),
             {name: self._names[name] for name in names},
             self._settings,
-            pg=sharding.SingleGroup() if self.pg is None else self.pg,
+            pg=SingleGroup() if self.pg is None else self.pg,
             dtype=wanted,
             cached=self._cached,
         )
