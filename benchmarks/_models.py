@@ -58,7 +58,7 @@ def describe(folder: Path) -> Model:
 def dense(folder: Path, nbytes: int) -> Model:
     """Write a Llama of 16 layers in bf16, at most ``nbytes``, in shards."""
     specs = transformer_specs(nbytes)
-    return write(folder, llama_config(specs), in_shards(specs))
+    return write(folder, llama_config(specs), in_shards(specs, SHARD_BYTES))
 
 
 def mixture(folder: Path, tensors: int) -> Model:
@@ -79,7 +79,7 @@ def mixture(folder: Path, tensors: int) -> Model:
         "num_experts_per_tok": 8,
         "vocab_size": _MIXTURE["vocabulary"],
     }
-    return write(folder, config, in_shards(list(qwen3_moe(layers, **_MIXTURE))))
+    return write(folder, config, in_shards(list(qwen3_moe(layers, **_MIXTURE)), SHARD_BYTES))
 
 
 def by_libraries(kind: str, folder: Path, make: Make) -> Model:
@@ -153,7 +153,7 @@ def write(folder: Path, config: dict[str, Any], shards: Sequence[Sequence[Tensor
     return describe(folder)
 
 
-def in_shards(specs: Sequence[TensorSpec], most: int = SHARD_BYTES) -> list[list[TensorSpec]]:
+def in_shards(specs: Sequence[TensorSpec], most: int) -> list[list[TensorSpec]]:
     """Split tensors into files of at most so many bytes, in their order."""
     return [[specs[index] for index in shard] for shard in split(specs, most)]
 

@@ -27,7 +27,7 @@ from typing import IO, Any
 import _models
 import _scenario as scenario
 from race.copies import Copy
-from sharding import HEADS, hidden_size, llama
+from sharding import HEADS, STEP, hidden_size
 from tqdm import tqdm
 
 import fastst_patch
@@ -151,7 +151,8 @@ def checkpoint(folder: Path, nbytes: int) -> _models.Model:
     """Write a Llama that vLLM can build, in several files."""
     hidden = hidden_size(nbytes, HEADS)
     specs = transformer_specs(408 * hidden**2 + 66 * hidden)
-    return _models.write(folder / "model", llama(hidden), _models.in_shards(specs, SHARD_BYTES))
+    config = _models.llama_config(specs, head=STEP)
+    return _models.write(folder / "model", config, _models.in_shards(specs, SHARD_BYTES))
 
 
 def measure(
