@@ -298,7 +298,11 @@ print(sorted({report.path for report in profile.reports}), len(found), "torch" i
 def test_without_torch(raw) -> None:
     path = raw.write(_content(raw, length=20_000))
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, path], capture_output=True, text=True, check=False
+        [sys.executable, "-c", WITHOUT_TORCH, path],
+        cwd=os.path.dirname(path),  # not the checkout
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.splitlines() == ["None", "File is closed", "['mmap'] 40 False"], done
     assert done.stderr == ""

@@ -28,6 +28,7 @@ import torch
 
 import fastst_patch
 from fastst_patch import device, layout, tensors
+from fastst_patch.dropin import eligibility
 from fastst_patch.patching import patcher
 
 OURS = os.path.dirname(fastst_patch.__file__) + os.sep
@@ -44,6 +45,7 @@ SECTIONS = {
         "config.py config",
     },
     "dtypes": {"tensors.py _try_all", "tensors.py _dtypes"},
+    "handles": {"files/array_file.py _is_untouched", "dropin/prefetch_loader.py close"},
     "patch": {
         "patching/patcher.py _settle", "patching/patcher.py patch",
         "patching/patcher.py unpatch", "patching/patcher.py __enter__",
@@ -149,6 +151,23 @@ class Dtypes(Scenario):
             tensors._dtypes()._tried = 0
             for name, tensor in fastst_patch.load_file(path).items():
                 self.same(path, name, tensor)
+
+
+class Handles(Scenario):
+    """For NumPy, and with a loader of `prefetch`."""
+
+    def run(self) -> None:
+        eligibility.SMALL_FOR_ARRAYS = 0
+        path = self.paths[0]
+        with fastst_patch.safe_open(path, "np") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            name = next(
+                name for name, part in slices.items()
+                if part.get_dtype() == "F32" and 0 not in part.get_shape()
+            )  # fmt: skip
+            self.same(path, name, torch.from_numpy(handle.get_tensor(name)))
+        with fastst_patch.safe_open(path, "pt") as handle, handle.prefetch() as loader:
+            self.same(path, name, loader.take(name))
 
 
 class Patch(Scenario):
@@ -304,8 +323,8 @@ class Groups(Scenario):
 
 
 SCENARIOS: dict[str, Callable[..., Scenario]] = {
-    "open": Open, "dtypes": Dtypes, "patch": Patch, "device": Device, "loader": Loader,
-    "requests": Requests, "groups": Groups,
+    "open": Open, "dtypes": Dtypes, "handles": Handles, "patch": Patch, "device": Device,
+    "loader": Loader, "requests": Requests, "groups": Groups,
 }  # fmt: skip
 
 
