@@ -158,7 +158,8 @@ def test_saved_sizes(loaded, weights, stock, tmp_path) -> None:
             twin = copy.deepcopy(one)
             assert twin.untyped_storage().nbytes() == one.nbytes
             assert twin.untyped_storage().data_ptr() != one.untyped_storage().data_ptr()
-        assert sizes[0] == sizes[1]
+        # A storage is named by its address, as text: of 8 to 14 digits in the heap, 15 elsewhere.
+        assert all(abs(ours - other) <= 3 * 7 for ours, other in zip(*sizes, strict=True)), sizes
         shared = tensor.share_memory_()
         assert shared.is_shared()
         assert shared.untyped_storage().nbytes() == shared.nbytes
