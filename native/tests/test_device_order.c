@@ -189,21 +189,16 @@ static void test_release_failed(void) {
 
 /* A driver's call of an upload fails, after which nothing else would wait for the stream. */
 static void test_release_failed_upload(void) {
-    test_file made = test_create(BYTES, 9);
     for (uint64_t call = 2; call <= 4; call++) {
-        device_load l = {.made = made, .upload = true};
-        fst_job_options options = options_to(0, FST_READ_BUFFERED);
-        options.threads = 1;
         FAKE(fake_clear)();
         CHECK_EQ(FAKE(fake_fail)("cuStreamWaitEvent", call, 1, 719), 0);
-        MUST(device_start(&l, &options) == FST_OK);
-        fst_arena_release(&l.arena);
-        l.arena = NULL;
+        device_load l = start_gated(0, true);
+        check_released(&l); /* before the job fails: its own use is the last */
+        gate_remove();
         CHECK_EQ(job_result(l.job, &l.err), FST_E_DEVICE);
         (void)check_violations();
-        device_end(&l);
+        end_gated(&l);
     }
-    test_remove(&made);
 }
 
 /* A release waits: when it is back, the memory may be anybody's. */
