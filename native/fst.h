@@ -331,6 +331,12 @@ int fst_tensors_import(fst_arena *arena, const fst_layout_view *view, const uint
  * headroom (cached pages count as free). UINT64_MAX when neither is known. */
 uint64_t fst_memory_headroom(void);
 
+/* Asks for huge pages where memory of the caller is not touched yet: for those that lie in it as a
+ * whole. With `fill` they are taken now, each filled with zeros where it has no content. What the
+ * caller or others write there meanwhile stays. Returns the processor time that this took, in
+ * nanoseconds; UINT64_MAX where the system refuses (Linux before 5.14 refuses to fill). */
+uint64_t fst_memory_huge(void *begin, uint64_t bytes, int fill);
+
 typedef struct fst_pool_stats {
     int32_t threads;
     int32_t jobs;

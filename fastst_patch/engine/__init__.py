@@ -22,7 +22,7 @@ from .open_file import (
     read_layout,
     residency,
 )
-from .system import counters, memory_headroom, read_ceiling, shutdown, touch
+from .system import ask_for_huge_pages, counters, memory_headroom, read_ceiling, shutdown, touch
 
 __all__ = [
     "Arena",
@@ -36,6 +36,7 @@ __all__ = [
     "Residency",
     "adopt_arena",
     "alloc_arena",
+    "ask_for_huge_pages",
     "borrow_arena",
     "clear_faults",
     "compare",

@@ -34,6 +34,21 @@ def memory_headroom() -> int | None:
     return None if headroom == (1 << 64) - 1 else headroom
 
 
+def ask_for_huge_pages(address: int, nbytes: int, *, fill: bool) -> int | None:
+    """Ask for huge pages for memory that is not touched yet; content is left as it is.
+
+    Args:
+        address: of the memory, which must stay allocated during the call.
+        nbytes: of the memory; only huge pages that lie in it as a whole are asked for.
+        fill: whether they are taken now.
+
+    Returns:
+        Nanoseconds of processor time that this took; None where the system refuses.
+    """
+    spent = int(lib.fst_memory_huge(ffi.cast("void *", address), nbytes, int(fill)))
+    return None if spent == (1 << 64) - 1 else spent
+
+
 def counters() -> dict[str, int]:
     """Memory, files and threads held now, and bytes moved so far (``fst_pool_stats``)."""
     if native_error() is not None:

@@ -16,13 +16,14 @@ import contextvars
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import environment_enabled
 from ..dropin.eligibility import report_stock
 from ..errors import Fallback, FaststError
 from .engines import Exchanged, TakesLittle, Wanted, Weights, folder_of
+from .parameter_pages import in_huge_pages
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,7 @@ class Load:
         place: where whole tensors go.
         place_of_parts: where parts go that are copied as they are.
         elements: of the model's parameters.
+        parameters: finds the parameters of the model by name, as long as it lives.
         left: why all of it is left to the engine.
         ranks: number of this rank among those that share each tensor, and how many these are;
             None: this process takes all of the model.
@@ -68,6 +70,7 @@ class Load:
     place: Place = Place()  # noqa: RUF009 - it is immutable
     place_of_parts: Place = Place()  # noqa: RUF009
     elements: int | None = None
+    parameters: Callable[[], Mapping[str, torch.Tensor]] = dict
     left: str | None = None
     ranks: tuple[int, int] | None = None
     experts: bool = False
@@ -84,8 +87,8 @@ _NOTED = "_fastst_load"
 
 def destination(
     model: torch.nn.Module, kept: Callable[[], tuple[str | None, str | None]]
-) -> tuple[Place, Place, int]:
-    """The first three attributes of a `Load`.
+) -> tuple[Place, Place, int, Callable[[], Mapping[str, torch.Tensor]]]:
+    """The first four attributes of a `Load`.
 
     Args:
         model: into which the tensors are copied.
@@ -106,7 +109,13 @@ def destination(
     # the load that found most of them tells.
     now = sum(parameter.numel() for parameter in parameters)
     _elements[model] = most = max(now, _elements.get(model, 0))
-    return whole, parts, most
+    alive = weakref.ref(model)  # it may let go of parameters before its loader is gone
+
+    def named() -> Mapping[str, torch.Tensor]:
+        found = alive()
+        return {} if found is None else dict(found.named_parameters())
+
+    return whole, parts, most, named
 
 
 def note(loader: Any, describe: Callable[[], Load]) -> None:
@@ -196,7 +205,7 @@ def streamed(
     except Exception as error:  # a damaged file is the engine's to tell, in stock's words
         fallback = Fallback.alone(error)
     if weights is not None:
-        yield from weights.pairs()
+        yield from in_huge_pages(weights.pairs(), load.parameters())
         return
     report_stock(call, folder_of(list(files)), "cpu", fallback)
     yield from left()

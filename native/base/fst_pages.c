@@ -33,3 +33,24 @@ void fst_pages_unmap(fst_pages *pages) {
     if (pages->map != NULL) (void)munmap(pages->map, (size_t)pages->map_bytes);
     *pages = (fst_pages){0};
 }
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
+#endif
+#define POPULATE_TRIES 1000
+
+uint64_t fst_memory_huge(void *begin, uint64_t bytes, int fill) {
+    uintptr_t address = (uintptr_t)begin;
+    if (bytes > UINTPTR_MAX - address) return UINT64_MAX;
+    uint64_t first = fst_align_up(address, FST_HUGE_PAGE);
+    uint64_t end = fst_align_down(address + bytes, FST_HUGE_PAGE);
+    if (first >= end) return 0;
+    uint64_t before = fst_nanoseconds(CLOCK_THREAD_CPUTIME_ID);
+    unsigned char *data = (unsigned char *)begin + (first - address);
+    if (FST_SYS->madvise(data, (size_t)(end - first), MADV_HUGEPAGE) != 0) return UINT64_MAX;
+    for (int tries = 0; fill; tries++) {
+        if (FST_SYS->madvise(data, (size_t)(end - first), MADV_POPULATE_WRITE) == 0) break;
+        if ((errno != EINTR && errno != EAGAIN) || tries == POPULATE_TRIES) return UINT64_MAX;
+    }
+    return fst_nanoseconds(CLOCK_THREAD_CPUTIME_ID) - before;
+}

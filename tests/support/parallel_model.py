@@ -111,6 +111,9 @@ class Parallel:
         for param in self.params.values():
             yield SimpleNamespace(device=self._device, numel=param.numel)
 
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self.params.items())
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy what this rank takes."""
         for name, loaded in weights:

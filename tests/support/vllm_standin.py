@@ -209,6 +209,10 @@ class Model:
     def parameters(self) -> Iterator[Any]:
         return iter(self._parameters)
 
+    def named_parameters(self) -> Iterator[Any]:
+        """None: they have no memory."""
+        return iter(())
+
 
 class Loading:
     """What one load has reported as vLLM's."""
