@@ -88,7 +88,7 @@ class PrefetchLoader:
         self._opened: OpenedFile | None = opened
         with opened.account:
             self._prefetcher.expect(None, self._start)
-        _alive.add(self)
+        _alive[id(self)] = self
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # isinstance(loader, safetensors.PrefetchLoader) holds
@@ -236,12 +236,15 @@ class PrefetchLoader:
         return theirs
 
 
-_alive: weakref.WeakSet[PrefetchLoader] = weakref.WeakSet()
+# Not a WeakSet: iterating over one raises where another thread opens a loader meanwhile.
+_alive: weakref.WeakValueDictionary[int, PrefetchLoader] = weakref.WeakValueDictionary()
 
 
 def _tell_all() -> None:
-    for loader in list(_alive):
-        loader.tell()
+    for found in _alive.valuerefs():
+        loader = found()
+        if loader is not None:
+            loader.tell()
 
 
 report.before_the_end(_tell_all)
@@ -400,7 +403,8 @@ def open_loader(opened: OpenedFile, args: Any, kwargs: Any) -> PrefetchLoader:
     wanted_of(opened.layout, plan)
     import torch
 
-    raise stock.SafetensorError(fallback.reason if torch.version.cuda else _NO_RUNTIME)
+    has_runtime = torch.version.cuda or torch.version.hip
+    raise stock.SafetensorError(fallback.reason if has_runtime else _NO_RUNTIME)
 
 
 _AS_CONFIGURED: Any = object()

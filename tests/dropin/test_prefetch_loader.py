@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -450,6 +451,28 @@ def test_a_loader_that_is_open_at_the_end_is_reported(fast, numbered, watch) -> 
         loader.close()
     found = [(report.tensors, report.bytes) for report in seen.reports if report.call == "prefetch"]
     assert found == [(1, SIZE), (1, SIZE)]
+
+
+def test_a_loader_that_is_opened_while_reports_are_made(fast, numbered) -> None:
+    """By another thread, at any line of what goes through the loaders that are open."""
+    from fastst_patch import report
+
+    handle = fast.safe_open(numbered, "pt")
+    loaders = [handle.prefetch({"t00": None}) for _ in range(3)]
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if "weakref" in frame.f_code.co_filename and len(loaders) < 50:
+            sys.settrace(None)
+            in_threads(lambda: loaders.append(handle.prefetch({"t00": None})), 1)
+            sys.settrace(trace)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        report.tell_unfinished()
+    finally:
+        sys.settrace(None)
+    assert len(loaders) > 3
 
 
 def test_a_forked_child_reads_for_itself(fast, numbered) -> None:
