@@ -28,6 +28,7 @@ from ..errors import Fallback
 from ..files.base import OpenedFile
 from ..files.cpu import HostFile
 from ..files.cuda import BUDGET, group_bytes
+from ..files.pending import PendingHostRows, PendingHostTensors
 from ..files.prefetcher import Group, Pending, Prefetcher
 from ..files.readahead import AHEAD
 from ..layout import ARENA_ALIGNMENT
@@ -150,6 +151,7 @@ class PrefetchLoader:
             opened, self._opened = self._opened, None
         if opened is None:
             return
+        self._order.stop()
         self._prefetcher.drop()
         self._stock_handle = None
         opened.account.emit("prefetch", opened.file.path, opened.device)
@@ -280,6 +282,12 @@ class _PendingGroup:
         """Whether nothing moves any more. Never blocks."""
         return all(one is None or one.landed() for one in (self._whole, self._rows))
 
+    def stop(self) -> None:
+        """End reading ahead what is dropped next; other reads end when they are dropped."""
+        for one in (self._whole, self._rows):
+            if isinstance(one, (PendingHostTensors, PendingHostRows)):
+                one.stop()
+
     def take(self, wanted: Wanted) -> torch.Tensor:
         """One of the tensors, usable at once. Raises as `OpenedFile.tensor`."""
         if wanted.index is None:
@@ -328,6 +336,13 @@ class _PlanOrder:
                 return at
             looked_at = group
         return 0
+
+    def stop(self) -> None:
+        """End reading ahead the groups of which something was not handed out."""
+        for group in dict.fromkeys(self._groups.values()):
+            pending = group.pending
+            if pending is not None:
+                pending.stop()
 
     def not_started(self, group: Group) -> None:
         """Note that a group could not be started: the tensor asked for last is read alone."""

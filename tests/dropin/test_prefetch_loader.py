@@ -372,6 +372,37 @@ def test_left_halfway(fast, numbered, way, end) -> None:
     assert _right("t07", kept[0])
 
 
+@pytest.mark.parametrize("value", [None, slice(0, 30 << 20)])
+def test_closing_ends_reading_ahead(fast, raw, evict, on_disk, monkeypatch, value) -> None:
+    """Of a mapped file, too, whose tensors keep its map; but not of tensors that were taken."""
+    count, nbytes = 3, 32 << 20  # each is a group
+    entries = {
+        f"t{i}": raw.entry("U8", [nbytes], i * nbytes, (i + 1) * nbytes) for i in range(count)
+    }
+    path = raw.write(raw.pack(entries))
+    os.truncate(path, os.path.getsize(path) + count * nbytes)
+    evict(Path(path))
+    jobs: list[Any] = []
+    cancelled: list[Any] = []
+    prefetch = engine.prefetch
+
+    def spied(*args: Any, **options: Any) -> Any:
+        jobs.append(prefetch(*args, **options))
+        return jobs[-1]
+
+    def cancel(job: Any) -> None:
+        cancelled.append(job)
+
+    monkeypatch.setattr(engine, "prefetch", spied)
+    monkeypatch.setattr(engine.Job, "cancel", cancel)
+    with fast.safe_open(path, "pt") as handle:
+        with handle.prefetch(dict.fromkeys(entries, value)) as loader:
+            kept = loader.take("t0")
+            assert (len(jobs), cancelled) == (count, [])
+    assert cancelled == jobs[1:]
+    assert not kept[::4096].any()
+
+
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("how", ["take", "iterate"])
 def test_a_read_that_fails(fast, numbered, how) -> None:
