@@ -150,14 +150,16 @@ def _copy(module_name: str) -> types.ModuleType:
 def small_file(header: bytes, nbytes: int = 0) -> Iterator[Any]:
     """A file in memory with this header and zeros behind it, to see what stock does with it.
 
-    Has ``name`` and ``fileno`` as a file object has.
+    Has ``name`` and ``fileno`` as a file object has. The zeros are a hole, which takes no memory:
+    they may stand for the bytes of a model.
 
     Raises:
         OSError: no descriptor is left.
     """
     fd = os.memfd_create("fastst_patch question", os.MFD_CLOEXEC)
     try:
-        os.write(fd, len(header).to_bytes(8, "little") + header + b"\0" * nbytes)
+        os.write(fd, len(header).to_bytes(8, "little") + header)
+        os.ftruncate(fd, 8 + len(header) + nbytes)
         yield types.SimpleNamespace(name=f"/proc/self/fd/{fd}", fileno=lambda: fd)
     finally:
         os.close(fd)

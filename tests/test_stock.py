@@ -41,6 +41,13 @@ def test_questions_leave_no_file_behind() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_bytes_of_a_question_take_no_memory() -> None:
+    with module.small_file(HEADER, 1 << 36) as file:
+        status = os.fstat(file.fileno())
+    assert status.st_size == 8 + len(HEADER) + (1 << 36)
+    assert status.st_blocks * 512 < 1 << 20
+
+
 def test_slices_have_stocks_class(sample, stock) -> None:
     assert type(stock.safe_open(sample, "pt").get_slice("w")) is module.slice_class()
 

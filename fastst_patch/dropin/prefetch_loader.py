@@ -28,6 +28,7 @@ from ..errors import Fallback
 from ..files.base import OpenedFile
 from ..files.cpu import HostFile
 from ..files.cuda import BUDGET, group_bytes
+from ..files.pending import PendingHostRows, PendingHostTensors
 from ..files.prefetcher import Group, Pending, Prefetcher
 from ..files.readahead import AHEAD
 from ..layout import ARENA_ALIGNMENT
@@ -88,7 +89,7 @@ class PrefetchLoader:
         self._opened: OpenedFile | None = opened
         with opened.account:
             self._prefetcher.expect(None, self._start)
-        _alive.add(self)
+        _alive[id(self)] = self
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # isinstance(loader, safetensors.PrefetchLoader) holds
@@ -150,6 +151,7 @@ class PrefetchLoader:
             opened, self._opened = self._opened, None
         if opened is None:
             return
+        self._order.stop()
         self._prefetcher.drop()
         self._stock_handle = None
         opened.account.emit("prefetch", opened.file.path, opened.device)
@@ -236,12 +238,15 @@ class PrefetchLoader:
         return theirs
 
 
-_alive: weakref.WeakSet[PrefetchLoader] = weakref.WeakSet()
+# Not a WeakSet: iterating over one raises where another thread opens a loader meanwhile.
+_alive: weakref.WeakValueDictionary[int, PrefetchLoader] = weakref.WeakValueDictionary()
 
 
 def _tell_all() -> None:
-    for loader in list(_alive):
-        loader.tell()
+    for found in _alive.valuerefs():
+        loader = found()
+        if loader is not None:
+            loader.tell()
 
 
 report.before_the_end(_tell_all)
@@ -276,6 +281,12 @@ class _PendingGroup:
     def landed(self) -> bool:
         """Whether nothing moves any more. Never blocks."""
         return all(one is None or one.landed() for one in (self._whole, self._rows))
+
+    def stop(self) -> None:
+        """End reading ahead what is dropped next; other reads end when they are dropped."""
+        for one in (self._whole, self._rows):
+            if isinstance(one, (PendingHostTensors, PendingHostRows)):
+                one.stop()
 
     def take(self, wanted: Wanted) -> torch.Tensor:
         """One of the tensors, usable at once. Raises as `OpenedFile.tensor`."""
@@ -325,6 +336,13 @@ class _PlanOrder:
                 return at
             looked_at = group
         return 0
+
+    def stop(self) -> None:
+        """End reading ahead the groups of which something was not handed out."""
+        for group in dict.fromkeys(self._groups.values()):
+            pending = group.pending
+            if pending is not None:
+                pending.stop()
 
     def not_started(self, group: Group) -> None:
         """Note that a group could not be started: the tensor asked for last is read alone."""
@@ -400,7 +418,8 @@ def open_loader(opened: OpenedFile, args: Any, kwargs: Any) -> PrefetchLoader:
     wanted_of(opened.layout, plan)
     import torch
 
-    raise stock.SafetensorError(fallback.reason if torch.version.cuda else _NO_RUNTIME)
+    has_runtime = torch.version.cuda or torch.version.hip
+    raise stock.SafetensorError(fallback.reason if has_runtime else _NO_RUNTIME)
 
 
 _AS_CONFIGURED: Any = object()

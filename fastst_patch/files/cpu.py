@@ -151,16 +151,16 @@ class HostFile(OpenedFile):
         self.check()
         asked = Counter(numbers)
         wanted = array("Q", sorted(asked))
-        job = None
+        job = reading = None
         if self.mapped:
             arena = self.map()
             made = tensors.import_batch(arena, self.layout, wanted)
-            self.ahead_of.tensors(arena, wanted)
+            reading = self.ahead_of.tensors(arena, wanted)
         else:
             self._require_room(sum(map(self.layout.nbytes, wanted)))
             made, arena, segments, _ = self._places(wanted)
             job = self.read_into(arena, segments)
-        return PendingHostTensors(self, dict(zip(wanted, made, strict=True)), job, asked)
+        return PendingHostTensors(self, dict(zip(wanted, made, strict=True)), job, reading, asked)
 
     def rows_ahead(self, wanted: Sequence[tuple[int, int, int]]) -> PendingHostRows:
         """Start loading rows that will be requested; raises as `ahead`.
@@ -179,16 +179,17 @@ class HostFile(OpenedFile):
         if self.mapped:
             arena, numbers = self.map(), array("Q", [i for i, _, _ in wanted])
             whole = tensors.import_batch(arena, self.layout, numbers)
-            self.ahead_of.extents(arena, Runs(places), io_threads(self.config.threads))
+            threads = io_threads(self.config.threads)
+            reading = self.ahead_of.extents(arena, Runs(places), threads)
             cut = [t[start:stop] for t, (_, start, stop) in zip(whole, wanted, strict=True)]
-            return PendingHostRows(self, dict(zip(wanted, cut, strict=True)), None)
+            return PendingHostRows(self, dict(zip(wanted, cut, strict=True)), None, reading)
         self._require_room(sum(end - begin for begin, end in places))
         made = [tensors.empty(self.layout, i, stop - start) for i, start, stop in wanted]
         arena, segments = places_in_arena(
             [(begin, end - begin, t) for (begin, end), t in zip(places, made, strict=True)]
         )
         job = self.read_into(arena, segments)
-        return PendingHostRows(self, dict(zip(wanted, made, strict=True)), job)
+        return PendingHostRows(self, dict(zip(wanted, made, strict=True)), job, None)
 
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone; not for mapped files."""

@@ -11,7 +11,7 @@ import dataclasses
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .. import device, engine, tensors
 from ..errors import FaststError
@@ -34,6 +34,8 @@ __all__ = [
     "Transfer",
     "runs_of",
 ]
+
+_Item = TypeVar("_Item")
 
 UNREAD = (OSError, SafetensorError, FaststError)
 """Errors of a job that may belong to another tensor than the one asked for, which is read alone
@@ -210,13 +212,47 @@ class Failing:
             self._opened.failed(error, trace)
 
 
-class PendingHostTensors:
-    """A `Pending` of tensors on the CPU: views of the file's map, or memory that a job fills.
+class _PendingHost(Generic[_Item]):
+    """A `Pending` on the CPU: views of the file's map, or memory that a job fills.
 
     Args:
         opened: the file.
-        waiting: the tensors by their numbers.
+        waiting: the tensors by their items.
         job: fills them; None for views of the map.
+        reading: reads them ahead, if they are views.
+    """
+
+    def __init__(
+        self,
+        opened: HostFile,
+        waiting: dict[_Item, torch.Tensor],
+        job: engine.Job | None,
+        reading: engine.Job | None,
+    ) -> None:
+        self._opened = opened
+        self._waiting = waiting
+        self._alone = len(waiting) == 1
+        self._job = job
+        self._reading = reading
+
+    def landed(self) -> bool:
+        """Whether nothing moves any more; views are usable from the start."""
+        return self._job is None or self._job.stats().done
+
+    def stop(self) -> None:
+        """End reading views ahead. If this object is dropped that goes on, for those taken."""
+        if self._reading is not None:
+            self._reading.cancel()
+
+
+class PendingHostTensors(_PendingHost[int]):
+    """A `Pending` of whole tensors.
+
+    Args:
+        opened: as of the base class.
+        waiting: as of the base class; items are the tensors' numbers.
+        job: as of the base class.
+        reading: as of the base class.
         asked: how often each was asked for.
     """
 
@@ -225,17 +261,11 @@ class PendingHostTensors:
         opened: HostFile,
         waiting: dict[int, torch.Tensor],
         job: engine.Job | None,
+        reading: engine.Job | None,
         asked: Counter[int],
     ) -> None:
-        self._opened = opened
-        self._waiting = waiting
-        self._alone = len(waiting) == 1
-        self._job = job
+        super().__init__(opened, waiting, job, reading)
         self._asked = asked
-
-    def landed(self) -> bool:
-        """Whether nothing moves any more; mapped tensors are usable from the start."""
-        return self._job is None or self._job.stats().done
 
     def take(self, i: int) -> torch.Tensor:
         """Tensor i, usable at once. Raises as `HostFile.tensor`."""
@@ -265,29 +295,8 @@ class PendingHostTensors:
         return True
 
 
-class PendingHostRows:
-    """A `Pending` of rows on the CPU, each taken once; an item is as of `PendingRows`.
-
-    Args:
-        opened: the file.
-        waiting: the rows by their items.
-        job: fills them; None for views of the file's map.
-    """
-
-    def __init__(
-        self,
-        opened: HostFile,
-        waiting: dict[tuple[int, int, int], torch.Tensor],
-        job: engine.Job | None,
-    ) -> None:
-        self._opened = opened
-        self._waiting = waiting
-        self._alone = len(waiting) == 1
-        self._job = job
-
-    def landed(self) -> bool:
-        """Whether nothing moves any more; mapped rows are usable from the start."""
-        return self._job is None or self._job.stats().done
+class PendingHostRows(_PendingHost[tuple[int, int, int]]):
+    """A `Pending` of rows, each taken once; an item is as of `PendingRows`."""
 
     def take(self, rows: tuple[int, int, int]) -> torch.Tensor:
         """Rows that were asked for, usable at once. Raises as `HostFile.tensor`."""

@@ -95,25 +95,28 @@ class ReadAhead:
                     job.wait(lambda stats: advance(stats.bytes_done))
                 advance(layout.data_bytes)
 
-    def tensors(self, arena: engine.Arena, wanted: array[int]) -> None:
-        """Start reading ahead some tensors; workers find out what of them is not cached."""
-        self.ranges(arena, Runs(map(self._layout.extent, wanted)))
+    def tensors(self, arena: engine.Arena, wanted: array[int]) -> engine.Job | None:
+        """Start reading ahead some tensors; workers find out what of them is not cached.
 
-    def ranges(self, arena: engine.Arena, runs: Runs) -> None:
+        Returns the job, which goes on if it is dropped; None where there is none.
+        """
+        return self.ranges(arena, Runs(map(self._layout.extent, wanted)))
+
+    def ranges(self, arena: engine.Arena, runs: Runs) -> engine.Job | None:
         """Start reading ahead some of the file, as `tensors` does."""
         if self._config.io == "mmap" or runs.nbytes < WORKERS_FROM:
-            return
+            return None
         if self._account.resident is None:
             whole = self._layout.data_begin, self._layout.data_bytes
             self._all_cached = self._note_residency(*whole)
         if self._all_cached:
-            return
+            return None
         # Where samples find everything cached, one worker makes sure of the rest.
         threads = 1 if self._account.resident == 1.0 else io_threads(self._config.threads)
-        self._start(arena, runs, threads)
+        return self._start(arena, runs, threads)
 
-    def extents(self, arena: engine.Arena, extents: Runs, threads: int) -> None:
-        """Start reading ahead some extents, and stop predicting requests.
+    def extents(self, arena: engine.Arena, extents: Runs, threads: int) -> engine.Job | None:
+        """Start reading ahead some extents, and stop predicting requests; returns as `tensors`.
 
         Args:
             arena: the file's map.
@@ -122,11 +125,11 @@ class ReadAhead:
         """
         self._all_ahead = True
         if self._config.io == "mmap" or extents.nbytes < WORKERS_FROM:
-            return
+            return None
         if self._note_residency(self._layout.data_begin, self._layout.data_bytes):
-            return
+            return None
         # Where samples find everything cached, one worker makes sure of the rest.
-        self._start(arena, extents, 1 if self._resident == 1.0 else threads)
+        return self._start(arena, extents, 1 if self._resident == 1.0 else threads)
 
     def cold(self) -> bool:
         """Whether reading the file ahead is worth it: not all of it is known to be cached."""

@@ -76,9 +76,13 @@ class LoaderConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> LoaderConfig:
         """Of a parsed file. Names that are not known are left out, with a warning in the log.
 
+        Raises ValueError where it is no mapping, and as the class.
+
         ``parallel`` and ``debug`` hold attributes, as the file itself does. Other objects in it
         hold arguments of the loader that has their name: see `get_extension_config`.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a JSON object of arguments is expected, not {data!r:.100}")
         known = {field.name for field in dataclasses.fields(cls)} - {"_extensions"}
         found: dict[str, Any] = {}
         extensions: dict[str, dict[str, Any]] = {}
@@ -96,8 +100,11 @@ class LoaderConfig:
     @classmethod
     def from_file(cls, path: str) -> LoaderConfig:
         """Of a JSON file. Raises OSError, ValueError."""
-        with open(path, encoding="utf-8") as file:
-            return cls.from_dict(json.load(file))
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls.from_dict(json.load(file))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def get_extension_config(self, name: str) -> dict[str, Any]:
         """Arguments for one loader alone, without those that are attributes here."""
@@ -144,6 +151,7 @@ class AutoLoader:
         if config.loader != "base":
             raise OptionError(f"Unknown loader type: {config.loader!r}; allowed is 'base'")
         boolean("disable_cache", config.disable_cache)
+        boolean("use_pipeline", config.use_pipeline)
         given = SafeTensorsFileLoader.process_extension_config(
             config.get_extension_config("base"), hf_weights_files=hf_weights_files
         )

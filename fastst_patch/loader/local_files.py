@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalFiles", "bar_of", "cast"]
 
-_alive: weakref.WeakSet[LocalFiles] = weakref.WeakSet()
+# Not a WeakSet: iterating over one raises where another thread opens files meanwhile.
+_alive: weakref.WeakValueDictionary[int, LocalFiles] = weakref.WeakValueDictionary()
 
 
 class LocalFiles:
@@ -93,7 +94,7 @@ class LocalFiles:
             held=lambda: self._resident_bytes,
         )
         self._open: tuple[list[OpenedFile | StockFile], FilesPrefetcher] | None = files, prefetcher
-        _alive.add(self)
+        _alive[id(self)] = self
 
     def _index(self, unique: bool) -> dict[str, int]:
         places: dict[str, int] = {}
@@ -311,8 +312,10 @@ def cast(
 
 
 def _tell_all() -> None:
-    for files in list(_alive):
-        files.tell()
+    for found in _alive.valuerefs():
+        files = found()
+        if files is not None:
+            files.tell()
 
 
 report.before_the_end(_tell_all)

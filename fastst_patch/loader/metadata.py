@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import enum
+import errno
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -127,7 +129,8 @@ class SafeTensorsMetadata:
 
     Raises:
         SafetensorError: the header is wrong, as stock judges.
-        ValueError: ``header_length`` is not that of ``string``; or the framework is unknown.
+        ValueError: ``header_length`` is not that of ``string``, or ``size_bytes`` is less; or the
+            framework is unknown.
     """
 
     ser: dict[str, Any]
@@ -145,6 +148,8 @@ class SafeTensorsMetadata:
         header = string.encode()
         if header_length != len(header) + 8:
             raise ValueError(f"header_length={header_length}: the header is of {len(header)} bytes")
+        if not header_length <= size_bytes < 1 << 63:
+            raise ValueError(f"size_bytes={size_bytes}: no size of a file with such a header")
         self._set(_parsed(header, size_bytes, src or "the header"), framework, src)
         if keep_orig_dict:
             self.ser = json.loads(string)
@@ -167,8 +172,14 @@ class SafeTensorsMetadata:
 
     @classmethod
     def from_file(cls, filename: str, framework: Any = "pytorch") -> SafeTensorsMetadata:
-        """Of a file. Raises OSError, and as the class."""
-        fd = os.open(filename, os.O_RDONLY | os.O_CLOEXEC)
+        """Of a regular file. Raises OSError, and as the class."""
+        try:
+            # To open and close a pipe would free its writer, and then break the pipe.
+            _check_regular(os.stat(filename))
+            # If it is a pipe by now, this does not wait; regular files ignore it.
+            fd = os.open(filename, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise explained(error, filename) from error
         try:
             return cls.from_fd(fd, filename, framework)
         finally:
@@ -178,7 +189,9 @@ class SafeTensorsMetadata:
     def from_fd(
         cls, fd: int, filename: str, framework: Any = "pytorch", keep_orig_dict: bool = False
     ) -> SafeTensorsMetadata:
-        """Of an open file at its beginning, which is left behind the header. Raises as the class.
+        """Of an open regular file at its beginning, which is left behind the header.
+
+        Raises OSError, and as the class.
 
         Args:
             fd: its descriptor.
@@ -196,9 +209,14 @@ class SafeTensorsMetadata:
                 found += piece
             return found
 
-        size = os.fstat(fd).st_size
-        string = _header_text(read, size, filename)
-        return cls(string, len(string.encode()) + 8, size, framework, filename, keep_orig_dict)
+        try:
+            status = os.fstat(fd)
+            _check_regular(status)
+            string = _header_text(read, status.st_size, filename)
+        except OSError as error:
+            raise explained(error, filename) from error
+        length = len(string.encode()) + 8
+        return cls(string, length, status.st_size, framework, filename, keep_orig_dict)
 
     @classmethod
     def from_buffer(
@@ -250,6 +268,10 @@ class SafeTensorsMetadata:
             for i, name in enumerate(layout.names)
         }
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of that name."""
+        return name in self._layout.index
+
     def shape(self, name: str) -> list[int]:
         """Shape of a tensor, without making the frames of all. KeyError: there is none."""
         return self._layout.shape(self._layout.index[name])
@@ -276,6 +298,13 @@ class SafeTensorsMetadata:
 
     def __repr__(self) -> str:
         return str({"__metadata__": self.metadata, "tensors": self.tensors})
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.ENODEV, "it is no regular file")
 
 
 def _header_text(read: Callable[[int], bytes], size: int, place: str) -> str:

@@ -153,20 +153,24 @@ class _Tensors(Mapping[str, WrappedTensor]):
     def __init__(
         self, buffer: FilesBufferOnDevice | None, metadata: SafeTensorsMetadata, dtype: Any
     ) -> None:
-        known = () if buffer is None else buffer.key_to_rank_lidx
-        self._names = dict.fromkeys(name for name in metadata.names if name in known)
+        # No list of the names: one is made for each access to `LazyTensorFactory.tensors`.
+        self._loaded = {} if buffer is None else buffer.key_to_rank_lidx
+        self._metadata = metadata
         self._buffer = buffer
         self._dtype = dtype
 
     def __getitem__(self, name: str) -> WrappedTensor:
-        if self._buffer is None or name not in self._names:
+        if self._buffer is None or name not in self:
             raise KeyError(name)
         if self._buffer.pg.size() > 1:
             raise RuntimeError(f"tensor {name!r}: ranks take tensors together; use shuffle")
         return self._buffer.get_tensor_wrapped(name, None, self._dtype)
 
+    def __contains__(self, name: object) -> bool:  # the base class would make the tensor
+        return name in self._loaded and name in self._metadata
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return (name for name in self._metadata.names if name in self._loaded)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return sum(1 for _ in self)

@@ -13,7 +13,8 @@
 
 static struct { /* a change of mode may lose a sample of another worker: no harm */
     atomic_int mode;
-    atomic_ullong bytes, nanoseconds;
+    atomic_ullong bytes;                 /* in this mode */
+    atomic_ullong judged, nanoseconds;   /* behind those that are skipped */
     atomic_ullong huge_cost, small_cost; /* nanoseconds a MiB; 0: not known */
 } state;
 
@@ -22,12 +23,14 @@ int fst_fill_mode_get(void) { return atomic_load(&state.mode); }
 static void change(int from, int to) {
     if (!atomic_compare_exchange_strong(&state.mode, &from, to)) return;
     atomic_store(&state.bytes, 0);
+    atomic_store(&state.judged, 0);
     atomic_store(&state.nanoseconds, 0);
 }
 
 void fst_fill_mode_set(int mode) {
     atomic_store(&state.mode, mode);
     atomic_store(&state.bytes, 0);
+    atomic_store(&state.judged, 0);
     atomic_store(&state.nanoseconds, 0);
     atomic_store(&state.huge_cost, 0);
     atomic_store(&state.small_cost, 0);
@@ -55,10 +58,9 @@ void fst_fill_mode_note(int mode, bool growing, uint64_t bytes, uint64_t nanosec
     uint64_t skipped = mode == FST_FILL_SMALL ? 0 : SKIPPED_BYTES;
     uint64_t enough = mode == FST_FILL_SMALL ? AGAIN_BYTES : JUDGED_BYTES;
     if (fst_fill_mode_get() != mode || bytes < FST_HUGE_PAGE) return;
-    uint64_t before = atomic_fetch_add(&state.bytes, bytes);
-    if (before < skipped) return;
+    if (atomic_fetch_add(&state.bytes, bytes) < skipped) return;
     uint64_t spent = atomic_fetch_add(&state.nanoseconds, nanoseconds) + nanoseconds;
-    uint64_t judged = before + bytes - skipped;
+    uint64_t judged = atomic_fetch_add(&state.judged, bytes) + bytes;
     if (judged < enough) return;
     uint64_t cost = spent / (judged >> 20);
     if (mode == FST_FILL_HUGE)

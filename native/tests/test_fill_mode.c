@@ -7,11 +7,12 @@
 #define CHUNK (8u << 20)
 
 static bool growing = true;
+static uint64_t chunk = CHUNK;
 
 /* Records chunks that take so many milliseconds a MiB, until the mode changes or `most` are. */
 static int chunks_until_change(int mode, int most, double milliseconds) {
     for (int i = 1; i <= most; i++) {
-        fst_fill_mode_note(mode, growing, CHUNK, (uint64_t)(milliseconds * 1e6 * (CHUNK / MIB)));
+        fst_fill_mode_note(mode, growing, chunk, (uint64_t)(milliseconds * 1e6) * (chunk / MIB));
         if (fst_fill_mode_get() != mode) return i;
     }
     return 0;
@@ -72,6 +73,17 @@ static void test_single_pages(void) {
     growing = true;
 }
 
+/* A chunk that lies across the end of what is skipped is skipped: its bytes do not count either. */
+static void test_other_chunks(void) {
+    for (chunk = 6 * MIB; chunk <= 31 * MIB; chunk += MIB) {
+        fst_fill_mode_set(FST_FILL_HUGE);
+        CHECK_EQ(chunks_until_change(FST_FILL_HUGE, 300, 5.9), 0);
+        fst_fill_mode_set(FST_FILL_HUGE);
+        CHECK(chunks_until_change(FST_FILL_HUGE, 12, 6.1) > 0);
+    }
+    chunk = CHUNK;
+}
+
 static void test_ignored(void) {
     fst_fill_mode_set(FST_FILL_HUGE);
     for (int i = 0; i < 1000; i++) {
@@ -88,6 +100,7 @@ int main(void) {
     RUN(test_slow_huge_pages);
     RUN(test_slow_storage);
     RUN(test_single_pages);
+    RUN(test_other_chunks);
     RUN(test_ignored);
     return test_result();
 }

@@ -210,6 +210,16 @@ def test_a_device_that_is_missing(cuda, path, fast) -> None:
     assert "CUDA" in str(caught.value)
 
 
+@pytest.mark.skipif(hasattr(stock.safe_open, "prefetch"), reason="the installed one refuses it")
+def test_a_device_that_is_missing_of_rocm(cuda, path, fast, monkeypatch) -> None:
+    """The reason is raised there, too: no CUDA-enabled framework would help."""
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with fast.safe_open(path, "pt") as handle, pytest.raises(SafetensorError) as caught:
+        handle.prefetch(device="cuda:7")
+    assert str(caught.value) == "torch sees no device cuda:7"
+
+
 def test_a_mode_of_torch(cuda, asked, path, fast) -> None:
     """A default device in force: stock does what is taken meanwhile, and nothing else."""
     with fast.safe_open(path, "pt", "cuda") as handle, handle.prefetch() as loader:

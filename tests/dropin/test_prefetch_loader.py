@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -371,6 +372,37 @@ def test_left_halfway(fast, numbered, way, end) -> None:
     assert _right("t07", kept[0])
 
 
+@pytest.mark.parametrize("value", [None, slice(0, 30 << 20)])
+def test_closing_ends_reading_ahead(fast, raw, evict, on_disk, monkeypatch, value) -> None:
+    """Of a mapped file, too, whose tensors keep its map; but not of tensors that were taken."""
+    count, nbytes = 3, 32 << 20  # each is a group
+    entries = {
+        f"t{i}": raw.entry("U8", [nbytes], i * nbytes, (i + 1) * nbytes) for i in range(count)
+    }
+    path = raw.write(raw.pack(entries))
+    os.truncate(path, os.path.getsize(path) + count * nbytes)
+    evict(Path(path))
+    jobs: list[Any] = []
+    cancelled: list[Any] = []
+    prefetch = engine.prefetch
+
+    def spied(*args: Any, **options: Any) -> Any:
+        jobs.append(prefetch(*args, **options))
+        return jobs[-1]
+
+    def cancel(job: Any) -> None:
+        cancelled.append(job)
+
+    monkeypatch.setattr(engine, "prefetch", spied)
+    monkeypatch.setattr(engine.Job, "cancel", cancel)
+    with fast.safe_open(path, "pt") as handle:
+        with handle.prefetch(dict.fromkeys(entries, value)) as loader:
+            kept = loader.take("t0")
+            assert (len(jobs), cancelled) == (count, [])
+    assert cancelled == jobs[1:]
+    assert not kept[::4096].any()
+
+
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("how", ["take", "iterate"])
 def test_a_read_that_fails(fast, numbered, how) -> None:
@@ -450,6 +482,28 @@ def test_a_loader_that_is_open_at_the_end_is_reported(fast, numbered, watch) -> 
         loader.close()
     found = [(report.tensors, report.bytes) for report in seen.reports if report.call == "prefetch"]
     assert found == [(1, SIZE), (1, SIZE)]
+
+
+def test_a_loader_that_is_opened_while_reports_are_made(fast, numbered) -> None:
+    """By another thread, at any line of what goes through the loaders that are open."""
+    from fastst_patch import report
+
+    handle = fast.safe_open(numbered, "pt")
+    loaders = [handle.prefetch({"t00": None}) for _ in range(3)]
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if "weakref" in frame.f_code.co_filename and len(loaders) < 50:
+            sys.settrace(None)
+            in_threads(lambda: loaders.append(handle.prefetch({"t00": None})), 1)
+            sys.settrace(trace)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        report.tell_unfinished()
+    finally:
+        sys.settrace(None)
+    assert len(loaders) > 3
 
 
 def test_a_forked_child_reads_for_itself(fast, numbered) -> None:

@@ -92,9 +92,10 @@ def test_where_it_is_found(elsewhere, monkeypatch) -> None:
             call()
     with pytest.raises(FileNotFoundError):
         LoaderConfig.from_file("gone.json")
-    named.write_text("{")
-    with pytest.raises(ValueError, match="Expecting"):
-        LoaderConfig.from_file(str(named))
+    for text, said in (("{", "Expecting"), ("[1]", r"object .* not \[1\]"), ("3", "not 3")):
+        named.write_text(text)
+        with pytest.raises(ValueError, match=f"{named}: .*{said}"):
+            LoaderConfig.from_file(str(named))
 
 
 # ---------------------------------------------------------------- loading
@@ -139,6 +140,7 @@ WRONG = [
     ({"loader": "oss"}, "Unknown loader type: 'oss'"),
     ({"framework": "tf"}, "framework='tf'"),
     ({"disable_cache": 1}, "disable_cache=1"),
+    ({"parallel": {"use_pipeline": "false"}}, "use_pipeline='false'"),
     ({"set_numa": "no"}, "set_numa='no'"),
     ({"base": {"copier_type": "3fs"}}, "copier_type='3fs': allowed are gds, fgds, nogds, unified"),
     ({"max_batch_bytes": 0}, "max_batch_bytes=0"),

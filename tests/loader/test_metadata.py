@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,9 @@ def test_of_a_text(paths) -> None:
     assert_describes(SafeTensorsMetadata(text, begin, size, "pt", paths[0]), paths[0])
     with pytest.raises(ValueError, match="header_length=7"):
         SafeTensorsMetadata(text, 7, size, "pt")
+    for wrong in (-1, begin - 1, 1 << 63, 1 << 70):
+        with pytest.raises(ValueError, match=f"size_bytes={wrong}"):
+            SafeTensorsMetadata(text, begin, wrong, "pt")
     with pytest.raises(OptionError, match="framework='tf'"):
         SafeTensorsMetadata(text, begin, size, "tf")
 
@@ -174,6 +179,58 @@ def test_wrong_headers_raise_as_stock(raw, header, data) -> None:
         SafeTensorsMetadata.from_file(path)
     assert path in str(ours.value)
     assert str(theirs.value) in str(ours.value)
+
+
+@pytest.mark.parametrize("size", [1 << 32, 1 << 40])
+def test_a_wrong_header_of_a_large_file(tmp_path, size) -> None:
+    """Stock is asked, with a hole in the place of the tensors. Their bytes would take memory."""
+    path = tmp_path / "large.safetensors"
+    header = ENTRY.replace("F32", "F33").encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    try:
+        os.truncate(path, size)
+    except OSError as error:
+        pytest.skip(f"no file of {size} bytes here: {error.strerror}")
+    with pytest.raises(stock.SafetensorError) as theirs:
+        stock.safe_open(path, "pt")
+    with pytest.raises(stock.SafetensorError) as ours:
+        SafeTensorsMetadata.from_file(str(path))
+    assert str(theirs.value) in str(ours.value)
+
+
+def test_what_is_no_file(tmp_path) -> None:
+    """It is not opened: a pipe's writer would be freed, and then find the pipe broken."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def waiting(number: int, frame: Any) -> None:
+        raise TimeoutError("it waits for a writer")
+
+    before = signal.signal(signal.SIGALRM, waiting)
+    signal.alarm(10)
+    try:
+        for path, text in ((pipe, "it is no regular file"), (tmp_path, "Is a directory")):
+            with pytest.raises(OSError, match=f"{path} could not be opened: {text}"):
+                SafeTensorsMetadata.from_file(str(path))
+        with pytest.raises(FileNotFoundError, match="nothing could not be opened: No such file"):
+            SafeTensorsMetadata.from_file(str(tmp_path / "nothing"))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    reader, writer = os.pipe()
+    with pytest.raises(OSError, match="a pipe could not be opened: it is no regular file"):
+        SafeTensorsMetadata.from_fd(reader, "a pipe")
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_file_that_cannot_be_read(paths, monkeypatch) -> None:
+    def failing(fd: int, length: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "read", failing)
+    with pytest.raises(OSError, match=f"{paths[0]} could not be opened: Input/output error"):
+        SafeTensorsMetadata.from_file(paths[0])
 
 
 def test_a_file_that_ends_early(tmp_path, monkeypatch) -> None:

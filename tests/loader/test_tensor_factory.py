@@ -97,6 +97,31 @@ def test_a_file_on_its_own(paths, expected) -> None:
     assert kept.shape == (5, 6)
 
 
+def test_asking_for_a_name_makes_no_tensor_and_no_list(paths, monkeypatch) -> None:
+    """Whoever takes 20,000 tensors one by one would make as many lists of 20,000 names."""
+    factory = factory_of(paths[0])
+    factory.submit_io(False, 1 << 30)
+    name, *others = factory.tensors
+    assert len(factory.tensors) == 1 + len(others)
+    made: list[str] = []
+    wrapped = factory._buffer.get_tensor_wrapped
+
+    def counted(name: str, *arguments: Any) -> Any:
+        made.append(name)
+        return wrapped(name, *arguments)
+
+    monkeypatch.setattr(factory._buffer, "get_tensor_wrapped", counted)
+    monkeypatch.setattr(SafeTensorsMetadata, "names", property(lambda _: pytest.fail("listed")))
+    tensors = factory.tensors
+    assert name in tensors
+    assert "nothing" not in tensors
+    assert None not in tensors
+    assert made == []
+    assert list(factory.tensors[name].shape) == factory.metadata.shape(name)
+    assert made == [name]
+    factory.free_dev_ptrs()
+
+
 def test_of_another_rank(paths) -> None:
     factory = factory_of(paths[0], local=False)
     factory.submit_io(True, 1 << 30)

@@ -4,7 +4,8 @@
 runs code whose functions take locks of ours (`SECTIONS`). With ``signal`` a handler loads files at
 every place where Python may run one, in these functions and in what they call. With ``fork`` a
 thread runs the scenario, and the main thread forks while it stands at each of their lines; the
-child loads the same. Prints the functions that were struck; a deadlock ends it with its stacks.
+child loads the same. Prints the functions that were struck; a deadlock ends it with its stacks:
+one is assumed where no place is struck for `LIMIT_S`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fastst_patch.patching import patcher
 
 OURS = os.path.dirname(fastst_patch.__file__) + os.sep
 LIMIT_S = 90
-CHILD_LIMIT_S = 10
+CHILD_LIMIT_S = 60
 FEW = 19  # nested code takes each 19th tensor
 STAND_S = 0.02  # how long a thread stands at a place; a fork may have to wait for it
 
@@ -107,6 +108,9 @@ class Scenario:
 
         driver = fake_device.Driver(Path(self.library))
         driver.lib.fake_devices(2)
+        # Every call of the driver walks what was freed: with 64 MiB of it the last of some 300
+        # strikes took ten times as long as the first.
+        driver.lib.fake_quarantine(1 << 20)
         self.stack.enter_context(device.replaced(fake_device.FakeRuntime(driver)))
         fake_device.StockOnCpu(SimpleNamespace(setattr=setattr), driver)  # type: ignore[arg-type]
 
@@ -328,6 +332,11 @@ SCENARIOS: dict[str, Callable[..., Scenario]] = {
 }  # fmt: skip
 
 
+def goes_on() -> None:
+    """Note that the program does not hang, however long all of it takes on a busy machine."""
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+
+
 class Striker:
     """Calls ``strike`` at places of sections, once at each, in the thread that it is started in.
 
@@ -367,6 +376,7 @@ class Striker:
         if section is not None:
             self.seen.add(place)
             self.struck.add(section)
+            goes_on()
             self._strike()
 
     def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
@@ -376,6 +386,8 @@ class Striker:
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
             self._place(frame, event, None)
+        elif not frame.f_code.co_filename.startswith(OURS):
+            return None  # it has no places: its lines need not be traced
         elif event == "call" and self._section(frame) is None:
             return None
         return self._trace
@@ -407,16 +419,22 @@ def by_signals(scenario: Scenario, sections: set[str]) -> set[str]:
 
 
 def by_forks(scenario: Scenario, sections: set[str]) -> set[str]:
-    stands, go, failed = threading.Event(), threading.Event(), []
+    # The thread stands at a place; the process was forked since; the child is over.
+    stands, forked, ready = threading.Event(), threading.Event(), threading.Event()
     struck_now: list[bool] = []
+    failed: list[str] = []
 
     def strike() -> None:
-        if not struck_now:  # one a run
-            struck_now.append(True)
-            stands.set()
-            go.wait(STAND_S)
-        else:
+        if stands.is_set() and not forked.is_set():
+            # The fork may be waiting for a lock that this thread holds: another run stands here.
             striker.seen.discard(last[0])
+            return
+        ready.wait()  # with whatever locks: the main thread takes none meanwhile
+        ready.clear()
+        forked.clear()
+        struck_now.append(True)
+        stands.set()
+        forked.wait(STAND_S)
 
     striker = Striker(sections, strike, deep=False)
     last: list[Any] = [None]
@@ -437,23 +455,23 @@ def by_forks(scenario: Scenario, sections: set[str]) -> set[str]:
             failed.append(traceback.format_exc())
 
     while True:
-        stands.clear()
-        go.clear()
         struck_now.clear()
-        thread = threading.Thread(target=body)
+        forked.clear()
+        ready.set()
+        thread = threading.Thread(target=body, daemon=True)
         thread.start()
-        while thread.is_alive() and not stands.wait(0.005):
-            pass
-        if stands.is_set():
-            _fork(scenario, sorted(striker.struck))
-        go.set()
+        while thread.is_alive() or stands.is_set():
+            if stands.wait(0.005):
+                _fork(scenario, sorted(striker.struck), forked.set)
+                stands.clear()
+                ready.set()
         thread.join()
         assert not failed, failed[0]
         if not struck_now:
             return striker.struck
 
 
-def _fork(scenario: Scenario, struck: list[str]) -> None:
+def _fork(scenario: Scenario, struck: list[str], forked: Callable[[], None]) -> None:
     pid = os.fork()
     if pid == 0:
         signal.alarm(CHILD_LIMIT_S)  # faulthandler's timer waits for the parent's thread
@@ -465,12 +483,13 @@ def _fork(scenario: Scenario, struck: list[str]) -> None:
             traceback.print_exc()
         finally:
             os._exit(code)
+    forked()
     _, status = os.waitpid(pid, 0)
     assert status == 0, (status, struck)
 
 
 def main(mode: str, name: str, folder: str, library: str) -> None:
-    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    goes_on()
     faulthandler.register(signal.SIGALRM, chain=True)
     torch.set_num_threads(1)  # threads of torch's do not survive a fork
     start = time.monotonic()

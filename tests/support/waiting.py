@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
-    """Whether a condition holds before a limit that is only there against hanging."""
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
+    """Whether a condition holds before a limit that is only there against hanging.
+
+    Beside other programs a virtual disk was seen to stand still for half a minute.
+    """
     limit = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > limit:
