@@ -37,7 +37,7 @@ from fastst_patch.bench.checkpoint import transformer_specs
 from fastst_patch.bench.failures import UsageError
 
 OURS, SOURCE, OBSTORE, STREAMING, CURL = (
-    "fastst_patch", "source", "obstore", "safetensors_streaming", "curl, then stock",
+    "fastst_patch", "source", "obstore", "safetensors_streaming", "curl+stock",
 )  # fmt: skip
 
 # ---- the process that is timed ------------------------------------------

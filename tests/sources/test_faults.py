@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +26,8 @@ from fastst_patch.sources.base import (
     Source,
     open_source,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore::fastst_patch.sources.base.RemoteWarning")
 
 PIECE, COUNT, HEAD = 32768, 8, 4096
 CONTENT = random.Random(5).randbytes(PIECE * COUNT)
@@ -83,9 +84,7 @@ def position(request: pytest.FixtureRequest) -> int:
 
 def load(way: Way) -> tuple[bytes, Source]:
     """The whole file, piece by piece."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RemoteWarning)
-        source = open_source(way.url, way.options, head_bytes=HEAD)
+    source = open_source(way.url, way.options, head_bytes=HEAD)
     try:
         found = bytearray(source.size)
         for begin in range(0, source.size, PIECE):
@@ -416,5 +415,5 @@ def test_a_wait_beyond_the_deadline_is_an_error_at_once(way: Way) -> None:
     way.server.faults = faults.at(3, faults.status(503, Retry_After="120"))
     begin = time.monotonic()
     error = failed(way)
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < LIMITS["stall"]
     assert "asks to wait for 120 s" in str(error)

@@ -26,6 +26,8 @@ from fastst_patch.sources.base import (
 )
 from fastst_patch.sources.urls import parse_http
 
+pytestmark = pytest.mark.filterwarnings("ignore::fastst_patch.sources.base.RemoteWarning")
+
 
 @pytest.mark.parametrize(
     ("path", "remote"),

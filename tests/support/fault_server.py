@@ -93,6 +93,7 @@ class FaultServer:
         faults: the fault of a request by its number, counted from 0; None for a healthy answer.
         requests: all that came, in order.
         etags, last_modified, if_match: what it offers and honours.
+        mute: it takes connections, and says nothing.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class FaultServer:
         self.faults: Callable[[Request], Fault | None] = lambda _: None
         self.requests: list[Request] = []
         self.etags = self.last_modified = self.if_match = True
+        self.mute = False
         self.stopping = threading.Event()
         self._tls = tls
         self._lock = threading.Lock()
@@ -177,6 +179,9 @@ class FaultServer:
         with self._lock:
             self._socks.add(raw)
         try:
+            if self.mute:
+                self.stopping.wait(60)
+                return
             if self._tls is not None:
                 sock = self._tls.wrap_socket(raw, server_side=True)
                 with self._lock:
