@@ -133,7 +133,7 @@ class RemoteWarning(UserWarning):
 
 @dataclasses.dataclass
 class SourceStats:
-    """What a source did so far.
+    """What a source did so far. One thread writes, others may read at any time.
 
     Attributes:
         requests: that were sent, with repeated ones.
