@@ -25,9 +25,9 @@ LAYERS = [
     {"dropin"},
     {"files"},
     {"arrays", "device", "dtypes", "tensors"},
-    {"engine"},
+    {"engine", "sources"},
     {
-        *("config", "errors", "interrupts", "layout", "locks", "machine"),
+        *("config", "errors", "interrupts", "layout", "locks", "machine", "option_values"),
         *("report", "report_table", "runs", "stock", "terminal"),
     },
 ]
