@@ -11,6 +11,7 @@ import pytest
 
 import fastst_patch
 from fastst_patch import OptionError
+from fastst_patch.cli import doctor
 from fastst_patch.config import current, pop, push
 
 MIB = 1 << 20
@@ -87,6 +88,7 @@ _GIVEN = {
     "device_memory_budget": ("0", 0), "tensors": ("owned", "owned"), "fallback": ("warn", "warn"),
     "verify": ("on", True), "progress": ("1", True), "log_level": ("INFO", "info"),
     "small_file_bytes": ("2k", 2048), "node_id": ("here", "here"),
+    "host_memory_budget": ("1KiB", 1024), "storage_options": ('{"a": 1}', {"a": 1}),
 }  # fmt: skip
 
 
@@ -102,8 +104,17 @@ def test_every_option_has_its_variable(name: str, monkeypatch: pytest.MonkeyPatc
     if name == "node_id":  # any text will do
         return
     monkeypatch.setenv(f"FASTST_{name.upper()}", "no such value")
-    with pytest.raises(fastst_patch.OptionError, match=f"FASTST_{name.upper()}='no such value'"):
+    shown = "" if name == "storage_options" else "='no such value'"  # which may be a password
+    with pytest.raises(fastst_patch.OptionError, match=f"FASTST_{name.upper()}{shown}"):
         fastst_patch.config()
+
+
+def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTST_STORAGE_OPTIONS", '{"key": "SECRET"}')
+    config = fastst_patch.config()
+    assert config.storage_options == {"key": "SECRET"}
+    assert config.public()["storage_options"] == ["key"]
+    assert "SECRET" not in repr(config) + str(config.public()) + str(doctor.examine([]))
 
 
 def test_bad_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
