@@ -25,7 +25,7 @@ LAYERS = [
     {"dropin"},
     {"files"},
     {"arrays", "device", "dtypes", "tensors"},
-    {"engine"},
+    {"engine", "sources"},
     {
         *("config", "errors", "interrupts", "layout", "locks", "machine"),
         *("report", "report_table", "runs", "stock", "terminal"),
