@@ -1,0 +1,431 @@
+"""Remote files kept in a local folder: the option ``remote_cache``.
+
+What streams past is also written to a sparse file. When all of it is there, the file gets its
+name, and the next load is one of a local file.
+
+::
+
+    KEY.part, KEY.journal    being filled: see `partial`
+    KEY.safetensors          complete; it was on the disk before it got this name
+    KEY.json                 URL, identity and size of the complete file; used last when modified
+    .lock                    held while files are begun, finished or removed
+
+KEY is made of the URL without its secrets, and of the identity. A file that changes has another
+identity, so it is another file here. Whether it has changed is asked at each opening by one small
+request; there is none where the URL names a revision that cannot change, or offline.
+
+Nothing that fails here fails a load: the bytes are then streamed, and the reason is logged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from ..config import Config, hub_is_offline
+from . import base
+from .base import HEAD_BYTES, RemoteError, Source, SourceStats
+from .names import identity_text, is_weak, public_url
+from .partial import Partial, remove_unused
+from .standin import StandIn
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["CachedSource", "RemoteCache", "is_fixed", "locate"]
+
+_log = logging.getLogger("fastst_patch")
+
+_PINNED = re.compile(r"hf://(?:[^@]+)@[0-9a-f]{40}/")
+
+FRESH = 600.0
+"""Seconds after its last use in which a file is not removed to make room for another. Else a model
+that is larger than the limit would push out its first files for its last ones at every load."""
+
+_BLOCK = 512  # of st_blocks
+_TAG = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n"
+    "# A cache of remote weights, made by fastst_patch. It can be removed at any time.\n"
+)
+
+
+def is_fixed(url: str, config: Config) -> bool:
+    """Whether nobody asks if a file has changed: its URL names a revision, or we are offline."""
+    if _PINNED.match(url) or config.remote_offline:
+        return True
+    return base.scheme_of(url) == "hf" and hub_is_offline()
+
+
+def locate(url: str, config: Config, standin: StandIn | None = None) -> str | Source:
+    """Open a remote file, or find it here.
+
+    Args:
+        url: as for `base.open_source`; of a stand-in its `StandIn.full_url`.
+        config: options in force.
+        standin: what led to the URL; None: the URL was given.
+
+    Returns:
+        The path of a local file with the same bytes, or a source, which the caller closes.
+
+    Raises:
+        RemoteChangedError: the file is another one than the stand-in was made for.
+        RemoteError, OptionError, ImportError: as `base.open_source`.
+    """
+    local = base.local_path(url, config.storage_options)
+    if local is not None:
+        return local
+    folder = config.remote_cache or (None if standin is None else standin.cache)
+    if folder is None:
+        return _checked(base.open_source(url, config.storage_options), standin)
+    cache = RemoteCache(folder, config.remote_cache_bytes)
+    found = cache.complete(url, None if standin is None else standin.identity)
+    if found is not None and is_fixed(url, config):
+        return found
+    head = HEAD_BYTES if found is None else 1
+    source = _checked(base.open_source(url, config.storage_options, head_bytes=head), standin)
+    try:
+        return cache.keep(url, source)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _checked(source: Source, standin: StandIn | None) -> Source:
+    try:
+        if standin is not None:
+            standin.check(source)
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+class RemoteCache:
+    """A folder of remote files. Usable by any number of processes and threads.
+
+    Args:
+        folder: made when the first file is kept.
+        limit: most bytes of all files in it; None: all of the disk but a twentieth.
+    """
+
+    def __init__(self, folder: str, limit: int | None = None) -> None:
+        self.folder = os.path.abspath(os.path.expanduser(folder))
+        self.limit = limit
+
+    # ---- finding ----
+
+    def complete(self, url: str, identity: str | None = None) -> str | None:
+        """The path of a complete file; None where there is none.
+
+        Args:
+            url: of the remote file.
+            identity: as text; None: that which was used last.
+        """
+        stems: list[str] = []
+        if identity is not None:
+            stems = [self._stem(url, identity)]
+        else:
+            start = self._stem(url, None)
+            with suppress(OSError):  # there is no folder yet
+                stems = [one.stem for one in self._entries() if one.stem.startswith(start)]
+        for stem in reversed(stems):
+            path = f"{stem}.safetensors"
+            with suppress(OSError, ValueError, KeyError):
+                with open(f"{stem}.json", encoding="utf-8") as file:
+                    size = json.load(file)["size"]
+                if os.stat(path).st_size == size:
+                    with suppress(PermissionError):  # a folder that others fill
+                        os.utime(f"{stem}.json")
+                    return path
+        return None
+
+    def keep(self, url: str, source: Source) -> str | Source:
+        """A source that also writes down what is read; the path where all of it is here.
+
+        The source, which is closed where a path is returned, itself where it cannot be kept.
+        """
+        if is_weak(source.identity):
+            _log.warning(
+                "%s is streamed and not kept: the server does not tell when it changes", source.name
+            )
+            return source
+        identity = identity_text(source.identity)
+        found = self.complete(url, identity)
+        try:
+            if found is None:
+                partial = self._begin(self._stem(url, identity), source.size)
+                if partial.missing:
+                    return CachedSource(source, partial, self)
+                found = self.finish(partial, source.name, source.identity)
+                partial.close()
+        except RemoteError:
+            raise
+        except OSError as error:
+            _log.warning("%s is streamed and not kept in %s: %s", source.name, self.folder, error)
+        if found is None:
+            return source
+        source.close()
+        return found
+
+    def _stem(self, url: str, identity: str | None) -> str:
+        last = "" if identity is None else _key(identity)
+        return os.path.join(self.folder, f"{_key(public_url(url))}-{last}")
+
+    # ---- filling ----
+
+    def _begin(self, stem: str, size: int) -> Partial:
+        self._make_folder()
+        with self._lock():
+            if not os.path.exists(f"{stem}.part"):
+                self._make_room(size)
+            return Partial(stem, size)
+
+    def finish(self, partial: Partial, name: str, identity: Hashable) -> str | None:
+        """Name a complete file; None where another process has removed it.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        partial.sync()
+        path = f"{partial.stem}.safetensors"
+        record = {"url": name, "identity": identity_text(identity), "size": partial.size}
+        with self._lock():
+            temporary = f"{partial.stem}.json.new"
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump(record, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, f"{partial.stem}.json")
+            partial.finish(path)
+            folder = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        return path if os.path.exists(path) else None
+
+    def _make_folder(self) -> None:
+        if not os.path.isdir(self.folder):
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            with suppress(FileExistsError):
+                tag = os.path.join(self.folder, "CACHEDIR.TAG")  # backups leave such folders out
+                with open(tag, "x", encoding="utf-8") as file:
+                    file.write(_TAG)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        fd = os.open(os.path.join(self.folder, ".lock"), flags, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            # Not by closing alone: a child that was forked meanwhile shares the lock.
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
+
+    # ---- room ----
+
+    def _entries(self) -> list[_Entry]:
+        """What is kept, that which was used last at the end."""
+        found: dict[str, _Entry] = {}
+        with os.scandir(self.folder) as files:
+            for file in files:
+                stem, suffix = os.path.splitext(file.path)
+                if suffix in (".safetensors", ".part", ".json", ".journal"):
+                    with suppress(FileNotFoundError):
+                        found.setdefault(stem, _Entry(stem)).add(suffix, file.stat())
+        return sorted(found.values(), key=lambda entry: entry.used)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Remove what was not used for longest until a new file fits. Under the lock.
+
+        Raises:
+            OSError: it does not fit.
+        """
+        entries = self._entries()
+        room = self._room(entries)
+        before = time.time() - FRESH
+        old = [entry for entry in entries if entry.used < before]
+        if room + sum(entry.size for entry in old) >= nbytes:
+            for entry in old:
+                if room < nbytes and entry.remove():
+                    room += entry.size
+        if room < nbytes:
+            what = "the disk" if self.limit is None else f"remote_cache_bytes={self.limit}"
+            raise OSError(
+                f"{what} leaves {max(room, 0)} bytes, and the file has {nbytes}"
+                f" (files that were used in the last {FRESH / 60:.0f} minutes stay)"
+            )
+
+    def _room(self, entries: list[_Entry]) -> int:
+        if self.limit is not None:
+            return self.limit - sum(entry.size for entry in entries)
+        disk = os.statvfs(self.folder)
+        unwritten = sum(entry.size - entry.on_disk for entry in entries)
+        return disk.f_bavail * disk.f_frsize - disk.f_blocks * disk.f_frsize // 20 - unwritten
+
+
+@dataclasses.dataclass
+class _Entry:
+    """One remote file in the folder.
+
+    Attributes:
+        stem: its path without suffixes.
+        size: bytes that it has, or will have.
+        on_disk: bytes that it takes now.
+        used: when it was used last, in seconds since the epoch.
+        complete: whether all of it is here.
+    """
+
+    stem: str
+    size: int = 0
+    on_disk: int = 0
+    used: float = 0.0
+    complete: bool = False
+
+    def add(self, suffix: str, status: os.stat_result) -> None:
+        """Count one of its files."""
+        if suffix in (".safetensors", ".part"):
+            self.size += status.st_size
+            self.on_disk += min(status.st_size, status.st_blocks * _BLOCK)
+            self.complete = self.complete or suffix == ".safetensors"
+        self.used = max(self.used, status.st_mtime)
+
+    def remove(self) -> bool:
+        """Remove it unless it is being filled. Maps of a complete file stay valid."""
+        if not remove_unused(self.stem):
+            return False
+        for suffix in (".safetensors", ".json"):
+            with suppress(FileNotFoundError):
+                os.unlink(self.stem + suffix)
+        return True
+
+
+def _key(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+# ---- a source whose bytes are kept --------------------------------------
+
+
+class CachedSource:
+    """A source that takes what is here from the disk, and writes down what it fetches.
+
+    The first bytes, which opening the source has fetched, are written down at once.
+    """
+
+    def __init__(self, source: Source, partial: Partial, cache: RemoteCache) -> None:
+        self._source = source
+        self._partial = partial
+        self._cache = cache
+        self._writes = True
+        self._finished = False  # or going to be
+        self._finishing = False
+        self._closed = False
+        self.read_into(0, bytearray(min(HEAD_BYTES, source.size)))
+
+    @property
+    def scheme(self) -> str:
+        """As of the source, as are all properties."""
+        return self._source.scheme
+
+    @property
+    def name(self) -> str:
+        """See `scheme`."""
+        return self._source.name
+
+    @property
+    def size(self) -> int:
+        """See `scheme`."""
+        return self._source.size
+
+    @property
+    def identity(self) -> Hashable:
+        """See `scheme`."""
+        return self._source.identity
+
+    @property
+    def sequential(self) -> bool:
+        """See `scheme`."""
+        return self._source.sequential
+
+    @property
+    def stats(self) -> SourceStats:
+        """See `scheme`. What comes from the disk does not count."""
+        return self._source.stats
+
+    def read(self, offset: int, nbytes: int) -> Buffer:
+        """See `Source.read`."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise ValueError(f"bytes {offset} to {offset + nbytes} of a file of {self.size}")
+        data = bytearray(nbytes)
+        self.read_into(offset, data)
+        return data
+
+    def read_into(self, offset: int, into: Buffer) -> None:
+        """See `Source.read_into`."""
+        whole = memoryview(into).cast("B")
+        with suppress(OSError):  # closed: the source raises what a closed one does
+            self._partial.refresh()
+        for begin, end, here in self._partial.pieces(offset, offset + len(whole)):
+            piece = whole[begin - offset : end - offset]
+            if not here or not self._partial.read_into(begin, piece):
+                self._fetch(begin, piece)
+
+    def _fetch(self, offset: int, into: memoryview) -> None:
+        self._source.read_into(offset, into)
+        if not self._writes:
+            return
+        try:
+            self._partial.write(offset, into)
+        except OSError as error:
+            if self._writes:
+                self._writes = False
+                _log.warning("%s is not kept any more: %s", self.name, error)
+        if not self._partial.missing:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Name the file once it is on the disk, in a thread: nobody has to wait for the disk.
+
+        A program that ends waits for the thread.
+        """
+        if self._finished:
+            return
+        self._finished = self._finishing = True
+        try:
+            threading.Thread(target=self._finish_now, name="fastst-cache").start()
+        except RuntimeError:  # the interpreter is ending: the next process that opens it does it
+            self._finishing = False
+
+    def _finish_now(self) -> None:
+        try:
+            self._cache.finish(self._partial, self.name, self.identity)
+        except OSError as error:
+            _log.warning("%s was not kept: %s", self.name, error)
+        finally:
+            self._finishing = False
+            if self._closed:
+                self._partial.close()
+
+    def cancel(self) -> None:
+        """See `Source.cancel`."""
+        self._source.cancel()
+
+    def close(self) -> None:
+        """See `Source.close`."""
+        self._source.close()
+        self._closed = True
+        if not self._finishing:  # else the thread closes it
+            self._partial.close()
