@@ -150,6 +150,17 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def _place(path: str) -> dict[str, Any]:
+    """What can be done with a path or a URL."""
+    from ..sources.base import looks_remote
+
+    if not looks_remote(path) or os.path.exists(path):
+        return _file_system(path)
+    from .doctor_remote import examine_url
+
+    return examine_url(path)
+
+
 def _file_system(path: str) -> dict[str, Any]:
     """What can be done with a file, or with the files of a folder. Reads headers, no data."""
     result: dict[str, Any] = {"path": path}
@@ -346,7 +357,7 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
         result["safetensors_module"] = str(stock.safe_open.__module__)
     if native["reason"] is None and importable:
         chosen = list(paths) or [os.getcwd(), tempfile.gettempdir()]
-        result["paths"] = [{**_file_system(path), "named": path in paths} for path in chosen]
+        result["paths"] = [{**_place(path), "named": path in paths} for path in chosen]
         if "error" not in options and not missing:
             result["patch"] = _patching()
     else:

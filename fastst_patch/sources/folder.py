@@ -134,7 +134,7 @@ class _Model:
 
     def path(self) -> str:
         """The folder, or the file; made where it is not there."""
-        start = _key([public_url(self._url), self._cache]) + "-"
+        start = _key([public_url(self._url).rstrip("/"), self._cache]) + "-"
         if self._offline:
             return self._inside(self._made_before(start))
         listed = self._listed()

@@ -167,7 +167,7 @@ def _looks_like(begin: bytes) -> str:
         return ", it is a pickle: convert the model, for example by save_pretrained()"
     if begin.lstrip()[:1] == b"<":
         return ", it is a web page: is the URL right, and does it need a login?"
-    if begin.startswith(b"version https://gi"):
+    if begin.startswith(b"version https://"):
         return ", it is a pointer of Git LFS: upload the file itself"
     return ""
 

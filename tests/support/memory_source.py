@@ -6,6 +6,7 @@ import threading
 from collections.abc import Hashable, Mapping
 
 from fastst_patch.sources.base import (
+    Entry,
     RemoteCancelledError,
     RemoteNotFoundError,
     SourceStats,
@@ -84,6 +85,15 @@ class Bucket:
         source = MemorySource(name, data, ("etag", f'"{self.version}"', len(data)))
         self.opened.append(source)
         return source
+
+    def list_files(self, url: str, options: object = None) -> list[Entry]:
+        """As a bucket's listing: what begins with the URL."""
+        start = url.rstrip("/") + "/"
+        return [
+            Entry(name[len(start) :], len(data), name, ("etag", f'"{self.version}"', len(data)))
+            for name, data in sorted(self.files.items())
+            if name.startswith(start)
+        ]
 
     def fetched(self) -> int:
         """Bytes that were read from all sources."""
