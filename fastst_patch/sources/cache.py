@@ -7,7 +7,7 @@ name, and the next load is one of a local file.
 
     KEY.part, KEY.journal    being filled: see `partial`
     KEY.safetensors          complete; it was on the disk before it got this name
-    KEY.json                 URL, identity and size of the complete file; used last when modified
+    KEY.json                 URL, identity and size; its modification is the file's last use
     .lock                    held while files are begun, finished or removed
 
 KEY is made of the URL without its secrets, and of the identity. A file that changes has another
@@ -33,7 +33,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from ..config import Config, hub_is_offline
-from . import base
+from . import base, standin
 from .base import HEAD_BYTES, RemoteError, Source, SourceStats
 from .names import identity_text, is_weak, public_url
 from .partial import Partial, remove_unused
@@ -42,7 +42,7 @@ from .standin import StandIn
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["CachedSource", "RemoteCache", "is_fixed", "locate"]
+__all__ = ["CachedSource", "RemoteCache", "find_local", "open_kept"]
 
 _log = logging.getLogger("fastst_patch")
 
@@ -59,40 +59,49 @@ _TAG = (
 )
 
 
-def is_fixed(url: str, config: Config) -> bool:
-    """Whether nobody asks if a file has changed: its URL names a revision, or we are offline."""
-    if _PINNED.match(url) or config.remote_offline:
-        return True
-    return base.scheme_of(url) == "hf" and hub_is_offline()
-
-
-def locate(url: str, config: Config, standin: StandIn | None = None) -> str | Source:
-    """Open a remote file, or find it here.
+def find_local(url: str, config: Config) -> str | None:
+    """The local file with the bytes of a remote one; None where its bytes have to be fetched.
 
     Args:
-        url: as for `base.open_source`; of a stand-in its `StandIn.full_url`.
+        url: as for `base.open_source`, or of a stand-in: see `standin.url_of`.
         config: options in force.
-        standin: what led to the URL; None: the URL was given.
-
-    Returns:
-        The path of a local file with the same bytes, or a source, which the caller closes.
 
     Raises:
         RemoteChangedError: the file is another one than the stand-in was made for.
         RemoteError, OptionError, ImportError: as `base.open_source`.
     """
+    url, stands = standin.resolved(url)
     local = base.local_path(url, config.storage_options)
-    if local is not None:
+    cache = _cache_for(config, stands)
+    if local is not None or cache is None:
         return local
-    folder = config.remote_cache or (None if standin is None else standin.cache)
-    if folder is None:
-        return _checked(base.open_source(url, config.storage_options), standin)
-    cache = RemoteCache(folder, config.remote_cache_bytes)
-    found = cache.complete(url, None if standin is None else standin.identity)
-    if found is not None and is_fixed(url, config):
+    found = cache.complete(url, None if stands is None else stands.identity)
+    if found is None or _is_fixed(url, config):
         return found
-    head = HEAD_BYTES if found is None else 1
-    source = _checked(base.open_source(url, config.storage_options, head_bytes=head), standin)
+    source = _opened(url, config, stands, head_bytes=1)
+    try:
+        return cache.complete(url, identity_text(source.identity))
+    finally:
+        source.close()
+
+
+def open_kept(url: str, config: Config) -> Source:
+    """Open a remote file; what is read of it is kept where the options say so.
+
+    Args:
+        url: as for `find_local`.
+        config: options in force.
+
+    Returns:
+        A source, which the caller closes.
+
+    Raises as `find_local`.
+    """
+    url, stands = standin.resolved(url)
+    cache = _cache_for(config, stands)
+    source = _opened(url, config, stands)
+    if cache is None:
+        return source
     try:
         return cache.keep(url, source)
     except BaseException:
@@ -100,10 +109,25 @@ def locate(url: str, config: Config, standin: StandIn | None = None) -> str | So
         raise
 
 
-def _checked(source: Source, standin: StandIn | None) -> Source:
+def _cache_for(config: Config, stands: StandIn | None) -> RemoteCache | None:
+    folder = config.remote_cache or (None if stands is None else stands.cache)
+    return None if folder is None else RemoteCache(folder, config.remote_cache_bytes)
+
+
+def _is_fixed(url: str, config: Config) -> bool:
+    """Whether nobody asks if a file has changed: its URL names a revision, or we are offline."""
+    if _PINNED.match(url) or config.remote_offline:
+        return True
+    return base.scheme_of(url) == "hf" and hub_is_offline()
+
+
+def _opened(
+    url: str, config: Config, stands: StandIn | None, head_bytes: int = HEAD_BYTES
+) -> Source:
+    source = base.open_source(url, config.storage_options, head_bytes=head_bytes)
     try:
-        if standin is not None:
-            standin.check(source)
+        if stands is not None:
+            stands.check(source)
     except BaseException:
         source.close()
         raise
@@ -131,51 +155,59 @@ class RemoteCache:
             url: of the remote file.
             identity: as text; None: that which was used last.
         """
-        stems: list[str] = []
-        if identity is not None:
-            stems = [self._stem(url, identity)]
-        else:
-            start = self._stem(url, None)
-            with suppress(OSError):  # there is no folder yet
-                stems = [one.stem for one in self._entries() if one.stem.startswith(start)]
-        for stem in reversed(stems):
-            path = f"{stem}.safetensors"
-            with suppress(OSError, ValueError, KeyError):
-                with open(f"{stem}.json", encoding="utf-8") as file:
-                    size = json.load(file)["size"]
-                if os.stat(path).st_size == size:
-                    with suppress(PermissionError):  # a folder that others fill
-                        os.utime(f"{stem}.json")
-                    return path
+        with suppress(OSError):  # there is no folder yet
+            start = self._stem(url, identity)
+            for entry in reversed(self._entries()):
+                if entry.stem == start or (identity is None and entry.stem.startswith(start)):
+                    found = self._complete(entry)
+                    if found is not None:
+                        return found
         return None
 
-    def keep(self, url: str, source: Source) -> str | Source:
-        """A source that also writes down what is read; the path where all of it is here.
-
-        The source, which is closed where a path is returned, itself where it cannot be kept.
-        """
-        if is_weak(source.identity):
-            _log.warning(
-                "%s is streamed and not kept: the server does not tell when it changes", source.name
-            )
-            return source
-        identity = identity_text(source.identity)
-        found = self.complete(url, identity)
+    def _complete(self, entry: _Entry) -> str | None:
+        path = f"{entry.stem}.safetensors"
         try:
-            if found is None:
-                partial = self._begin(self._stem(url, identity), source.size)
+            with open(f"{entry.stem}.json", encoding="utf-8") as file:
+                size = json.load(file)["size"]
+            if not entry.complete and entry.size:
+                self._finish_left(entry.stem, size)
+            if os.stat(path).st_size != size:
+                return None
+        except (OSError, ValueError, KeyError):
+            return None
+        with suppress(OSError):  # a folder that others fill
+            os.utime(f"{entry.stem}.json")
+        return path
+
+    def _finish_left(self, stem: str, size: int) -> None:
+        """Finish what a killed process has fetched and not finished."""
+        with self._lock():
+            partial = Partial(stem, size)
+        try:
+            if not partial.missing:
+                self.finish(partial)
+        finally:
+            partial.close()
+
+    def keep(self, url: str, source: Source) -> Source:
+        """A source that also writes down what is read, over the given one.
+
+        Itself, where it is not kept: it is complete already, or there is a reason, which is logged.
+        """
+        reason: object = "the server does not tell when it changes"
+        if not is_weak(source.identity):
+            try:
+                partial = self._begin(url, source)
                 if partial.missing:
                     return CachedSource(source, partial, self)
-                found = self.finish(partial, source.name, source.identity)
                 partial.close()
-        except RemoteError:
-            raise
-        except OSError as error:
-            _log.warning("%s is streamed and not kept in %s: %s", source.name, self.folder, error)
-        if found is None:
-            return source
-        source.close()
-        return found
+                return source  # it was complete when nobody looked any more
+            except RemoteError:
+                raise
+            except OSError as error:
+                reason = error
+        _log.warning("%s is streamed and not kept in %s: %s", source.name, self.folder, reason)
+        return source
 
     def _stem(self, url: str, identity: str | None) -> str:
         last = "" if identity is None else _key(identity)
@@ -183,36 +215,35 @@ class RemoteCache:
 
     # ---- filling ----
 
-    def _begin(self, stem: str, size: int) -> Partial:
+    def _begin(self, url: str, source: Source) -> Partial:
+        identity = identity_text(source.identity)
+        stem = self._stem(url, identity)
+        record = {"url": source.name, "identity": identity, "size": source.size}
         self._make_folder()
         with self._lock():
             if not os.path.exists(f"{stem}.part"):
-                self._make_room(size)
-            return Partial(stem, size)
+                self._make_room(source.size)
+            with open(f"{stem}.json.new", "w", encoding="utf-8") as file:
+                json.dump(record, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{stem}.json.new", f"{stem}.json")
+            return Partial(stem, source.size)
 
-    def finish(self, partial: Partial, name: str, identity: Hashable) -> str | None:
-        """Name a complete file; None where another process has removed it.
+    def finish(self, partial: Partial) -> None:
+        """Name a file of which all is here.
 
         Raises:
             OSError: the disk failed.
         """
         partial.sync()
-        path = f"{partial.stem}.safetensors"
-        record = {"url": name, "identity": identity_text(identity), "size": partial.size}
         with self._lock():
-            temporary = f"{partial.stem}.json.new"
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(record, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, f"{partial.stem}.json")
-            partial.finish(path)
+            partial.finish(f"{partial.stem}.safetensors")
             folder = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-        return path if os.path.exists(path) else None
 
     def _make_folder(self) -> None:
         if not os.path.isdir(self.folder):
@@ -411,7 +442,7 @@ class CachedSource:
 
     def _finish_now(self) -> None:
         try:
-            self._cache.finish(self._partial, self.name, self.identity)
+            self._cache.finish(self._partial)
         except OSError as error:
             _log.warning("%s was not kept: %s", self.name, error)
         finally:

@@ -198,22 +198,17 @@ class Partial:
         """Wait until the bytes are on the disk."""
         os.fdatasync(self._files()[0].fd)
 
-    def finish(self, path: str) -> bool:
+    def finish(self, path: str) -> None:
         """Give the complete file, which was synced, its name, and remove the journal.
 
-        Returns:
-            False where the pair is not at its place any more.
+        Nothing happens where another process has done it, or has removed the pair.
         """
         name = f"{self.stem}.part"
         part, _ = self._files()
-        try:
-            if not os.path.samestat(os.stat(name), os.fstat(part.fd)):
-                return False
-            os.rename(name, path)
-        except FileNotFoundError:  # another process has done it, or has removed the pair
-            return False
-        os.unlink(f"{self.stem}.journal")
-        return True
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(name), os.fstat(part.fd)):
+                os.rename(name, path)
+                os.unlink(f"{self.stem}.journal")
 
     def close(self) -> None:
         """Let go of both files and of the lock; may be repeated."""

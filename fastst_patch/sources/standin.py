@@ -32,7 +32,16 @@ from ..stock import SafetensorError
 from .base import RemoteChangedError, RemoteError, Source
 from .names import identity_text
 
-__all__ = ["StandIn", "find", "header_of", "remember", "write"]
+__all__ = [
+    "StandIn",
+    "find",
+    "header_of",
+    "path_of",
+    "remember",
+    "resolved",
+    "url_of",
+    "write",
+]
 
 _TEXT = (
     "fastst_patch stand-in: this file holds no weights. They are at {url} and are streamed from"
@@ -46,6 +55,8 @@ _RECORD = re.compile(
 _LOOK = 64 << 10
 """Bytes at the beginning of a header in which our record ends: it holds little beside the URL."""
 
+_SCHEME = "fastst-stand-in://"
+_AGAIN = "make the folder again: fastst_patch.remote(url)"
 _KEY = "fastst_patch"  # of our record, first in the metadata
 _VERSION = 1
 _MOST_HEADER = 100_000_000  # as in safetensors itself
@@ -78,7 +89,7 @@ class StandIn:
         if source.size != self.size or identity_text(source.identity) != self.identity:
             raise RemoteChangedError(
                 *_place(source.name), "the file has changed since its stand-in was made",
-                remedy="make the folder again: fastst_patch.remote(url)",
+                remedy=_AGAIN,
             )  # fmt: skip
 
 
@@ -97,6 +108,41 @@ def remember(name: str, url: str) -> None:
 
 
 # ---- reading ------------------------------------------------------------
+
+
+def url_of(path: str) -> str:
+    """The URL by which the file that a stand-in stands for is opened, with all that it records."""
+    return _SCHEME + os.path.abspath(path)
+
+
+def path_of(url: str) -> str | None:
+    """The path of the stand-in, of such a URL; None of any other."""
+    return url.removeprefix(_SCHEME) if url.startswith(_SCHEME) else None
+
+
+def resolved(url: str) -> tuple[str, StandIn | None]:
+    """The URL of the remote file, and the stand-in that led to it.
+
+    Args:
+        url: of a stand-in, see `url_of`, or any other.
+
+    Raises:
+        RemoteError: the stand-in is not there any more, or is none.
+    """
+    path = path_of(url)
+    if path is None:
+        return url, None
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found = find(fd)
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        found = None
+    if found is None:
+        raise RemoteError("", path, "this is no stand-in any more", tries=0, remedy=_AGAIN)
+    return found.full_url, found
 
 
 def find(fd: int) -> StandIn | None:
@@ -119,7 +165,7 @@ def find(fd: int) -> StandIn | None:
         raise RemoteError(
             *_place(record["url"]),
             f"its stand-in is of version {record['version']}, and this package knows {_VERSION}",
-            remedy="update fastst-patch, or make the folder again: fastst_patch.remote(url)",
+            remedy=f"update fastst-patch, or {_AGAIN}",
         )
     return StandIn(record["url"], record["size"], record["identity"], record["cache"])
 

@@ -19,8 +19,7 @@ from places import SUPPORT
 
 from fastst_patch.config import Config
 from fastst_patch.sources import base, cache, partial, standin
-from fastst_patch.sources.cache import CachedSource, RemoteCache, locate
-from fastst_patch.sources.names import identity_text
+from fastst_patch.sources.cache import CachedSource, RemoteCache, find_local, open_kept
 
 MIB = 1 << 20
 URL = "memory://bucket/model.safetensors"
@@ -28,9 +27,6 @@ URL = "memory://bucket/model.safetensors"
 
 def content(nbytes: int = 5 * MIB + 123) -> bytes:
     return random.Random(5).randbytes(nbytes)
-
-
-IDENTITY = identity_text(("etag", '"1"', len(content())))
 
 
 @pytest.fixture
@@ -44,6 +40,11 @@ def bucket(monkeypatch) -> Bucket:
 @pytest.fixture
 def config(tmp_path) -> Config:
     return Config(remote_cache=str(tmp_path / "cache"))
+
+
+def locate(url: str, config: Config):
+    """A path, or a source, as for any load."""
+    return find_local(url, config) or open_kept(url, config)
 
 
 def settled() -> None:
@@ -118,7 +119,7 @@ def test_only_what_is_missing_is_fetched(bucket, config) -> None:
     assert bytes(first.read(2 * MIB, MIB)) == want[2 * MIB : 3 * MIB]
     first.close()
     settled()
-    assert kept(config) == [".journal", ".part"]
+    assert kept(config) == [".journal", ".json", ".part"]
     second = locate(URL, config)
     before = bucket.fetched()
     assert read_all(second) == want
@@ -200,20 +201,28 @@ def test_a_file_that_changes_while_it_is_kept_in_part_is_not_mixed(bucket, confi
     source.close()
 
 
-def test_a_stand_in_wants_the_file_that_it_was_made_for(bucket, config) -> None:
+def stand_in(tmp_path: Path, folder: str | None = None) -> str:
+    """The URL of a stand-in for the file."""
+    path = str(tmp_path / "stand-in.safetensors")
+    source = MemorySource(URL, content(), ("etag", '"1"', len(content())))
+    standin.write(path, source, {}, folder)
+    return standin.url_of(path)
+
+
+def test_a_stand_in_wants_the_file_that_it_was_made_for(bucket, config, tmp_path) -> None:
     fill(config)
-    stands = standin.StandIn(URL, len(content()), IDENTITY)
-    assert Path(locate(URL, config, stands)).read_bytes() == content()
+    stands = stand_in(tmp_path)
+    assert Path(locate(stands, config)).read_bytes() == content()
     bucket.version += 1
     for options in (config, Config()):
         with pytest.raises(base.RemoteChangedError, match="make the folder again"):
-            locate(URL, options, stands)
+            locate(stands, options)
     assert all(one.closed for one in bucket.opened)
 
 
 def test_a_stand_in_names_the_folder(bucket, tmp_path) -> None:
     folder = str(tmp_path / "named")
-    source = locate(URL, Config(), standin.StandIn(URL, len(content()), IDENTITY, folder))
+    source = locate(stand_in(tmp_path, folder), Config())
     read_all(source)
     source.close()
     settled()
@@ -231,8 +240,6 @@ def test_no_request_where_nothing_can_change(bucket, config, monkeypatch, how) -
     elif how == "environment":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     opened = len(bucket.opened)
-    if how == "revision":
-        opened = len(bucket.opened)
     assert locate(url, options) == found
     assert len(bucket.opened) == opened
 
@@ -273,13 +280,13 @@ def start(code: str, tmp_path: Path, config: Config) -> subprocess.Popen[str]:
 
 def test_a_kill_loses_nothing_that_was_written(bucket, config, tmp_path) -> None:
     code = f"""
-source = cache.locate({URL!r}, config)
+source = cache.open_kept({URL!r}, config)
 source.read({2 * MIB}, {2 * MIB})
 os.kill(os.getpid(), signal.SIGKILL)
 """
     child = start(code, tmp_path, config)
     assert child.wait() == -signal.SIGKILL
-    assert kept(config) == [".journal", ".part"]
+    assert kept(config) == [".journal", ".json", ".part"]
     source = locate(URL, config)
     assert read_all(source) == content()
     assert bucket.fetched() == len(content()) - 3 * MIB
@@ -291,7 +298,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_kill_before_the_complete_file_has_its_name(bucket, config, tmp_path) -> None:
     code = f"""
 cache.RemoteCache.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-source = cache.locate({URL!r}, config)
+source = cache.open_kept({URL!r}, config)
 source.read(0, source.size)
 import time; time.sleep(60)
 """
@@ -306,7 +313,7 @@ import time; time.sleep(60)
 def test_processes_fill_one_file(bucket, config, tmp_path) -> None:
     code = f"""
 import random
-source = cache.locate({URL!r}, config)
+source = cache.open_kept({URL!r}, config)
 want, step = bucket.files[{URL!r}], 300_000
 offsets = list(range(0, len(want), step))
 random.Random(int(sys.stdin.readline())).shuffle(offsets)
@@ -447,7 +454,7 @@ def test_closing_at_once_still_finishes(bucket, config, monkeypatch) -> None:
     source = locate(URL, config)
     read_all(source)
     source.close()  # while the disk is still busy
-    assert kept(config) == [".journal", ".part"]
+    assert kept(config) == [".journal", ".json", ".part"]
     go.set()
     settled()
     assert kept(config) == [".json", ".safetensors"]
@@ -557,6 +564,6 @@ def test_the_folder_is_marked_for_backups(bucket, config) -> None:
 
 def test_the_cache_is_usable_by_itself(bucket, config) -> None:
     found = fill(config)
-    store = RemoteCache(config.remote_cache)
+    store = RemoteCache(str(config.remote_cache))
     assert store.complete(URL) == found
     assert store.complete(URL, "another identity") is None

@@ -59,9 +59,7 @@ def stands_for(path: str) -> standin.StandIn:
 
 
 def below(path: str) -> list[str]:
-    return sorted(
-        str(one.relative_to(path)) for one in Path(path).rglob("*") if one.is_file()
-    )
+    return sorted(str(one.relative_to(path)) for one in Path(path).rglob("*") if one.is_file())
 
 
 def test_small_files_are_there_and_weights_stand_in(bucket, tmp_path) -> None:
