@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,12 @@ def content(nbytes: int = 5 * MIB + 123) -> bytes:
 
 
 @pytest.fixture
-def bucket(monkeypatch) -> Bucket:
+def bucket(monkeypatch) -> Iterator[Bucket]:
     made = Bucket({URL: content()})
     monkeypatch.setattr(base, "open_source", made.open_source)
     monkeypatch.setattr(base, "local_path", lambda url, options: None)
-    return made
+    yield made
+    settled()
 
 
 @pytest.fixture
