@@ -20,6 +20,7 @@ Nothing that fails here fails a load: the bytes are then streamed, and the reaso
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -132,6 +133,15 @@ def _opened(
         source.close()
         raise
     return source
+
+
+class _Here(threading.local):
+    """Whether a thread holds the lock of a folder."""
+
+    locked = False
+
+
+_here = _Here()
 
 
 class RemoteCache:
@@ -255,8 +265,16 @@ class RemoteCache:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
+        """Hold the folder's lock.
+
+        Raises:
+            OSError: this thread holds it: a signal handler, or a finalizer, has interrupted it.
+        """
+        if _here.locked:
+            raise OSError(errno.EDEADLK, "it interrupts another load that is being kept")
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         fd = os.open(os.path.join(self.folder, ".lock"), flags, 0o600)
+        _here.locked = True
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
@@ -264,6 +282,7 @@ class RemoteCache:
             # Not by closing alone: a child that was forked meanwhile shares the lock.
             fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
+            _here.locked = False
 
     # ---- room ----
 

@@ -92,8 +92,10 @@ class Partial:
     def __init__(self, stem: str, size: int) -> None:
         self.stem = stem
         self.size = size
-        self._begins: list[int] = []  # of the ranges that are here, sorted, none touching another
-        self._ends: list[int] = []
+        # Begins and ends of the ranges that are here, sorted, none touching another. Replaced as
+        # one, so that a signal handler finds either the old or the new; what that loses comes again
+        # from the journal.
+        self._here: tuple[list[int], list[int]] = ([], [])
         self._seen = _HEADER.size  # bytes of the journal that were read
         journal = _Descriptor(f"{stem}.journal", os.O_APPEND)
         fcntl.flock(journal.fd, fcntl.LOCK_SH)
@@ -131,24 +133,24 @@ class Partial:
             self._seen = max(self._seen, begin + whole)
 
     def _add(self, begin: int, end: int) -> None:
-        i = bisect.bisect_left(self._ends, begin)
-        j = bisect.bisect_right(self._begins, end)
+        begins, ends = self._here
+        i = bisect.bisect_left(ends, begin)
+        j = bisect.bisect_right(begins, end)
         if i < j:
-            begin, end = min(begin, self._begins[i]), max(end, self._ends[j - 1])
-        self._begins[i:j], self._ends[i:j] = [begin], [end]
+            begin, end = min(begin, begins[i]), max(end, ends[j - 1])
+        self._here = [*begins[:i], begin, *begins[j:]], [*ends[:i], end, *ends[j:]]
 
     @property
     def missing(self) -> int:
         """Bytes that are not here, as far as this process knows."""
-        with shared:
-            return self.size - sum(self._ends) + sum(self._begins)
+        begins, ends = self._here
+        return self.size - sum(ends) + sum(begins)
 
     def pieces(self, begin: int, end: int) -> list[tuple[int, int, bool]]:
         """A range in pieces that are here, or are not: begin, end, whether it is here."""
-        with shared:
-            i = bisect.bisect_right(self._ends, begin)
-            j = bisect.bisect_left(self._begins, end)
-            here = list(zip(self._begins[i:j], self._ends[i:j], strict=True))
+        begins, ends = self._here
+        i, j = bisect.bisect_right(ends, begin), bisect.bisect_left(begins, end)
+        here = list(zip(begins[i:j], ends[i:j], strict=True))
         found: list[tuple[int, int, bool]] = []
         at = begin
         for first, last in here:

@@ -444,6 +444,25 @@ def test_no_thread_and_no_descriptor_is_left(bucket, config) -> None:
     assert not [one for one in threading.enumerate() if one.name == "fastst-cache"]
 
 
+def test_a_handler_that_loads_while_its_thread_begins_a_file(
+    bucket, config, monkeypatch, caplog
+) -> None:
+    make_room = RemoteCache._make_room
+    nested: list[object] = []
+
+    def interrupted(self: RemoteCache, nbytes: int) -> None:
+        monkeypatch.setattr(RemoteCache, "_make_room", make_room)
+        nested.append(locate(URL, config))
+        make_room(self, nbytes)
+
+    monkeypatch.setattr(RemoteCache, "_make_room", interrupted)
+    source = locate(URL, config)
+    assert isinstance(nested[0], MemorySource)
+    assert "interrupts another load" in caplog.text
+    assert read_all(source) == content()
+    source.close()
+
+
 def test_closing_at_once_still_finishes(bucket, config, monkeypatch) -> None:
     go = threading.Event()
     sync = partial.Partial.sync
