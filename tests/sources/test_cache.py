@@ -19,8 +19,9 @@ from memory_source import Bucket, MemorySource
 from places import SUPPORT
 
 from fastst_patch.config import Config
-from fastst_patch.sources import base, cache, partial, standin
-from fastst_patch.sources.cache import CachedSource, RemoteCache, find_local, open_kept
+from fastst_patch.sources import base, partial, standin, store
+from fastst_patch.sources.cache import CachedSource, find_local, open_kept
+from fastst_patch.sources.store import Store
 
 MIB = 1 << 20
 URL = "memory://bucket/model.safetensors"
@@ -261,7 +262,7 @@ import os, signal, sys
 sys.path.insert(0, {support!r})
 from memory_source import Bucket
 from fastst_patch.config import Config
-from fastst_patch.sources import base, cache
+from fastst_patch.sources import base, cache, store
 bucket = Bucket({{{url!r}: open({data!r}, "rb").read()}})
 Config.storage_options = None
 base.open_source = bucket.open_source
@@ -299,7 +300,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_kill_before_the_complete_file_has_its_name(bucket, config, tmp_path) -> None:
     code = f"""
-cache.RemoteCache.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+store.Store.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 source = cache.open_kept({URL!r}, config)
 source.read(0, source.size)
 import time; time.sleep(60)
@@ -447,15 +448,15 @@ def test_no_thread_and_no_descriptor_is_left(bucket, config) -> None:
 def test_a_handler_that_loads_while_its_thread_begins_a_file(
     bucket, config, monkeypatch, caplog
 ) -> None:
-    make_room = RemoteCache._make_room
+    make_room = Store._make_room
     nested: list[object] = []
 
-    def interrupted(self: RemoteCache, nbytes: int) -> None:
-        monkeypatch.setattr(RemoteCache, "_make_room", make_room)
+    def interrupted(self: Store, nbytes: int) -> None:
+        monkeypatch.setattr(Store, "_make_room", make_room)
         nested.append(locate(URL, config))
         make_room(self, nbytes)
 
-    monkeypatch.setattr(RemoteCache, "_make_room", interrupted)
+    monkeypatch.setattr(Store, "_make_room", interrupted)
     source = locate(URL, config)
     assert isinstance(nested[0], MemorySource)
     assert "interrupts another load" in caplog.text
@@ -527,7 +528,7 @@ def test_a_file_larger_than_the_limit_pushes_nothing_out(bucket, config) -> None
 
 
 def test_what_is_being_filled_counts_whole_and_stays(bucket, config, monkeypatch) -> None:
-    monkeypatch.setattr(cache, "FRESH", -10)
+    monkeypatch.setattr(store, "FRESH", -10)
     limited = Config(remote_cache=config.remote_cache, remote_cache_bytes=6 * MIB)
     a, b = urls(bucket, 2, 2 * MIB)
     first = locate(URL, limited)
@@ -540,7 +541,7 @@ def test_what_is_being_filled_counts_whole_and_stays(bucket, config, monkeypatch
 
 
 def test_what_a_killed_process_left_makes_room(bucket, config, monkeypatch) -> None:
-    monkeypatch.setattr(cache, "FRESH", -10)
+    monkeypatch.setattr(store, "FRESH", -10)
     limited = Config(remote_cache=config.remote_cache, remote_cache_bytes=6 * MIB)
     (a,) = urls(bucket, 1, 2 * MIB)
     source = locate(URL, limited)
@@ -583,8 +584,8 @@ def test_the_folder_is_marked_for_backups(bucket, config) -> None:
     assert tag.startswith("Signature: 8a477f597d28d172789f06886806bc55")
 
 
-def test_the_cache_is_usable_by_itself(bucket, config) -> None:
+def test_the_store_is_usable_by_itself(bucket, config) -> None:
     found = fill(config)
-    store = RemoteCache(str(config.remote_cache))
-    assert store.complete(URL) == found
-    assert store.complete(URL, "another identity") is None
+    folder = Store(str(config.remote_cache))
+    assert folder.complete(URL) == found
+    assert folder.complete(URL, "another identity") is None
