@@ -26,6 +26,7 @@ __all__ = [
     "RemoteError",
     "RemoteNotFoundError",
     "RemotePermissionError",
+    "RemoteWarning",
     "Source",
     "SourceStats",
     "UnknownSchemeError",
@@ -54,7 +55,7 @@ class RemoteError(FaststError, OSError):
         reason: what went wrong, in words.
         offset: first byte of the request that failed; None where it was not about bytes.
         status: of the server's answer; None where there was none, or none is known.
-        tries: how many requests were made for these bytes.
+        tries: how many requests were made for these bytes; 0 where none could be.
         remedy: what to do about it; may be empty.
     """
 
@@ -85,8 +86,11 @@ class RemoteError(FaststError, OSError):
         facts = [] if self.offset is None else [f"at byte {self.offset}"]
         if self.status is not None:
             facts.append(f"status {self.status}")
-        facts.append("1 try" if self.tries == 1 else f"{self.tries} tries")
-        text = f"{self.host}/{self.path.lstrip('/')}: {self.reason} ({', '.join(facts)})"
+        if self.tries:
+            facts.append("1 try" if self.tries == 1 else f"{self.tries} tries")
+        text = f"{self.host}/{self.path.lstrip('/')}: {self.reason}"
+        if facts:
+            text += f" ({', '.join(facts)})"
         return f"{text}; {self.remedy}" if self.remedy else text
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -118,6 +122,10 @@ class RemoteCancelledError(RemoteError):
     """The read was cancelled by `Source.cancel` or `Source.close`."""
 
     code = errno.ECANCELED
+
+
+class RemoteWarning(UserWarning):
+    """Credentials go over an unprotected connection, or a server gives no ranges."""
 
 
 # ---- a source -----------------------------------------------------------
@@ -281,7 +289,7 @@ def open_source(
         url: ``http://``, ``https://``, ``s3://bucket/key``, ``gs://``, ``az://container/key`` or
             ``hf://org/repo[@revision]/path``.
         options: of the transport (`storage_options`): obstore's keys of the store and of its
-            client, and ours: ``max_tries``, ``deadline`` and ``stall`` in seconds.
+            client, and ours: ``max_tries``, and in seconds ``deadline``, ``stall``, ``backoff``.
         head_bytes: how many first bytes to keep; reads within them make no request.
 
     Returns:
