@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from . import base
+from . import base, web
 from .base import RemoteError, RemoteNotFoundError, RemotePermissionError
 from .names import is_inside
 
@@ -184,14 +184,20 @@ class _WebFolder:
     # ---- by pages of links ----
 
     def listed(self) -> list[Listed]:
-        """The files that the server's page for the folder links to; empty without such a page."""
+        """The files that the server's page for the folder links to; empty without such a page.
+
+        Raises:
+            RemoteError: the server does not answer.
+        """
         names: list[str] = []
         folders = [""]
         while folders and len(names) < _MOST_FILES:
             folder = folders.pop()
             try:
-                page = self._read(folder, _LARGEST_PAGE)
-            except RemoteError:
+                page = web.read_page(self._url(folder), self._options or {}, _LARGEST_PAGE)
+            except RemoteError as error:
+                if error.status is None:  # it does not answer
+                    raise
                 continue
             for name in self._linked(folder, page):
                 if not name.endswith("/"):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Hashable
+
+from .base import RemoteError, scheme_of
+from .urls import hidden, parse_http
 
 __all__ = ["identity_text", "is_inside", "is_weak", "public_url"]
 
-_HTTP = re.compile(r"(https?://)(?:[^/?#]*@)?([^?#]*)", re.IGNORECASE)
-
 
 def public_url(url: str) -> str:
-    """A URL without user info and query, which may hold passwords and signatures.
+    """A URL as the name of its source: without user info and query, which may hold secrets.
 
     Keys of object stores are taken as they stand, whatever characters are in them.
     """
-    found = _HTTP.match(url)
-    return url if found is None else found[1].lower() + found[2]
+    if scheme_of(url) not in ("http", "https"):
+        return url
+    try:
+        return parse_http(url).name
+    except RemoteError:  # no server is asked for it
+        return hidden(url)
 
 
 def identity_text(identity: Hashable) -> str:

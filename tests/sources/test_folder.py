@@ -17,7 +17,7 @@ from memory_source import Bucket
 
 import fastst_patch
 from fastst_patch.errors import OptionError
-from fastst_patch.sources import base, folder, standin
+from fastst_patch.sources import base, folder, standin, web
 from fastst_patch.sources.folder import remote
 
 WEIGHTS = safetensors.numpy.save({"w": np.ones(4000, np.float32)}, {"format": "pt"})
@@ -44,6 +44,7 @@ def bucket(monkeypatch, tmp_path) -> Bucket:
     made = Bucket(placed(URL, FILES))
     monkeypatch.setattr(base, "open_source", made.open_source)
     monkeypatch.setattr(base, "list_files", made.list_files)
+    monkeypatch.setattr(web, "read_page", made.read_page)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return made
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from memory_source import Bucket
 
-from fastst_patch.sources import base
+from fastst_patch.sources import base, web
 from fastst_patch.sources.listing import list_model, place_of, weight_files
 
 WEIGHTS = safetensors.numpy.save({"w": np.ones(4, np.float32)})
@@ -29,6 +29,7 @@ def bucket(monkeypatch) -> Bucket:
     made = Bucket({})
     monkeypatch.setattr(base, "open_source", made.open_source)
     monkeypatch.setattr(base, "list_files", made.list_files)
+    monkeypatch.setattr(web, "read_page", made.read_page)
     return made
 
 
@@ -87,7 +88,6 @@ def test_the_page_for_a_folder(bucket, page, url) -> None:
     assert [one.name for one in found] == ["1_Pooling/config.json", "a b.safetensors",
                                            "config.json"]  # fmt: skip
     assert found[1].url == "http://host/m/a%20b.safetensors"
-    assert all(source.closed for source in bucket.opened)
 
 
 def test_pages_that_lead_in_circles_end(bucket) -> None:
@@ -158,6 +158,7 @@ def test_a_server_that_refuses(bucket, monkeypatch) -> None:
         raise base.RemotePermissionError("host", "/m", "forbidden", status=403)
 
     monkeypatch.setattr(base, "open_source", refuses)
+    monkeypatch.setattr(web, "read_page", lambda url, *_: refuses(url))
     with pytest.raises(PermissionError, match="forbidden"):
         list_model("http://host/m")
 
@@ -176,10 +177,11 @@ def test_a_server_that_says_403_for_what_is_not_there(bucket, monkeypatch) -> No
 
 
 def test_a_server_that_is_down(bucket, monkeypatch) -> None:
-    def down(url: str, options: object = None, *, head_bytes: int = 1) -> object:
+    def down(url: str, options: object, most: int) -> bytes:
         raise base.RemoteError("host", "/m", "connection refused")
 
-    monkeypatch.setattr(base, "open_source", down)
+    monkeypatch.setattr(web, "read_page", down)
+    monkeypatch.setattr(base, "open_source", lambda *_, **__: pytest.fail("asked again"))
     with pytest.raises(base.RemoteError, match="connection refused"):
         list_model("http://host/m")
 

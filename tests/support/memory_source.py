@@ -95,6 +95,10 @@ class Bucket:
             if name.startswith(start)
         ]
 
+    def read_page(self, url: str, options: object, most: int) -> bytes:
+        """In the place of `web.read_page`."""
+        return bytes(self.open_source(url).data[:most])
+
     def fetched(self) -> int:
         """Bytes that were read from all sources."""
         return sum(source.stats.bytes for source in self.opened)
