@@ -45,6 +45,7 @@ _OTHER_WEIGHTS = frozenset((
     ".gz", ".zip",
 ))  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_SNAPSHOT = ("config.json", "model_index.json", "modules.json")  # one of them is in each model
 _LARGEST_SMALL = 64 << 20
 """Bytes of a file up to which it is fetched: the largest tokenizers have some 35 MB."""
 
@@ -136,7 +137,7 @@ class _Model:
         """The folder, or the file; made where it is not there."""
         start = _key([public_url(self._url).rstrip("/"), self._cache]) + "-"
         if self._offline:
-            return self._inside(self._made_before(start))
+            return self._here(start)
         listed = self._listed()
         place = os.path.join(self._root, start + _key(listed))
         if os.path.isdir(place):
@@ -151,11 +152,16 @@ class _Model:
         parts = ("model", self._single) if self._single else (self._leaf,)
         return os.path.join(place, *parts)
 
-    def _made_before(self, start: str) -> str:
+    def _here(self, start: str) -> str:
+        """The folder that was made last; of hf://, else that in huggingface_hub's cache."""
         with suppress(OSError):
             places = [one.path for one in os.scandir(self._root) if one.name.startswith(start)]
             if places:
-                return max(places, key=os.path.getmtime)
+                return self._inside(max(places, key=os.path.getmtime))
+        for name in _SNAPSHOT if base.scheme_of(self._url) == "hf" else ():
+            found = base.local_path(f"{self._url.rstrip('/')}/{name}", self._options)
+            if found is not None:
+                return os.path.dirname(found)
         raise RemoteError(
             *place_of(self._url),
             "no folder was made for this model before, and none can be made offline",

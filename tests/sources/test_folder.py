@@ -255,6 +255,18 @@ def test_offline_it_is_the_folder_made_last(bucket, monkeypatch) -> None:
     assert len(bucket.opened) == opened
 
 
+def test_offline_a_model_of_the_hub_is_that_in_its_cache(bucket, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    snapshot = tmp_path / "snapshots" / "abc"
+    monkeypatch.setattr(
+        base, "local_path",
+        lambda url, _: f"{snapshot}/modules.json" if url == "hf://org/m/modules.json" else None,
+    )  # fmt: skip
+    assert remote("hf://org/m") == str(snapshot)
+    with pytest.raises(base.RemoteError, match="offline"):
+        remote("hf://org/other")
+
+
 def test_paths_are_plain(bucket) -> None:
     url = "s3://bucket/a b/..;rm -rf ü"
     bucket.files = placed(url, {"w.safetensors": WEIGHTS})
