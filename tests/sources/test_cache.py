@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from memory_source import Bucket, MemorySource
+from remote_bucket import Bucket, MemorySource
 from places import SUPPORT
 
 from fastst_patch.config import Config
@@ -260,7 +260,7 @@ def test_a_server_that_does_not_tell_of_changes(bucket, config, caplog, monkeypa
 CHILD = """
 import os, signal, sys
 sys.path.insert(0, {support!r})
-from memory_source import Bucket
+from remote_bucket import Bucket
 from fastst_patch.config import Config
 from fastst_patch.sources import base, cache, store
 bucket = Bucket({{{url!r}: open({data!r}, "rb").read()}})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from memory_source import Bucket
+from remote_bucket import Bucket
 
 import fastst_patch
 from fastst_patch.errors import OptionError

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-from memory_source import Bucket
+from remote_bucket import Bucket
 
 from fastst_patch.sources import base, web
 from fastst_patch.sources.listing import list_model, place_of, weight_files

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from memory_source import MemorySource
+from remote_bucket import MemorySource
 
 from fastst_patch.sources import base, standin
 from fastst_patch.sources.names import identity_text, is_inside, public_url
