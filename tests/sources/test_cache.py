@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from remote_bucket import Bucket, MemorySource
 from places import SUPPORT
+from remote_bucket import Bucket, MemorySource
 
 from fastst_patch.config import Config
 from fastst_patch.sources import base, partial, standin, store
