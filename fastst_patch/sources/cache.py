@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..config import Config, hub_is_offline
 from . import base, standin
@@ -29,43 +29,46 @@ if TYPE_CHECKING:
 
 __all__ = ["CachedSource", "find_local", "open_kept"]
 
+OpenSource: TypeAlias = Callable[..., Source]
+
 _log = logging.getLogger("fastst_patch")
 
 _PINNED = re.compile(r"hf://(?:[^@]+)@[0-9a-f]{40}/")
 
 
-def find_local(url: str, config: Config) -> str | None:
-    """The local file with the bytes of a remote one; None where its bytes have to be fetched.
+def find_local(url: str, config: Config, opening: OpenSource | None = None) -> str | None:
+    """A complete file in the folder; None where there is none, or it has changed.
 
     Args:
         url: as for `base.open_source`, or of a stand-in: see `standin.url_of`.
         config: options in force.
+        opening: in the place of `base.open_source`.
 
     Raises:
         RemoteChangedError: the file is another one than the stand-in was made for.
         RemoteError, OptionError, ImportError: as `base.open_source`.
     """
     url, stands = standin.resolved(url)
-    local = base.local_path(url, config.storage_options)
     store = _store_for(config, stands)
-    if local is not None or store is None:
-        return local
+    if store is None:
+        return None
     found = store.complete(url, None if stands is None else stands.identity)
     if found is None or _is_fixed(url, config):
         return found
-    source = _opened(url, config, stands, head_bytes=1)
+    source = _opened(opening, url, config, stands, head_bytes=1)
     try:
         return store.complete(url, identity_text(source.identity))
     finally:
         source.close()
 
 
-def open_kept(url: str, config: Config) -> Source:
+def open_kept(url: str, config: Config, opening: OpenSource | None = None) -> Source:
     """Open a remote file; what is read of it is kept where the options say so.
 
     Args:
         url: as for `find_local`.
         config: options in force.
+        opening: as for `find_local`.
 
     Returns:
         A source, which the caller closes.
@@ -74,7 +77,7 @@ def open_kept(url: str, config: Config) -> Source:
     """
     url, stands = standin.resolved(url)
     store = _store_for(config, stands)
-    source = _opened(url, config, stands)
+    source = _opened(opening, url, config, stands)
     if store is None:
         return source
     try:
@@ -97,9 +100,13 @@ def _is_fixed(url: str, config: Config) -> bool:
 
 
 def _opened(
-    url: str, config: Config, stands: StandIn | None, head_bytes: int = HEAD_BYTES
+    opening: OpenSource | None,
+    url: str,
+    config: Config,
+    stands: StandIn | None,
+    head_bytes: int = HEAD_BYTES,
 ) -> Source:
-    source = base.open_source(url, config.storage_options, head_bytes=head_bytes)
+    source = (opening or base.open_source)(url, config.storage_options, head_bytes=head_bytes)
     try:
         if stands is not None:
             stands.check(source)

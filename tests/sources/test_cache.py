@@ -35,7 +35,6 @@ def content(nbytes: int = 5 * MIB + 123) -> bytes:
 def bucket(monkeypatch) -> Iterator[Bucket]:
     made = Bucket({URL: content()})
     monkeypatch.setattr(base, "open_source", made.open_source)
-    monkeypatch.setattr(base, "local_path", lambda url, options: None)
     yield made
     settled()
 
@@ -264,9 +263,7 @@ from remote_bucket import Bucket
 from fastst_patch.config import Config
 from fastst_patch.sources import base, cache, store
 bucket = Bucket({{{url!r}: open({data!r}, "rb").read()}})
-Config.storage_options = None
 base.open_source = bucket.open_source
-base.local_path = lambda url, options: None
 config = Config(remote_cache={folder!r})
 """
 
