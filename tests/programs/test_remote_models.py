@@ -190,7 +190,9 @@ def test_to_a_device(served, sharded, pretrained_to_cuda) -> None:
     with fastst_patch.profile() as seen:
         model = kind.from_pretrained(folder, device_map={"": "cuda:0"})
     assert digest(model) == expected
-    assert {report.device for report in seen.reports} == {"cuda:0"}
+    streamed = [report for report in seen.reports if report.call == "from_pretrained"]
+    assert {(report.device, report.fallback_reason) for report in streamed} == {("cuda:0", None)}
+    assert sum(report.tensors for report in streamed) == len(model.state_dict())
 
 
 # ---- other libraries
@@ -219,7 +221,10 @@ def test_accelerate_offloads_to_disk(served, sharded, consumer, tmp_path) -> Non
         model = transformers.AutoModelForCausalLM.from_config(config)
     with fastst_patch.patched():
         model = accelerate.load_checkpoint_and_dispatch(
-            model, folder, device_map={"": "disk"}, offload_folder=str(tmp_path / "offload")
+            model,
+            folder,
+            device_map={"model": "disk", "lm_head": "cpu"},
+            offload_folder=str(tmp_path / "offload"),
         )
         with torch.no_grad():
             for _ in range(2):
@@ -302,7 +307,6 @@ def stand_in(served, sample, tmp_path) -> str:
 
 def test_calls_of_safetensors(stand_in, sample, assert_same) -> None:
     expected = safetensors.torch.load_file(sample)
-    arrays = safetensors.numpy.load_file(sample)
     with fastst_patch.patched():
         assert_same(safetensors.torch.load_file(stand_in), expected)
         assert_same(safetensors.torch.load_file(filename=Path(stand_in)), expected)
@@ -311,7 +315,7 @@ def test_calls_of_safetensors(stand_in, sample, assert_same) -> None:
             assert torch.equal(handle.get_tensor("w"), expected["w"])
             assert torch.equal(handle.get_slice("w")[3:5], expected["w"][3:5])
         with safetensors.safe_open(stand_in, "np") as handle:
-            assert (handle.get_tensor("b") == arrays["b"]).all()
+            assert handle.get_tensor("b").tolist() == expected["b"].tolist()
     assert_same(fastst_patch.load_file(stand_in), expected)
 
 
