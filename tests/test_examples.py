@@ -37,7 +37,7 @@ def test_single_process(tmp_path, raw) -> None:
 def test_remote_model(tmp_path, raw) -> None:
     if not EXAMPLES.is_dir():
         pytest.skip("no examples beside these tests")
-    file = raw.tensors({"a": torch.ones(100, 7), "b": torch.ones(7)})
+    file = raw.tensors({"a": torch.ones(100_000, 7), "b": torch.ones(7)})
     files = {"/m/model.safetensors": Path(file).read_bytes(), "/m/config.json": b"{}"}
     with FaultServer(files) as server:
         command = [
@@ -53,6 +53,6 @@ def test_remote_model(tmp_path, raw) -> None:
             assert done.stdout.splitlines() == [
                 "m: ['config.json', 'model.safetensors']",
                 "a: 56 bytes of (2, 7) taken",
-                "2 tensors, 2828 bytes",
+                "2 tensors, 2800028 bytes",
                 f"by {path}",
             ]
