@@ -94,7 +94,8 @@ def _moved(url: str) -> tuple[float, int]:
     source = base.open_source(url, current().storage_options)
     seconds = time.perf_counter() - begin
     try:
-        place = memoryview(torch.zeros(source.size, dtype=torch.uint8).numpy())
+        zeros: Any = torch.zeros(source.size, dtype=torch.uint8).numpy()
+        place = memoryview(zeros)
         begin = time.perf_counter()
         _in_ranges(source, lambda at: source.read_into(at, place[at : at + _RANGE]))
         return seconds + time.perf_counter() - begin, source.stats.requests

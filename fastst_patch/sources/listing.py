@@ -267,8 +267,9 @@ class _WebFolder:
         for name, content in contents.items():
             if name.endswith(".safetensors.index.json"):
                 yield from weight_files(content, name, self._base)
-            for folder in _FOLDERS.get(name, lambda _: [])(content):
-                if is_inside(folder):
+            find_folders = _FOLDERS.get(name)
+            if find_folders is not None:
+                for folder in filter(is_inside, find_folders(content)):
                     yield from (f"{folder}/{one}" for one in _COMPONENT)
 
 
