@@ -346,6 +346,12 @@ def environment_profile() -> tuple[str, int] | None:
     return (path, int(pid) if pid.isdecimal() else 0) if path else None
 
 
+def object_store_endpoint() -> str | None:
+    """The address of an object store other than the cloud's own, from the variables of obstore."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
 def local_ranks() -> tuple[int, int] | None:
     """The number of this rank among those of its node, and their count, as ``torchrun`` sets them.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import random
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..locks import shared
 from .base import RemoteCancelledError, RemoteError, SourceStats
 from .retry import Failure, Flight, Limits
 from .transport import Place
@@ -85,19 +86,37 @@ class Attempts:
         limits: how long and how often.
 
     Attributes:
-        stats: of all requests so far.
         cancelled: no request is sent any more.
-        busy: whether a request is on its way.
     """
 
     def __init__(self, place: Place, limits: Limits) -> None:
         self._place = place
         self._limits = limits
-        self._flights: set[Flight] = set()  # its operations are single ones: no lock
+        self._all_flights: set[Flight] = set()  # its operations are single ones: no lock
+        self._pid = os.getpid()
         self._resume = 0.0  # no request before this time (`time.monotonic`)
         self._asked: Failure | None = None  # the answer that asked for it
-        self.stats = SourceStats()
+        # What single requests did: an append needs no lock, which `+=` from several threads would.
+        self._tried: list[tuple[bool, int]] = []  # whether it was a repeated one, bytes
+        self._waited: list[float] = []
         self.cancelled = False
+
+    @property
+    def stats(self) -> SourceStats:
+        """What was done so far."""
+        tried = list(self._tried)
+        return SourceStats(
+            requests=len(tried),
+            retries=sum(again for again, _ in tried),
+            waited=sum(list(self._waited)),
+            bytes=sum(arrived for _, arrived in tried),
+        )
+
+    @property
+    def _flights(self) -> set[Flight]:
+        if self._pid != os.getpid():  # the threads of the others are in the parent
+            self._all_flights, self._pid = set(), os.getpid()
+        return self._all_flights
 
     @property
     def busy(self) -> bool:
@@ -136,7 +155,7 @@ class Attempts:
                     failure = error
                 finally:
                     self._flights.discard(flight)
-                    self._count(tries, progress.arrived - before)
+                    self._tried.append((tries > 1, progress.arrived - before))
                 if progress.arrived - before >= _WORTH:
                     tries = 1
             if self.cancelled:
@@ -160,7 +179,7 @@ class Attempts:
                     f"the server asks to wait for {left:.0f} s", remedy="raise the deadline",
                     status=self._asked.status if self._asked else None,
                 )  # fmt: skip
-            self._sleep(left)
+            self._sleep(left * random.uniform(1.0, 1.1))  # not all at once
         return None
 
     def _wait(self, failure: Failure, tries: int, progress: Progress) -> bool:
@@ -184,14 +203,7 @@ class Attempts:
             if left <= 0:
                 break
             time.sleep(min(left, _SLICE))
-        with shared:
-            self.stats.waited += time.monotonic() - begun
-
-    def _count(self, tries: int, arrived: int) -> None:
-        with shared:
-            self.stats.requests += 1
-            self.stats.retries += tries > 1
-            self.stats.bytes += arrived
+        self._waited.append(time.monotonic() - begun)
 
     def _error(self, failure: Failure | None, offset: int, tries: int) -> RemoteError:
         place = self._place

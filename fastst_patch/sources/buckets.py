@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
+from ..config import object_store_endpoint
 from ..errors import OptionError
 from . import loop
 from .attempts import Attempts
@@ -32,7 +33,7 @@ def open_source(url: str, options: dict[str, object], head_bytes: int) -> Source
     scheme, limits = _scheme(url), _limits(options)
     place, bucket, key = bucket_place(scheme, url, _BUCKET[scheme])
     store = make_store(scheme, bucket, options)
-    _warn_if_unprotected(store)
+    _warn_if_unprotected(options)
     transport = _or_error(place, lambda: ObjectTransport(store, key, place))
     return RangedSource.open(transport, limits, head_bytes)
 
@@ -47,7 +48,7 @@ def list_files(url: str, options: dict[str, object]) -> Sequence[Entry]:
     prefix = key.strip("/") + "/" if key.strip("/") else ""
     place = Place(scheme, bucket, "/" + prefix, f"{scheme}://{bucket}/{prefix}")
     store = make_store(scheme, bucket, options)
-    _warn_if_unprotected(store)
+    _warn_if_unprotected(options)
     _or_error(place, loop.acquire)
     try:
         entries: Sequence[Entry] = Attempts(place, limits).run(
@@ -104,10 +105,11 @@ def _or_error(place: Place, act: Callable[[], _T]) -> _T:
     raise failure.kind(place.host, place.path, failure.reason, tries=0, remedy=failure.remedy)
 
 
-def _warn_if_unprotected(store: object) -> None:
+def _warn_if_unprotected(options: Mapping[str, object]) -> None:
     """Warn where the endpoint is http, and requests are signed."""
-    config = dict(getattr(store, "config", {}))
-    endpoint = next((str(config[one]) for one in config if str(one).endswith("endpoint")), "")
-    anonymous = str(config.get("skip_signature", "false")).lower() in ("true", "1")
-    if endpoint.lower().startswith("http://") and not anonymous:
+    given = {str(name).lower(): str(value) for name, value in options.items()}
+    named = [value for name, value in given.items() if name.rpartition("_")[2] == "endpoint"]
+    endpoint = (named or [object_store_endpoint() or ""])[0]
+    signed = not any("skip_signature" in name for name in given)
+    if endpoint.lower().startswith("http://") and signed:
         warn_unprotected(hidden(endpoint).rpartition("://")[2])

@@ -6,9 +6,11 @@ import base64
 import contextlib
 import functools
 import http.client
+import io
 import os
 import socket
 import ssl
+import time
 import urllib.parse
 import urllib.request
 from typing import Any
@@ -16,16 +18,18 @@ from typing import Any
 from .retry import Failure, Flight, Limits
 from .urls import HttpUrl
 
-__all__ = ["Connection", "Dialer", "explained", "tls_context"]
+__all__ = ["Connection", "Dialer", "Incoming", "explained", "tls_context"]
+
+
+_ENDED = (ssl.SSLEOFError, ssl.SSLZeroReturnError)  # the server closed the connection
 
 
 class Connection:
-    """An open connection, and the server it leads to."""
+    """An open connection, and the process that opened it."""
 
-    __slots__ = ("_pid", "raw", "sock")
+    __slots__ = ("_pid", "sock")
 
-    def __init__(self, raw: socket.socket, sock: socket.socket) -> None:
-        self.raw = raw  # below TLS: `shutdown` of it wakes whoever waits in either
+    def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self._pid = os.getpid()
 
@@ -36,17 +40,46 @@ class Connection:
 
     def abort(self) -> None:
         """Wake the thread that waits for this connection."""
-        _shut(self.raw)
+        if not self.own:
+            return  # `shutdown` in a forked child would end the connection of its parent
+        with contextlib.suppress(OSError):  # it is not connected any more, or closed
+            # Not `SSLSocket.shutdown`, which takes TLS away from under the thread that waits.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close it, without a word to the server."""
         self.sock.close()
-        self.raw.close()
 
 
-def _shut(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it is not connected any more, or closed
-        sock.shutdown(socket.SHUT_RDWR)
+class Incoming(io.RawIOBase):
+    """What comes by a socket, for `http.client`, up to a time limit.
+
+    The socket's own timeout is for one piece. A server that sends a byte now and then, of a header
+    that never ends, would never exceed it.
+    """
+
+    def __init__(self, sock: socket.socket, seconds: float) -> None:
+        self._sock = sock
+        self._seconds = seconds
+        self.again()
+
+    def again(self) -> None:
+        """Begin the time limit anew."""
+        self._limit = time.monotonic() + self._seconds
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """What `http.client.HTTPResponse` calls of a socket; closing it leaves the socket open."""
+        return io.BufferedReader(self, 8192)
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, into: Any) -> int:
+        """Receive once."""
+        if time.monotonic() > self._limit:
+            raise TimeoutError
+        return self._sock.recv_into(into)
 
 
 @functools.lru_cache(maxsize=8)
@@ -93,13 +126,19 @@ class Dialer:
         self._proxy = proxy
         self._excludes = excludes
         self._addresses: dict[tuple[str, int], list[Any]] = {}
+        self._proxies: dict[tuple[str, str, int], HttpUrl | None] = {}
 
     def proxy_for(self, url: HttpUrl) -> HttpUrl | None:
-        """The proxy on the way to a URL.
+        """The proxy on the way to a URL, as it was when it was first asked for.
 
         Raises:
             Failure: it is not one that speaks HTTP.
         """
+        if url.origin not in self._proxies:
+            self._proxies[url.origin] = self._find_proxy(url)
+        return self._proxies[url.origin]
+
+    def _find_proxy(self, url: HttpUrl) -> HttpUrl | None:
         if self._proxy is not None:
             proxies = {"no": self._excludes or ""}
             if urllib.request.proxy_bypass_environment(url.host, proxies):  # type: ignore[attr-defined]
@@ -141,40 +180,45 @@ class Dialer:
             Failure: it cannot be reached, or is not who it says.
         """
         over = proxy or url
-        raw = self._reach(over.host, over.port, flight, limits)
-        sock = raw
+        connection = self._reach(over.host, over.port, flight, limits)
         during = "the proxy cannot be used" if proxy else "cannot connect"
         try:
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            raw.settimeout(limits.stall)
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sock.settimeout(limits.stall)
             if url.scheme == "https":
                 if proxy is not None:
-                    _tunnel(raw, url, proxy)
+                    _tunnel(connection.sock, url, proxy, limits.stall)
                 during = "TLS failed"
                 context = tls_context(self._certificate, self._verify)
-                sock = context.wrap_socket(raw, server_hostname=url.host)
-            return Connection(raw, sock)
+                sock = context.wrap_socket(
+                    connection.sock, server_hostname=url.host, do_handshake_on_connect=False
+                )
+                connection.sock = sock  # before the handshake: `abort` has to reach it
+                sock.do_handshake()
         except BaseException as error:
-            sock.close()
-            raw.close()
+            connection.close()
             if not isinstance(error, (OSError, http.client.HTTPException, ValueError)):
                 raise
             failure = explained(error, during)
+            if isinstance(error, ssl.SSLError) and not isinstance(error, _ENDED):
+                failure.retry = False  # another handshake would not go otherwise
+        else:
+            return connection
         raise failure
 
-    def _reach(self, host: str, port: int, flight: Flight, limits: Limits) -> socket.socket:
-        """A connected socket, to the address that answered last time, or to the first that does."""
+    def _reach(self, host: str, port: int, flight: Flight, limits: Limits) -> Connection:
+        """Connect to the address that answered last time, or to the first that does."""
         failure = None
         addresses = self._resolved(host, port)
         for address in addresses:
             family, kind, protocol, _, where = address
-            sock = socket.socket(family, kind, protocol)
+            connection = Connection(socket.socket(family, kind, protocol))
             try:
-                flight.on_abort(functools.partial(_shut, sock))
-                sock.settimeout(limits.connect)
-                sock.connect(where)
+                flight.on_abort(connection.abort)
+                connection.sock.settimeout(limits.connect)
+                connection.sock.connect(where)
             except BaseException as error:
-                sock.close()
+                connection.close()
                 if not isinstance(error, OSError):
                     raise
                 failure = explained(error, "cannot connect")
@@ -182,7 +226,7 @@ class Dialer:
                     break
             else:
                 self._addresses[host, port] = [address, *(a for a in addresses if a != address)]
-                return sock
+                return connection
         self._addresses.pop((host, port), None)  # it may have moved
         assert failure is not None
         raise failure
@@ -202,14 +246,15 @@ class Dialer:
         return found
 
 
-def _tunnel(raw: socket.socket, url: HttpUrl, proxy: HttpUrl) -> None:
+def _tunnel(raw: socket.socket, url: HttpUrl, proxy: HttpUrl, seconds: float) -> None:
     """Ask a proxy for a connection to the host of a URL."""
     host = f"[{url.host}]" if ":" in url.host else url.host
     lines = [f"CONNECT {host}:{url.port} HTTP/1.1", f"Host: {host}:{url.port}"]
     if proxy.authorization is not None:
         lines.append(f"Proxy-Authorization: {proxy.authorization}")
     raw.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-    with http.client.HTTPResponse(raw, method="CONNECT") as response:
+    incoming: Any = Incoming(raw, seconds)  # has the one method of a socket that is called
+    with http.client.HTTPResponse(incoming, method="CONNECT") as response:
         response.begin()
         if response.status != 200:
             raise Failure(
@@ -248,9 +293,10 @@ def _of_tls(error: ssl.SSLError, during: str) -> Failure:
             f"the server's certificate is not accepted: {error.verify_message}",
             remedy="name the file of your authority in SSL_CERT_FILE, or pass root_certificate",
         )
-    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+    if isinstance(error, _ENDED):
         return Failure(f"{during}: the connection was closed", retry=True)
     return Failure(
         f"{during}: {error.reason or 'the server does not speak TLS'}",
+        retry=True,
         remedy="check that the server serves https at this port",
     )

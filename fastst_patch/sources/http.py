@@ -14,7 +14,7 @@ import http.client
 from collections.abc import Mapping
 from typing import Any
 
-from .dial import Connection, Dialer, explained
+from .dial import Connection, Dialer, Incoming, explained
 from .retry import Failure, Flight, Limits, of_status, retry_after
 from .transport import Answer, Place, check_range
 from .urls import HttpUrl
@@ -23,6 +23,9 @@ __all__ = ["HttpTransport"]
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HOPS = 10
+_EXPIRED = (400, 401, 403, 404, 410)
+"""What servers answer to a signed address, got by a redirect, after its time."""
+
 _PIECE = 1 << 16  # of a chunked body, which http.client copies
 _STALE = (ConnectionResetError, BrokenPipeError, http.client.RemoteDisconnected)
 
@@ -80,9 +83,10 @@ class HttpTransport:
             try:
                 return self._follow(moved, span, asked, flight, limits)
             except Failure as failure:
-                if flight.aborted or failure.status not in (400, 401, 403, 404, 410):
+                if failure.status in _EXPIRED or failure.retry:
+                    self._moved = None
+                if flight.aborted or failure.status not in _EXPIRED:
                     raise
-            self._moved = None
         return self._follow(self._url, span, asked, flight, limits)
 
     def close(self) -> None:
@@ -128,13 +132,14 @@ class HttpTransport:
             try:
                 connection.sock.settimeout(limits.stall)
                 connection.sock.sendall(self._request(url, proxy, asked))
-                response = http.client.HTTPResponse(connection.sock, method="GET")
+                incoming: Any = Incoming(connection.sock, limits.stall)  # in place of a socket
+                response = http.client.HTTPResponse(incoming, method="GET")
                 try:
                     response.begin()
                 except BaseException:
                     response.close()
                     raise
-                return _Reply(connection, response, idle, flight)
+                return _Reply(connection, incoming, response, idle, flight)
             except BaseException as error:
                 connection.close()
                 # The server may close a kept connection at any time: that was no answer.
@@ -190,6 +195,7 @@ class _Reply:
     """The head of an answer, and the connection that its body comes by."""
 
     connection: Connection
+    incoming: Incoming
     response: http.client.HTTPResponse
     idle: list[Connection]
     flight: Flight
@@ -252,6 +258,7 @@ class HttpBody:
     def readinto(self, view: memoryview) -> int:
         """Read at least one byte; 0 at the end."""
         response, failure = self._reply.response, None
+        self._reply.incoming.again()
         try:
             if response.chunked:
                 piece = response.read1(min(len(view), _PIECE))

@@ -23,7 +23,7 @@ from .web import open_http
 __all__ = ["list_files", "local_path", "open_source"]
 
 _FORM = "write it as hf://org/repo[@revision]/path"
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]+")
 _SPECIAL = re.compile(r"(refs/(?:pr/[0-9]+|convert/[^/]+))(?:/|$)")  # revisions that hold a "/"
 
 
@@ -92,9 +92,9 @@ def open_source(url: str, options: dict[str, object], head_bytes: int) -> Source
             place.host, place.path, "the URL names no file", tries=0, remedy=_FORM
         )
     hub = _library()
-    _refuse_offline(hub, file)
+    _refuse_offline(file)
     address = parse_http(
-        hub.hf_hub_url(file.repo, file.path, revision=file.revision, endpoint=_endpoint(hub))
+        hub.hf_hub_url(file.repo, file.path, revision=file.revision, endpoint=_endpoint())
     )
     utils = importlib.import_module("huggingface_hub.utils")
     token = _token(options)
@@ -110,9 +110,9 @@ def list_files(url: str, options: dict[str, object]) -> Sequence[Entry]:
     """The files of a repository, or of a folder in it, all of the same commit."""
     file = _parsed(url)
     hub = _library()
-    _refuse_offline(hub, file)
+    _refuse_offline(file)
     token = _token(options)
-    api = hub.HfApi(endpoint=_endpoint(hub), token=token)
+    api = hub.HfApi(endpoint=_endpoint(), token=token)
     failure = None
     try:
         commit = api.model_info(file.repo, revision=file.revision).sha
@@ -143,8 +143,12 @@ def list_files(url: str, options: dict[str, object]) -> Sequence[Entry]:
     return sorted(found, key=lambda one: one.name)
 
 
-def _endpoint(hub: Any) -> str:
-    return str(hub.constants.ENDPOINT)
+def _constants() -> Any:
+    return importlib.import_module("huggingface_hub.constants")
+
+
+def _endpoint() -> str:
+    return str(_constants().ENDPOINT)
 
 
 def _token(options: dict[str, object]) -> str | bool | None:
@@ -154,8 +158,8 @@ def _token(options: dict[str, object]) -> str | bool | None:
     return token
 
 
-def _refuse_offline(hub: Any, file: _File) -> None:
-    if hub.constants.HF_HUB_OFFLINE:
+def _refuse_offline(file: _File) -> None:
+    if _constants().HF_HUB_OFFLINE:
         place = file.place
         raise RemoteError(
             place.host, place.path, "huggingface_hub is offline, and its cache has no such file",

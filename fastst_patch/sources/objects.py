@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import OptionError
 from . import loop
-from .base import Entry
+from .base import Entry, RemotePermissionError
 from .retry import Failure, Flight, Limits, of_status
 from .transport import Answer, Place
 
@@ -32,7 +32,10 @@ _CLIENT = frozenset(
         *("randomize_addresses", "read_timeout", "root_certificate", "timeout", "user_agent"),
     )
 )
-"""obstore's keys of the client, which may stand among those of the store."""
+"""obstore's keys of the client. Among those of the store they leave the environment's in force."""
+
+_NOT_OF_STORES = frozenset(("default_headers", "root_certificate"))
+"""Those that may not stand there."""
 
 _CHUNK = 1 << 18
 """Bytes that obstore collects for a piece. A body that brings fewer in `stall` seconds stalls."""
@@ -70,11 +73,12 @@ def make_store(scheme: str, bucket: str, options: Mapping[str, object]) -> Any:
     client.update({name: config.pop(name) for name in list(config) if name in _CLIENT})
     # Our own limits end a request; obstore's would end a slow one in the middle.
     client.setdefault("timeout", "1h")
-    made: dict[str, Any] = {
-        "config": config,
-        "client_options": client,
-        "retry_config": {"max_retries": 0, "retry_timeout": timedelta(0)},
-    }
+    made: dict[str, Any] = {"retry_config": {"max_retries": 0, "retry_timeout": timedelta(0)}}
+    if _NOT_OF_STORES & set(client):
+        made["client_options"] = client  # in place of all that the environment says of the client
+    else:
+        config.update(client)
+    made["config"] = config
     if provider is not None:
         made["credential_provider"] = provider
     failed = None
@@ -122,7 +126,7 @@ class ObjectTransport:
         """
         import obstore
 
-        options: dict[str, Any] = {}
+        options: Any = {}
         if span is not None:
             options["range"] = span
         if if_match is not None:
@@ -290,7 +294,17 @@ def _asked(work: Any, flight: Flight, seconds: float, late: str) -> Any:
 _CHECK_NETWORK = "check the network"
 _CHECK_ENDPOINT = "check the endpoint, the region and the network"
 _RANGES = "the server or a proxy before it does not serve ranges rightly"
+_NO_CREDENTIALS: dict[str, Any] = {
+    "reason": "no credentials were found, and the cloud's metadata service does not answer",
+    "remedy": "give credentials by obstore's variables of the environment or by storage_options,"
+    " or skip_signature=True for a public bucket",
+    "kind": RemotePermissionError,
+}
 _MARKS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("/latest/api/token", _NO_CREDENTIALS),
+    ("/latest/meta-data", _NO_CREDENTIALS),
+    ("computeMetadata", _NO_CREDENTIALS),
+    ("metadata/identity", _NO_CREDENTIALS),
     ("UnexpectedRange", {"reason": "other bytes came than were asked for (Content-Range)",
                          "status": 206, "retry": True, "remedy": _RANGES}),
     ("ContentRange", {"reason": "the answer does not say which bytes it holds (Content-Range)",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import collections
-import os
-import threading
-from typing import Any
 
+from ..locks import Guard, here, interrupted
 from .attempts import Progress
 from .retry import Failure, Flight
 from .transport import Answer, Body, Transport, same_file
@@ -28,12 +26,7 @@ class Stream:
         self._transport = transport
         self._first = first
         self._size = size
-        self._inside = False
-        self._reset()
-
-    def _reset(self) -> None:
-        self._pid = os.getpid()
-        self._lock: Any = threading.RLock()
+        self._guard = Guard()
         self._body: Body | None = None
         self._at = 0
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()
@@ -44,17 +37,15 @@ class Stream:
         Raises:
             Failure: the body failed; the next read starts it again.
         """
-        if self._pid != os.getpid():
-            self._reset()  # the body is the parent's, and so may be whoever held the lock
-        with self._lock:
-            if self._inside:  # a signal handler that interrupted a read of this thread
-                nested = Stream(self._transport, self._first, self._size)
-                try:
-                    nested.read(offset, view, flight, progress)
-                finally:
-                    nested.close()
-                return
-            self._inside = True
+        if interrupted():  # a signal handler, maybe in a read of this thread: by another body
+            other = Stream(self._transport, self._first, self._size)
+            try:
+                other._fill(offset, view, flight, progress)
+            finally:
+                other.close()
+            return
+        with self._guard.lock(self._abandon):
+            here.inside = True
             try:
                 progress.restart()
                 self._fill(offset, view, flight, progress)
@@ -62,7 +53,12 @@ class Stream:
                 self._drop()
                 raise
             finally:
-                self._inside = False
+                here.inside = False
+
+    def _abandon(self) -> object:
+        old, self._body, self._at = self._body, None, 0
+        self._kept = collections.deque()
+        return old
 
     def close(self) -> None:
         """Let go of the body. No read is in progress."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..errors import OptionError, warn_caller
-from ..locks import shared
 from .attempts import Attempts, Progress
 from .base import RemoteError, RemoteWarning, Source
 from .dial import Dialer, tls_context
@@ -36,7 +35,7 @@ _OURS = ("Accept-Encoding", "Host", "If-Match", "Range")
 _SIGNED = re.compile(r"sig|token|key|credential|auth|secret|passw", re.IGNORECASE)
 """What a query that works like a password holds."""
 
-_warned: set[str] = set()
+_warned: dict[str, object] = {}  # `setdefault` tells one thread alone that it is the first
 
 
 def local_path(url: str, options: dict[str, object]) -> None:
@@ -143,15 +142,13 @@ def _transport(
 
 def warn_unprotected(host: str) -> None:
     """Warn, once for a host, that credentials are sent without TLS."""
-    with shared:
-        if host in _warned:
-            return
-        _warned.add(host)
-    warn_caller(
-        f"{host}: credentials are sent over http, where others on the network can read them; use"
-        " https",
-        RemoteWarning,
-    )
+    mine = object()
+    if _warned.setdefault(host, mine) is mine:
+        warn_caller(
+            f"{host}: credentials are sent over http, where others on the network can read them;"
+            " use https",
+            RemoteWarning,
+        )
 
 
 # ---- options ------------------------------------------------------------
