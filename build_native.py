@@ -22,16 +22,21 @@ except ImportError:  # setuptools < 70.1
 NATIVE = Path("native")  # build commands run in the project's root; setuptools wants it relative
 MODULE = "fastst_patch._native"
 ABI3 = "cp310"
+CALLBACKS = """
+extern "Python" int64_t fst_feed_by_python(void *context, uint64_t offset, uint64_t bytes,
+                                           void *into);
+"""
+"""What C calls in Python: of the type ``fst_feed`` in fst.h, and defined in engine/feeds.py."""
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow"]
 
 
 def cdef() -> str:
-    """The declarations between the markers of ``fst.h``, which are the cffi cdef."""
+    """The cffi cdef: the declarations between the markers of ``fst.h``, and the callbacks."""
     header = (NATIVE / "fst.h").read_text(encoding="utf-8")
     begin, end = "/* cdef-begin */", "/* cdef-end */"
     if header.count(begin) != 1 or header.count(end) != 1:
         raise RuntimeError("native/fst.h: expected one cdef-begin and one cdef-end marker")
-    return header.split(begin)[1].split(end)[0]
+    return header.split(begin)[1].split(end)[0] + CALLBACKS
 
 
 def emit_glue(target: Path) -> None:

@@ -17,6 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from .errors import OptionError
 from .locks import shared
+from .option_values import (
+    NO_LIMIT,
+    boolean,
+    bytes_or_default,
+    choice,
+    mapping,
+    size,
+    text_or_none,
+)
 from .terminal import nearest
 
 if TYPE_CHECKING:
@@ -47,14 +56,7 @@ __all__ = [
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
-_NO_LIMIT = 1 << 62
 
-_SIZE_SUFFIXES = {
-    "": 1, "b": 1, "k": KIB, "kb": 1000, "kib": KIB, "m": MIB, "mb": 1000**2, "mib": MIB,
-    "g": GIB, "gb": 1000**3, "gib": GIB,
-}  # fmt: skip
-_TRUE = ("1", "true", "yes", "on")
-_FALSE = ("0", "false", "no", "off", "")
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _IO = ("auto", "mmap", "buffered", "direct", "gds")
 _PAGE_CACHE = ("auto", "keep", "drop")
@@ -77,7 +79,8 @@ class Config:
             ``auto`` reads with O_DIRECT what is not cached.
         threads: most workers on one load, 1 to 64; 0 chooses by CPUs. With O_DIRECT
             to the CPU, 0 means twice as many, each with a quarter of ``chunk_bytes``.
-        chunk_bytes: bytes one worker handles at a time, 64 KiB to 64 MiB.
+        chunk_bytes: bytes one worker handles at a time, 64 KiB to 64 MiB; of a remote file twice
+            as many.
         pinned_bytes: most host memory the process pins for copies to devices; None: 256 MiB.
             Memory is pinned as needed, and kept. With less than one chunk, nothing is pinned.
         device_memory_budget: most device memory, in bytes, of tensors that a handle reads ahead
@@ -85,6 +88,10 @@ class Config:
             handle reads nothing ahead. A tensor larger than it gets a block of its own. It also
             bounds the tensors that integrations move ahead; None: see
             `fastst_patch.integrations.prefetch`.
+        host_memory_budget: most host memory, in bytes, that a load of a remote file takes beside
+            its tensors; None: 256 MiB. Half of it is for ranges in flight, at least one of 64 KiB,
+            and half for tensors that a handle on the CPU reads ahead; with 0 it reads nothing
+            ahead.
         tensors: ``dlpack`` places tensors in shared arenas, each with storage of its own;
             ``owned`` gives each an allocation of its own from torch; ``auto`` is ``dlpack`` on
             the CPU, as stock maps files, and ``owned`` on a device, as stock allocates there.
@@ -92,7 +99,7 @@ class Config:
             ``error`` raises FaststError.
         verify: load with stock too and compare every byte; on a difference stock's result
             is returned and an error logged. Moves to a device by integrations are left to
-            stock, and reported.
+            stock, and reported. A remote file is refused, because stock reads none.
         progress: show a tqdm bar with GB/s; a load then returns when its bytes are there.
         log_level: level of the ``fastst_patch`` logger, with output to stderr.
         small_file_bytes: files of at most this size go to stock. 0, because the fast path was
@@ -105,6 +112,9 @@ class Config:
             ``hf://``, ``HF_HUB_OFFLINE`` says the same.
         node_id: ranks of a process group that name the same node share its page cache; None:
             the machine's boot id. For containers, and for several hosts in tests.
+        storage_options: for remote files, a mapping (in the environment a JSON object) of the
+            transport's settings, such as credentials, region or endpoint; None: what the
+            transport finds in its own environment variables. No log or report shows them.
     """
 
     io: str = "auto"
@@ -113,6 +123,7 @@ class Config:
     chunk_bytes: int = 4 * MIB
     pinned_bytes: int | None = None
     device_memory_budget: int | None = None
+    host_memory_budget: int | None = None
     tensors: str = "auto"
     fallback: str = "auto"
     verify: bool = False
@@ -123,6 +134,7 @@ class Config:
     remote_cache_bytes: int | None = None
     remote_offline: bool = False
     node_id: str | None = None
+    storage_options: Mapping[str, object] | None = dataclasses.field(default=None, repr=False)
 
 
 class Options(TypedDict, total=False):
@@ -137,6 +149,7 @@ class Options(TypedDict, total=False):
     chunk_bytes: int | str
     pinned_bytes: int | str | None
     device_memory_budget: int | str | None
+    host_memory_budget: int | str | None
     tensors: Literal["auto", "dlpack", "owned"]
     fallback: Literal["auto", "warn", "error"]
     verify: bool
@@ -147,79 +160,34 @@ class Options(TypedDict, total=False):
     remote_cache_bytes: int | str | None
     remote_offline: bool
     node_id: str | None
-
-
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
-    if isinstance(value, str) and value.lower() in allowed:
-        return value.lower()
-    raise OptionError(f"option {name}={value!r}: allowed are {', '.join(allowed)}")
-
-
-def _boolean(name: str, value: object) -> bool:
-    if isinstance(value, int) and value in (0, 1):
-        return bool(value)
-    if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
-        return value.lower() in _TRUE
-    raise OptionError(f"option {name}={value!r}: allowed are True and False (or 1 and 0)")
-
-
-def _size(name: str, value: object, low: int, high: int) -> int:
-    number: int | None = None
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    elif isinstance(value, str):
-        text = value.strip().lower().replace("_", "")
-        digits = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
-        factor = _SIZE_SUFFIXES.get(text[len(digits) :].strip())
-        if digits.isdecimal() and factor is not None:
-            number = int(digits) * factor
-    if number is None or not low <= number <= high:
-        # Bounds of counts are shown as they are, bounds of sizes in KiB or MiB.
-        bounds = f"whole numbers from {low} to {high}"
-        if high >= KIB:
-            bounds = f"sizes in bytes, or such as 4MiB (KiB, MiB, GiB), from {_readable(low)}"
-            bounds += f" to {_readable(high)}" if high < _NO_LIMIT else " on"
-        raise OptionError(f"option {name}={value!r}: allowed are {bounds}")
-    return number
-
-
-def _readable(nbytes: int) -> str:
-    return f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB" if nbytes else "0"
-
-
-def _bytes_or_default(name: str, value: object) -> int | None:
-    return None if value is None or value == "" else _size(name, value, 0, _NO_LIMIT)
+    storage_options: Mapping[str, object] | str | None
 
 
 def _log_level(name: str, value: object) -> str | None:
     if value is None or value == "":
         return None
-    return _choice(name, value, _LOG_LEVELS)
-
-
-def _text(name: str, value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return value or None
-    raise OptionError(f"option {name}={value!r}: allowed is any text")
+    return choice(name, value, _LOG_LEVELS)
 
 
 _VALIDATORS = {
-    "io": lambda name, value: _choice(name, value, _IO),
-    "page_cache": lambda name, value: _choice(name, value, _PAGE_CACHE),
-    "threads": lambda name, value: _size(name, value, 0, 64),
-    "chunk_bytes": lambda name, value: _size(name, value, 64 * KIB, 64 * MIB),
-    "pinned_bytes": _bytes_or_default,
-    "device_memory_budget": _bytes_or_default,
-    "tensors": lambda name, value: _choice(name, value, _TENSORS),
-    "fallback": lambda name, value: _choice(name, value, _FALLBACK),
-    "verify": _boolean,
-    "progress": _boolean,
+    "io": lambda name, value: choice(name, value, _IO),
+    "page_cache": lambda name, value: choice(name, value, _PAGE_CACHE),
+    "threads": lambda name, value: size(name, value, 0, 64),
+    "chunk_bytes": lambda name, value: size(name, value, 64 * KIB, 64 * MIB),
+    "pinned_bytes": bytes_or_default,
+    "device_memory_budget": bytes_or_default,
+    "host_memory_budget": bytes_or_default,
+    "tensors": lambda name, value: choice(name, value, _TENSORS),
+    "fallback": lambda name, value: choice(name, value, _FALLBACK),
+    "verify": boolean,
+    "progress": boolean,
     "log_level": _log_level,
-    "small_file_bytes": lambda name, value: _size(name, value, 0, _NO_LIMIT),
-    "remote_cache": _text,
-    "remote_cache_bytes": _bytes_or_default,
-    "remote_offline": _boolean,
-    "node_id": _text,
+    "small_file_bytes": lambda name, value: size(name, value, 0, NO_LIMIT),
+    "remote_cache": text_or_none,
+    "remote_cache_bytes": bytes_or_default,
+    "remote_offline": boolean,
+    "node_id": text_or_none,
+    "storage_options": mapping,
 }
 
 
@@ -272,7 +240,7 @@ def _environment() -> dict[str, Any]:
 def environment_enabled() -> bool | None:
     """``FASTST_ENABLED``: True patches on import, False forbids patching; None: not set."""
     value = os.environ.get("FASTST_ENABLED")
-    return _boolean("FASTST_ENABLED", value) if value else None
+    return boolean("FASTST_ENABLED", value) if value else None
 
 
 def hub_is_offline() -> bool:

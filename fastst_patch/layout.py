@@ -10,7 +10,7 @@ import dataclasses
 import re
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .locks import once, shared
@@ -148,11 +148,11 @@ class LayoutCache:
 
     def __init__(self) -> None:
         self._updating = False
-        self._entries: OrderedDict[tuple[int, int, int], FileLayout] = OrderedDict()
+        self._entries: OrderedDict[tuple[Hashable, ...], FileLayout] = OrderedDict()
         self._bytes = 0
 
-    def get(self, key: tuple[int, int, int]) -> FileLayout | None:
-        """The last layout of (device, inode, size), whose header the caller has to compare."""
+    def get(self, key: tuple[Hashable, ...]) -> FileLayout | None:
+        """The last layout of a file's identity and size, whose header the caller has to compare."""
         with shared:
             if self._updating:
                 return None
@@ -165,7 +165,7 @@ class LayoutCache:
             finally:
                 self._updating = False
 
-    def put(self, key: tuple[int, int, int], layout: FileLayout) -> None:
+    def put(self, key: tuple[Hashable, ...], layout: FileLayout) -> None:
         """Keep a layout, and drop the oldest if there are too many bytes; none of a huge header."""
         if layout.data_begin > self.BYTES // 4:
             return
@@ -178,7 +178,7 @@ class LayoutCache:
             finally:
                 self._updating = False
 
-    def _put(self, key: tuple[int, int, int], layout: FileLayout) -> None:
+    def _put(self, key: tuple[Hashable, ...], layout: FileLayout) -> None:
         old = self._entries.pop(key, None)
         self._bytes += layout.data_begin - (old.data_begin if old else 0)
         self._entries[key] = layout

@@ -25,8 +25,9 @@ lock             what it is for
 
 The native mutexes (in ``native/job/fst_queue.c`` and ``native/device/fst_{ring,gds,gpu}.c``) need
 none of this. No Python code runs while one is held: torch's deleters, which may run any, are called
-outside (`fst_arena_release`, `fst_batch_drop`), and workers have all signals blocked and never take
-the GIL. In a forked child each file makes its own mutex anew (``pthread_atfork``).
+outside (`fst_arena_release`, `fst_batch_drop`), and workers have all signals blocked and take the
+GIL only in the callbacks of remote files, outside as well. In a forked child each file makes its
+own mutex anew (``pthread_atfork``).
 """
 
 from __future__ import annotations

@@ -41,17 +41,23 @@ class LoadReport:
     Attributes:
         call: ``load_file``, ``safe_open``, ``prefetch``, or an integration's:
             ``from_pretrained``, ``Module.to``, ``diffusers``, ``vllm``, ``sglang``.
-        file: path as the caller gave it; of tensors that came from memory, the module's class.
+        file: path as the caller gave it; of a URL without user info and query; of tensors that
+            came from memory, the module's class.
         device: where the tensors are.
         path: ``mmap`` (bytes were cached), ``mmap+readahead`` (some were not; workers fetch
             them while the tensors are already out), ``buffered``, ``direct``, ``owned``; to a
-            device ``ring``, ``ring+direct``, ``gds``, or ``upload`` from memory; or ``stock``.
+            device ``ring``, ``ring+direct``, ``gds``, or ``upload`` from memory; of a remote file
+            its kind: ``http``, ``s3``, ``gs``, ``az``, ``hf``; or ``stock``.
         bytes: of the tensors handed out.
         tensors: how many were handed out.
         seconds: spent in our calls. For mapped tensors this is not the time to read them. Of
             ``vllm`` and ``sglang`` the whole load, with the engine's copies into its parameters.
         resident: fraction of the file found in the page cache, 0 to 1; None if not looked at.
         fallback_reason: why stock did it, or why O_DIRECT gave way to the page cache.
+        requests: that were sent for a remote file, with repeated ones.
+        retries: the repeated ones among them.
+        waited: seconds between tries, summed over requests.
+        received: bytes that a network brought, with those of failed requests.
     """
 
     call: str
@@ -63,6 +69,10 @@ class LoadReport:
     seconds: float
     resident: float | None = None
     fallback_reason: str | None = None
+    requests: int = 0
+    retries: int = 0
+    waited: float = 0.0
+    received: int = 0
 
     @property
     def gb_per_s(self) -> float:
@@ -81,6 +91,10 @@ class LoadReport:
         if mapped:
             text += " (mapped, not copied"
             text += f"; {self.resident:.0%} was cached)" if self.resident is not None else ")"
+        if self.requests:
+            text += f", {self.requests} requests"
+        if self.retries:
+            text += f" ({self.retries} repeated, {self.waited:.1f} s waited)"
         if self.fallback_reason is not None:
             text += f", because {self.fallback_reason}"
         return text
@@ -146,6 +160,10 @@ class Account:
 
     Calls run inside ``with account``: time that several threads spend at once counts once. A
     signal handler's call in the middle of an update leaves the counts right, but time may be lost.
+
+    Attributes:
+        take_traffic: of a remote file: what the report has from `requests` on, since it was last
+            asked.
     """
 
     path: str = "mmap"
@@ -155,6 +173,7 @@ class Account:
     reason: str | None = None
     seconds: float = 0.0
     reported: bool = False
+    take_traffic: Callable[[], tuple[int, int, float, int]] | None = None
     _calls: int = 0
     _since: float = 0.0
 
@@ -186,7 +205,10 @@ class Account:
             self.bytes = self.tensors = 0
             self.seconds = 0.0
             self.reported = True
-        emit(LoadReport(call, file, device, self.path, *counts, self.resident, self.reason))
+        traffic = () if self.take_traffic is None else self.take_traffic()
+        emit(
+            LoadReport(call, file, device, self.path, *counts, self.resident, self.reason, *traffic)
+        )
 
 
 _unfinished: list[Callable[[], None]] = []

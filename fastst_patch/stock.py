@@ -163,6 +163,26 @@ def small_file(header: bytes, nbytes: int = 0) -> Iterator[Any]:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def hollow_file(begin: bytes, nbytes: int) -> Iterator[Any]:
+    """A file in memory that begins so, with a hole behind it: for what stock says of a header.
+
+    Args:
+        begin: its first bytes.
+        nbytes: its size. The hole takes no memory.
+
+    Raises:
+        OSError: no descriptor is left, or the size is too large.
+    """
+    fd = os.memfd_create("fastst_patch question", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, begin)
+        os.ftruncate(fd, nbytes)
+        yield types.SimpleNamespace(name=f"/proc/self/fd/{fd}", fileno=lambda: fd)
+    finally:
+        os.close(fd)
+
+
 def any_framework() -> str:
     """One that is there, where its name makes no difference; importing torch takes seconds."""
     return "pt" if "torch" in sys.modules else "np"

@@ -5,7 +5,8 @@
  *
  * What memory looks like, and who owns it:
  *
- *      fst_file ----- open descriptor, refcounted; closed with its last reference
+ *      fst_file ----- open descriptor, refcounted; closed with its last reference; or a
+ *        |            callback that gives the bytes (fst_file_feed)
  *        |  held by: a Python handle while open, a running job
  *        v
  *      fst_arena ---- bytes that tensors live in, refcounted; one of
@@ -53,7 +54,8 @@ enum fst_code {
     FST_E_CANCELLED = 6, /* the job was cancelled, or the process forked */
     FST_E_INVALID = 7,   /* an argument is out of range */
     FST_E_PYTHON = 8,    /* a Python exception is set in the calling thread */
-    FST_E_DEVICE = 9     /* a call of the device's driver failed */
+    FST_E_DEVICE = 9,    /* a call of the device's driver failed */
+    FST_E_FEED = 10      /* a callback failed: sys_errno is the number that it gave */
 };
 
 typedef struct fst_error {
@@ -71,13 +73,34 @@ typedef struct fst_file_info {
     uint64_t dev;
     uint64_t ino;
     uint64_t fs_magic; /* statfs f_type */
-    int fd;            /* borrowed: valid while the file is held */
+    int fd;            /* borrowed: valid while the file is held; -1: a fed file */
 } fst_file_info;
 
 /* Opens a regular file read-only. Anything else (a directory, a pipe, an absent
  * file) is FST_FALLBACK or FST_E_SYS, and nothing stays open. */
 int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_error *err);
 void fst_file_release(fst_file **file);
+
+/* Fills memory with bytes of a file. Called by the engine's threads, several at a time, and by the
+ * caller of fst_file_read; it may block, and may take the GIL. `into` is its own until it returns.
+ * Returns how many bytes it has filled, or a negative number for a failure, which comes back in
+ * fst_error.sys_errno without its sign. */
+typedef int64_t (*fst_feed)(void *context, uint64_t offset, uint64_t bytes, void *into);
+/* A file of `size` bytes that come from a callback. It can be read, into any arena, and nothing
+ * else: FST_E_INVALID for a map, for what is cached of it, and for jobs with a mode but
+ * FST_READ_BUFFERED or with drop_cache. Jobs ask for chunk_bytes at a time; how many calls run at a
+ * time adapts to how fast they are. Releasing a job does not wait for a call: what it brings is
+ * dropped then. So the context may be used after the last release of the file, by calls that have
+ * begun, or are about to.
+ *   name   for messages; copied
+ *   most   calls at a time, 1..64 */
+int fst_file_feed(const char *name, uint64_t size, int32_t most, fst_feed feed, void *context,
+                  fst_file **out, fst_file_info *info, fst_error *err);
+/* For the end of the process, before callbacks cannot run any more: cancels the jobs on fed files,
+ * waits until no callback runs, and from then on calls none. Threads that wait for such a job wait
+ * on. The caller makes callbacks return soon. */
+void fst_feed_end(void);
+
 /* For files of which only parts are loaded: from now on jobs that read the file through the page
  * cache read the wanted bytes and nothing behind them. They use smaller pages, which takes more
  * processor time. */
@@ -337,9 +360,11 @@ typedef struct fst_pool_stats {
     uint64_t arenas;      /* alive */
     uint64_t arena_bytes; /* alive, anonymous */
     uint64_t files;       /* open */
+    uint64_t fed_files;   /* held, too; these have no descriptor */
     uint64_t bytes_prefetched;
     uint64_t bytes_buffered;
     uint64_t bytes_direct;
+    uint64_t bytes_fed;          /* by callbacks */
     uint64_t bytes_copied;       /* to devices */
     uint64_t bytes_uploaded;     /* of those: from host memory, not from files */
     uint64_t pinned_bytes;       /* now */

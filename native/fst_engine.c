@@ -13,9 +13,11 @@ void fst_pool_get_stats(fst_pool_stats *stats) {
     stats->arenas = atomic_load(&fst_counts.arenas);
     stats->arena_bytes = atomic_load(&fst_counts.arena_bytes);
     stats->files = atomic_load(&fst_counts.files);
+    stats->fed_files = atomic_load(&fst_counts.fed_files);
     stats->bytes_prefetched = atomic_load(&fst_counts.bytes_prefetched);
     stats->bytes_buffered = atomic_load(&fst_counts.bytes_buffered);
     stats->bytes_direct = atomic_load(&fst_counts.bytes_direct);
+    stats->bytes_fed = atomic_load(&fst_counts.bytes_fed);
     stats->bytes_copied = atomic_load(&fst_counts.bytes_copied);
     stats->bytes_uploaded = atomic_load(&fst_counts.bytes_uploaded);
     fst_ring_stats(&stats->pinned_bytes, &stats->pinned_nanoseconds);

@@ -34,6 +34,7 @@ from fake_fixtures import (  # noqa: F401 - fixtures
 )
 from places import ROOT
 from ranks import nursery  # noqa: F401 - a fixture
+from remote_model import bucket, twin  # noqa: F401 - fixtures
 
 import fastst_patch
 from fastst_patch import engine, machine

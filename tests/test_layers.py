@@ -27,7 +27,7 @@ LAYERS = [
     {"arrays", "device", "dtypes", "tensors"},
     {"engine", "sources"},
     {
-        *("config", "errors", "interrupts", "layout", "locks", "machine"),
+        *("config", "errors", "interrupts", "layout", "locks", "machine", "option_values"),
         *("report", "report_table", "runs", "stock", "terminal"),
     },
 ]

@@ -20,7 +20,7 @@ FOLDERS = {
     "device": (("transfer",), ("gds", "ring"), ("gpu",)),
     "io": (("io_buffered", "io_direct", "io_memory"), ("io_cache",), ("fill_mode", "pieces")),
     "tensor": (("python",), ("batch",), ("arena",)),
-    "file": (("header",), ("file", "header_lex")),
+    "file": (("header",), ("file", "header_lex"), ("feed",)),
     "base": (("memory", "pages"), ("base", "sys")),
 }
 LAYERS = tuple(row for rows in FOLDERS.values() for row in rows)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TORCH",
+    "Destination",
     "SmallFile",
     "check_descriptors",
     "check_move",
@@ -134,7 +135,7 @@ def open_fast(path: str, config: Config, target: Destination) -> OpenedFile:
     """
     check_size(path, config, target)
     try:
-        file, layout = open_checked(path)
+        file, layout = open_checked(path, config)
     except (OSError, MemoryError) as error:
         raise Fallback(f"opening failed: {error}") from error
     return opened_for(file, layout, config, target)

@@ -38,6 +38,7 @@ from .eligibility import (
     verified,
 )
 from .prefetch_loader import UPSTREAM, open_loader
+from .remote import is_url, load_url, open_url
 from .slices import FastSlice, TensorMeta, repr_as, stock_handle, stock_over
 
 if TYPE_CHECKING:
@@ -71,6 +72,13 @@ def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
 
 def load_file_over(standing: Any, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
     """`load_file` in the place of what stood there; None: of stock's own."""
+    filename = args[0] if args else kwargs.get("filename")
+    if type(filename) is str and "://" in filename and is_url(filename):
+        local = _with_path(load_file_over, standing, args, kwargs)
+        found: dict[str, torch.Tensor] = _theirs_or(
+            standing, args, kwargs, lambda: load_url(filename, args, kwargs, local)
+        )
+        return found
     config, started = current(), time.perf_counter()
     try:
         path, opened, result = _fast_load_file(config, args, kwargs)
@@ -83,6 +91,25 @@ def load_file_over(standing: Any, args: Any, kwargs: Any) -> dict[str, torch.Ten
             return verified(config, path, result, stock.load_file(*args, **kwargs))
         return result
     return _stock_load_file(standing, config, fallback, args, kwargs, started=started)
+
+
+def _theirs_or(standing: Any, args: Any, kwargs: Any, ours: Callable[[], Any]) -> Any:
+    """What is to be had for a URL: of other code that stood in stock's place, as without us."""
+    if standing is not None and not stock.own(standing):
+        with contextlib.suppress(Exception):
+            return stock.call(standing, args, kwargs)
+    return ours()
+
+
+def _with_path(function: Any, standing: Any, args: Any, kwargs: Any) -> Callable[[str], Any]:
+    """A call for the local file at another path."""
+
+    def call(path: str) -> Any:
+        if args:
+            return function(standing, (path, *args[1:]), kwargs)
+        return function(standing, args, {**kwargs, "filename": path})
+
+    return call
 
 
 def _fast_load_file(
@@ -204,6 +231,14 @@ def safe_open(*args: Any, **kwargs: Any) -> Any:
 
 def safe_open_over(standing: Any, args: Any, kwargs: Any) -> Any:
     """`safe_open` in the place of what stood there; None: of stock's own."""
+    filename = args[0] if args else kwargs.get("filename")
+    if type(filename) is str and "://" in filename and is_url(filename):
+        local = _with_path(safe_open_over, standing, args, kwargs)
+
+        def ours() -> Any:
+            return open_url(filename, stock.safe_open, args, kwargs, local=local, made=FastHandle)
+
+        return _theirs_or(standing, args, kwargs, ours)
     return _open_handle(stock.safe_open, path_of, standing, args, kwargs)
 
 
@@ -316,7 +351,9 @@ class FastHandle:
         """A view that reads when indexed."""
         opened = self._opened
         i = None if opened is None else _number(opened, args, kwargs)
-        if opened is None or i is None or opened.layout.dtype(i) in PACKED:
+        if opened is not None and i is not None and opened.layout.dtype(i) in PACKED:
+            return stock_over(opened, self._stock_class, (i,)).get_slice(*args, **kwargs)
+        if opened is None or i is None:
             return self._stock().get_slice(*args, **kwargs)
         return FastSlice(opened, i)
 
@@ -367,11 +404,19 @@ class FastHandle:
     def _close(self) -> None:
         opened, self._opened, self._stock_handle = self._opened, None, None
         if opened is not None:
+            if opened.file.feed is not None:
+                opened.stop()
             opened.account.emit("safe_open", opened.file.path, opened.device)
 
     def _left_to_stock(self, method: str, fallback: Fallback, args: Any, kwargs: Any) -> Any:
         opened = self._opened
-        result = getattr(self._stock(), method)(*args, **kwargs)
+        if opened is not None and opened.file.feed is not None and method != "prefetch":
+            i = _number(opened, args, kwargs)  # None: all tensors
+            numbers = range(len(opened.layout.names)) if i is None else (i,)
+            handle = stock_over(opened, self._stock_class, numbers)
+        else:
+            handle = self._stock()
+        result = getattr(handle, method)(*args, **kwargs)
         if opened is not None:
             opened.account.reason = fallback.reason
             fell_back(opened.config, method, opened.file.path, fallback)

@@ -30,8 +30,10 @@ from ..files.cpu import HostFile
 from ..files.cuda import BUDGET, group_bytes
 from ..files.prefetcher import Group, Pending, Prefetcher
 from ..files.readahead import AHEAD
+from ..files.remote import ahead_bytes
 from ..layout import ARENA_ALIGNMENT
 from ..locks import shared
+from ..sources.base import RemoteError
 from .eligibility import complain, fell_back, opened_for, same
 from .prefetch_plan import Wanted, wanted_of
 from .slices import indexed, repr_as, stock_over
@@ -77,6 +79,9 @@ class PrefetchLoader:
         budget = opened.config.device_memory_budget
         most = BUDGET if budget is None else budget
         nbytes = group_bytes(most)
+        if opened.file.feed is not None and opened.device == "cpu":
+            most = ahead_bytes(opened.config)
+            nbytes = min(nbytes, max(most // 8, 1))  # small, so that the first one is there soon
         if opened.mapped:  # pages of a cache, not memory: far enough that a drive is never idle
             most, nbytes = 2 * AHEAD, AHEAD // 2
         names = opened.layout.names
@@ -220,7 +225,9 @@ class PrefetchLoader:
     def _by_stock(self, opened: OpenedFile, wanted: Wanted) -> torch.Tensor:
         name, index = opened.layout.names[wanted.i], wanted.index
         handle = self._stock_handle
-        if handle is None:
+        if opened.file.feed is not None:
+            handle = stock_over(opened, numbers=[wanted.i])
+        elif handle is None:
             handle = self._stock_handle = stock_over(opened)
         if index is None or opened.layout.dtype(wanted.i) in PACKED:  # which stock does not slice
             whole: torch.Tensor = handle.get_tensor(name)
@@ -249,6 +256,8 @@ report.before_the_end(_tell_all)
 
 def _as_rust(error: Exception) -> str:
     """The text that stock's language has for a read that failed."""
+    if isinstance(error, RemoteError):
+        return str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return f"{os.strerror(error.errno)} (os error {error.errno})"
     return "failed to fill whole buffer"  # the file was cut

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import safetensors
@@ -17,6 +18,7 @@ from ..errors import Fallback
 from ..files.base import OpenedFile
 from ..layout import FileLayout
 from .eligibility import complain, fell_back, same
+from .remote_stock import Judge, filled
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +35,22 @@ __all__ = [
 ]
 
 
-def stock_over(opened: OpenedFile, stock_class: Any = stock.safe_open) -> Any:
-    """A stock handle over the file that is open here, whatever its path leads to by now."""
+def stock_over(
+    opened: OpenedFile, stock_class: Any = stock.safe_open, numbers: Iterable[int] = ()
+) -> Any:
+    """A stock handle over the file that is open here, whatever its path leads to by now.
+
+    Args:
+        opened: the file.
+        stock_class: ``safe_open`` or ``_safe_open_handle``.
+        numbers: of the tensors that the caller will ask it for. The bytes of a remote file's are
+            read now; without any the handle only raises stock's exceptions.
+    """
+    if opened.file.feed is not None:
+        if not numbers:
+            return Judge(opened, stock_class)
+        with filled(opened, numbers) as path:
+            return stock_handle(stock_class, path, opened.device_argument, opened.framework)
     link = f"/proc/self/fd/{opened.file.fd}"
     path = link if os.path.exists(link) else opened.file.path
     return stock_handle(stock_class, path, opened.device_argument, opened.framework)
@@ -74,7 +90,8 @@ class FastSlice:
         return repr_as(self, stock.slice_class())
 
     def _stock(self) -> Any:
-        return stock_over(self._opened).get_slice(self._opened.layout.names[self._i])
+        name = self._opened.layout.names[self._i]
+        return stock_over(self._opened, numbers=[self._i]).get_slice(name)
 
     def __getattr__(self, name: str) -> Any:
         if name in FastSlice.__slots__:  # not set yet: see FastHandle
@@ -173,6 +190,8 @@ def indexed(opened: OpenedFile, i: int, index: Any) -> torch.Tensor:
     opened.check_index(i, index)
     shape = opened.layout.shape(i)
     rows = leading_rows(index, shape)
+    if rows is None and not opened.mapped:
+        rows = _one_row(index, shape)
     if rows is None:
         return opened.part(i, index)
     start, stop, rest = rows
@@ -186,6 +205,15 @@ def behind(found: Any) -> tuple[OpenedFile, int] | None:
     """The file and the tensor's number behind a slice of ours; None for other objects."""
     # Not isinstance: our slices claim stock's class. Not a public attribute: stock's has none.
     return (found._opened, found._i) if type(found) is FastSlice else None
+
+
+def _one_row(index: Any, shape: list[int]) -> tuple[int, int, Any] | None:
+    """As `leading_rows`, of an index by a number of an existing row."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    if type(first) is not int or not shape or not -shape[0] <= first < shape[0]:
+        return None
+    row = first % shape[0]
+    return row, row + 1, (0, *index[1:]) if isinstance(index, tuple) else 0
 
 
 def leading_rows(index: Any, shape: list[int]) -> tuple[int, int, Any] | None:

@@ -13,8 +13,10 @@ from .faults import clear_faults, fault_calls, set_fault
 from .importing import DlDtype, dl_table, dtype_bits, dtype_names, import_tensors, set_dl_dtype
 from .jobs import Destination, Job, JobStats, prefetch, read, upload
 from .open_file import (
+    FedFile,
     File,
     Residency,
+    feed_file,
     header_of,
     open_file,
     open_files,
@@ -30,6 +32,7 @@ __all__ = [
     "DeviceHandle",
     "DeviceInfo",
     "DlDtype",
+    "FedFile",
     "File",
     "Job",
     "JobStats",
@@ -45,6 +48,7 @@ __all__ = [
     "dtype_bits",
     "dtype_names",
     "fault_calls",
+    "feed_file",
     "header_of",
     "import_tensors",
     "map_arena",

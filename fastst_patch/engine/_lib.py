@@ -8,19 +8,23 @@ FST_E_DEVICE           `Fallback`: stock uses the same device, and raises torch'
 FST_E_SYS              OSError with errno, file and offset (a cancelled load: see `Job.wait`)
 FST_E_NOMEM            MemoryError
 FST_E_TRUNCATED        safetensors.SafetensorError
+FST_E_FEED             what the source of a remote file raised (`keep_failure`)
 FST_E_INVALID, other   FaststError (a bug of ours)
 =====================  =====================================================================
 """
 
 from __future__ import annotations
 
+import copy
+import errno
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..errors import Fallback, FaststError
 
-__all__ = ["ffi", "lib", "native_error", "native_file", "place_for", "raise_"]
+__all__ = ["ffi", "keep_failure", "lib", "native_error", "native_file", "place_for", "raise_"]
 
 try:
     from .._native import ffi, lib
@@ -59,6 +63,47 @@ def place_for(kind: str) -> Any:
     return ffi.gc(ffi.new(f"fst_{kind} **"), getattr(lib, f"fst_{kind}_release"))
 
 
+_FAILURES = 256
+_failures: dict[int, BaseException] = {}  # by number, the newest last
+_numbers = itertools.count(1)
+
+
+def keep_failure(error: BaseException) -> int:
+    """Keep an exception that a callback raised in a thread of the engine, for `raise_`.
+
+    Only the newest are kept: nobody may ever wait for the read that failed.
+
+    Returns:
+        Its number, which the callback gives to the engine.
+    """
+    number = next(_numbers) % (1 << 31) or keep_failure(error)
+    link: BaseException | None = error
+    while link is not None:  # their frames refer to memory and connections
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    _failures[number] = error
+    for old in list(_failures)[:-_FAILURES]:
+        _failures.pop(old, None)
+    return number
+
+
+def _failure(number: int, message: str) -> BaseException:
+    """A copy of an exception that was kept: raising it adds the caller's frames to it.
+
+    Several threads may wait for one read, and each gets one.
+    """
+    kept = _failures.get(number)
+    if kept is None:
+        return OSError(errno.EIO, message)
+    try:
+        result = copy.copy(kept)
+    except Exception:  # its class takes other arguments
+        return OSError(errno.EIO, f"{message}: {kept}")
+    result.__cause__, result.__context__ = kept.__cause__, kept.__context__
+    result.__suppress_context__ = kept.__suppress_context__
+    return result
+
+
 def raise_(err: Any, filename: str | None = None) -> None:
     """Raise the exception of a filled-in ``fst_error``, by the table at the top."""
     code, message = err.code, ffi.string(err.message).decode("utf-8", "replace")
@@ -68,6 +113,8 @@ def raise_(err: Any, filename: str | None = None) -> None:
         raise OSError(err.sys_errno, message, filename)
     if code == lib.FST_E_NOMEM:
         raise MemoryError(message)
+    if code == lib.FST_E_FEED:
+        raise _failure(err.sys_errno, message)
     if code == lib.FST_E_TRUNCATED:
         from safetensors import SafetensorError
 

@@ -101,6 +101,8 @@ def compare(
         Fallback: the driver failed.
         OSError, MemoryError, SafetensorError: the file could not be read.
     """
+    if file.feed is not None:
+        file.feed.ready()
     equal, err = ffi.new("int32_t *"), ffi.new("fst_error *")
     if lib.fst_device_compare(
         device.handle, arena.handle, arena_offset, file.handle, file_offset, nbytes, equal, err

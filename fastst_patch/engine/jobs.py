@@ -37,12 +37,16 @@ class Job:
 
     The object exists before the native job does, and keeps the memory that the job uses. So an
     interrupt can never leave workers writing into memory that is about to be freed.
+
+    A job on a file with a feed is cancelled only: nothing waits for the network, and nothing that
+    it still brings is written to memory that the job does not hold itself.
     """
 
-    __slots__ = ("_at", "_keep")
+    __slots__ = ("_at", "_feed", "_keep")
 
-    def __init__(self, keep: object) -> None:
-        self._keep = keep
+    def __init__(self, keep: object, file: File | None = None) -> None:
+        self._keep = keep, file
+        self._feed = None if file is None else file.feed
         self._at = place_for("job")
 
     def __del__(self) -> None:
@@ -75,8 +79,9 @@ class Job:
             while (code := lib.fst_job_wait(self._at[0], _WAIT_MS, err)) == lib.FST_PENDING:
                 if on_progress is not None:
                     on_progress(self.stats())
-        except BaseException:
+        except BaseException as error:
             self.release()
+            self._interrupted(error)
             raise
         if code != lib.FST_OK:
             raise_(err)
@@ -91,12 +96,21 @@ class Job:
         For several threads at once: an interrupt of one leaves the job to the others.
         """
         err = ffi.new("fst_error *")
-        while True:
-            code = lib.fst_job_wait_until(self._at[0], file_offset, _WAIT_MS, err)
-            if code != lib.FST_PENDING:
-                break
+        try:
+            while True:
+                code = lib.fst_job_wait_until(self._at[0], file_offset, _WAIT_MS, err)
+                if code != lib.FST_PENDING:
+                    break
+        except BaseException as error:
+            self._interrupted(error)
+            raise
         if code != lib.FST_OK:
             raise_(err)
+
+    def _interrupted(self, error: BaseException) -> None:
+        """Cancel what is in flight on a network after Ctrl-C, for all jobs on the file."""
+        if self._feed is not None and not isinstance(error, Exception):
+            self._feed.interrupt()
 
     def cancel(self) -> None:
         """Start no more chunks; chunks in flight are finished."""
@@ -202,11 +216,14 @@ def read(
 
     Raises:
         Fallback: the device's driver failed.
+        RemoteError: the file is remote, and could not be opened again after an interrupt.
     """
     options = _options(threads, chunk_bytes, to)
     options.mode, options.drop_cache = _MODES[mode], drop_cache
     pointer, count = segments_of(segments)
-    job = Job(arena)
+    if file.feed is not None:
+        file.feed.ready()
+    job = Job(arena, file)
     job.start(lib.fst_job_read, file.handle, arena.handle, pointer, count, options)
     return job
 

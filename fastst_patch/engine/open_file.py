@@ -6,11 +6,17 @@ import dataclasses
 import functools
 import json
 import os
-from typing import Any
+import sys
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Fallback
 from ..layout import FileLayout, LayoutCache
 from ._lib import ffi, lib, place_for, raise_
+from .feeds import Feed
+
+if TYPE_CHECKING:
+    from ..sources.base import Source
 
 _PROBES = ("none", "cachestat", "mincore")
 
@@ -23,9 +29,12 @@ class File:
         size: bytes.
         fd: descriptor, valid as long as this object.
         fs_magic: the file system's type as in statfs(2).
+        feed: what gives the bytes of a file that is not local; None for local files.
     """
 
     __slots__ = ("_at", "fd", "fs_magic", "handle", "key", "path", "size")
+
+    feed: Feed | None = None
 
     def __init__(self, path: str, at: Any, info: Any) -> None:
         self.path = path
@@ -34,10 +43,13 @@ class File:
         self.size: int = info.size
         self.fd: int = info.fd
         self.fs_magic: int = info.fs_magic
-        self.key = (info.dev, info.ino, info.size)
+        self.key: tuple[Hashable, ...] = (info.dev, info.ino, info.size)
 
     def residency(self, offset: int, nbytes: int) -> tuple[int, str]:
-        """Bytes of an extent in the page cache, and the probe that found out (or ``"none"``)."""
+        """Bytes of an extent in the page cache, and the probe that found out (or ``"none"``).
+
+        For local files only.
+        """
         resident, probe = ffi.new("uint64_t *"), ffi.new("int *")
         lib.fst_file_residency(self.handle, offset, nbytes, resident, probe)
         return resident[0], _PROBES[probe[0]]
@@ -71,6 +83,53 @@ def open_file(path: str) -> File:
     return File(path, out, info)
 
 
+class FedFile(File):
+    """A file whose bytes a source gives. It can be read, and has no descriptor and no map.
+
+    Dropping it cancels what is in flight.
+    """
+
+    __slots__ = ("feed",)
+
+    def __init__(self, feed: Feed, at: Any, info: Any) -> None:
+        super().__init__(feed.name, at, info)
+        self.feed = feed
+        self.key = (feed.name, feed.identity, feed.size)
+
+    def __del__(self, _at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        # When Python exits, all feeds are closed already. An interrupted __init__ leaves no feed.
+        feed: Feed | None = None if _at_exit() else getattr(self, "feed", None)
+        if feed is not None:
+            feed.close()
+
+
+def feed_file(open_source: Callable[[], Source], most: int) -> FedFile:
+    """Open a file that is not local.
+
+    Args:
+        open_source: opens its source; called again after an interrupt, and in a forked child.
+        most: most requests at a time.
+
+    Raises:
+        Exception: what ``open_source`` raises.
+        MemoryError: no memory for it.
+    """
+    feed = Feed(open_source)
+    try:
+        out, info, err = place_for("file"), ffi.new("fst_file_info *"), ffi.new("fst_error *")
+        name = feed.name.encode("utf-8", "replace").replace(b"\0", b"?")
+        most = 1 if feed.sequential else most
+        context = ffi.cast("void *", feed.number)
+        if lib.fst_file_feed(
+            name, feed.size, most, lib.fst_feed_by_python, context, out, info, err
+        ):
+            raise_(err)
+        return FedFile(feed, out, info)
+    except BaseException:
+        feed.close()
+        raise
+
+
 _layouts = LayoutCache()
 
 
@@ -81,6 +140,8 @@ def read_layout(file: File) -> FileLayout:
         Fallback: stock may judge the header differently; ask stock.
         OSError, MemoryError: reading it failed.
     """
+    if file.feed is not None:
+        file.feed.ready()
     cached = _layouts.get(file.key)
     known: Any = cached.owner[0] if cached is not None else ffi.NULL
     out, view, err = place_for("layout"), ffi.new("fst_layout_view *"), ffi.new("fst_error *")

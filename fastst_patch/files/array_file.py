@@ -46,7 +46,7 @@ class ArrayFile(HostFile):
         """Array i; raises as for torch."""
         self.check(i)
         if not self.mapped:
-            made = self._read([i])
+            made = [self._read_one(i)]
         elif self._is_untouched([i]):
             self.ahead_of.request(self.map(), i)
             made = self._import(self.map(), array("Q", (i,)))
@@ -89,7 +89,7 @@ class ArrayFile(HostFile):
         if self.mapped:
             made = self._copied(i, index, rows, ahead)
         else:
-            made = self.index(self._read([i])[0], index)
+            made = self.index(self._read_one(i), index)
         self.count(1, made.nbytes)
         return self._maker.finished([made])[0]
 

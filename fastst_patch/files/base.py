@@ -18,6 +18,7 @@ from ..layout import FileLayout
 from ..locks import shared
 from ..report import Account
 from .prefetcher import Pending
+from .remote import is_remote, local_file, open_remote
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +32,20 @@ __all__ = [
 ]
 
 
-def open_checked(path: str) -> tuple[engine.File, FileLayout]:
+def open_checked(path: str, config: Config) -> tuple[engine.File, FileLayout]:
     """Open a file and validate its header.
 
     Raises:
-        Fallback: stock must judge it.
-        OSError, MemoryError: it cannot be read; callers leave it to stock, which raises its own.
+        Fallback: stock must judge it; not for remote files.
+        OSError, MemoryError: it cannot be read; callers leave it to stock, which raises its own,
+            unless the file is remote.
+        SafetensorError, FaststError, ImportError: as `open_remote`.
     """
+    if "://" in path and is_remote(path):
+        local = local_file(path, config)
+        if local is None:
+            return open_remote(path, config)
+        path = local
     file = engine.open_file(path)
     layout = engine.read_layout(file)
     if not tensors.known_to_stock(layout.dtypes):
@@ -105,6 +113,8 @@ class OpenedFile(TensorFile):
     def __init__(self, file: engine.File, layout: FileLayout, config: Config) -> None:
         super().__init__(layout, config)
         self.file = file
+        if file.feed is not None:
+            self.account.take_traffic = file.feed.take_traffic
 
     @property
     def owned(self) -> bool:
@@ -154,6 +164,9 @@ class OpenedFile(TensorFile):
         Raises:
             Fallback: the device's driver failed.
         """
+
+    def stop(self) -> None:
+        """Read nothing ahead any more: the handle is closed. Slices may still read."""
 
     @abc.abstractmethod
     def note(self, job: engine.Job) -> None:

@@ -7,7 +7,11 @@ mmap               private zero-copy map; nothing is copied
 mmap+readahead     the same, and workers pull what is not cached, in the order of use
 buffered, direct   parallel reads into one huge-page arena, tensors at 256-byte boundaries
 owned              parallel reads into one torch allocation per tensor
+http, s3, ...      parallel reads of a remote file into such an arena or such allocations
 =================  ==========================================================================
+
+A handle on a file without a map reads each tensor when it is asked for; on a remote one it also
+reads ahead, in the order of the requests.
 """
 
 from __future__ import annotations
@@ -21,13 +25,15 @@ from typing import TYPE_CHECKING, Any
 from .. import engine, tensors
 from ..config import Config
 from ..errors import Fallback
-from ..layout import FileLayout, plan_arena, plan_rows
+from ..layout import FileLayout, described, plan_arena, plan_rows
 from ..locks import once, shared
 from ..machine import io_threads
 from ..runs import Runs
 from .base import OpenedFile, places_in_arena, progress_bar
+from .network_ahead import NetworkAhead
 from .pending import PendingHostRows, PendingHostTensors
 from .readahead import HUGE_PAGE, ReadAhead
+from .remote import ranges
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +61,9 @@ class HostFile(OpenedFile):
         super().__init__(file, layout, config)
         self.account.path = self._path_name()
         self.mapped = self.account.path == "mmap"
+        self._network = NetworkAhead(self) if file.feed is not None else None
+        if file.feed is not None and (config.io not in ("auto", "buffered")):
+            self.account.reason = f"io={config.io!r} is for local files"
         self._map: engine.Arena | None = None
         self._storage: torch.UntypedStorage | None = None  # of the whole map
 
@@ -67,6 +76,8 @@ class HostFile(OpenedFile):
 
     def _path_name(self) -> str:
         config = self.config
+        if self.file.feed is not None:
+            return self.file.feed.scheme
         if self.owned:
             return "owned"
         if config.io in ("buffered", "direct"):
@@ -75,6 +86,8 @@ class HostFile(OpenedFile):
 
     @property
     def _direct(self) -> bool:
+        if self.file.feed is not None:
+            return False
         return self.config.io == "direct" or (
             self.config.io == "auto" and self.config.page_cache == "drop"
         )
@@ -115,7 +128,7 @@ class HostFile(OpenedFile):
         if not tensors.ordinary_mode():
             return self._in_mode(i, for_slice)
         if not self.mapped:
-            read: torch.Tensor = self._read([i])[0]
+            read: torch.Tensor = self._read_one(i)
             return read
         if ahead:
             self.ahead_of.request(self.map(), i, rows)
@@ -193,6 +206,10 @@ class HostFile(OpenedFile):
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone; not for mapped files."""
         self.check(i)
+        if self._network is not None and (start, stop) == (0, self.layout.shape(i)[0]):
+            whole: torch.Tensor = self._read_one(i)
+            self.count(1, self.layout.nbytes(i))
+            return whole
         first, last = plan_rows(self.layout, i, start, stop)
         self._require_room(last - first)
         result: torch.Tensor = self._empty(i, stop - start)
@@ -206,11 +223,21 @@ class HostFile(OpenedFile):
 
         Over our own map, so that it shows what was changed in place through earlier tensors.
         """
+        if self._network is not None:
+            return self._read_in_mode(i, for_slice)
         if not self.mapped:
             raise Fallback("a torch mode or default device is in force")
         if self._storage is None:
             self._storage = tensors.whole_storage(self.map())
         return tensors.by_stocks_recipe(self._storage, self.layout, i, for_slice)
+
+    def _read_in_mode(self, i: int, for_slice: bool) -> torch.Tensor:
+        """The same over memory of its own, for a remote file, which stock cannot read."""
+        layout, nbytes = self.layout, self.layout.nbytes(i)
+        arena = engine.alloc_arena(max(nbytes, 1))
+        self._run(arena, array("Q", (layout.extent(i)[0], nbytes, 0)), nbytes)
+        alone = described([("", layout.dtype(i), layout.shape(i), nbytes)])
+        return tensors.by_stocks_recipe(tensors.whole_storage(arena), alone, 0, for_slice)
 
     # ---- mapped ----
 
@@ -270,8 +297,23 @@ class HostFile(OpenedFile):
         headroom = engine.memory_headroom()
         threads, chunk_bytes = self._workers()
         if headroom is not None and nbytes + threads * max(chunk_bytes, HUGE_PAGE) > headroom:
-            raise Fallback(f"{nbytes} bytes do not fit the memory that is left ({headroom})")
+            text = f"{nbytes} bytes do not fit the memory that is left ({headroom})"
+            if self._network is not None:
+                raise MemoryError(f"{self.file.path}: {text}")
+            raise Fallback(text)
         HostFile._taken = 0
+
+    def _read_one(self, i: int) -> Any:
+        """Tensor i of a file without a map."""
+        if self._network is not None:
+            return self._network.take(self, i)
+        return self._read([i])[0]
+
+    def start(self, numbers: Iterable[int]) -> tuple[list[Any], engine.Job]:
+        """Start reading tensors of a file without a map, ascending; they share the job."""
+        made, arena, segments, nbytes = self._places(array("Q", numbers))
+        self._require_room(nbytes)
+        return made, self.read_into(arena, segments)
 
     def _read(self, wanted: Iterable[int]) -> list[Any]:
         chosen = array("Q", wanted)
@@ -311,6 +353,8 @@ class HostFile(OpenedFile):
         With O_DIRECT a worker has no request at the disk while it copies what it has read. So
         there are more workers, and their chunks are small enough for all to stay in the CPU cache.
         """
+        if self._network is not None:
+            return ranges(self.config)
         threads, chunk_bytes = io_threads(self.config.threads), self.config.chunk_bytes
         if not self._direct or self.config.threads:
             return threads, chunk_bytes
@@ -326,8 +370,13 @@ class HostFile(OpenedFile):
             threads=threads,
             chunk_bytes=chunk_bytes,
             mode="direct" if self._direct else "buffered",
-            drop_cache=self.config.page_cache == "drop",
+            drop_cache=self.config.page_cache == "drop" and self._network is None,
         )
+
+    def stop(self) -> None:
+        """See `OpenedFile`."""
+        if self._network is not None:
+            self._network.stop()
 
     def note(self, job: engine.Job) -> None:
         """Put into the account how a finished job has read its bytes."""

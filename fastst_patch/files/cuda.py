@@ -7,6 +7,7 @@ ring                parallel reads through the page cache into pinned slots, cop
 ring+direct         the same with O_DIRECT
 gds                 cuFile into staging blocks on the device, copied from there; by nvidia-fs or,
                     where that is not loaded, in cuFile's compatibility mode
+http, s3, ...       ranges of a remote file into pinned slots, copied from there
 ==================  =========================================================================
 
 Each tensor has an allocation of its own, exactly as stock's; with ``tensors="dlpack"`` tensors lie
@@ -34,8 +35,10 @@ from ..layout import FileLayout, LoadPlan, plan_arena, plan_rows
 from ..machine import NETWORKED, io_threads
 from .base import OpenedFile, places_in_arena, progress_bar
 from .file_order import FileOrder, groups_of
+from .network_ahead import request_order
 from .pending import UNREAD, Failing, PendingRows, PendingTensors, Transfer, runs_of
 from .prefetcher import Group, Prefetcher
+from .remote import ranges
 
 if TYPE_CHECKING:
     import torch
@@ -77,15 +80,23 @@ class DeviceFile(OpenedFile):
         self.device_argument = target.argument
         self._target = target
         budget = self._budget
+        self._mode = self._asked_mode()  # if "auto", the first read decides
+        if file.feed is not None:
+            self._prefetcher = Prefetcher(request_order(self), lambda: budget)
+            self.account.path = file.feed.scheme
+            return
         order = FileOrder([(layout, range(len(layout.names)))], group_bytes(budget), one_ahead=True)
         self._prefetcher = Prefetcher(order, lambda: budget)
-        self._mode = self._asked_mode()  # if "auto", the first read decides
         self.account.path = _PATHS[self._mode]
 
     # ---- which path ----
 
     def _asked_mode(self) -> str:
         config = self.config
+        if self.file.feed is not None:
+            if config.io not in ("auto", "buffered"):
+                self.account.reason = f"io={config.io!r} is for local files"
+            return "buffered"
         if config.io == "mmap":
             raise Fallback("io='mmap' copies to a device from the map, which is what stock does")
         return "direct" if config.io == "auto" and config.page_cache == "drop" else config.io
@@ -204,6 +215,8 @@ class DeviceFile(OpenedFile):
     def rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of tensor i's first dimension, read alone. Raises as `tensor`."""
         self.check(i)
+        if self.file.feed is not None and (start, stop) == (0, self.layout.shape(i)[0]):
+            return self.tensor(i)  # it may be read ahead
         first, last = plan_rows(self.layout, i, start, stop)
         begin = self.layout.extent(i)[0] + first
         with Failing(self):
@@ -240,14 +253,15 @@ class DeviceFile(OpenedFile):
     def failed(self, error: BaseException, trace: Any) -> None:
         """Free the device memory that an error keeps; raise Fallback if there was not enough.
 
-        Stock loads tensor by tensor, which may still fit; if not, the exception is torch's own.
+        Stock loads tensor by tensor, which may still fit; if not, the exception is torch's own. So
+        it is for remote files, which stock does not load.
         """
         # Users and shells keep tracebacks, which keep frames, which keep the memory.
         traceback.clear_frames(trace)
         out_of_memory = self._target.runtime.is_out_of_memory(error)
         if out_of_memory or not isinstance(error, Exception):  # an interrupt ends the load
             self._prefetcher.drop()
-        if out_of_memory:
+        if out_of_memory and self.file.feed is None:
             raise Fallback(f"not enough memory on {self.device} for arenas") from None
 
     # ---- moving ----
@@ -302,16 +316,24 @@ class DeviceFile(OpenedFile):
         if self._mode == "auto":
             self._mode = self._auto_mode()
         pinned = PINNED if self.config.pinned_bytes is None else self.config.pinned_bytes
+        threads, chunk_bytes = io_threads(self.config.threads), self.config.chunk_bytes
+        if self.file.feed is not None:
+            threads, chunk_bytes = ranges(self.config)
         return engine.read(
             self.file,
             arena,
             segments,
-            threads=io_threads(self.config.threads),
-            chunk_bytes=self.config.chunk_bytes,
+            threads=threads,
+            chunk_bytes=chunk_bytes,
             mode=self._mode,
-            drop_cache=self.config.page_cache == "drop",
+            drop_cache=self.config.page_cache == "drop" and self.file.feed is None,
             to=self._target.destination(pinned),
         )
+
+    def stop(self) -> None:
+        """See `OpenedFile`."""
+        if self.file.feed is not None:  # others end with the handle, or with its last slice
+            self._prefetcher.drop()
 
     def _empty(self, i: int, rows: int | None = None) -> torch.Tensor:
         shape, dtype = tensors.shape_and_dtype(self.layout, i, rows)

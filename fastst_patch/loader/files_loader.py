@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..config import Config, pop, push
 from ..errors import OptionError
+from ..files.remote import shown
 from ..layout import FileLayout
 from ..tensors import dtype_wanted
 from .arguments import (
@@ -173,7 +174,7 @@ class SafeTensorsFileLoader:
             self._describe(source.path, layout, ranks[source.path])
 
     def _describe(self, path: str, layout: FileLayout, rank: int) -> None:
-        header = SafeTensorsMetadata.of_layout(layout, self._settings.framework, path)
+        header = SafeTensorsMetadata.of_layout(layout, self._settings.framework, shown(path))
         self.meta[path] = header, rank
         self._names.update(dict.fromkeys(layout.names, header))
 

@@ -12,6 +12,7 @@ from ..device import Device
 from ..dropin.eligibility import check_descriptors, check_size, fell_back, opened_for
 from ..errors import Fallback
 from ..files.base import OpenedFile, open_checked
+from ..files.remote import is_remote, local_file, not_by_stock, open_remote, shown
 from ..layout import FileLayout
 from .arguments import Settings
 from .messages import explained
@@ -64,6 +65,8 @@ class Entry:
                 return made
             except Fallback as error:
                 fallback = Fallback.alone(error)
+                if self.file.feed is not None:
+                    raise not_by_stock(self.file.path, fallback) from None
         assert fallback is not None
         try:
             by_stock = StockFile(self.path, self.layout, config, device, fallback)
@@ -92,6 +95,14 @@ def open_entries(wanted: Sequence[tuple[str, int]], settings: Settings) -> list[
 
 def _open(path: str, rank: int, settings: Settings) -> Entry:
     fallback = settings.fallback
+    if is_remote(path):
+        local = local_file(path, settings.config)
+        if local is None:
+            if fallback is not None:
+                raise not_by_stock(shown(path), fallback)
+            remote, layout = open_remote(path, settings.config)
+            return Entry(path, rank, layout, remote, None)
+        path = local
     if fallback is None:
         try:
             error = engine.native_error()
@@ -99,7 +110,7 @@ def _open(path: str, rank: int, settings: Settings) -> Entry:
                 raise Fallback(error)
             check_size(path, settings.config)
             check_descriptors()
-            file, layout = open_checked(path)
+            file, layout = open_checked(path, settings.config)
             return Entry(path, rank, layout, file, None)
         except (OSError, MemoryError, Fallback) as error:
             fallback = Fallback.alone(error)

@@ -13,6 +13,7 @@ from ..dropin import slices
 from ..dropin.eligibility import complain, fell_back, same
 from ..errors import Fallback, NameClashError
 from ..files.base import OpenedFile
+from ..files.remote import shown
 from ..layout import FileLayout
 from ..locks import shared
 from ..report import Account
@@ -76,7 +77,7 @@ class LocalFiles:
         self._resident_bytes = 0
         self._bar: Any = None
         self._stock_handles: dict[int, Any] = {}
-        self._paths = [entry.path for entry in entries]
+        self._paths = [shown(entry.path) for entry in entries]
         self._layouts = [entry.layout for entry in entries]
         self.numbers = [_kept(layout, keep) for layout in self._layouts]
         self._places = self._index(unique)
@@ -190,7 +191,7 @@ class LocalFiles:
         else:
             return self._verified(opened, k, i, ours) if self._config.verify else ours
         prefetcher.drop()  # what was read ahead may be the memory that is missing
-        result: torch.Tensor = self._stock(opened, k).get_tensor(opened.layout.names[i])
+        result: torch.Tensor = self._stock(opened, k, i).get_tensor(opened.layout.names[i])
         opened.account.reason = fallback.reason
         fell_back(self._config, self._call, self._paths[k], fallback)
         return result
@@ -201,7 +202,10 @@ class LocalFiles:
         opened = self._still_open()[0][k]
         return opened.slice(i) if isinstance(opened, StockFile) else slices.FastSlice(opened, i)
 
-    def _stock(self, opened: OpenedFile | StockFile, k: int) -> Any:
+    def _stock(self, opened: OpenedFile | StockFile, k: int, i: int) -> Any:
+        """A handle of stock from which tensor i of file k can be taken."""
+        if isinstance(opened, OpenedFile) and opened.file.feed is not None:
+            return slices.stock_over(opened, numbers=[i])
         found = self._stock_handles.get(k)
         if found is None:
             if isinstance(opened, StockFile):
@@ -215,7 +219,7 @@ class LocalFiles:
         self, opened: OpenedFile | StockFile, k: int, i: int, ours: torch.Tensor
     ) -> torch.Tensor:
         name = opened.layout.names[i]
-        theirs: torch.Tensor = self._stock(opened, k).get_tensor(name)
+        theirs: torch.Tensor = self._stock(opened, k, i).get_tensor(name)
         if same(ours, theirs):
             return ours
         complain(self._config, self._paths[k], f"tensor {name!r}")

@@ -9,6 +9,7 @@ import errno
 import traceback
 
 from .. import stock
+from ..sources.base import RemoteError
 
 __all__ = ["explained"]
 
@@ -35,6 +36,8 @@ def explained(error: Exception, path: str, tensor: str | None = None) -> Excepti
     Returns:
         A new exception caused by ``error``; ``error`` itself where its type takes no text.
     """
+    if isinstance(error, RemoteError):  # it names the place and a remedy
+        return error
     # The frames of the traceback refer to the memory that was to be filled.
     traceback.clear_frames(error.__traceback__)
     place = f"tensor {tensor!r} of {path}" if tensor is not None else path

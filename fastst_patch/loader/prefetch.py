@@ -14,6 +14,7 @@ from ..files.cuda import BUDGET, group_bytes
 from ..files.file_order import FileOrder
 from ..files.prefetcher import Group, Pending, Prefetcher
 from ..files.readahead import AHEAD
+from ..files.remote import ahead_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,11 @@ _NEAR = 8
 
 _LAG = 64
 """Tensors by which a walk passes a group before it gives up what was left out there."""
+
+
+def _reads_by_network(file: TensorFile) -> bool:
+    """Whether it is a remote file whose tensors go to the CPU."""
+    return isinstance(file, HostFile) and file.file.feed is not None
 
 
 class FilesPrefetcher:
@@ -62,6 +68,9 @@ class FilesPrefetcher:
         else:
             most = BUDGET if budget is None else budget
             nbytes = group_bytes(most)
+            if files and _reads_by_network(files[0]):
+                most = ahead_bytes(files[0].config)
+                nbytes = max(most // 8, 1)  # small, so that the first one is there soon
         if block_bytes is not None:
             nbytes = min(block_bytes, nbytes)
 
@@ -97,7 +106,8 @@ class FilesPrefetcher:
         pending = self._prefetcher.hand_out(self._order.position(k, i), self._start)
         if pending is not None:
             return pending.take(i)
-        if k in self._order.left_alone or isinstance(opened, HostFile):
+        alone = isinstance(opened, HostFile) and not _reads_by_network(opened)
+        if k in self._order.left_alone or alone:
             return opened.tensor(i)
         return opened.ahead([i]).take(i)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import current, pop, push
+from ..files.remote import is_remote, remote_files
 from ..tensors import dtype_wanted
 from .groups import Group
 from .sharded_files import ShardedFiles
@@ -41,6 +42,7 @@ def load_sharded(
 
     Args:
         files: a file, several, a folder of them, or a ``*.index.json``; the same on all ranks.
+            Each may be a URL; of a remote file, each byte is fetched by one rank of a node.
         group: a torch ProcessGroup; None: the default group, or without one this process alone.
         plan: name -> shard spec (see `fastst_patch.sharding.spec`), where names left out are
             whole; or a function of name, shape and dtype that returns a shard spec; None:
@@ -106,7 +108,12 @@ def _is_nccl(group: Any) -> bool:
 def _listed(names: Sequence[str | os.PathLike[str]]) -> list[str] | FileNotFoundError:
     """Paths of the files; or the error, where this rank cannot see them. Raises as `paths_of`."""
     try:
-        return [path for name in names for path in paths_of(os.fspath(name))]
+        paths = [os.fspath(name) for name in names]
+        return [
+            path
+            for name in paths
+            for path in (remote_files(name, current()) if is_remote(name) else paths_of(name))
+        ]
     except FileNotFoundError as error:
         return error
 

@@ -23,6 +23,8 @@ from ..device import Device, device_of, parse_device
 from ..dropin.eligibility import opened_for
 from ..errors import Fallback, NameClashError, RankError
 from ..files.base import OpenedFile, open_checked
+from ..files.remote import is_remote, not_by_stock, shown
+from ..sources.base import RemoteError
 from .groups import Group
 from .source import Source
 
@@ -146,6 +148,9 @@ def open_together(
     # Ranks may have different options; all use the same fallback, unit size and `read_once`.
     fallback = next((report.fallback for report in reports if report.fallback is not None), None)
     sources, mapped = _make_sources(reports, opened, group)
+    remote = next((source for source in sources if is_remote(source.path)), None)
+    if remote is not None and fallback is not None:
+        raise not_by_stock(shown(remote.path), Fallback(fallback))
     if len({report.kind for report in reports}) > 1 and fallback is None:
         raise ValueError(
             f"some ranks load to {reports[0].kind} and others do not; ranks exchange only between"
@@ -204,22 +209,25 @@ def _open_all(
 def _open(
     path: str, config: Config, target: Device | None
 ) -> tuple[OpenedFile | None, _FileReport]:
-    if engine.native_error() is not None:
+    if engine.native_error() is not None and not is_remote(path):
         os.stat(path)
         return None, _FileReport(fallback=engine.native_error())
     try:
-        file, layout = open_checked(path)
+        file, layout = open_checked(path, config)
         opened = opened_for(file, layout, config, target)
         tensors.check(layout)
         if not tensors.ordinary_mode():
             raise Fallback("a torch mode or default device is in force")
     except Fallback as fallback:
+        if is_remote(path):
+            raise not_by_stock(shown(path), fallback) from None
         return None, _FileReport(fallback=fallback.reason)
     except OSError as error:
-        if error.errno in _UNSEEN:
+        if error.errno in _UNSEEN and not isinstance(error, RemoteError):
             return None, _FileReport(error=error.errno, text=os.strerror(error.errno))
         raise
-    digest = hashlib.blake2b(engine.header_of(layout)).hexdigest()
+    version = b"" if file.feed is None else repr(file.feed.identity).encode()
+    digest = hashlib.blake2b(engine.header_of(layout) + version).hexdigest()
     return opened, _FileReport(size=file.size, digest=digest, mapped=opened.mapped)
 
 
@@ -304,8 +312,8 @@ def _index(sources: Sequence[Source], group: Group) -> dict[str, tuple[int, int]
         for i, name in enumerate(source.names):
             if name in where:
                 clash = NameClashError(
-                    f"tensor {name!r} is in two files, {sources[where[name][0]].path} and"
-                    f" {source.path}; names must be unique"
+                    f"tensor {name!r} is in two files, {shown(sources[where[name][0]].path)} and"
+                    f" {shown(source.path)}; names must be unique"
                 )
             where[name] = number, i
     if any(source.fallback is not None for source in sources):
@@ -320,7 +328,7 @@ def _check_same_paths(listed: Sequence[list[str]]) -> None:
     for rank, paths in enumerate(listed):
         if paths != listed[0]:
             odd = next((p for p in [*paths, *listed[0]] if (p in paths) != (p in listed[0])), None)
-            difference = "in another order" if odd is None else f"such as {odd!r}"
+            difference = "in another order" if odd is None else f"such as {shown(odd)!r}"
             raise RankError(
                 rank,
                 f"it loads {len(paths)} files where rank 0 loads {len(listed[0])}, {difference};"
@@ -341,9 +349,9 @@ def _check_same_file(path: str, found: Sequence[_FileReport]) -> None:
         if (one.size, one.digest) != (reference.size, reference.digest):
             raise RankError(
                 rank,
-                f"{path}: it sees another file than rank {first}: {one.size} bytes with header"
-                f" {one.digest[:12]}, not {reference.size} with {reference.digest[:12]}; give"
-                " every rank the same version",
+                f"{shown(path)}: it sees another file than rank {first}: {one.size} bytes with"
+                f" header {one.digest[:12]}, not {reference.size} with {reference.digest[:12]};"
+                " give every rank the same version",
             )
 
 

@@ -13,6 +13,7 @@ from ..config import Config
 from ..dropin.eligibility import fell_back
 from ..errors import Fallback
 from ..files.base import progress_bar
+from ..files.remote import shown
 from .exchange import SHARED_BUFFER_UNIT, Exchange, Memory, Subgroup, plan_steps
 from .groups import Group, PeerFailed, is_agreed
 from .mapped import host_file, read_ahead, take_regions
@@ -128,7 +129,8 @@ class ShardedFiles:
             if self._fallback is not None and source.fallback is None:
                 account.path, account.reason, account.resident = "stock", self._fallback, None
             if account.seconds:
-                account.emit(self._call, source.path, "cpu" if target is None else target.name)
+                where = "cpu" if target is None else target.name
+                account.emit(self._call, shown(source.path), where)
             source.close()
         self._shared_buffer.close()
 

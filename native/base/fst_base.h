@@ -31,10 +31,12 @@ typedef struct fst_counters { /* of the process, shown by fst_pool_get_stats */
     atomic_ullong arenas;
     atomic_ullong arena_bytes;
     atomic_ullong files;
+    atomic_ullong fed_files;
     atomic_ullong bytes_ahead; /* read ahead for maps that are still in use */
     atomic_ullong bytes_prefetched;
     atomic_ullong bytes_buffered;
     atomic_ullong bytes_direct;
+    atomic_ullong bytes_fed;
     atomic_ullong bytes_copied; /* to devices */
     atomic_ullong bytes_uploaded;
 } fst_counters;

@@ -19,6 +19,12 @@
  *               capture is void. A thread in "relaxed" mode may, and what it does is no part of
  *               the graph. Threads are in that mode from fst_gpu_enter to fst_gpu_leave, and
  *               make no such call outside. A driver from before CUDA 10.1 has no modes.
+ *
+ * And one of host memory:
+ *
+ *   ASK         Releasing a job does not wait for a fed file's callback. What the callback
+ *               brought goes on only if the job was not given up meanwhile; else it is
+ *               written to memory that is its owner's again.
  */
 #pragma once
 
@@ -32,6 +38,7 @@
 #define FST_RULE_RELEASE 4
 #define FST_RULE_STAGING 5
 #define FST_RULE_CAPTURE 6
+#define FST_RULE_ASK 7
 #ifndef FST_OMIT
 #define FST_OMIT 0
 #endif

@@ -17,22 +17,33 @@
 #define DROP_TRIES 15  /* 30 ms; reads of some MiB take a few */
 #define DROP_BLINDLY 5 /* where no probe can see what is left */
 
-static int new_file(const char *path, int fd, const struct stat *status, fst_file **out,
-                    fst_error *err) {
-    struct statfs filesystem;
+/* FST_E_NOMEM. */
+static int no_memory(const char *path, fst_error *err) {
+    return fst_fail(err, FST_E_NOMEM, ENOMEM, "%s: no memory to open it", path);
+}
+
+/* NULL where there is no memory. */
+static fst_file *blank_file(const char *path, int fd) {
     size_t length = strlen(path) + 1;
     fst_file *file = calloc(1, sizeof *file + length);
-    if (file == NULL) return fst_fail(err, FST_E_NOMEM, ENOMEM, "%s: no memory to open it", path);
+    if (file == NULL) return NULL;
     atomic_init(&file->refs, 1);
     atomic_init(&file->hint_fd, -1);
     atomic_init(&file->window, -1);
-    file->fd = fd;
+    file->fd = file->info.fd = fd;
     memcpy(file->path, path, length);
+    return file;
+}
+
+static int new_file(const char *path, int fd, const struct stat *status, fst_file **out,
+                    fst_error *err) {
+    struct statfs filesystem;
+    fst_file *file = blank_file(path, fd);
+    if (file == NULL) return no_memory(path, err);
     file->info.size = (uint64_t)status->st_size;
     file->info.dev = (uint64_t)status->st_dev;
     file->info.ino = (uint64_t)status->st_ino;
     file->info.fs_magic = fstatfs(fd, &filesystem) == 0 ? (uint64_t)filesystem.f_type : 0;
-    file->info.fd = fd;
     atomic_fetch_add(&fst_counts.files, 1);
     *out = file;
     return FST_OK;
@@ -65,6 +76,35 @@ int fst_file_open(const char *path, fst_file **out, fst_file_info *info, fst_err
     return code;
 }
 
+int fst_file_feed(const char *name, uint64_t size, int32_t most, fst_feed feed, void *context,
+                  fst_file **out, fst_file_info *info, fst_error *err) {
+    *out = NULL;
+    if (feed == NULL || size > INT64_MAX || most < 1 || most > FST_MOST_CALLS)
+        return fst_fail(err, FST_E_INVALID, EINVAL, "%s: a fed file's arguments are out of range",
+                        name);
+    fst_file *file = blank_file(name, -1);
+    if (file != NULL) file->fed = calloc(1, sizeof *file->fed);
+    if (file == NULL || file->fed == NULL) {
+        free(file);
+        return no_memory(name, err);
+    }
+    file->fed->feed = feed;
+    file->fed->context = context;
+    file->fed->most = most;
+    file->info.size = size;
+    atomic_fetch_add(&fst_counts.fed_files, 1);
+    *info = file->info;
+    *out = file;
+    return FST_OK;
+}
+
+int fst_file_refuse_fed(const fst_file *file, const char *what, fst_error *err) {
+    if (file == NULL || file->fed == NULL) return FST_OK;
+    return fst_fail(err, FST_E_INVALID, EINVAL,
+                    "%s: it is not a local file, so there is no %s: it can only be read",
+                    file->path, what);
+}
+
 uint64_t fst_open_files(void) { return atomic_load(&fst_counts.files); }
 
 const char *fst_source_name(const fst_file *file) {
@@ -86,13 +126,19 @@ void fst_file_retain(fst_file *file) {
 void fst_file_unref(fst_file *file) {
     if (file == NULL) return;
     if (atomic_fetch_sub_explicit(&file->refs, 1, memory_order_acq_rel) != 1) return;
-    close(file->fd);
-    if (atomic_load(&file->hint_fd) >= 0) close(atomic_load(&file->hint_fd));
-    atomic_fetch_sub(&fst_counts.files, 1);
+    if (file->fed == NULL) {
+        close(file->fd);
+        if (atomic_load(&file->hint_fd) >= 0) close(atomic_load(&file->hint_fd));
+        atomic_fetch_sub(&fst_counts.files, 1);
+    } else {
+        atomic_fetch_sub(&fst_counts.fed_files, 1);
+    }
+    free(file->fed);
     free(file);
 }
 
 void fst_file_read_exactly(fst_file *file) {
+    if (file->fed != NULL) return; /* it never reads more */
     (void)FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_RANDOM);
     atomic_store(&file->exactly, true);
 }
@@ -153,6 +199,11 @@ int fst_file_read(fst_file *file, uint64_t offset, void *to, uint64_t length, fs
     if (offset > INT64_MAX || length > INT64_MAX - offset)
         return fst_fail(err, FST_E_INVALID, EINVAL, "%s: offset %llu out of range", file->path,
                         (unsigned long long)offset);
+    if (file->fed != NULL) {
+        if (offset > file->info.size || length > file->info.size - offset)
+            return fst_file_truncated(file, file->info.size, err);
+        return fst_feed_fill(file->fed, file->path, offset, length, to, err);
+    }
     while (length > 0) {
         ssize_t got = FST_SYS->pread(file->fd, at, (size_t)length, (off_t)offset);
         if (got < 0) {
@@ -211,6 +262,7 @@ int fst_file_residency(fst_file *file, uint64_t offset, uint64_t length, uint64_
                        int *probe) {
     *resident = 0;
     *probe = FST_PROBE_NONE;
+    if (file->fed != NULL) return FST_E_INVALID;
     if (offset >= file->info.size) return FST_OK;
     length = fst_min(length, file->info.size - offset);
     if (length == 0) return FST_OK;

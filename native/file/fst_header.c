@@ -416,9 +416,9 @@ int fst_layout_read(fst_file *file, fst_layout *cached, fst_layout **out, fst_la
     char *header = NULL;
     *out = NULL;
     /* Otherwise the kernel reads ahead and leaves a mark behind the header: see fst_arena.c. */
-    (void)FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_RANDOM);
+    if (file->fed == NULL) (void)FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_RANDOM);
     int code = read_all(file, &header, &header_bytes, err);
-    (void)FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_NORMAL);
+    if (file->fed == NULL) (void)FST_SYS->fadvise(file->fd, 0, 0, POSIX_FADV_NORMAL);
     if (code != FST_OK) return code;
     if (cached != NULL && cached->header_bytes == header_bytes &&
         cached->file_bytes == file->info.size &&

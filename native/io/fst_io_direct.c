@@ -11,14 +11,6 @@
 #include "base/fst_sys.h"
 #include "io/fst_io_direct.h"
 
-/* Copies the wanted bytes of the chunk from the slot to their places. */
-static void scatter(const fst_io_context *io) {
-    fst_pieces pieces = {.io = io};
-    fst_piece piece;
-    while (fst_pieces_next(&pieces, &piece))
-        memcpy(io->arena->data + piece.at, io->slot + piece.in_slot, (size_t)piece.bytes);
-}
-
 /* Whether the next read may be made. */
 static int check(const fst_io_context *io, fst_error *err) {
     if (fst_io_check_stop(io, err) != FST_OK) return err->code;
@@ -65,6 +57,6 @@ int fst_io_direct_slot(const fst_io_context *io, fst_error *err) {
 
 int fst_io_direct(const fst_io_context *io, fst_error *err) {
     int code = fst_io_direct_slot(io, err);
-    if (code == FST_OK) scatter(io);
+    if (code == FST_OK) fst_pieces_scatter(io);
     return code;
 }

@@ -32,6 +32,13 @@ void fst_pieces_clear_padding(const fst_io_context *io) {
     }
 }
 
+void fst_pieces_scatter(const fst_io_context *io) {
+    fst_pieces pieces = {.io = io};
+    fst_piece piece;
+    while (fst_pieces_next(&pieces, &piece))
+        memcpy(io->arena->data + piece.at, io->slot + piece.in_slot, (size_t)piece.bytes);
+}
+
 bool fst_pieces_next(fst_pieces *pieces, fst_piece *piece) {
     const fst_io_context *io = pieces->io;
     fst_packing *last = &pieces->packing;

@@ -63,6 +63,8 @@ typedef struct fst_pieces { /* {.io = io} before the first */
 } fst_pieces;
 
 bool fst_pieces_next(fst_pieces *pieces, fst_piece *piece);
+/* Copies every piece from the slot, where it lies as in the file, to its place in the arena. */
+void fst_pieces_scatter(const fst_io_context *io);
 /* Zeros for the padding between pieces of a packed slot. */
 void fst_pieces_clear_padding(const fst_io_context *io);
 /* Where in a packed slot the next piece goes, and whether it joins the last. */

@@ -14,8 +14,9 @@
 
 /* ---- claiming and accounting, with the lock held ---- */
 
-/* Whether chunks may be packed into their slots: not what is read in whole blocks. */
+/* Whether chunks may be packed into their slots: not what comes in whole blocks. */
 static bool may_pack(const fst_job *job) {
+    if (fst_queue_is_fed(job)) return false;
     return job->kind == JOB_UPLOAD || (job->kind == JOB_READ && job->options.device != NULL &&
                                        (job->options.mode == FST_READ_BUFFERED ||
                                         job->options.mode == FST_READ_DIRECT_IF_COLD));
@@ -76,6 +77,25 @@ static void claim(fst_job *job, fst_io_context *io, fst_chunk *chunk) {
     }
     *chunk = (fst_chunk){.job = job, .begin = begin, .wanted = wanted, .next = job->chunks};
     job->chunks = chunk;
+}
+
+/* A chunk of a fed file is about to be fetched, or has been: then so many bytes of it have come. */
+static void begin_fetch(fst_job *job, fst_chunk *chunk) {
+    fst_fed *fed = job->file->fed;
+    chunk->fetching = true;
+    fed->calls++;
+    fst_window_begin(&fst_queue.window, job->options.threads, fst_nanoseconds(CLOCK_MONOTONIC));
+}
+
+static void end_fetch(fst_job *job, fst_chunk *chunk, uint64_t bytes) {
+    if (!chunk->fetching) return;
+    uint64_t now = fst_nanoseconds(CLOCK_MONOTONIC);
+    chunk->fetching = false;
+    job->file->fed->calls--;
+    if (fst_window_end(&fst_queue.window, job->options.threads, bytes, now))
+        (void)pthread_cond_broadcast(&fst_queue.work);
+    else
+        (void)pthread_cond_signal(&fst_queue.work); /* this worker has the bytes to place first */
 }
 
 static void account(fst_chunk *chunk, int code, const fst_error *error) {
@@ -142,9 +162,50 @@ static bool is_cached(const fst_io_context *io) {
     return resident == length;
 }
 
+/* Where a chunk's bytes lie in a slot that holds them as the file does. */
+static unsigned char *place_in_slot(const fst_io_context *io) {
+    return io->slot + (io->begin - fst_align_down(io->begin, FST_DIRECT_ALIGN));
+}
+
+/* Has a fed file's callback fill memory that lives until the chunk is accounted for, whatever the
+ * job's owner does meanwhile. After it the owner waits for this chunk, unless it has given up:
+ * FST_E_CANCELLED. Takes the lock. */
+static int fetch(fst_job *job, const fst_io_context *io, fst_chunk *chunk, unsigned char *into,
+                 fst_error *err) {
+    uint64_t bytes = io->end - io->begin;
+    int code = fst_feed_fill(io->file->fed, io->file->path, io->begin, bytes, into, err);
+    fst_queue_lock();
+    end_fetch(job, chunk, code == FST_OK ? bytes : 0);
+    if (code == FST_OK && FST_KEEPS(FST_RULE_ASK)) code = fst_io_check_stop(io, err);
+    fst_queue_unlock();
+    return code;
+}
+
+/* Where all of a chunk goes if that is one run of memory of the arena's own; else NULL. */
+static unsigned char *run_of(const fst_io_context *io) {
+    const fst_segment *s = &io->segments[io->first];
+    if (io->arena->kind != FST_ARENA_ANONYMOUS || io->end > s->file_offset + s->bytes) return NULL;
+    return io->arena->data + s->arena_offset + (io->begin - s->file_offset);
+}
+
+/* A chunk of a fed file, into host memory. */
+static int fetch_to_memory(fst_job *job, fst_io_context *io, fst_worker *worker, fst_chunk *chunk,
+                           fst_error *err) {
+    unsigned char *run = run_of(io);
+    if (run != NULL) return fetch(job, io, chunk, run, err);
+    if (!ensure_slot(worker, job->options.chunk_bytes))
+        return fst_fail(err, FST_E_NOMEM, errno, "%s: no memory for a buffer of %llu bytes",
+                        io->file->path, (unsigned long long)job->options.chunk_bytes);
+    use_slot(io, &worker->slot);
+    int code = fetch(job, io, chunk, place_in_slot(io), err);
+    if (code == FST_OK) fst_pieces_scatter(io);
+    return code;
+}
+
 /* Reads into host memory. *refused becomes the errno of O_DIRECT where it was refused. */
-static int read_to_memory(const fst_job *job, fst_io_context *io, fst_worker *worker,
-                          fst_chunk *chunk, int *refused, fst_error *err) {
+static int read_to_memory(fst_job *job, fst_io_context *io, fst_worker *worker, fst_chunk *chunk,
+                          int *refused, fst_error *err) {
+    if (chunk->fetching) return fetch_to_memory(job, io, worker, chunk, err);
     if (chunk->direct) {
         if (!ensure_slot(worker, job->options.chunk_bytes))
             return fst_fail(err, FST_E_NOMEM, errno,
@@ -186,18 +247,22 @@ static int fill_from_file(fst_io_context *io, fst_chunk *chunk, int *refused, fs
     if (io->packed)
         fst_pieces_clear_padding(io);
     else
-        io->into = io->slot + (io->begin - fst_align_down(io->begin, FST_DIRECT_ALIGN));
+        io->into = place_in_slot(io);
     return fst_io_buffered(io, err);
 }
 
-static int fill_slot(const fst_job *job, fst_io_context *io, fst_worker *worker, fst_chunk *chunk,
+static int fill_slot(fst_job *job, fst_io_context *io, fst_worker *worker, fst_chunk *chunk,
                      int *refused, fst_error *err) {
     fst_slot *slot;
     int code = take_slot(job, worker, &slot, err);
     if (code != FST_OK) return code;
     use_slot(io, &slot->pages);
-    code =
-        job->kind == JOB_UPLOAD ? fst_io_memory(io, err) : fill_from_file(io, chunk, refused, err);
+    if (chunk->fetching)
+        code = fetch(job, io, chunk, place_in_slot(io), err);
+    else if (job->kind == JOB_UPLOAD)
+        code = fst_io_memory(io, err);
+    else
+        code = fill_from_file(io, chunk, refused, err);
     if (code == FST_OK)
         chunk->transfer.slot = slot;
     else
@@ -220,8 +285,8 @@ static int fill_staging(const fst_job *job, const fst_io_context *io, fst_chunk 
 
 /* Reads into a slot or a staging block, and starts the copies from there. *gds_refused is filled if
  * cuFile did not read. */
-static int read_to_device(const fst_job *job, fst_io_context *io, fst_worker *worker,
-                          fst_chunk *chunk, int *refused, fst_error *gds_refused, fst_error *err) {
+static int read_to_device(fst_job *job, fst_io_context *io, fst_worker *worker, fst_chunk *chunk,
+                          int *refused, fst_error *gds_refused, fst_error *err) {
     int code = FST_E_INVALID;
     chunk->transfer.device = job->options.device;
     if (chunk->gds) {
@@ -242,6 +307,8 @@ static void count_bytes(const fst_job *job, const fst_chunk *chunk, uint64_t col
         atomic_fetch_add(&fst_counts.bytes_prefetched, cold);
     else if (job->kind == JOB_UPLOAD)
         atomic_fetch_add(&fst_counts.bytes_uploaded, chunk->wanted);
+    else if (fst_queue_is_fed(job))
+        atomic_fetch_add(&fst_counts.bytes_fed, chunk->wanted);
     else if (!chunk->gds)
         atomic_fetch_add(chunk->direct ? &fst_counts.bytes_direct : &fst_counts.bytes_buffered,
                          chunk->wanted);
@@ -304,11 +371,13 @@ static void run_read(fst_job *job, fst_worker *worker) {
     bool to_device = job->options.device != NULL, direct = wants_direct(job);
     bool if_cold = job->options.mode == FST_READ_DIRECT_IF_COLD;
     bool shared = direct && !to_device; /* with a child, if the process forks now */
+    bool fed = fst_queue_is_fed(job);
     /* The worker has room: see fst_chunk_retire. Taking a slot may retire the oldest, which
      * moves neither this place nor its turn. */
     if (to_device) chunk = &worker->chunks[(worker->oldest + worker->in_flight) % FST_IN_FLIGHT];
     claim(job, &io, chunk);
     chunk->gds = job->options.mode == FST_READ_GDS;
+    if (fed) begin_fetch(job, chunk);
     job->reading++;
     fst_queue.in_flight_direct += shared;
     fst_queue_unlock();
@@ -321,12 +390,14 @@ static void run_read(fst_job *job, fst_worker *worker) {
         code = read_to_device(job, &io, worker, chunk, &refused, &gds_refused, &error);
     } else {
         code = read_to_memory(job, &io, worker, chunk, &refused, &error);
-        fst_arena_note_fill(io.arena, chunk->wanted,
-                            fst_nanoseconds(CLOCK_THREAD_CPUTIME_ID) - before);
+        if (!fed)
+            fst_arena_note_fill(io.arena, chunk->wanted,
+                                fst_nanoseconds(CLOCK_THREAD_CPUTIME_ID) - before);
     }
     if (code == FST_OK) count_bytes(job, chunk, 0);
 
     fst_queue_lock();
+    end_fetch(job, chunk, 0); /* where it failed before it called */
     fst_queue.in_flight_direct -= shared;
     job->reading--;
     if (gds_refused.code != FST_OK) fst_queue_refuse_gds(job, &gds_refused);

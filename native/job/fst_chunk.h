@@ -12,6 +12,7 @@ struct fst_chunk { /* claimed and not yet accounted for; lives in its worker */
     uint64_t wanted; /* bytes; gaps read over do not count */
     bool direct;     /* read with O_DIRECT, in the end */
     bool gds;        /* or by cuFile */
+    bool fetching;   /* a fed file's callback has it, or is about to; nobody waits for that */
     fst_transfer transfer;
     struct fst_chunk *next; /* of the job */
 };

@@ -25,6 +25,26 @@ static void cancel_locked(fst_job *job) {
     fst_queue_finish_if_over(job);
 }
 
+/* Whether the caller's memory is safe: what is in flight only fetches, and asks before it goes on.
+ */
+static bool only_fetches(const fst_job *job) {
+    for (const fst_chunk *chunk = job->chunks; chunk != NULL; chunk = chunk->next)
+        if (!chunk->fetching) return false;
+    return !job->finishing && job->chunks != NULL;
+}
+
+/* Whether the result is known although callbacks run on, which may take long. */
+static bool has_failed(const fst_job *job) {
+    return job->result != FST_OK && !job->quiesced && only_fetches(job);
+}
+
+/* Somebody waits for the job, which so overtakes what is read ahead. */
+static void want(fst_job *job) {
+    if (job->wanted || !fst_queue_is_fed(job)) return;
+    job->wanted = true;
+    (void)pthread_cond_broadcast(&fst_queue.work);
+}
+
 /* Whether every wanted byte before a file offset is where it belongs. */
 static bool landed(const fst_job *job, uint64_t file_offset) {
     if (job->result != FST_OK) return false;
@@ -125,7 +145,9 @@ static void enqueue(fst_job *job) {
     fst_queue_lock();
     fst_queue_append(job);
     uint64_t chunks = job->stats.bytes_total / job->options.chunk_bytes + 1;
-    int threads = fst_pool_grow((int)fst_min((uint64_t)job->options.threads, chunks));
+    /* Workers in callbacks may be there for long. */
+    int wanted = (int)fst_min((uint64_t)job->options.threads, chunks) + fst_queue.window.calls;
+    int threads = fst_pool_grow(wanted < FST_MAX_THREADS ? wanted : FST_MAX_THREADS);
     job->inline_help = threads == 0;
     if (job->inline_help && job->kind == JOB_PREFETCH) fst_queue_give_up_rest(job);
     fst_queue_finish_if_over(job); /* nothing to do at all */
@@ -143,6 +165,9 @@ static int submit(enum job_kind kind, fst_file *file, fst_arena *arena, const fs
         return fst_fail(err, FST_E_INVALID, EINVAL, "%s: job options out of range", source);
     if (!segments_fit(segments, count, file, arena, kind != JOB_PREFETCH, &total))
         return fst_fail(err, FST_E_INVALID, EINVAL, "%s: a segment is out of range", source);
+    if ((options->mode != FST_READ_BUFFERED || options->drop_cache) &&
+        fst_file_refuse_fed(file, "O_DIRECT, cuFile or page cache", err) != FST_OK)
+        return err->code;
     fst_pool_prepare();
     fst_job *job = new_job(kind, segments, count, options);
     if (job == NULL)
@@ -167,6 +192,10 @@ static int submit(enum job_kind kind, fst_file *file, fst_arena *arena, const fs
 
 int fst_job_prefetch(fst_file *file, fst_arena *map, const fst_segment *segments, uint64_t count,
                      const fst_job_options *options, fst_job **out, fst_error *err) {
+    if (fst_file_refuse_fed(file, "map", err) != FST_OK) {
+        *out = NULL;
+        return err->code;
+    }
     if (map->kind != FST_ARENA_MAP || map->bytes != file->info.size) {
         *out = NULL;
         return fst_fail(err, FST_E_INVALID, EINVAL, "%s: read-ahead needs the file's map",
@@ -189,8 +218,10 @@ int fst_job_wait_until(fst_job *job, uint64_t file_offset, int timeout_ms, fst_e
     struct timespec until = fst_queue_deadline(timeout_ms);
     fst_worker helper = {0};
     fst_queue_lock();
+    want(job);
     int timed_out = 0;
-    while ((!job->done || job->quiesced) && !landed(job, file_offset) && timed_out == 0) {
+    while ((!job->done || job->quiesced) && !landed(job, file_offset) && !has_failed(job) &&
+           timed_out == 0) {
         if (job->inline_help && fst_queue_has_chunk(job) && fst_queue.forking == 0) {
             fst_chunk_run(job, &helper);
             fst_queue_finish_if_over(job);
@@ -200,7 +231,8 @@ int fst_job_wait_until(fst_job *job, uint64_t file_offset, int timeout_ms, fst_e
         }
         timed_out = pthread_cond_timedwait(&fst_queue.event, &fst_queue.lock, &until);
     }
-    int code = job->done || landed(job, file_offset) ? job->result : FST_PENDING;
+    bool known = job->done || landed(job, file_offset) || has_failed(job);
+    int code = known ? job->result : FST_PENDING;
     if (job->quiesced && code == FST_E_CANCELLED) code = FST_PENDING;
     if (code != FST_OK && code != FST_PENDING) *err = job->error;
     fst_queue_unlock();
@@ -225,16 +257,19 @@ void fst_job_cancel(fst_job *job) {
     fst_queue_unlock();
 }
 
-static fst_job *device_job(void) {
+static bool is_to_device(const fst_job *job) { return job->options.device != NULL; }
+
+static fst_job *first_job(bool (*is_one)(const fst_job *)) {
     fst_job *job = fst_queue.head;
-    while (job != NULL && job->options.device == NULL) job = job->next;
+    while (job != NULL && !is_one(job)) job = job->next;
     return job;
 }
 
-void fst_device_quiesce(void) {
+/* Cancels all jobs of a kind, and waits until nothing of them is in flight. */
+static void quiesce(bool (*is_one)(const fst_job *)) {
     fst_pool_prepare();
     fst_queue_lock();
-    for (fst_job *job; (job = device_job()) != NULL;) {
+    for (fst_job *job; (job = first_job(is_one)) != NULL;) {
         job->quiesced = true; /* no thread gets an error at the very end of the process */
         if (job->finishing || atomic_load(&job->stop))
             (void)pthread_cond_wait(&fst_queue.event, &fst_queue.lock);
@@ -242,6 +277,13 @@ void fst_device_quiesce(void) {
             cancel_locked(job); /* may release the lock meanwhile: search again from the start */
     }
     fst_queue_unlock();
+}
+
+void fst_device_quiesce(void) { quiesce(is_to_device); }
+
+void fst_feed_end(void) {
+    fst_feed_shut();
+    quiesce(fst_queue_is_fed);
 }
 
 void fst_job_get_stats(fst_job *job, fst_job_stats *stats) {
@@ -258,7 +300,8 @@ void fst_job_release(fst_job **owned) {
     if (job->kind != JOB_PREFETCH && !job->done) {
         /* Its destination may be the caller's memory: nothing may be in flight after this. */
         cancel_locked(job);
-        while (!job->done) (void)pthread_cond_wait(&fst_queue.event, &fst_queue.lock);
+        while (!job->done && !only_fetches(job))
+            (void)pthread_cond_wait(&fst_queue.event, &fst_queue.lock);
     }
     bool last = --job->refs == 0;
     fst_queue_unlock();

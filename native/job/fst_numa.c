@@ -78,7 +78,7 @@ int fst_numa_of_file(const fst_file *file) {
     static const char *const places[] = {"device", "device/device", "../device",
                                          "../device/device"};
     (void)pthread_once(&looked, look);
-    if (file == NULL || machine.nodes < 2) return FST_ANYWHERE;
+    if (file == NULL || file->fed != NULL || machine.nodes < 2) return FST_ANYWHERE;
     for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
         long long node;
         if (fst_read_number(&node, "%s/dev/block/%u:%u/%s/numa_node", machine.root,

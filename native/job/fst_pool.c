@@ -8,7 +8,8 @@
 #include "job/fst_pool.h"
 
 #define IDLE_SECONDS 10
-#define STACK_BYTES (1u << 20) /* address space only; libraries' thread-local data is in it */
+/* Address space only. Libraries' thread-local data is in it, and Python code that feeds a file. */
+#define STACK_BYTES (2u << 20)
 
 fst_pool_state fst_pool;
 
@@ -16,14 +17,23 @@ static pthread_once_t pool_once = PTHREAD_ONCE_INIT;
 
 /* ---- workers ---- */
 
+static bool start_worker(void);
+
 static void *worker_main(void *argument) {
     fst_worker *worker = argument;
     fst_numa_start(&worker->place);
     fst_queue_lock();
+    fst_pool.idle--;
     for (;;) {
         fst_chunk_retire(worker, worker->in_flight == FST_IN_FLIGHT);
         fst_job *job = fst_queue.forking > 0 ? NULL : fst_queue_next();
+        if (job != NULL && fst_queue_is_fed(job) && worker->in_flight > 0) {
+            fst_chunk_retire(worker, true); /* not after a callback, which may take long */
+            continue;
+        }
         if (job != NULL) {
+            /* Another worker is there for what comes during a callback. */
+            if (fst_queue_is_fed(job) && fst_pool.idle == 0) (void)start_worker();
             fst_chunk_run(job, worker);
             fst_queue_finish_if_over(job);
             (void)pthread_cond_broadcast(&fst_queue.event);
@@ -36,7 +46,9 @@ static void *worker_main(void *argument) {
         /* During a fork no chunk was looked for: there may be one. */
         if (fst_pool.ending > 0 && fst_queue.forking == 0) break;
         struct timespec until = fst_queue_deadline(IDLE_SECONDS * 1000);
+        fst_pool.idle++;
         int timed_out = pthread_cond_timedwait(&fst_queue.work, &fst_queue.lock, &until);
+        fst_pool.idle--;
         if (timed_out == ETIMEDOUT && fst_queue_next() == NULL && fst_queue.forking == 0) break;
     }
     fst_pages_unmap(&worker->slot);
@@ -79,6 +91,7 @@ static bool start_worker(void) {
         return false;
     }
     fst_pool.threads++;
+    fst_pool.idle++; /* until it looks for work */
     return true;
 }
 
@@ -92,7 +105,7 @@ int fst_pool_grow(int wanted) {
 
 /* In the child no worker exists. */
 static void after_fork_child(void) {
-    fst_pool.threads = fst_pool.ending = 0;
+    fst_pool.threads = fst_pool.ending = fst_pool.idle = 0;
     for (int i = 0; i < FST_MAX_THREADS; i++) {
         fst_pool.workers[i].alive = false;
         fst_pool.workers[i].in_flight = 0;

@@ -19,6 +19,7 @@ typedef struct fst_pool_state { /* under the queue's lock */
     fst_worker workers[FST_MAX_THREADS];
     int threads;
     int ending; /* how many shutdowns are under way */
+    int idle;   /* of the threads: those that wait for work, or have just been started */
 } fst_pool_state;
 
 extern fst_pool_state fst_pool;

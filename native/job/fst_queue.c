@@ -5,7 +5,8 @@
 
 #include "job/fst_queue.h"
 
-fst_queue_state fst_queue = {.lock = PTHREAD_MUTEX_INITIALIZER};
+fst_queue_state fst_queue = {.lock = PTHREAD_MUTEX_INITIALIZER,
+                             .window = {.open = FST_WINDOW_FIRST}};
 
 static pthread_once_t queue_once = PTHREAD_ONCE_INIT;
 
@@ -109,9 +110,24 @@ void fst_queue_finish_if_over(fst_job *job) {
 static bool goes_first(const fst_job *job, const fst_job *other) {
     if (job->kind == JOB_PREFETCH) return false;
     if (other->kind == JOB_PREFETCH) return true;
+    /* What is waited for overtakes what is read ahead: a network gives little at a time. */
+    if (fst_queue_is_fed(job) && fst_queue_is_fed(other) && job->wanted != other->wanted)
+        return job->wanted;
     /* Jobs of one file go in the order of submission: a caller waits for the first tensors. So do
      * all uploads: the source of an upload that is done can be freed. */
     return job->file != other->file && job->reading < other->reading;
+}
+
+/* Whether one more worker may serve a job. Its number of threads bounds the calls for all fed files
+ * together: each call takes memory. What is waited for may go beyond the window: it must not wait
+ * for read-ahead to end. */
+static bool has_room(const fst_job *job) {
+    if (job->reading >= job->options.threads) return false;
+    if (!fst_queue_is_fed(job)) return true;
+    const fst_fed *fed = job->file->fed;
+    const fst_window *window = &fst_queue.window;
+    if (fed->calls >= fed->most || window->calls >= job->options.threads) return false;
+    return window->calls < window->open || (job->wanted && job->reading < FST_WINDOW_FIRST);
 }
 
 /* Reads and uploads come first, since a caller waits for them; among them the one that the fewest
@@ -119,7 +135,7 @@ static bool goes_first(const fst_job *job, const fst_job *other) {
 fst_job *fst_queue_next(void) {
     fst_job *best = NULL;
     for (fst_job *job = fst_queue.head; job != NULL; job = job->next) {
-        if (!fst_queue_has_chunk(job) || job->reading >= job->options.threads) continue;
+        if (!fst_queue_has_chunk(job) || !has_room(job)) continue;
         if (best == NULL || goes_first(job, best)) best = job;
     }
     return best;
@@ -166,11 +182,13 @@ static void after_fork_child(void) {
     (void)pthread_mutex_init(&fst_queue.lock, NULL); /* locked by this very thread, in the parent */
     init_conditions();
     fst_queue.forking = fst_queue.in_flight_direct = 0;
+    fst_queue.window = (fst_window){.open = FST_WINDOW_FIRST};
     fst_queue_lock();
     while (fst_queue.head != NULL) {
         fst_job *job = fst_queue.head;
         job->chunks = NULL;
         job->reading = 0;
+        if (fst_queue_is_fed(job)) job->file->fed->calls = 0;
         job->finishing = false;            /* the thread that released its adopted memory is gone */
         if (job->options.device != NULL) { /* only the parent may free these */
             job->arena = NULL;

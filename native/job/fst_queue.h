@@ -26,6 +26,7 @@ struct fst_job {
     bool done;
     bool quiesced;    /* the process ends: waiting for this job returns FST_PENDING until then */
     bool inline_help; /* no thread could be started: the waiting caller does the work */
+    bool wanted;      /* of a fed file: somebody has waited for it */
     int result;
     fst_error error;
     fst_file *file; /* NULL: an upload, whose file offsets are addresses */
@@ -54,6 +55,7 @@ typedef struct fst_queue_state {
     int jobs;
     int in_flight_direct; /* reads with O_DIRECT into memory that a fork would share */
     int finishing;        /* jobs releasing file and arena outside the lock */
+    fst_window window;    /* of the callbacks of fed files */
     int forking;          /* how many forks are under way: no chunk is begun meanwhile */
 } fst_queue_state;
 
@@ -78,6 +80,9 @@ static inline bool fst_queue_has_chunk(const fst_job *job) {
 static inline void fst_queue_give_up_rest(fst_job *job) { job->next_segment = job->count; }
 /* Moves the cursor past empty segments to where the next chunk begins. */
 void fst_queue_set_cursor(fst_job *job, uint64_t segment);
+static inline bool fst_queue_is_fed(const fst_job *job) {
+    return job->file != NULL && job->file->fed != NULL;
+}
 /* The job that a worker should serve next, or NULL. */
 fst_job *fst_queue_next(void);
 /* The rest of the job goes through the ring instead of cuFile. */

@@ -33,6 +33,7 @@ static int new_arena(enum fst_arena_kind kind, void *data, uint64_t bytes, fst_a
 int fst_arena_map(fst_file *file, fst_arena **out, fst_error *err) {
     uint64_t bytes = file->info.size;
     *out = NULL;
+    if (fst_file_refuse_fed(file, "map", err) != FST_OK) return err->code;
     if (bytes == 0 || bytes > SIZE_MAX)
         return fst_fail(err, FST_E_INVALID, EINVAL, "%s: cannot map %llu bytes", file->path,
                         (unsigned long long)bytes);

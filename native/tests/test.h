@@ -179,6 +179,7 @@ static inline void test_nothing_left(int descriptors) {
     CHECK_EQ(stats.arenas, 0);
     CHECK_EQ(stats.arena_bytes, 0);
     CHECK_EQ(stats.files, 0);
+    CHECK_EQ(stats.fed_files, 0);
     CHECK_EQ(test_descriptors(), descriptors);
 }
 

@@ -280,6 +280,44 @@ static void test_capture_gds(void) {
     test_remove(&made);
 }
 
+/* ---- ask: fetched bytes go on only if the job was not given up ---- */
+
+static int64_t feed_late(void *context, uint64_t offset, uint64_t bytes, void *into) {
+    (void)context, (void)offset;
+    gate_pass(0);
+    memset(into, 7, bytes);
+    return (int64_t)bytes;
+}
+
+/* The memory is the caller's again while a callback still runs. */
+static void test_ask(void) {
+    fst_file *file = NULL;
+    fst_file_info info;
+    fst_arena *arena = NULL;
+    fst_job *job = NULL;
+    fst_error err = {0};
+    fst_segment all = {0, CHUNK, 0};
+    fst_job_options options = {.struct_bytes = sizeof options, .threads = 1, .chunk_bytes = CHUNK};
+    unsigned char *memory = calloc(1, CHUNK);
+    MUST(memory != NULL);
+    gate.allowed = gate.inside = gate.passed = gate.entered = 0;
+    MUST(fst_file_feed("fed", CHUNK, 1, feed_late, NULL, &file, &info, &err) == FST_OK);
+    MUST(fst_arena_borrow(memory, CHUNK, &arena, &err) == FST_OK);
+    MUST(fst_job_read(file, arena, &all, 1, &options, &job, &err) == FST_OK);
+    gate_wait(0, 1);
+    fst_job_release(&job);
+    gate_allow(OPEN);
+    fst_pool_shutdown();
+    for (int i = 0; i < CHUNK; i++)
+        if (memory[i] != 0) {
+            FAIL("written to after the job was released");
+            break;
+        }
+    fst_arena_release(&arena);
+    fst_file_release(&file);
+    free(memory);
+}
+
 /* ---- which case is whose ---- */
 
 static const struct {
@@ -307,6 +345,7 @@ static const struct {
     CASE("CAPTURE", test_capture_upload),
     CASE("CAPTURE", test_capture_hip),
     CASE("CAPTURE", test_capture_gds),
+    CASE("ASK", test_ask),
 #undef CASE
 };
 

@@ -40,7 +40,7 @@ static char content[TENSORS * 80 + 8 + DATA];
 static size_t header_bytes;
 
 typedef struct everything {
-    fst_file *file;
+    fst_file *file, *fed;
     fst_layout *parsed, *read;
     fst_arena *map, *memory, *borrowed;
     fst_batch *batch;
@@ -60,6 +60,11 @@ static void make_content(void) {
     header_bytes = bytes;
 }
 
+static int64_t feed(void *context, uint64_t offset, uint64_t bytes, void *into) {
+    (void)context, (void)offset, (void)into;
+    return (int64_t)bytes;
+}
+
 static int steps(const test_file *made, everything *e, void *memory, fst_error *err) {
     static fst_dl_dtype table[FST_DTYPES];
     fst_file_info info;
@@ -70,6 +75,9 @@ static int steps(const test_file *made, everything *e, void *memory, fst_error *
     int code;
     table[FST_U8] = (fst_dl_dtype){1, 8, 0, 1};
     if ((code = fst_file_open(made->path, &e->file, &info, err)) != FST_OK) return code;
+    if ((code = fst_file_feed("fed", DATA, 1, feed, NULL, &e->fed, &info, err)) != FST_OK)
+        return code;
+    info.size = made->size;
     if ((code = fst_layout_read(e->file, NULL, &e->read, &view, err)) != FST_OK) return code;
     if ((code = fst_layout_parse(content + 8, header_bytes, info.size, &e->parsed, &view, err)) !=
         FST_OK)
@@ -95,6 +103,7 @@ static void release(everything *e) {
     fst_layout_release(&e->parsed);
     fst_layout_release(&e->read);
     fst_file_release(&e->file);
+    fst_file_release(&e->fed);
 }
 
 static void test_each_allocation(void) {

@@ -123,7 +123,6 @@ def _calls(sample: str, raw: Any) -> dict[str, Callable[[Any, Any], Any]]:
         "load_file, broken": lambda load, _: load(broken),
         "load_file, folder": lambda load, _: load(str(raw.folder)),
         "load_file, arguments": lambda load, _: load(sample, nonsense=1),
-        "load_file, url": lambda load, _: load("http://127.0.0.1:9/x.safetensors"),
         "load_file, number": lambda load, _: load(7.5),
         "safe_open": lambda _, open_: opened(open_, sample, "pt"),
         "safe_open, named": lambda _, open_: opened(open_, sample, framework="pt", device="cpu"),
@@ -149,8 +148,6 @@ def test_over_theirs_it_is_as_stock(theirs, sample, raw, stock, agree, watch) ->
     try:
         with fastst_patch.patched(**TINY):
             for name, call in _calls(sample, raw).items():
-                if "url" in name and theirs.__name__ == "streaming":
-                    continue
                 with watch() as seen:
                     agree(
                         partial(call, safetensors.torch.load_file, safetensors.safe_open),

@@ -1,0 +1,125 @@
+"""``load_file`` and ``safe_open`` of URLs, which stock does not know.
+
+Nothing of a URL is left to stock: it would say that there is no such file. Arguments that are not
+ours to judge are judged by stock over an empty file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .. import engine, stock
+from ..config import current
+from ..device import find_device
+from ..errors import Fallback
+from ..files.base import OpenedFile
+from ..files.remote import is_remote, local_file, not_by_stock, open_remote, shown
+from .eligibility import TORCH, Destination, destination, opened_for
+
+__all__ = ["is_url", "load_url", "open_url"]
+
+
+def is_url(filename: object) -> bool:
+    """Whether a caller's file name is a URL, and there is no file of that name."""
+    return type(filename) is str and is_remote(filename)
+
+
+def load_url(url: str, args: Any, kwargs: Any, local: Callable[[str], Any]) -> Any:
+    """``load_file`` of a URL.
+
+    Args:
+        url: its file name.
+        args: of the call.
+        kwargs: of the call.
+        local: does the call for a local file instead.
+
+    Raises as `load_file`, and RemoteError.
+    """
+    config, started = current(), time.perf_counter()
+    path = local_file(url, config)
+    if path is not None:
+        return local(path)
+    try:
+        _, device, backend = _bound_to_load(*args, **kwargs)
+        target = _destination("pt", device)
+    except (Fallback, TypeError) as error:
+        _ask_stock(stock.load_file, args, kwargs)
+        raise not_by_stock(shown(url), Fallback.alone(error)) from None
+    if backend != "mmap":  # which is for local files; but stock knows which there are
+        _ask_stock(stock.load_file, args, kwargs)
+    opened = opened_for(*open_remote(url, config), config, target)
+    result = opened.all_tensors()
+    if "offset_keys" not in stock.HANDLE_METHODS:  # before 0.6 load_file followed keys()
+        result = {name: result[name] for name in opened.layout.sorted_names}
+    opened.account.seconds = time.perf_counter() - started
+    opened.account.emit("load_file", opened.file.path, opened.device)
+    return result
+
+
+def _bound_to_load(filename: Any, device: Any = "cpu", *, backend: Any = "mmap") -> Any:
+    return filename, device, backend
+
+
+def open_url(
+    url: str,
+    stock_class: Any,
+    args: Any,
+    kwargs: Any,
+    *,
+    local: Callable[[str], Any],
+    made: Callable[[Any, OpenedFile, float], Any],
+) -> Any:
+    """``safe_open`` of a URL.
+
+    Args:
+        url: its file name.
+        stock_class: ``safe_open``.
+        args: of the call.
+        kwargs: of the call.
+        local: does the call for a local file instead.
+        made: makes a handle of the class, the file, and the time at which opening it began.
+
+    Raises as `safe_open`, and RemoteError.
+    """
+    config, started = current(), time.perf_counter()
+    path = local_file(url, config)
+    if path is not None:
+        return local(path)
+    try:
+        _, framework, device, backend = _bound_to_open(*args, **kwargs)
+        target = _destination(framework, device)
+    except (Fallback, TypeError) as error:
+        _ask_stock(stock_class, args, kwargs)
+        raise not_by_stock(shown(url), Fallback.alone(error)) from None
+    if backend != "mmap":
+        _ask_stock(stock_class, args, kwargs)
+    return made(stock_class, opened_for(*open_remote(url, config), config, target), started)
+
+
+def _bound_to_open(
+    filename: Any, framework: Any, device: Any = "cpu", *, backend: Any = "mmap"
+) -> Any:
+    return filename, framework, device, backend
+
+
+def _destination(framework: object, device: object) -> Destination:
+    """As `destination`. Torch's modes are allowed on the CPU, where we call torch as stock does."""
+    try:
+        return destination(framework, device, "mmap")
+    except Fallback:
+        ours = framework in TORCH and engine.native_error() is None
+        if not ours or find_device(device) is not None:
+            raise
+    return None
+
+
+def _ask_stock(function: Any, args: Any, kwargs: Any) -> None:
+    """Raise what stock raises for arguments beside the file's name."""
+    with stock.small_file(b"{}      ") as empty:
+        if args:
+            args = (empty.name, *args[1:])
+        else:
+            kwargs = {**kwargs, "filename": empty.name}
+        stock.call(function, args, kwargs)
