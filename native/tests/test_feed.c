@@ -66,6 +66,14 @@ static fst_job *start_part(fst_file *file, fst_arena *arena, int chunk, int chun
     return job;
 }
 
+/* For jobs beside another one that fills the same part of its memory. */
+static fst_arena *memory_apart(void) {
+    fst_arena *arena = NULL;
+    fst_error err = {0};
+    MUST(fst_arena_alloc(BYTES, &arena, &err) == FST_OK);
+    return arena;
+}
+
 /* All of it, into memory of the caller's. */
 static fed start_fed(int32_t most, int threads) {
     fed f = {.made = {.size = BYTES, .salt = 5}, .file = feed(most), .memory = malloc(BYTES)};
@@ -149,7 +157,7 @@ static void test_failure_is_told_at_once(void) {
     f.job = start_part(f.file, f.arena, 0, CHUNKS, 3);
     CHECK_EQ(wait_for(f.job), FST_E_FEED);
     fst_job_release(&f.job);
-    CHECK(gate_inside() > 0 || gate.entered == 0);
+    CHECK_EQ(gate.passed, 0);
     end_fed(&f);
     gate_allow(OPEN);
 }
@@ -202,8 +210,9 @@ static void test_in_order(void) {
 
 static void test_never_more_than_most(void) {
     close_gate();
+    fst_arena *apart = memory_apart();
     fed f = start_fed(2, 8);
-    fst_job *wanted = start_part(f.file, f.arena, 8, 1, 8);
+    fst_job *wanted = start_part(f.file, apart, 8, 1, 8);
     CHECK_EQ(fst_job_wait(wanted, 0, &f.err), FST_PENDING);
     gate_wait(0, 2);
     gate_allow(OPEN);
@@ -211,16 +220,18 @@ static void test_never_more_than_most(void) {
     CHECK_EQ(wait_for(f.job), FST_OK);
     CHECK_EQ(atomic_load(&most_running), 2);
     fst_job_release(&wanted);
+    fst_arena_release(&apart);
     end_fed(&f);
 }
 
 /* What somebody waits for goes before the rest of what is read ahead. */
 static void test_wanted_overtakes(void) {
     close_gate();
+    fst_arena *apart = memory_apart();
     fed f = start_fed(1, 4);
     gate_wait(0, 1);
-    fst_job *wanted = start_part(f.file, f.arena, 8, 1, 4);
-    fst_job *other = start_part(f.file, f.arena, 9, 1, 4);
+    fst_job *wanted = start_part(f.file, apart, 8, 1, 4);
+    fst_job *other = start_part(f.file, apart, 9, 1, 4);
     CHECK_EQ(fst_job_wait(wanted, 0, &f.err), FST_PENDING);
     gate_allow(OPEN);
     CHECK_EQ(wait_for(wanted), FST_OK);
@@ -230,15 +241,17 @@ static void test_wanted_overtakes(void) {
     CHECK_EQ(gate.fds[1], 8);
     fst_job_release(&wanted);
     fst_job_release(&other);
+    fst_arena_release(&apart);
     end_fed(&f);
 }
 
 /* It does not wait for a call to end, even if as many run as the link is thought to need. */
 static void test_wanted_goes_beyond_the_window(void) {
     close_gate();
+    fst_arena *apart = memory_apart();
     fed f = start_fed(16, 16);
     gate_wait(0, FST_WINDOW_FIRST);
-    fst_job *wanted = start_part(f.file, f.arena, 8, 1, 16);
+    fst_job *wanted = start_part(f.file, apart, 8, 1, 16);
     CHECK_EQ(fst_job_wait(wanted, 0, &f.err), FST_PENDING);
     gate_wait(0, FST_WINDOW_FIRST + 1);
     CHECK_EQ(gate.fds[FST_WINDOW_FIRST], 8);
@@ -247,6 +260,7 @@ static void test_wanted_goes_beyond_the_window(void) {
     CHECK_EQ(wait_for(f.job), FST_OK);
     CHECK(fed_right(&f));
     fst_job_release(&wanted);
+    fst_arena_release(&apart);
     end_fed(&f);
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import fastst_patch
 from fastst_patch import (
     FaststError,
     ParallelLoader,
+    RankError,
     SafeTensorsFileLoader,
     engine,
     fastsafe_open,
@@ -43,6 +45,7 @@ def expected(paths, stock) -> dict[str, Any]:
 def store(paths) -> Iterator[Store]:
     with served({f"{FOLDER}/{Path(p).name}": Path(p).read_bytes() for p in paths}) as found:
         yield found
+    gc.collect()  # threads that open files leave cycles where one fails
     assert engine.counters()["fed_files"] == 0
     assert all(source.cancelled for source in found.opened)
 
@@ -111,7 +114,7 @@ def test_an_index_that_leads_elsewhere_is_refused(store, name) -> None:
 
 
 def test_an_empty_folder(store) -> None:
-    with pytest.raises(FileNotFoundError, match="no safetensors files"):
+    with pytest.raises(RankError, match="no safetensors files"):  # as of a local one
         load_sharded("memory://here/nothing")
 
 
@@ -130,7 +133,7 @@ def test_errors(urls, store) -> None:
 
 def test_reads_that_fail(urls, store) -> None:
     def before(at: int, nbytes: int) -> None:
-        if at > 16384:
+        if at > 0:
             raise RemoteError("here", "x", "it broke", status=500)
 
     store.before = before
