@@ -88,7 +88,8 @@ _GIVEN = {
     "verify": ("on", True), "progress": ("1", True), "log_level": ("INFO", "info"),
     "small_file_bytes": ("2k", 2048), "node_id": ("here", "here"),
     "remote_cache": ("/data", "/data"), "remote_cache_bytes": ("2k", 2048),
-    "remote_offline": ("1", True), "host_memory_budget": ("1KiB", 1024), "storage_options": ('{"a": 1}', {"a": 1}),
+    "remote_offline": ("1", True),
+    "host_memory_budget": ("1KiB", 1024), "storage_options": ('{"a": 1}', {"a": 1}),
 }  # fmt: skip
 
 
