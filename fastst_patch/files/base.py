@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .. import engine, stock, tensors
-from ..config import Config
+from ..config import Config, current
 from ..errors import Fallback
 from ..interrupts import uninterrupted
 from ..layout import FileLayout
@@ -32,8 +32,12 @@ __all__ = [
 ]
 
 
-def open_checked(path: str, config: Config) -> tuple[engine.File, FileLayout]:
+def open_checked(path: str, config: Config | None = None) -> tuple[engine.File, FileLayout]:
     """Open a file and validate its header.
+
+    Args:
+        path: of the file, or a URL.
+        config: for a URL; None: the options in force.
 
     Raises:
         StandInFile: it stands for a remote file.
@@ -43,9 +47,10 @@ def open_checked(path: str, config: Config) -> tuple[engine.File, FileLayout]:
         SafetensorError, FaststError, ImportError: as `open_remote`.
     """
     if "://" in path and is_remote(path):
-        local = local_file(path, config)
+        options = config or current()
+        local = local_file(path, options)
         if local is None:
-            return open_remote(path, config)
+            return open_remote(path, options)
         path = local
     file = engine.open_file(path)
     try:
