@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -42,8 +43,9 @@ class _Loop:
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
-        if threading.current_thread() is not self.thread:
-            self.thread.join()
+        # `join` would make a record of each of the engine's threads that calls it, and keep it.
+        while self.thread.is_alive() and threading.get_ident() != self.thread.ident:
+            time.sleep(0.0005)
 
 
 _lock = Carried()

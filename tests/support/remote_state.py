@@ -66,7 +66,7 @@ def nothing_left_open() -> Iterator[None]:
     before = _held()
     yield
     if not until(lambda: _held() == before, 5):
-        assert _held() == before
+        raise AssertionError(f"before: {before}; and now: {_held()}")
 
 
 def everything_told(error: BaseException) -> str:

@@ -1,0 +1,200 @@
+"""Whole loads by URL, through every layer, from a server that does what networks do."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fault_server as faults
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from fault_server import FaultServer
+from remote_state import SECRET, assert_no_secret, nothing_left_open, start_obstore
+from waiting import until
+
+import fastst_patch
+from fastst_patch import engine
+from fastst_patch.config import Config
+from fastst_patch.sources.base import RemoteChangedError, RemoteError, RemoteNotFoundError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::fastst_patch.sources.base.RemoteWarning"),
+    pytest.mark.skipif(
+        "storage_options" not in {field.name for field in dataclasses.fields(Config)},
+        reason="this version loads no URLs",
+    ),
+    pytest.mark.skipif(engine.native_error() is not None, reason=str(engine.native_error())),
+]
+
+LIMITS = {"max_tries": 3, "deadline": 20.0, "stall": 10.0, "backoff": 0.01}
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        f"w{number}": torch.randint(0, 256, (300_000 + number,), dtype=torch.uint8,
+                                    generator=generator)
+        for number in range(12)
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def content(tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("local") / "model.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def obstore_started() -> None:
+    start_obstore()
+
+
+@pytest.fixture(params=["http", "s3"])
+def way(request: pytest.FixtureRequest, content: bytes) -> Iterator[tuple[FaultServer, str]]:
+    if request.param == "s3":
+        request.getfixturevalue("obstore_started")
+    engine.shutdown()
+    with nothing_left_open(), FaultServer({"/b/model.safetensors": content}) as server:
+        options: dict[str, Any] = dict(LIMITS)
+        url = f"http://user:{SECRET}@{server.netloc}/b/model.safetensors?sig={SECRET}"
+        if request.param == "s3":
+            url = "s3://b/model.safetensors"
+            keys = {"access_key_id": "someone", "secret_access_key": SECRET}
+            options |= {"endpoint": server.url(""), "allow_http": True, "region": "x", **keys}
+        # 12 ranges of 256 KiB and more behind the first MiB
+        with fastst_patch.config_context(storage_options=options, chunk_bytes=128 << 10):
+            yield server, url
+        gc.collect()
+        engine.shutdown()
+
+
+def load(url: str) -> dict[str, torch.Tensor]:
+    with fastst_patch.patched():
+        return safetensors.torch.load_file(url)
+
+
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return set(found) == set(wanted) and all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
+PASSING = {
+    "reset mid-body": faults.reset_mid_body,
+    "no answer": faults.hang_up,
+    "truncated body": faults.truncated,
+    "wrong Content-Range": faults.other_range,
+    "longer than it says": faults.longer,
+    "503": faults.status(503),
+}
+
+
+def test_a_load_by_url(way: Any, tensors: dict[str, torch.Tensor]) -> None:
+    server, url = way
+    with fastst_patch.profile() as seen:
+        found = load(url)
+    assert same(found, tensors)
+    (report,) = seen.reports
+    assert report.path == url.partition(":")[0]
+    assert report.fallback_reason is None
+    assert_no_secret(report, str(report), fastst_patch.stats())
+    assert len(server.requests) > 5
+
+
+@pytest.mark.parametrize("name", PASSING)
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_a_load_gets_over_a_fault(
+    way: Any, tensors: dict[str, torch.Tensor], name: str, number: int
+) -> None:
+    server, url = way
+    server.faults = faults.at(number, PASSING[name])
+    assert same(load(url), tensors)
+
+
+@pytest.mark.parametrize("name", PASSING)
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_a_load_that_cannot_go_on_is_one_error(way: Any, name: str, number: int) -> None:
+    server, url = way
+    server.faults = faults.since(number, PASSING[name])
+    with pytest.raises(RemoteError) as caught:
+        load(url)
+    assert_no_secret(caught.value)
+    assert caught.value.tries == 3
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_load_of_a_file_that_changes_is_refused(way: Any, number: int) -> None:
+    server, url = way
+    server.faults = faults.at(number, faults.replaced)
+    server.files["/b/model.safetensors"] = faults.Remote(
+        server.files["/b/model.safetensors"].content, 1_600_000_000
+    )
+    with pytest.raises(RemoteChangedError, match="changed while it was read"):
+        load(url)
+
+
+def test_a_load_without_ranges(way: Any, tensors: dict[str, torch.Tensor]) -> None:
+    server, url = way
+    server.faults = lambda _: faults.whole_file
+    assert same(load(url), tensors)
+    assert len(server.requests) <= 5
+
+
+def test_a_missing_file(way: Any) -> None:
+    server, url = way
+    server.files.clear()
+    with pytest.raises(RemoteNotFoundError) as caught:
+        load(url)
+    assert_no_secret(caught.value)
+
+
+def test_a_slice_reads_only_its_ranges(way: Any, tensors: dict[str, torch.Tensor]) -> None:
+    _, url = way
+    with (
+        fastst_patch.profile(),
+        fastst_patch.patched(),
+        safetensors.safe_open(url, "pt") as handle,
+    ):
+        found = handle.get_slice("w11")[1000:2000]
+    assert torch.equal(found, tensors["w11"][1000:2000])
+
+
+_PROGRAM = """
+import sys, threading
+import safetensors.torch, fastst_patch
+fastst_patch.patch(storage_options=eval(sys.argv[2]), chunk_bytes=128 << 10)
+print("ready", flush=True)
+try:
+    safetensors.torch.load_file(sys.argv[1])
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize("fault", [faults.stalled, faults.silent])
+def test_ctrl_c_ends_a_load(way: Any, fault: Any, tmp_path: Path) -> None:
+    server, url = way
+    server.faults = faults.since(2, fault)
+    options = {**fastst_patch.config().storage_options, "stall": 60.0, "deadline": 60.0}
+    with subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, url, repr(options)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    ) as program:  # fmt: skip
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        assert until(lambda: len(server.requests) >= 3)
+        begin = time.monotonic()
+        program.send_signal(2)
+        told, complaints = program.communicate(timeout=30)
+        assert time.monotonic() - begin < 5  # a second, and what a busy machine adds
+    assert (program.returncode, told) == (0, "interrupted\n"), complaints
