@@ -136,6 +136,11 @@ class Config:
     node_id: str | None = None
     storage_options: Mapping[str, object] | None = dataclasses.field(default=None, repr=False)
 
+    def public(self) -> dict[str, Any]:
+        """The options by name, to be shown: of `storage_options` the names, and no secret."""
+        names = None if self.storage_options is None else sorted(self.storage_options)
+        return {**dataclasses.asdict(self), "storage_options": names}
+
 
 class Options(TypedDict, total=False):
     """The fields of `Config` as keyword arguments, for editors and type checkers.

@@ -11,6 +11,7 @@ import pytest
 
 import fastst_patch
 from fastst_patch import OptionError
+from fastst_patch.cli import doctor
 from fastst_patch.config import current, pop, push
 
 MIB = 1 << 20
@@ -108,6 +109,14 @@ def test_every_option_has_its_variable(name: str, monkeypatch: pytest.MonkeyPatc
     shown = "" if name == "storage_options" else "='no such value'"  # which may be a password
     with pytest.raises(fastst_patch.OptionError, match=f"FASTST_{name.upper()}{shown}"):
         fastst_patch.config()
+
+
+def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTST_STORAGE_OPTIONS", '{"key": "SECRET"}')
+    config = fastst_patch.config()
+    assert config.storage_options == {"key": "SECRET"}
+    assert config.public()["storage_options"] == ["key"]
+    assert "SECRET" not in repr(config) + str(config.public()) + str(doctor.examine([]))
 
 
 def test_bad_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,7 +347,7 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
     native = {"loaded": engine.native_file(), "reason": engine.native_error()}
     missing = _missing()
     try:
-        options: dict[str, Any] = dataclasses.asdict(config())
+        options = config().public()
     except OptionError as error:
         options = {"error": str(error)}
     result: dict[str, Any] = {
