@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .loader.auto import AutoLoader, LoaderConfig, load_config
     from .loader.parallel import ParallelLoader
     from .sharding import SingleGroup, load_sharded
+    from .sources.folder import remote
 
 try:
     if not TYPE_CHECKING:
@@ -95,6 +96,7 @@ __all__ = [
     "patch_map",
     "patched",
     "profile",
+    "remote",
     "safe_open",
     "stats",
     "unpatch",
@@ -109,6 +111,7 @@ _LAZY = {
     **dict.fromkeys(("expert_parallel_filter", "owned_expert_range"), "loader"),
     "ParallelLoader": "loader.parallel",
     **dict.fromkeys(("SingleGroup", "load_sharded"), "sharding"),
+    "remote": "sources.folder",
 }
 """Names of the explicit interface, and the module that each comes from when it is asked for."""
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "Options",
+    "cache_home",
     "child_environment",
     "config",
     "config_context",
@@ -41,6 +42,7 @@ __all__ = [
     "environment_enabled",
     "environment_profile",
     "environment_targets",
+    "hub_is_offline",
     "loader_config_path",
     "local_ranks",
     "misspelt_variables",
@@ -102,6 +104,12 @@ class Config:
         log_level: level of the ``fastst_patch`` logger, with output to stderr.
         small_file_bytes: files of at most this size go to stock. 0, because the fast path was
             faster on every size tried, down to three tensors in 1 KB.
+        remote_cache: folder in which remote files are kept while they are streamed, so that they
+            are local files the next time; None: none are kept, unless a stand-in names a folder.
+        remote_cache_bytes: most bytes in that folder. What was used last stays; None: all of its
+            disk but a twentieth.
+        remote_offline: take what ``remote_cache`` has without asking whether it has changed. Of
+            ``hf://``, ``HF_HUB_OFFLINE`` says the same.
         node_id: ranks of a process group that name the same node share its page cache; None:
             the machine's boot id. For containers, and for several hosts in tests.
         storage_options: for remote files, a mapping (in the environment a JSON object) of the
@@ -122,6 +130,9 @@ class Config:
     progress: bool = False
     log_level: str | None = None
     small_file_bytes: int = 0
+    remote_cache: str | None = None
+    remote_cache_bytes: int | None = None
+    remote_offline: bool = False
     node_id: str | None = None
     storage_options: Mapping[str, object] | None = dataclasses.field(default=None, repr=False)
 
@@ -150,6 +161,9 @@ class Options(TypedDict, total=False):
     progress: bool
     log_level: Literal["debug", "info", "warning", "error", "critical"] | None
     small_file_bytes: int | str
+    remote_cache: str | None
+    remote_cache_bytes: int | str | None
+    remote_offline: bool
     node_id: str | None
     storage_options: Mapping[str, object] | str | None
 
@@ -174,6 +188,9 @@ _VALIDATORS = {
     "progress": boolean,
     "log_level": _log_level,
     "small_file_bytes": lambda name, value: size(name, value, 0, NO_LIMIT),
+    "remote_cache": text_or_none,
+    "remote_cache_bytes": bytes_or_default,
+    "remote_offline": boolean,
     "node_id": text_or_none,
     "storage_options": mapping,
 }
@@ -229,6 +246,18 @@ def environment_enabled() -> bool | None:
     """``FASTST_ENABLED``: True patches on import, False forbids patching; None: not set."""
     value = os.environ.get("FASTST_ENABLED")
     return boolean("FASTST_ENABLED", value) if value else None
+
+
+def hub_is_offline() -> bool:
+    """``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE``, as huggingface_hub reads them."""
+    values = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(value.upper() in ("1", "ON", "YES", "TRUE") for value in values)
+
+
+def cache_home() -> str:
+    """The folder of this package in the user's cache: ``XDG_CACHE_HOME``, else ``~/.cache``."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "fastst-patch")
 
 
 def loader_config_path() -> str | None:

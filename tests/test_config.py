@@ -88,6 +88,8 @@ _GIVEN = {
     "device_memory_budget": ("0", 0), "tensors": ("owned", "owned"), "fallback": ("warn", "warn"),
     "verify": ("on", True), "progress": ("1", True), "log_level": ("INFO", "info"),
     "small_file_bytes": ("2k", 2048), "node_id": ("here", "here"),
+    "remote_cache": ("/data", "/data"), "remote_cache_bytes": ("2k", 2048),
+    "remote_offline": ("1", True),
     "host_memory_budget": ("1KiB", 1024), "storage_options": ('{"a": 1}', {"a": 1}),
 }  # fmt: skip
 
@@ -101,7 +103,7 @@ def test_every_option_has_its_variable(name: str, monkeypatch: pytest.MonkeyPatc
     assert getattr(fastst_patch.config(), name) == value
     with fastst_patch.config_context(**{name: default}) as config:
         assert getattr(config, name) == default
-    if name == "node_id":  # any text will do
+    if name in ("node_id", "remote_cache"):  # any text will do
         return
     monkeypatch.setenv(f"FASTST_{name.upper()}", "no such value")
     shown = "" if name == "storage_options" else "='no such value'"  # which may be a password

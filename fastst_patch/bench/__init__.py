@@ -60,8 +60,10 @@ def ending_on_signals() -> Iterator[None]:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from . import hardware, plot, results, runner, table
+    from . import hardware, plot, remote, results, runner, table
 
+    if remote.names_remote(args.paths):
+        return _bench_remote(args)
     _refuse_early(args)
     if args.plot:
         _require_chart(args.plot)  # before minutes of measuring, not after
@@ -89,6 +91,17 @@ def _bench(args: argparse.Namespace) -> int:
     if args.plot:
         plot.draw(outcome, environment, args.plot)
     return _verdict(outcome)
+
+
+def _bench_remote(args: argparse.Namespace) -> int:
+    from . import remote
+
+    _refuse_early(args)
+    text, numbers = remote.main(args, patch_options(args))
+    say(text, sys.stderr if args.json == STDOUT else sys.stdout)
+    if args.json:
+        write_json(args.json, numbers)
+    return 0
 
 
 def _announce(plan: Plan, environment: Mapping[str, object]) -> None:

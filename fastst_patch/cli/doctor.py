@@ -150,6 +150,17 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def _place(path: str) -> dict[str, Any]:
+    """What can be done with a path or a URL."""
+    from ..sources.base import looks_remote
+
+    if not looks_remote(path) or os.path.exists(path):
+        return _file_system(path)
+    from .doctor_remote import examine_url
+
+    return examine_url(path)
+
+
 def _file_system(path: str) -> dict[str, Any]:
     """What can be done with a file, or with the files of a folder. Reads headers, no data."""
     result: dict[str, Any] = {"path": path}
@@ -177,7 +188,7 @@ def _model_files(folder: str) -> list[str]:
 
 def _contents(files: Sequence[str]) -> dict[str, Any]:
     """Contents of safetensors files, how much is cached, and which files are left to stock."""
-    tensors = nbytes = cached = 0
+    tensors = nbytes = cached = stand_ins = 0
     left: dict[str, str] = {}
     bad: list[str] = []
     for path in files:
@@ -187,6 +198,9 @@ def _contents(files: Sequence[str]) -> dict[str, Any]:
             cached += file.residency(0, file.size)[0]
             tensors += len(engine.read_layout(file).names)
         except (OSError, Fallback) as error:
+            if _is_stand_in(path):
+                stand_ins += 1
+                continue
             left[os.path.basename(path)] = str(error)
             bad += [os.path.basename(path)] if _refused_by_stock(path) else []
     return {
@@ -194,9 +208,20 @@ def _contents(files: Sequence[str]) -> dict[str, Any]:
         "tensors": tensors,
         "bytes": nbytes,
         "cached_bytes": cached,
+        "stand_ins": stand_ins,
         "left_to_stock": left,
         "refused_by_stock": bad,
     }
+
+
+def _is_stand_in(path: str) -> bool:
+    """Whether a file stands for a remote one."""
+    from ..sources import standin
+
+    try:
+        return standin.resolved(standin.url_of(path))[1] is not None
+    except OSError:
+        return False
 
 
 def _refused_by_stock(path: str) -> bool:
@@ -346,7 +371,7 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
         result["safetensors_module"] = str(stock.safe_open.__module__)
     if native["reason"] is None and importable:
         chosen = list(paths) or [os.getcwd(), tempfile.gettempdir()]
-        result["paths"] = [{**_file_system(path), "named": path in paths} for path in chosen]
+        result["paths"] = [{**_place(path), "named": path in paths} for path in chosen]
         if "error" not in options and not missing:
             result["patch"] = _patching()
     else:

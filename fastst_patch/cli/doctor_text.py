@@ -72,6 +72,9 @@ def diagnose(found: Mapping[str, Any]) -> Verdict:
 
 def _diagnose_path(entry: Mapping[str, Any], verdict: Verdict) -> None:
     path = entry["path"]
+    verdict.remarks += [
+        f"{path}: {one}: {entry['remote'][one]}" for one in entry.get("remarks", ())
+    ]
     if "error" in entry:
         text = f"{path}: {entry['error']}"
         named = entry["named"]
@@ -123,7 +126,10 @@ def _good(found: Mapping[str, Any]) -> Iterator[str]:
         yes = [one["name"] for one in targets if one["patched"] or _later(one)]
         yield "patch() would replace " + ", ".join(yes)
     for entry in found["paths"]:
-        if "error" not in entry:
+        if "remote" in entry:
+            good = {k: v for k, v in entry["remote"].items() if k not in entry["remarks"]}
+            yield from (f"{entry['path']}: {name}: {text}" for name, text in good.items())
+        elif "error" not in entry:
             yield f"{entry['path']}: {_held(entry)}{entry['file_system']}"
 
 
@@ -190,7 +196,7 @@ def _path_lines(found: Mapping[str, Any]) -> list[str]:
         f"{entry['path']}: {_held(entry)}{entry['file_system']}, O_DIRECT {entry['o_direct']},"
         f" page cache seen through {entry['residency_probe']}"
         for entry in found["paths"]
-        if "error" not in entry
+        if "error" not in entry and "remote" not in entry
     ]
 
 
@@ -199,6 +205,8 @@ def _held(entry: Mapping[str, Any]) -> str:
         return ""
     cached = entry["cached_bytes"] / max(entry["bytes"], 1)
     files = f"{entry['files']} files, " if entry["files"] > 1 else ""
+    if entry["stand_ins"]:
+        files += f"{entry['stand_ins']} of them stand for remote ones, "
     return (
         f"{files}{entry['tensors']} tensors, {entry['bytes'] / 1e9:.3f} GB, {cached:.0%} cached; "
     )

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from ..terminal import nearest, width, wrapped
 
-_COMMANDS = ("bench", "disable", "doctor", "enable", "run")
+_COMMANDS = ("bench", "disable", "doctor", "enable", "remote", "run")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 
@@ -81,6 +81,10 @@ def _dispatch(given: list[str], target: list[str], run_is_meant: bool) -> int:
         from . import doctor
 
         return doctor.main(args.paths, args.json, verbose=args.verbose)
+    if args.command == "remote":
+        from . import remote
+
+        return remote.main(args.url, args.revision, args.cache, dict(args.options))
     if args.command in ("enable", "disable"):
         return _enable(commands[args.command], args)
     from .. import bench
@@ -144,6 +148,7 @@ def _parser(
     commands = parser.add_subparsers(dest="command", required=True)
     _add_bench(commands)
     _add_doctor(commands)
+    _add_remote(commands)
     _add_run(commands)
     _add_enable(commands)
     return parser, dict(commands.choices)
@@ -159,7 +164,8 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     parser.add_argument("paths", nargs="*", metavar="PATH",
                         help="safetensors files or model folders; without any, a synthetic "
-                        "checkpoint is written and removed")  # fmt: skip
+                        "checkpoint is written and removed. Of a URL streaming is compared with "
+                        "downloading it and loading the file then")  # fmt: skip
     parser.add_argument(
         "--device", type=_device, default="cpu", help="cpu or cuda[:N] (%(default)s)"
     )
@@ -198,11 +204,32 @@ def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
         "fast path cannot be taken, or a file that is named cannot be loaded.",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH",
-                        help="model files, or folders of such, to look at (the current folder and "
-                        "the one for temporary files)")  # fmt: skip
+                        help="model files, folders of such, or URLs of either, to look at (the "
+                        "current folder and the one for temporary files)")  # fmt: skip
     parser.add_argument("-v", "--verbose", action="store_true",
                         help="every version, option, library and target, with reasons")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def _add_remote(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "remote",
+        help="make a local folder that stands for a model in a bucket, and print its path",
+        description="Makes a local folder that stands for a remote model, and prints its path: "
+        "small files are fetched, weights are streamed when a patched program loads them. "
+        'For example: vllm serve "$(fastst-patch remote s3://bucket/model)".',
+    )
+    parser.add_argument("url", metavar="URL",
+                        help="hf://org/repo, s3://bucket/folder, gs://, az://, https:// or "
+                        "http://; a folder, or one safetensors file")  # fmt: skip
+    parser.add_argument("--revision", help="branch, tag or commit, for hf://")
+    parser.add_argument("--cache", metavar="DIR",
+                        help="keep weights in this folder when they are loaded; without it as "
+                        "FASTST_REMOTE_CACHE says at the time of the load")  # fmt: skip
+    parser.add_argument("-o", "--option", type=option, action="append", default=[],
+                        metavar="NAME=VALUE", dest="options",
+                        help="an option, such as -o storage_options=JSON; repeatable. Programs "
+                        "that load need it, too")  # fmt: skip
 
 
 def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:

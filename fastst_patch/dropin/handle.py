@@ -38,7 +38,7 @@ from .eligibility import (
     verified,
 )
 from .prefetch_loader import UPSTREAM, open_loader
-from .remote import is_url, load_url, open_url
+from .remote import by_stock_or_us, is_url, load_url, open_url
 from .slices import FastSlice, TensorMeta, repr_as, stock_handle, stock_over
 
 if TYPE_CHECKING:
@@ -90,7 +90,13 @@ def load_file_over(standing: Any, args: Any, kwargs: Any) -> dict[str, torch.Ten
         if config.verify:
             return verified(config, path, result, stock.load_file(*args, **kwargs))
         return result
-    return _stock_load_file(standing, config, fallback, args, kwargs, started=started)
+    left: dict[str, torch.Tensor] = by_stock_or_us(
+        fallback,
+        filename,
+        lambda: _stock_load_file(standing, config, fallback, args, kwargs, started=started),
+        lambda url: load_url(url, args, kwargs, _with_path(load_file_over, standing, args, kwargs)),
+    )
+    return left
 
 
 def _theirs_or(standing: Any, args: Any, kwargs: Any, ours: Callable[[], Any]) -> Any:
@@ -218,10 +224,18 @@ def _open_handle(stock_class: Any, find_path: Any, standing: Any, args: Any, kwa
         return FastHandle(stock_class, open_fast(path, config, target), started)
     except Fallback as error:
         fallback = Fallback.alone(error)
-    handle = stock.call(_left_to(standing, stock_class), args, kwargs)
-    fell_back(config, "safe_open", str(filename), fallback)
-    report_stock("safe_open", filename, device, fallback, seconds=time.perf_counter() - started)
-    return handle
+
+    def by_stock() -> Any:
+        handle = stock.call(_left_to(standing, stock_class), args, kwargs)
+        fell_back(config, "safe_open", str(filename), fallback)
+        report_stock("safe_open", filename, device, fallback, seconds=time.perf_counter() - started)
+        return handle
+
+    def by_us(url: str) -> Any:
+        local = _with_path(safe_open_over, standing, args, kwargs)
+        return open_url(url, stock_class, args, kwargs, local=local, made=FastHandle)
+
+    return by_stock_or_us(fallback, filename, by_stock, by_us)
 
 
 def safe_open(*args: Any, **kwargs: Any) -> Any:

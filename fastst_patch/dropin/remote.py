@@ -15,15 +15,45 @@ from ..config import current
 from ..device import find_device
 from ..errors import Fallback
 from ..files.base import OpenedFile
-from ..files.remote import is_remote, local_file, not_by_stock, open_remote, shown
+from ..files.remote import (
+    StandInFile,
+    is_remote,
+    local_file,
+    not_by_stock,
+    open_remote,
+    refused_url,
+    shown,
+)
 from .eligibility import TORCH, Destination, destination, opened_for
 
-__all__ = ["is_url", "load_url", "open_url"]
+__all__ = ["by_stock_or_us", "is_url", "load_url", "open_url"]
 
 
 def is_url(filename: object) -> bool:
     """Whether a caller's file name is a URL, and there is no file of that name."""
     return type(filename) is str and is_remote(filename)
+
+
+def by_stock_or_us(
+    fallback: Fallback, path: object, by_stock: Callable[[], Any], by_us: Callable[[str], Any]
+) -> Any:
+    """A call that is left to stock; for a stand-in, what we do with the file that it stands for.
+
+    Args:
+        fallback: why it is left to stock. It need not have been seen that the file is a stand-in.
+        path: of the file.
+        by_stock: does the call.
+        by_us: does it for a URL.
+    """
+    url = fallback.url if isinstance(fallback, StandInFile) else None
+    if url is None:
+        try:
+            return by_stock()
+        except stock.SafetensorError as error:
+            url = refused_url(path, error)
+            if url is None:
+                raise
+    return by_us(url)
 
 
 def load_url(url: str, args: Any, kwargs: Any, local: Callable[[str], Any]) -> Any:

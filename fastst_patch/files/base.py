@@ -18,7 +18,7 @@ from ..layout import FileLayout
 from ..locks import shared
 from ..report import Account
 from .prefetcher import Pending
-from .remote import is_remote, local_file, open_remote
+from .remote import is_remote, local_file, open_remote, stand_in
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ def open_checked(path: str, config: Config | None = None) -> tuple[engine.File, 
         config: for a URL; None: the options in force.
 
     Raises:
+        StandInFile: it stands for a remote file.
         Fallback: stock must judge it; not for remote files.
         OSError, MemoryError: it cannot be read; callers leave it to stock, which raises its own,
             unless the file is remote.
@@ -52,7 +53,13 @@ def open_checked(path: str, config: Config | None = None) -> tuple[engine.File, 
             return open_remote(path, options)
         path = local
     file = engine.open_file(path)
-    layout = engine.read_layout(file)
+    try:
+        layout = engine.read_layout(file)
+    except Fallback:
+        found = stand_in(file)
+        if found is None:
+            raise
+        raise found from None
     if not tensors.known_to_stock(layout.dtypes):
         raise Fallback("this safetensors lacks a dtype of the file")
     return file, layout

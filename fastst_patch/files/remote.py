@@ -17,17 +17,20 @@ from .. import engine, stock, tensors
 from ..config import Config
 from ..errors import Fallback, FaststError, OptionError
 from ..layout import FileLayout
-from ..sources.base import list_files, local_path, looks_remote, open_source
+from ..sources.base import RemoteError, list_files, local_path, looks_remote, open_source
 
 __all__ = [
+    "StandInFile",
     "ahead_bytes",
     "is_remote",
     "local_file",
     "not_by_stock",
     "open_remote",
     "ranges",
+    "refused_url",
     "remote_files",
     "shown",
+    "stand_in",
     "without_secrets",
 ]
 
@@ -56,7 +59,49 @@ def local_file(url: str, config: Config) -> str | None:
     Raises:
         UnknownSchemeError, RemoteError: as `open_source`.
     """
-    return local_path(url, config.storage_options)
+    from ..sources import cache, standin  # not for programs that load local files alone
+
+    found = local_path(standin.resolved(url)[0], config.storage_options)
+    return cache.find_local(url, config, open_source) if found is None else found
+
+
+class StandInFile(Fallback):
+    """A local file that stands for a remote one: see `sources.standin`. Stock refuses it.
+
+    Attributes:
+        url: by which the remote file is opened.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__("it stands for a remote file")
+        self.url = url
+
+
+def stand_in(file: engine.File) -> StandInFile | None:
+    """What is to be raised for a file with an invalid header; None where it is no stand-in."""
+    from ..sources import standin
+
+    try:
+        if standin.find(file.fd) is None:
+            return None
+    except RemoteError:  # raised again by what opens the URL
+        pass
+    return StandInFile(standin.url_of(file.path))
+
+
+def refused_url(file: object, error: Exception) -> str | None:
+    """The URL for a stand-in that stock has refused; None for another file, or another error.
+
+    Args:
+        file: path or file object, as the caller gave it.
+        error: stock's.
+    """
+    path = os.fspath(file) if isinstance(file, (str, os.PathLike)) else getattr(file, "name", None)
+    if "fastst_patch stand-in: " not in str(error) or not isinstance(path, str):
+        return None
+    from ..sources import standin
+
+    return standin.url_of(path)
 
 
 def without_secrets(path: str) -> str:
@@ -71,7 +116,7 @@ def without_secrets(path: str) -> str:
 
 def shown(path: object) -> str:
     """How messages and reports name what a caller gave as a file name."""
-    return without_secrets(str(path))
+    return without_secrets(str(path)).removeprefix("fastst-stand-in://")
 
 
 # ---- memory ----
@@ -116,7 +161,9 @@ def open_remote(url: str, config: Config) -> tuple[engine.FedFile, FileLayout]:
     error = engine.native_error()
     if error is not None:
         raise FaststError(f"{shown(url)}: remote files need the native engine: {error}")
-    opener = functools.partial(open_source, url, config.storage_options)
+    from ..sources.cache import open_kept
+
+    opener = functools.partial(open_kept, url, config, open_source)
     file = engine.feed_file(opener, ranges(config)[0])
     try:
         layout = engine.read_layout(file)

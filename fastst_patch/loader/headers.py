@@ -12,7 +12,15 @@ from ..device import Device
 from ..dropin.eligibility import check_descriptors, check_size, fell_back, opened_for
 from ..errors import Fallback
 from ..files.base import OpenedFile, open_checked
-from ..files.remote import is_remote, local_file, not_by_stock, open_remote, shown
+from ..files.remote import (
+    StandInFile,
+    is_remote,
+    local_file,
+    not_by_stock,
+    open_remote,
+    refused_url,
+    shown,
+)
 from ..layout import FileLayout
 from .arguments import Settings
 from .messages import explained
@@ -112,10 +120,15 @@ def _open(path: str, rank: int, settings: Settings) -> Entry:
             check_descriptors()
             file, layout = open_checked(path, settings.config)
             return Entry(path, rank, layout, file, None)
+        except StandInFile as found:
+            return _open(found.url, rank, settings)
         except (OSError, MemoryError, Fallback) as error:
             fallback = Fallback.alone(error)
     try:
         with stock.safe_open(path, "pt", "cpu"):  # stock raises its own error for a bad file
             return Entry(path, rank, layout_of(path), None, fallback)
     except Exception as error:
-        raise explained(error, path) from error
+        url = refused_url(path, error)
+        if url is None:
+            raise explained(error, path) from error
+    return _open(url, rank, settings)

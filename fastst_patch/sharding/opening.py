@@ -23,7 +23,7 @@ from ..device import Device, device_of, parse_device
 from ..dropin.eligibility import opened_for
 from ..errors import Fallback, NameClashError, RankError
 from ..files.base import OpenedFile, open_checked
-from ..files.remote import is_remote, not_by_stock, shown
+from ..files.remote import StandInFile, is_remote, not_by_stock, shown
 from ..sources.base import RemoteError
 from .groups import Group
 from .source import Source
@@ -218,6 +218,8 @@ def _open(
         tensors.check(layout)
         if not tensors.ordinary_mode():
             raise Fallback("a torch mode or default device is in force")
+    except StandInFile as found_:
+        return _open(found_.url, config, target)
     except Fallback as fallback:
         if is_remote(path):
             raise not_by_stock(shown(path), fallback) from None

@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..errors import OptionError, warn_caller
+from .attempts import Attempts, Progress
 from .base import RemoteError, RemoteWarning, Source
 from .dial import Dialer, tls_context
 from .http import HttpTransport
 from .ranged import RangedSource
-from .retry import LIMITS, limits_of
+from .retry import LIMITS, Flight, Limits, limits_of
 from .transport import Place
 from .urls import HttpUrl, parse_http
 
-__all__ = ["list_files", "local_path", "open_http", "open_source", "warn_unprotected"]
+__all__ = ["list_files", "local_path", "open_http", "open_source", "read_page", "warn_unprotected"]
 
 _NAMES = (
     "allow_http",
@@ -75,6 +76,46 @@ def open_http(
         headers: for the URL's own host, beside those of the options.
         place: the file's place, where it is not the URL's.
     """
+    transport, limits = _transport(url, options, headers, place)
+    return RangedSource.open(transport, limits, head_bytes)
+
+
+def read_page(url: str, options: Mapping[str, object], most: int) -> bytes:
+    """A page that may be written for this request: its size need not be known before.
+
+    Args:
+        url: of the page.
+        options: of the user.
+        most: bytes after which it is cut.
+
+    Raises:
+        RemoteError: it cannot be read.
+    """
+    transport, limits = _transport(parse_http(url), options, None, None)
+
+    def ask(flight: Flight, progress: Progress) -> bytes:
+        body = transport.get(None, None, flight, progress.limits)
+        page, into = bytearray(), bytearray(1 << 16)
+        try:
+            while len(page) < most and (count := body.readinto(memoryview(into))):
+                page += into[:count]
+        finally:
+            body.close()
+        return bytes(page[:most])
+
+    try:
+        return Attempts(transport.place, limits).run(0, ask)
+    finally:
+        transport.close()
+
+
+def _transport(
+    url: HttpUrl,
+    options: Mapping[str, object],
+    headers: Mapping[str, str] | None,
+    place: Place | None,
+) -> tuple[HttpTransport, Limits]:
+    """What sends requests for a URL; see `open_http`."""
     options = dict(options)
     limits = limits_of(options)
     client = options.pop("client_options", None) or {}
@@ -96,7 +137,7 @@ def open_http(
     transport = HttpTransport(
         url, sent, _agent(options), _dialer(options), place or url.place()
     )  # fmt: skip
-    return RangedSource.open(transport, limits, head_bytes)
+    return transport, limits
 
 
 def warn_unprotected(host: str) -> None:

@@ -1,0 +1,227 @@
+"""Stand-ins: found by us, refused by everything else, and never read as weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from remote_bucket import MemorySource
+
+from fastst_patch.sources import base, standin
+from fastst_patch.sources.names import identity_text, is_inside, public_url
+
+NAME = "s3://bucket/models/model.safetensors"
+TENSORS = {
+    "a.weight": np.arange(60_000, dtype=np.float32).reshape(300, 200),
+    "b": np.zeros((0, 3), np.float16),
+    "c": np.ones(1, np.int8),
+}
+
+
+def source(tensors=TENSORS, name: str = NAME, metadata=None) -> MemorySource:
+    return MemorySource(name, safetensors.numpy.save(tensors, metadata), ("etag", '"x"', 7))
+
+
+@pytest.fixture
+def path(tmp_path) -> str:
+    return str(tmp_path / "model.safetensors")
+
+
+def written(path: str, of: MemorySource, cache: str | None = None) -> str:
+    standin.write(path, of, standin.header_of(of), cache)
+    return path
+
+
+def found(path: str) -> standin.StandIn | None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return standin.find(fd)
+    finally:
+        os.close(fd)
+
+
+def test_it_says_what_it_stands_for(path) -> None:
+    remote = source(metadata={"format": "pt"})
+    assert found(written(path, remote, "/some/cache")) == standin.StandIn(
+        NAME, remote.size, identity_text(remote.identity), "/some/cache"
+    )
+    found(path).check(remote)
+    remote.identity = ("etag", '"y"', 7)
+    with pytest.raises(base.RemoteChangedError, match=r"make the folder again"):
+        found(path).check(remote)
+
+
+def test_it_has_the_size_and_takes_no_room(path) -> None:
+    remote = source({"w": np.zeros(8 << 20, np.uint8)})
+    assert os.path.getsize(written(path, remote)) == remote.size
+    assert os.stat(path).st_blocks * 512 < 100_000
+
+
+def test_where_there_are_no_holes_it_takes_no_room_either(path, monkeypatch) -> None:
+    remote = source({"w": np.zeros(8 << 20, np.uint8)})
+    monkeypatch.setattr(standin, "_BLOCK", 1 << 30)  # each block seems to be that large
+    assert os.path.getsize(written(path, remote)) < 100_000
+    assert found(path).size == remote.size
+
+
+CASES = {
+    "plain": TENSORS,
+    "one byte": {"w": np.ones(1, np.uint8)},
+    "empty tensors": {"w": np.ones((0, 4), np.float32)},
+    "none": {},
+    "many": {f"layer.{i}.weight": np.ones(i, np.float16) for i in range(2000)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stock_refuses_it_with_our_text(path, case) -> None:
+    written(path, source(CASES[case]))
+    with pytest.raises(safetensors.SafetensorError) as caught:
+        safetensors.safe_open(path, "np")
+    text = str(caught.value)
+    for part in (NAME, "holds no weights", "fastst_patch.patch()", "fastst-patch run"):
+        assert part in text
+    with pytest.raises(safetensors.SafetensorError, match="holds no weights"):
+        safetensors.numpy.load_file(path)
+    with pytest.raises(safetensors.SafetensorError, match="holds no weights"):
+        safetensors.numpy.load(Path(path).read_bytes())
+    assert found(path) is not None
+
+
+def test_programs_that_read_headers_find_the_real_ones(path) -> None:
+    written(path, source(metadata={"format": "pt", "k": "v"}))
+    with open(path, "rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    assert {k: v for k, v in header["__metadata__"].items() if k != "fastst_patch"} == {
+        "format": "pt",
+        "k": "v",
+    }
+    real = {name: (info["dtype"], info["shape"]) for name, info in header.items()
+            if name in TENSORS}  # fmt: skip
+    assert real == {"a.weight": ("F32", [300, 200]), "b": ("F16", [0, 3]), "c": ("I8", [1])}
+    ours = [name for name in header if name not in (*TENSORS, "__metadata__")]
+    assert len(ours) == 1
+    assert header[ours[0]]["dtype"] == "F32"  # counted as one of theirs
+    assert header[ours[0]]["shape"] == [0]
+
+
+def test_who_reads_tensors_by_the_header_finds_no_bytes(path) -> None:
+    written(path, source())
+    with open(path, "rb") as file:
+        nbytes = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(nbytes))
+        for name in TENSORS:
+            file.seek(8 + nbytes + header[name]["data_offsets"][0])
+            assert file.read(1) == b""
+
+
+def test_names_that_need_escapes(path) -> None:
+    name = "s3://bucket/a \"b`\\'ü\n/model.safetensors"
+    written(path, source(name=name))
+    assert found(path).url == name
+    with pytest.raises(safetensors.SafetensorError) as caught:
+        safetensors.safe_open(path, "np")
+    assert "a%20%22b%60%5C%27%C3%BC%0A/model" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 7,
+        b'\x10\0\0\0\0\0\0\0{"fastst_patch s',
+        b'\x80\0\0\0\0\0\0\0{"fastst_patch stand-in: but nothing follows',
+        safetensors.numpy.save(TENSORS),
+        safetensors.numpy.save(TENSORS, {"fastst_patch": "{}"}),
+    ],
+)
+def test_other_files_are_none(path, content) -> None:
+    Path(path).write_bytes(content)
+    assert found(path) is None
+
+
+def test_one_of_a_later_version(path) -> None:
+    written(path, source())
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content.replace(b'\\"version\\": 1', b'\\"version\\": 2'))
+    with pytest.raises(base.RemoteError, match=r"update fastst-patch"):
+        found(path)
+
+
+def test_it_is_never_written_over_a_file(path) -> None:
+    Path(path).write_bytes(b"weights")
+    with pytest.raises(FileExistsError):
+        written(path, source())
+    assert Path(path).read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"PK\x03\x04" + b"x" * 100, "pickle"),
+        (b"\x80\x02}q\x00." + b"x" * 100, "pickle"),
+        (b"<!DOCTYPE html><html>" + b"x" * 100, "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
+        (b"", "is not a safetensors file"),
+        (b"\xff" * 100, "is not a safetensors file"),
+        (b'\x09\0\0\0\0\0\0\0{"a":1}xx', "is not a safetensors file"),
+        (b"\x02\0\0\0\0\0\0\0[]", "is not a safetensors file"),
+        (b'\x07\0\0\0\0\0\0\0{"a":1}', "is not a safetensors file"),
+    ],
+)
+def test_no_stand_in_for_other_files(content, says) -> None:
+    with pytest.raises(safetensors.SafetensorError, match=says) as caught:
+        standin.header_of(MemorySource(NAME, content))
+    assert str(caught.value).startswith("Error while deserializing header: s3://bucket/models/")
+
+
+def test_no_stand_in_for_a_stand_in(path) -> None:
+    content = Path(written(path, source())).read_bytes()
+    with pytest.raises(safetensors.SafetensorError, match="itself a stand-in"):
+        standin.header_of(MemorySource(NAME, content))
+
+
+def test_no_more_than_the_header_is_read() -> None:
+    remote = source({"w": np.zeros(8 << 20, np.uint8)})
+    standin.header_of(remote)
+    assert sum(nbytes for _, nbytes in remote.ranges) < 1000
+
+
+def test_what_a_url_holds_stays_in_this_process(path) -> None:
+    name = "https://host/m/model.safetensors"
+    written(path, source(name=name))
+    standin.remember(name, f"{name}?Signature=hunter2")
+    assert found(path).full_url == f"{name}?Signature=hunter2"
+    assert b"hunter2" not in Path(path).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("url", "public"),
+    [
+        ("https://user:pw@host:8000/a/b?sig=x#y", "https://host:8000/a/b"),
+        ("HTTP://host/a", "http://host/a"),
+        ("https://host/a@b/c", "https://host/a@b/c"),
+        ("s3://bucket/what?is#this", "s3://bucket/what?is#this"),
+        ("hf://org/repo@main/x", "hf://org/repo@main/x"),
+    ],
+)
+def test_public_urls(url, public) -> None:
+    assert public_url(url) == public
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.json", "..a/b", "a b/c..", ".hidden"])
+def test_names_inside(name) -> None:
+    assert is_inside(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/a", "..", "a/../b", "a//b", "./a", "a/", "a\\b", "a\0", "../../etc/passwd"]
+)
+def test_names_that_lead_out(name) -> None:
+    assert not is_inside(name)
