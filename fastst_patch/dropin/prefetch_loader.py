@@ -27,9 +27,8 @@ from ..dtypes import PACKED
 from ..errors import Fallback
 from ..files.base import OpenedFile
 from ..files.cpu import HostFile
-from ..files.cuda import BUDGET, group_bytes
-from ..files.prefetcher import Group, Pending, Prefetcher
-from ..files.readahead import AHEAD
+from ..files.cuda import bounds_ahead
+from ..files.prefetcher import MOST_ITEMS, Group, Pending, Prefetcher
 from ..layout import ARENA_ALIGNMENT
 from ..locks import shared
 from .eligibility import complain, fell_back, opened_for, same
@@ -42,9 +41,6 @@ if TYPE_CHECKING:
 __all__ = ["UPSTREAM", "PrefetchLoader", "open_loader"]
 
 _log = logging.getLogger("fastst_patch")
-
-_MOST = 512
-"""Most tensors of a group: starting one stays short however small its tensors are."""
 
 _WINDOW = 64
 """How many of the next tensors an iteration looks at for one that has landed, as stock does."""
@@ -75,10 +71,7 @@ class PrefetchLoader:
 
     def __init__(self, opened: OpenedFile, plan: Sequence[Wanted]) -> None:
         budget = opened.config.device_memory_budget
-        most = BUDGET if budget is None else budget
-        nbytes = group_bytes(most)
-        if opened.mapped:  # pages of a cache, not memory: far enough that a drive is never idle
-            most, nbytes = 2 * AHEAD, AHEAD // 2
+        most, nbytes = bounds_ahead(budget, mapped=opened.mapped)
         names = opened.layout.names
         self._plan = {names[wanted.i]: wanted for wanted in plan}
         self._left = dict(self._plan)  # not handed out
@@ -295,11 +288,11 @@ def _groups(plan: Sequence[Wanted], nbytes: int) -> list[Group]:
     for wanted in plan:
         group = groups[-1] if groups else None
         padded = -(-wanted.nbytes // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
-        if group is None or group.nbytes + padded > nbytes or len(group.items) == _MOST:
+        if group is None or group.nbytes + padded > nbytes or len(group.items) == MOST_ITEMS:
             group = Group(None)
             groups.append(group)
         group.items.append(wanted)
-        group.waiting[wanted.i] = 0
+        group.waiting.add(wanted.i)
         group.nbytes = group.held = group.nbytes + padded
     return groups
 
@@ -330,7 +323,7 @@ class _PlanOrder:
         """Note that a group could not be started: the tensor asked for last is read alone."""
         if self._asked in group.waiting:
             group.items = [wanted for wanted in group.items if wanted.i != self._asked]
-            del group.waiting[self._asked]
+            group.waiting.remove(self._asked)
         if not group.items:
             self._next.pop(group, None)
 

@@ -29,11 +29,10 @@ from .. import tensors
 from ..dropin.eligibility import opened_for
 from ..errors import Fallback
 from ..files.cpu import HostFile
-from ..files.cuda import BUDGET, DeviceFile, group_bytes
+from ..files.cuda import DeviceFile, bounds_ahead
 from ..files.part_order import PartOrder
 from ..files.parts import Item, Part, apart, extent_of, itemsize_of, parts_ahead
 from ..files.prefetcher import Group, Pending, Prefetcher
-from ..files.readahead import AHEAD
 from ..files.readahead_share import in_turn
 from ..loader.arguments import Settings
 from ..loader.headers import Entry, open_entries
@@ -215,15 +214,11 @@ class Parts:
             array("Q", [i for i, name in enumerate(entry.layout.names) if keep(name)])
             for entry in entries
         ]
+        budget = self._config.device_memory_budget
+        most, nbytes = bounds_ahead(budget, mapped=self._target is None)
         if self._target is not None:
-            most = BUDGET
-            if self._config.device_memory_budget is not None:
-                most = self._config.device_memory_budget
-            nbytes = group_bytes(most)
             self._room = self._target.room() - most
             self._torch_device = _device_of(self._target)
-        else:  # pages of a cache, not memory of ours
-            most, nbytes = 2 * AHEAD, AHEAD // 2
         self._order = PartOrder(
             [(entry.layout, some) for entry, some in zip(entries, self._numbers, strict=True)],
             nbytes,
