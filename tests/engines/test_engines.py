@@ -165,7 +165,7 @@ def test_a_name_in_two_files_is_the_engines(engine, folder, on_cpu) -> None:
     assert seen.only.fallback_reason == "tensor 'norm' is in two of the files"
 
 
-@pytest.mark.parametrize("fallback", ["auto"])
+@pytest.mark.parametrize("fallback", ["auto", "error"])
 def test_a_damaged_file_is_told_by_the_engine(engine, folder, on_cpu, fallback) -> None:
     (folder / "m-2.safetensors").write_bytes(b"\x01" * 40)
     errors = []
@@ -203,6 +203,23 @@ def test_obeys_the_switch(engine, folder, tensors, on_cpu, monkeypatch) -> None:
         assert set(engine.load(folder, on_cpu)) == set(tensors)
         monkeypatch.delenv("FASTST_ENABLED")
     assert seen.only.fallback_reason == "FASTST_ENABLED is 0"
+
+
+def test_the_option_fallback(engine, folder, tensors, on_cpu, nothing_left) -> None:
+    save_file({"norm": torch.zeros(3)}, folder / "m-3.safetensors")
+    told = f"{engine.name} of {folder} was left to stock safetensors: tensor 'norm' is in two"
+    with fastst_patch.patched(fallback="warn"):
+        with pytest.warns(fastst_patch.FallbackWarning) as caught:
+            ours = engine.load(folder, on_cpu)
+        assert [str(one.message).startswith(told) for one in caught] == [True]
+        assert set(ours) == set(tensors)
+    with fastst_patch.patched(fallback="error"):
+        with pytest.raises(fastst_patch.FaststError, match="left to stock"):
+            engine.load(folder, on_cpu)
+    with warnings.catch_warnings(), fastst_patch.patched(fallback="error"):
+        warnings.simplefilter("error")
+        (folder / "m-3.safetensors").unlink()
+        assert set(engine.load(folder, on_cpu)) == set(tensors)
 
 
 # ---- versions ----

@@ -5,6 +5,7 @@ See test_engines.py for the rest.
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ from engine_standin import Loading, Model, most_held
 from safetensors.torch import save_file
 
 import fastst_patch
+from fastst_patch import engine
+from fastst_patch.integrations.engines import TakesLittle, Wanted, Weights
 from fastst_patch.report_table import render
 
 # ---- streamed ----
@@ -120,6 +123,19 @@ def test_a_model_that_copies_the_tensors_gets_all_on_the_device(vllm, tmp_path, 
 
 
 # ---- left to vLLM ----
+
+
+def test_files_that_go_another_way_are_closed(folder) -> None:
+    """A model may have more of them than half of the descriptors that are allowed."""
+    files = sorted(map(str, folder.iterdir()))
+    before = engine.counters()["files"]
+    gc.disable()
+    try:
+        with pytest.raises(TakesLittle):
+            Weights(Wanted("vllm", files, elements=1))
+        assert engine.counters()["files"] == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("strategy", ["eager", "torchao", "anything"])

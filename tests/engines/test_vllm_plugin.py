@@ -14,6 +14,7 @@ from engine_standin import LARGEST, Loading, most_held
 
 import fastst_patch
 import fastst_plugins
+from fastst_patch.config import current
 from fastst_patch.patching import patcher
 
 # ---- the load format ----
@@ -53,7 +54,7 @@ def test_format_goes_to_the_device(registered, folder, cuda, on_cuda) -> None:
     assert (seen.only.device, seen.only.path) == ("cuda:0", "ring")
 
 
-@pytest.mark.parametrize("patched", [False])
+@pytest.mark.parametrize("patched", [False, True])
 def test_format_reads_parts_by_our_safe_open(registered, folder, tensors, on_cpu, patched) -> None:
     registered.parallel.sizes["tensor"] = 2
     extra = {"io": "buffered"}
@@ -68,10 +69,24 @@ def test_format_reads_parts_by_our_safe_open(registered, folder, tensors, on_cpu
     assert set(found[1:]) == {("safe_open", "buffered")}
 
 
+def test_options_of_a_load_are_not_those_of_others(registered, folder, on_cpu) -> None:
+    registered.parallel.sizes["tensor"] = 2
+    extra = {"io": "buffered"}  # which is left to vLLM's loop
+    pairs = registered.pairs(folder, on_cpu, "fastst", model_loader_extra_config=extra)
+    with fastst_patch.profile() as seen:
+        next(pairs)
+        assert current().io == "auto"
+        list(pairs)
+    assert {report.path for report in seen.reports} == {"stock", "buffered"}
+
+
 def test_format_says_when_there_is_nothing_to_stream(registered, tmp_path, on_cpu) -> None:
     with Loading() as seen:
         registered.load(tmp_path, on_cpu, "fastst")
     assert "is not read by safetensors_weights_iterator" in seen.only.fallback_reason
+    told = pytest.raises(fastst_patch.FaststError, match="is not read by")
+    with fastst_patch.config_context(fallback="error"), told:
+        registered.load(tmp_path, on_cpu, "fastst")
 
 
 def test_format_obeys_the_switch(registered, folder, tensors, on_cpu, monkeypatch) -> None:
