@@ -159,7 +159,7 @@ def small_file(header: bytes, nbytes: int = 0) -> Iterator[Any]:
     fd = os.memfd_create("fastst_patch question", os.MFD_CLOEXEC)
     try:
         os.write(fd, len(header).to_bytes(8, "little") + header)
-        os.ftruncate(fd, 8 + len(header) + nbytes)
+        os.ftruncate(fd, 8 + len(header) + nbytes)  # takes no memory, however many they are
         yield types.SimpleNamespace(name=f"/proc/self/fd/{fd}", fileno=lambda: fd)
     finally:
         os.close(fd)

@@ -27,11 +27,10 @@ from ..dtypes import PACKED
 from ..errors import Fallback
 from ..files.base import OpenedFile
 from ..files.cpu import HostFile
-from ..files.cuda import BUDGET, group_bytes
+from ..files.cuda import bounds_ahead
 from ..files.pending import PendingHostRows, PendingHostTensors
-from ..files.prefetcher import Group, Pending, Prefetcher
-from ..files.readahead import AHEAD
-from ..files.remote import ahead_bytes
+from ..files.prefetcher import MOST_ITEMS, Group, Pending, Prefetcher
+from ..files.remote import bounds_of_network
 from ..layout import ARENA_ALIGNMENT
 from ..locks import shared
 from ..sources.base import RemoteError
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["UPSTREAM", "PrefetchLoader", "open_loader"]
 
 _log = logging.getLogger("fastst_patch")
-
-_MOST = 512
-"""Most tensors of a group: starting one stays short however small its tensors are."""
 
 _WINDOW = 64
 """How many of the next tensors an iteration looks at for one that has landed, as stock does."""
@@ -78,13 +74,9 @@ class PrefetchLoader:
 
     def __init__(self, opened: OpenedFile, plan: Sequence[Wanted]) -> None:
         budget = opened.config.device_memory_budget
-        most = BUDGET if budget is None else budget
-        nbytes = group_bytes(most)
+        most, nbytes = bounds_ahead(budget, mapped=opened.mapped)
         if opened.file.feed is not None and opened.device == "cpu":
-            most = ahead_bytes(opened.config)
-            nbytes = min(nbytes, max(most // 8, 1))  # small, so that the first one is there soon
-        if opened.mapped:  # pages of a cache, not memory: far enough that a drive is never idle
-            most, nbytes = 2 * AHEAD, AHEAD // 2
+            most, nbytes = bounds_of_network(opened.config)
         names = opened.layout.names
         self._plan = {names[wanted.i]: wanted for wanted in plan}
         self._left = dict(self._plan)  # not handed out
@@ -315,11 +307,11 @@ def _groups(plan: Sequence[Wanted], nbytes: int) -> list[Group]:
     for wanted in plan:
         group = groups[-1] if groups else None
         padded = -(-wanted.nbytes // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
-        if group is None or group.nbytes + padded > nbytes or len(group.items) == _MOST:
+        if group is None or group.nbytes + padded > nbytes or len(group.items) == MOST_ITEMS:
             group = Group(None)
             groups.append(group)
         group.items.append(wanted)
-        group.waiting[wanted.i] = 0
+        group.waiting.add(wanted.i)
         group.nbytes = group.held = group.nbytes + padded
     return groups
 
@@ -357,7 +349,7 @@ class _PlanOrder:
         """Note that a group could not be started: the tensor asked for last is read alone."""
         if self._asked in group.waiting:
             group.items = [wanted for wanted in group.items if wanted.i != self._asked]
-            del group.waiting[self._asked]
+            group.waiting.remove(self._asked)
         if not group.items:
             self._next.pop(group, None)
 

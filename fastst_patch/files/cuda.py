@@ -38,6 +38,7 @@ from .file_order import FileOrder, groups_of
 from .network_ahead import request_order
 from .pending import UNREAD, Failing, PendingRows, PendingTensors, Transfer, runs_of
 from .prefetcher import Group, Prefetcher
+from .readahead import AHEAD
 from .remote import ranges
 
 if TYPE_CHECKING:
@@ -58,12 +59,19 @@ PINNED = 256 * MIB
 _PATHS = {"auto": "ring", "buffered": "ring", "direct": "ring+direct", "gds": "gds"}
 
 
-def group_bytes(budget: int) -> int:
-    """Bytes of a group that is read ahead within a budget.
+def bounds_ahead(budget: int | None, *, mapped: bool = False) -> tuple[int, int]:
+    """Most bytes that are read ahead of their use, and bytes of a group of them.
 
-    A third of it: one group is in use, one comes next, and one may wait for a slower thread.
+    A group has a third: one group is in use, one comes next, and one may wait for a slower thread.
+
+    Args:
+        budget: ``device_memory_budget``.
+        mapped: whether the tensors are views of a file's map.
     """
-    return max(min(ARENA, budget) // 3, 1)
+    if mapped:  # pages of a cache, not memory of ours: far enough that a drive is never idle
+        return 2 * AHEAD, AHEAD // 2
+    most = BUDGET if budget is None else budget
+    return most, max(min(ARENA, most) // 3, 1)
 
 
 class DeviceFile(OpenedFile):
@@ -79,13 +87,14 @@ class DeviceFile(OpenedFile):
         self.device = target.name
         self.device_argument = target.argument
         self._target = target
-        budget = self._budget
+        budget, nbytes = bounds_ahead(config.device_memory_budget)
+        self._at_once = min(ARENA, budget)  # bytes of a group where all tensors are asked for
         self._mode = self._asked_mode()  # if "auto", the first read decides
         if file.feed is not None:
             self._prefetcher = Prefetcher(request_order(self), lambda: budget)
             self.account.path = file.feed.scheme
             return
-        order = FileOrder([(layout, range(len(layout.names)))], group_bytes(budget), one_ahead=True)
+        order = FileOrder([(layout, range(len(layout.names)))], nbytes, one_ahead=True)
         self._prefetcher = Prefetcher(order, lambda: budget)
         self.account.path = _PATHS[self._mode]
 
@@ -111,11 +120,6 @@ class DeviceFile(OpenedFile):
         headroom = engine.memory_headroom()
         large = headroom is not None and self.file.size > headroom // 2
         return "direct-if-cold" if large else "buffered"
-
-    @property
-    def _budget(self) -> int:
-        given = self.config.device_memory_budget
-        return BUDGET if given is None else given
 
     # ---- tensors ----
 
@@ -170,7 +174,7 @@ class DeviceFile(OpenedFile):
         names = self.layout.names
         transfers: list[Transfer] = []
         made: list[torch.Tensor] = []
-        for numbers, _ in groups_of(self.layout, range(len(names)), min(ARENA, self._budget)):
+        for numbers, _ in groups_of(self.layout, range(len(names)), self._at_once):
             transfers.append(self._start(numbers))
             made += transfers[-1].waiting.values()
         self._finish(transfers)

@@ -157,12 +157,5 @@ class FileOrder:
         wanted = (numbers[at - first] for at in free)
         items, nbytes = next(groups_of(layout, wanted, self._nbytes))
         last = position + len(items) - 1
-        return Group(
-            k,
-            position,
-            last,
-            items,
-            dict.fromkeys(range(position, last + 1), 0),
-            nbytes=nbytes,
-            held=nbytes,
-        )
+        keys: set[Hashable] = set(range(position, last + 1))
+        return Group(k, position, last, items, keys, nbytes=nbytes, held=nbytes)

@@ -14,14 +14,11 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from ..layout import FileLayout
 from .parts import Part, itemsize_of
-from .prefetcher import Group
+from .prefetcher import MOST_ITEMS, Group
 
 __all__ = ["PartOrder"]
 
 _NUMBER = re.compile(r"[0-9]+")
-
-_MOST = 512
-"""Most parts of a group."""
 
 _LOOK = 128
 """Most tensors that are looked ahead, in search of one that will be used."""
@@ -43,6 +40,7 @@ class PartOrder:
         self.places = [(k, i) for k, (_, numbers) in enumerate(files) for i in numbers]
         self._nbytes = nbytes
         self._known: dict[Hashable, tuple[Part, ...]] = {}
+        self._late: set[Hashable] = set()  # kinds that are used when the next tensor is given
         self._at = -1  # the tensor given last
         self._used: dict[Part, None] = {}  # of it
         self._next = 0  # behind all that were started
@@ -52,10 +50,14 @@ class PartOrder:
         self._kinds_of: dict[int, tuple[Hashable, Hashable]] = {}  # of those looked at
 
     def expected(self, what: int) -> bool:
-        """Note that a tensor is given, by its position: the one before was used."""
+        """Note that a tensor is given, by its position: the one before was used.
+
+        Engines that copy in other threads, or stack tensors, may use it later.
+        """
         if self._at >= 0:
-            self._learn(self._at, tuple(self._used))
-            self._kinds_of.pop(self._at)
+            if self._used or self._kinds(self._at)[0] not in self._late:
+                self._learn(self._at, tuple(self._used))
+            self._kinds_of.pop(self._at, None)
         self._at, self._used = what, {}
         return True
 
@@ -64,10 +66,13 @@ class PartOrder:
         position, part = key
         if position == self._at:
             self._used[part] = None
-        else:  # kept by the engine, and used later
-            before = self._known.get(self._kinds(position)[0], ())
+        else:
+            kind = self._kinds(position)[0]
+            self._late.add(kind)
+            before = self._known.get(kind, ())
             if part not in before:
                 self._learn(position, (*before, part))
+            self._kinds_of.pop(position, None)
         group = waiting.get(key)
         if group is None and self._group is not None and key in self._group.waiting:
             group = self._group
@@ -145,7 +150,7 @@ class PartOrder:
         return (
             group.source == self.places[position][0]
             and group.nbytes + nbytes <= self._nbytes
-            and len(group.items) < _MOST
+            and len(group.items) < MOST_ITEMS
         )
 
     def _add(self, group: Group, position: int, parts: tuple[Part, ...]) -> None:
@@ -153,7 +158,7 @@ class PartOrder:
         for part in parts:
             nbytes = self._bytes(position, part)
             group.items.append((self.places[position][1], part))
-            group.waiting[position, part] = nbytes
+            group.waiting.add((position, part))
             group.nbytes += nbytes
             group.held += nbytes
 

@@ -5,6 +5,7 @@ A part is described as torch describes a view of the whole tensor: offset, shape
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -50,32 +51,18 @@ class Part(NamedTuple):
         return self.span == self.numel
 
     @property
-    def order(self) -> list[int]:
+    def order(self) -> tuple[int, ...]:
         """Its dimensions as they lie in the file, the outermost first."""
-        return sorted(
-            range(len(self.shape)), key=lambda dim: (-self.strides[dim], -self.shape[dim])
-        )
+        return _form(self.shape, self.strides)[0]
 
     def is_box(self) -> bool:
         """Whether it has elements, and none of them twice."""
-        reach = 1  # of the dimensions inside
-        for dim in reversed(self.order):
-            if self.shape[dim] > 1:
-                if self.strides[dim] < reach:
-                    return False
-                reach += (self.shape[dim] - 1) * self.strides[dim]
-        return self.numel > 0
+        return _form(self.shape, self.strides)[1]
 
     @property
     def run(self) -> int:
         """Elements of each of its contiguous runs."""
-        run = 1
-        for dim in reversed(self.order):
-            if self.shape[dim] > 1:
-                if self.strides[dim] != run:
-                    break
-                run *= self.shape[dim]
-        return run
+        return _form(self.shape, self.strides)[2]
 
     def starts(self) -> list[int]:
         """Where its contiguous runs begin, behind its offset."""
@@ -100,6 +87,23 @@ class Part(NamedTuple):
         """A tensor with the dimensions in `order`, in the part's own."""
         order = self.order
         return memory.permute([order.index(dim) for dim in range(len(order))])
+
+
+@functools.lru_cache(maxsize=1024)
+def _form(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool, int]:
+    """`Part.order`, `Part.is_box` and `Part.run`; the layers of a model have few forms."""
+    order = sorted(range(len(shape)), key=lambda dim: (-strides[dim], -shape[dim]))
+    inside = [dim for dim in reversed(order) if shape[dim] > 1]
+    is_box, reach = 0 not in shape, 1  # reach: of the dimensions inside
+    for dim in inside:
+        is_box = is_box and strides[dim] >= reach
+        reach += (shape[dim] - 1) * strides[dim]
+    run = 1
+    for dim in inside:
+        if strides[dim] != run:
+            break
+        run *= shape[dim]
+    return tuple(order), is_box, run
 
 
 Item = tuple[int, Part]

@@ -23,7 +23,10 @@ from ..locks import Guard, here, interrupted
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Group", "Order", "Pending", "Prefetcher", "Start"]
+__all__ = ["MOST_ITEMS", "Group", "Order", "Pending", "Prefetcher", "Start"]
+
+MOST_ITEMS = 512
+"""Most items of a group: starting one stays short however small they are."""
 
 
 class Pending(Protocol):
@@ -48,10 +51,10 @@ class Group:
         first: position of the first item, in an order that has positions.
         last: position of the last item.
         items: for the start function; empty after the start.
-        waiting: keys of the items not handed out, each with the bytes that stop counting against
-            the bound when it is. The rest of `held` stops counting with the last item.
+        waiting: keys of the items not handed out.
         nbytes: of all items.
-        held: bytes that count against the bound.
+        held: bytes that count against the bound until the last item is handed out: as long as
+            the group's job may keep the memory of all items.
         pending: the result of the start function; None before, and once all are handed out.
         over: whether the group was dropped.
     """
@@ -60,7 +63,7 @@ class Group:
     first: int = 0
     last: int = 0
     items: list[Any] = dataclasses.field(default_factory=list)
-    waiting: dict[Hashable, int] = dataclasses.field(default_factory=dict)
+    waiting: set[Hashable] = dataclasses.field(default_factory=set)
     nbytes: int = 0
     held: int = 0
     pending: Any = None
@@ -251,10 +254,8 @@ class Prefetcher:
     def _taken(self, group: Group, key: Hashable) -> Any:
         """Count an item as handed out; return the `Pending` that has it."""
         pending = group.pending
-        freed = group.waiting.pop(key)
+        group.waiting.remove(key)
         self._at.pop(key, None)
-        group.held -= freed
-        self._held -= freed
         if not group.waiting:
             self._forget(group)
         return pending

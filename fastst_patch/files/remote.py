@@ -140,6 +140,15 @@ def ahead_bytes(config: Config) -> int:
     return _budget(config) // 2
 
 
+def bounds_of_network(config: Config) -> tuple[int, int]:
+    """Most bytes that are read ahead of requests, and bytes of a group: see `bounds_ahead`.
+
+    Groups are small, so that the first one is there soon.
+    """
+    most = ahead_bytes(config)
+    return most, max(most // 8, 1)
+
+
 # ---- opening ----
 
 

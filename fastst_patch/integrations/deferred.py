@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ..locks import shared
+
 if TYPE_CHECKING:
     from weakref import WeakValueDictionary
 
@@ -76,6 +78,10 @@ class Source(Protocol):
     storage: int
     alive: WeakValueDictionary[int, DeferredTensor]
 
+    @property
+    def over(self) -> bool:
+        """Whether tensors are to be plain from now on."""
+
     def part(self, view: torch.Tensor, into: torch.Tensor) -> torch.Tensor | None:
         """A tensor with the elements of a view, to be copied in its place; None: the view itself.
 
@@ -84,12 +90,15 @@ class Source(Protocol):
             into: where it is copied.
         """
 
+    def used(self, view: torch.Tensor) -> None:
+        """Note that a view, a plain tensor, is read, and not changed."""
+
     def settle(self, view: torch.Tensor) -> None:
         """Note that a view, a plain tensor now, is used in a way that is not known."""
 
 
 class DeferredTensor(torch.Tensor):
-    """See the module."""
+    """See the module. Another thread may make it plain at any time."""
 
     _source: Source
 
@@ -108,10 +117,10 @@ class DeferredTensor(torch.Tensor):
         if alone and func in _FACTS:
             with _Untouched():
                 return func(*args, **kwargs)
-        if alone and func in _VIEWS and args and type(args[0]) is DeferredTensor:
-            source = args[0]._source
+        source = getattr(args[0], "_source", None) if alone and args and func in _VIEWS else None
+        if source is not None:
             with _Untouched():
-                return _deferred(func(*args, **kwargs), source)
+                return _deferred(func(*args, **kwargs), source, args[0])
         at = _COPIES.get(func)
         if at is not None and _is_copied(args, at):
             return func(*args[:at], _copied(args[at], args[0]), *args[at + 1 :], **kwargs)
@@ -127,44 +136,58 @@ class DeferredTensor(torch.Tensor):
         return settle(self).__deepcopy__(memo)
 
 
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Make a deferred tensor plain, for good: the same object is of torch's own class then."""
+def plain(tensor: Any) -> Source | None:
+    """Make a deferred tensor plain, for good: the same object is of torch's own class then.
+
+    Returns:
+        Its source, to one of the threads that make it plain.
+    """
     if type(tensor) is not DeferredTensor:
-        return tensor
-    parameter = getattr(tensor, "_is_param", False)
-    vars(tensor).pop("_source", None)
-    vars(tensor).pop("_is_param", None)
-    result: Any = tensor
-    result.__class__ = torch.nn.Parameter if parameter else torch.Tensor
-    return tensor
+        return None
+    with shared:
+        if type(tensor) is not DeferredTensor:  # since another thread came first
+            return None
+        source: Source | None = vars(tensor).pop("_source", None)
+        parameter = vars(tensor).pop("_is_param", False)
+        found: Any = tensor
+        found.__class__ = torch.nn.Parameter if parameter else torch.Tensor
+    return source
 
 
 def settle(tensor: Any) -> Any:
     """Make a deferred tensor plain, and tell its source."""
-    if type(tensor) is DeferredTensor:
-        source = tensor._source
-        source.settle(plain(tensor))
+    source = plain(tensor)
+    if source is not None:
+        source.settle(tensor)
     return tensor
 
 
 def _is_copied(args: Any, at: int) -> bool:
     """Whether a deferred tensor is copied, and nothing else is done to one."""
-    deferred = [n for n, one in enumerate(args) if type(one) is DeferredTensor]
-    return deferred == [at] and isinstance(args[0], torch.Tensor)
+    return (
+        len(args) > at
+        and type(args[at]) is DeferredTensor
+        and DeferredTensor not in map(type, args[:at])
+        and isinstance(args[0], torch.Tensor)
+    )
 
 
 def _copied(view: DeferredTensor, into: torch.Tensor) -> torch.Tensor:
+    source = getattr(view, "_source", None)
     with _Untouched():
         as_it_is = view.as_subclass(torch.Tensor)
-    found = view._source.part(as_it_is, into)
+    found = None if source is None else source.part(as_it_is, into)
     return as_it_is if found is None else found
 
 
-def _deferred(result: Any, source: Source) -> Any:
-    """A result with all views of the map in it deferred."""
+def _deferred(result: Any, source: Source, of: torch.Tensor) -> Any:
+    """The result of a function of a tensor, with all views of the map in it deferred."""
     if type(result) in (list, tuple):
-        return type(result)(_deferred(one, source) for one in result)
-    if type(result) is not torch.Tensor or result.untyped_storage()._cdata != source.storage:
+        return type(result)(_deferred(one, source, of) for one in result)
+    if type(result) is not torch.Tensor:
+        return result
+    if result.untyped_storage()._cdata != source.storage:
+        source.used(of.as_subclass(torch.Tensor))
         return result
     return _owned(result.as_subclass(DeferredTensor), source)
 
@@ -172,6 +195,8 @@ def _deferred(result: Any, source: Source) -> Any:
 def _owned(made: Any, source: Source) -> DeferredTensor:
     made._source = source
     source.alive[id(made)] = made
+    if source.over:  # the end did not find it
+        plain(made)
     return made  # type: ignore[no-any-return]
 
 

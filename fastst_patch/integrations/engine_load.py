@@ -19,8 +19,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import environment_enabled
-from ..dropin.eligibility import report_stock
+from .. import stock
+from ..config import current, environment_enabled
+from ..dropin.eligibility import fell_back, report_stock
 from ..errors import Fallback, FaststError
 from .engines import Exchanged, TakesLittle, Wanted, Weights, folder_of
 from .parameter_pages import in_huge_pages
@@ -36,6 +37,7 @@ __all__ = [
     "arguments",
     "begun",
     "destination",
+    "fell_back_unasked",
     "note",
     "noted",
     "streamed",
@@ -196,19 +198,33 @@ def streamed(
         load: that this is part of.
         wanted: what is asked for; may raise Fallback.
         left: the engine's own loop.
+
+    Raises:
+        FaststError: an option is wrong; or it is left to the engine with ``fallback="error"``.
     """
-    weights = None
+    weights, damaged = None, False
     try:
         weights = _way(wanted(), load)
     except FaststError:
         raise
-    except Exception as error:  # a damaged file is the engine's to tell, in stock's words
+    except Exception as error:
         fallback = Fallback.alone(error)
+        # Such a file is the engine's to tell, in stock's words.
+        damaged = isinstance(error, (OSError, stock.SafetensorError))
     if weights is not None:
         yield from in_huge_pages(weights.pairs(), load.parameters())
         return
-    report_stock(call, folder_of(list(files)), "cpu", fallback)
+    folder = folder_of(list(files))
+    report_stock(call, folder, "cpu", fallback)
+    if not damaged:
+        fell_back_unasked(call, folder, fallback)
     yield from left()
+
+
+def fell_back_unasked(call: str, path: str, fallback: Fallback) -> None:
+    """As `fell_back`, unless the environment asked for it."""
+    if environment_enabled() is not False:
+        fell_back(current(), call, path, fallback)
 
 
 def _way(wanted: Wanted, load: Load) -> Weights | Parts | Exchanged:

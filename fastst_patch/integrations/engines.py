@@ -99,7 +99,11 @@ class Weights:
             raise settings.fallback
         self._target: Device | None = settings.target
         self._entries = self._loader._open()
-        self._sizes = self._wanted_sizes([entry.layout for entry in self._entries])
+        try:
+            self._sizes = self._wanted_sizes([entry.layout for entry in self._entries])
+        except Fallback:
+            self._entries.clear()  # another way opens the files; a cycle keeps ours until collected
+            raise
         self._room = 0
         if self._target is not None:
             self._room = self._target.room()
@@ -276,7 +280,9 @@ class Counts:
 
     def use(self, file: Account, device: str, tensors: int, nbytes: int) -> None:
         """Count some tensors, or more bytes of them, beside the counts of their file."""
-        total = self._accounts.setdefault((device, file.path), Account(file.path))
+        total = self._accounts.get((device, file.path))
+        if total is None:
+            total = self._accounts[device, file.path] = Account(file.path)
         total.tensors += tensors
         total.bytes += nbytes
         total.reason = total.reason or file.reason

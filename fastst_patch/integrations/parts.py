@@ -13,6 +13,10 @@ in its numbers alone, the same part. Predicted parts are on their way before the
   ahead in turns (`readahead_share`).
 
 A wrong prediction costs what was read ahead, at most ``device_memory_budget``.
+
+Small tensors are not deferred: to defer one takes longer than to copy it. They are read ahead into
+the page cache, all of them. On the CPU there is nothing to gain in files that are cached: none of
+their tensors is deferred.
 """
 
 from __future__ import annotations
@@ -22,23 +26,27 @@ import logging
 import time
 import weakref
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from .. import tensors
-from ..dropin.eligibility import opened_for
+from ..dropin.eligibility import fell_back, opened_for
 from ..errors import Fallback
 from ..files.cpu import HostFile
-from ..files.cuda import BUDGET, DeviceFile, group_bytes
+from ..files.cuda import DeviceFile, bounds_ahead
+from ..files.file_order import groups_of
 from ..files.part_order import PartOrder
 from ..files.parts import Item, Part, apart, extent_of, itemsize_of, parts_ahead
 from ..files.prefetcher import Group, Pending, Prefetcher
-from ..files.readahead import AHEAD
+from ..files.readahead import AHEAD, WORKERS_FROM
 from ..files.readahead_share import in_turn
 from ..loader.arguments import Settings
 from ..loader.headers import Entry, open_entries
 from ..loader.local_files import bar_of
 from ..loader.messages import explained
+from ..locks import shared
+from ..runs import Runs
 from .deferred import DeferredTensor, plain
 from .engines import Counts, Wanted, check_mode
 from .uploads import PendingUpload
@@ -59,6 +67,10 @@ RUN = 512
 LONG_RUN = 256 << 10
 """Runs from this length on are read one by one. A driver's call for each takes 1 to 3 us; shorter
 runs are packed into one copy, from the map."""
+
+SMALL = 1 << 20
+"""Tensors of fewer bytes are not deferred. To defer one takes some 60 us of a core. Stock took 60
+us for one of 64 KiB, of which half was copied, and 150 us for one of 1 MiB."""
 
 
 class _Moving:
@@ -129,16 +141,23 @@ class _File:
 class _Given:
     """The `Source` of one tensor that was given to the engine."""
 
-    def __init__(self, load: Parts, file: _File, position: int, i: int, storage: int) -> None:
-        self.storage = storage
+    def __init__(
+        self, load: Parts, file: _File, position: int, i: int, tensor: torch.Tensor
+    ) -> None:
+        self.storage = tensor.untyped_storage()._cdata
+        self.dtype = tensor.dtype
         self.alive = load.alive
         self.file = file
         self.position = position
         self.i = i
-        self.dtype = tensors.shape_and_dtype(file.layout, i)[1]
         self.counted: set[str] = set()  # devices that count it as a tensor
         self._load = load
         self._settled = False
+
+    @property
+    def over(self) -> bool:
+        """See `Source`."""
+        return self._load.over
 
     def part(self, view: torch.Tensor, into: torch.Tensor) -> torch.Tensor | None:
         """See `Source`."""
@@ -147,19 +166,23 @@ class _Given:
         # A changed tensor is not what is in the file. `detach` shares the version, and ``.data``
         # is a DeferredTensor, which tells of its changes itself.
         part = self._part(view)
-        if part is None or view._version:
+        if part is None or view._version or view.requires_grad:
             self._load.count(self, "cpu", view.nbytes)
             return None
         return self._load.taken(self, part, into)
 
-    def settle(self, view: torch.Tensor) -> None:
+    def used(self, view: torch.Tensor) -> None:
         """See `Source`."""
-        self._settled = True
         if not self._load.over:
             part = self._part(view)
             if part is not None:
-                self._load.read_ahead(self.file, [(self.i, part)])
+                self._load.used(self, part)
             self._load.count(self, "cpu", view.nbytes)
+
+    def settle(self, view: torch.Tensor) -> None:
+        """See `Source`."""
+        self._settled = True
+        self.used(view)
 
     def _part(self, view: torch.Tensor) -> Part | None:
         if view.dtype != self.dtype or view.is_inference() or view.is_conj() or view.is_neg():
@@ -215,24 +238,27 @@ class Parts:
             array("Q", [i for i, name in enumerate(entry.layout.names) if keep(name)])
             for entry in entries
         ]
+        self._least = [self._least_deferred(file) for file in self._files if file is not None]
+        self._position = 0  # among those that are deferred
+        budget = self._config.device_memory_budget
+        most, nbytes = bounds_ahead(budget, mapped=self._target is None)
         if self._target is not None:
-            most = BUDGET
-            if self._config.device_memory_budget is not None:
-                most = self._config.device_memory_budget
-            nbytes = group_bytes(most)
             self._room = self._target.room() - most
             self._torch_device = _device_of(self._target)
-        else:  # pages of a cache, not memory of ours
-            most, nbytes = 2 * AHEAD, AHEAD // 2
         self._order = PartOrder(
-            [(entry.layout, some) for entry, some in zip(entries, self._numbers, strict=True)],
+            [
+                (entry.layout, [i for i in some if entry.layout.nbytes(i) >= least])
+                for entry, some, least in zip(entries, self._numbers, self._least, strict=True)
+            ],
             nbytes,
         )
         self._prefetcher = Prefetcher(self._order, lambda: most)
         self.alive: weakref.WeakValueDictionary[int, DeferredTensor] = weakref.WeakValueDictionary()
         self._counts = Counts(wanted.reason)
         if self._target is not None:
-            self._counts.reason = "tensors that are cast, or not copied, are used from the map"
+            self._counts.reason = (
+                "tensors that are small, cast, or not copied are used from the map"
+            )
         self._bar = bar_of(entries, self._numbers) if wanted.progress else None
 
     def _opened(self, entry: Entry) -> _File:
@@ -260,33 +286,57 @@ class Parts:
             OSError, MemoryError, SafetensorError: a part cannot be read; raised where it is copied.
         """
         started = time.perf_counter()
-        position = 0
         try:
             for k, numbers in enumerate(self._numbers):
                 file = self._files[k]
                 assert file is not None
-                made = tensors.import_batch(file.host.map(), file.layout, numbers)
-                made.reverse()
-                for i in numbers:
-                    self._prefetcher.expect(position, self._start)
-                    yield file.layout.names[i], self._given(file, position, i, made.pop())
-                    position += 1
-                    if self._bar is not None:
-                        self._bar.update(file.layout.nbytes(i))
+                yield from self._pairs_of(file, numbers, self._least[k])
                 self._files[k] = None
         finally:
             self._end(time.perf_counter() - started)
 
-    def _given(self, file: _File, position: int, i: int, tensor: torch.Tensor) -> DeferredTensor:
-        storage = tensor.untyped_storage()._cdata
-        return DeferredTensor.over(tensor, _Given(self, file, position, i, storage))
+    def _least_deferred(self, file: _File) -> int:
+        """From how many bytes on tensors of a file are deferred."""
+        cached = self._target is None and SMALL and not file.host.ahead_of.cold()
+        return file.layout.data_bytes + 1 if cached else SMALL
+
+    def _pairs_of(
+        self, file: _File, numbers: array[int], least: int
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        layout, names = file.layout, file.layout.names
+        made = tensors.import_batch(file.host.map(), layout, numbers)
+        made.reverse()
+        ahead = self._small_ahead(file, [i for i in numbers if layout.nbytes(i) < least])
+        count = total = 0
+        try:
+            for i in numbers:
+                nbytes = layout.nbytes(i)
+                if nbytes < least:
+                    count, total = count + 1, total + nbytes
+                    if i in ahead:
+                        self._read_small(file, ahead[i])
+                    yield names[i], made.pop()
+                else:
+                    self._prefetcher.expect(self._position, self._start)
+                    yield names[i], self._given(file, i, made.pop())
+                    self._position += 1
+                if self._bar is not None:
+                    self._bar.update(nbytes)
+        finally:
+            with shared:
+                self._counts.use(file.host.account, "cpu", count, total)
+
+    def _given(self, file: _File, i: int, tensor: torch.Tensor) -> DeferredTensor:
+        return DeferredTensor.over(tensor, _Given(self, file, self._position, i, tensor))
 
     def _end(self, seconds: float) -> None:
         """Let go of everything. Tensors that the engine keeps are plain from now on."""
         self.over = True
         self._prefetcher.drop()
-        for tensor in list(self.alive.values()):
-            plain(tensor)
+        for reference in self.alive.valuerefs():  # a copy: other threads may add tensors
+            tensor = reference()
+            if tensor is not None:
+                plain(tensor)
         self._files.clear()
         if self._bar is not None:
             self._bar.close()
@@ -294,22 +344,31 @@ class Parts:
 
     # ---- what is used ----
 
+    def used(self, given: _Given, part: Part) -> None:
+        """Note that a part is used from the map."""
+        key = given.position, part
+        on_cpu = given.file.device is None
+        if not on_cpu or self._prefetcher.hand_out(key, self._start) is None:
+            self.read_ahead(given.file, [(given.i, part)])
+
     def taken(self, given: _Given, part: Part, into: torch.Tensor) -> torch.Tensor | None:
         """A part on the device that it is copied into; None: it is copied from the map."""
-        file, item = given.file, (given.i, part)
+        file, fallback = given.file, None
         if file.device is None:
-            if self._prefetcher.hand_out((given.position, part), self._start) is None:
-                self.read_ahead(file, [item])
+            self.used(given, part)
         elif self._moves(given, part, into):
             try:
-                moved = self._moved(given, file.device, item)
+                moved = self._moved(given, file.device, (given.i, part))
             except (Fallback, MemoryError) as error:
-                file.host.account.reason = Fallback.alone(error).reason
+                fallback = Fallback.alone(error)
             except Exception as error:
                 raise explained(error, file.path, file.layout.names[given.i]) from error
             else:
                 self.count(given, file.device.device, moved.nbytes)
                 return moved
+        if fallback is not None:
+            file.host.account.reason = fallback.reason
+            fell_back(self._config, self._wanted.call, file.path, fallback)
         self.count(given, "cpu", part.numel * given.dtype.itemsize)
         return None
 
@@ -338,9 +397,10 @@ class Parts:
         if device != "cpu":
             assert file.device is not None
             account = file.device.account
-        made = device not in given.counted
-        given.counted.add(device)
-        self._counts.use(account, device, int(made), nbytes)
+        with shared:  # engines copy in several threads
+            made = device not in given.counted
+            given.counted.add(device)
+            self._counts.use(account, device, int(made), nbytes)
 
     # ---- reading ----
 
@@ -364,11 +424,13 @@ class Parts:
         """Start moving parts to the device. Raises as `DeviceFile.tensor`."""
         moving = _Moving()
         for some in apart(file.layout, items):
-            packed = [item for item in some if self._is_packed(file.layout, device, item)]
-            others = [item for item in some if item not in packed]
-            if others:
-                pending = parts_ahead(device, others)
-                for item in others:
+            ways: tuple[list[Item], list[Item]] = [], []
+            for item in some:
+                ways[self._is_packed(file.layout, device, item)].append(item)
+            read, packed = ways
+            if read:
+                pending = parts_ahead(device, read)
+                for item in read:
                     moving.add(item, pending, item)
             if packed:
                 self._pack(file, packed, moving)
@@ -378,7 +440,7 @@ class Parts:
     def _is_packed(layout: FileLayout, device: DeviceFile, item: Item) -> bool:
         """Whether workers pack a part from the map: if an option does not say how it is read."""
         i, part = item
-        cached = device._mode in ("buffered", "direct-if-cold")
+        cached = device._mode in ("auto", "buffered", "direct-if-cold")
         return cached and not part.dense and part.run * itemsize_of(layout, i) < LONG_RUN
 
     def _pack(self, file: _File, items: Sequence[Item], moving: _Moving) -> None:
@@ -403,6 +465,25 @@ class Parts:
         extents = in_turn(sorted(alone), sorted(shared), self._turn, self._turns)
         file.host.ahead_of.ranges(file.host.map(), extents)
         return _CACHED
+
+    def _small_ahead(self, file: _File, numbers: list[int]) -> dict[int, list[int]]:
+        """Start reading small tensors of a file into the page cache.
+
+        Returns:
+            More of them, to be read when the tensor of that number is given.
+        """
+        if not numbers or not file.host.ahead_of.cold():
+            return {}
+        groups = [group for group, _ in groups_of(file.layout, numbers, AHEAD // 2)]
+        for group in groups[:1]:
+            self._read_small(file, group)
+        return {one[0]: following for one, following in pairwise(groups)}
+
+    def _read_small(self, file: _File, numbers: Iterable[int]) -> None:
+        found = Runs(map(file.layout.extent, numbers))
+        if found.nbytes >= WORKERS_FROM:
+            extents = in_turn([], found.ranges, self._turn, self._turns)
+            file.host.ahead_of.ranges(file.host.map(), extents)
 
 
 _CACHED = _Cached()

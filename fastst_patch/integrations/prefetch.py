@@ -179,7 +179,7 @@ class _RequestOrder:
         counted = what.nbytes if self._all_count or kind.passing else 0
         what.group = group
         group.items.append(what.item)
-        group.waiting[what] = counted
+        group.waiting.add(what)
         group.nbytes += what.nbytes
         group.held += counted
         if group.nbytes < self._nbytes:

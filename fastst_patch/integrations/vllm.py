@@ -36,7 +36,17 @@ from ..config import config_context, current, environment_enabled, with_options
 from ..dropin import handle
 from ..dropin.eligibility import report_stock
 from ..errors import Fallback, OptionError
-from .engine_load import Load, arguments, begun, destination, note, noted, streamed, within
+from .engine_load import (
+    Load,
+    arguments,
+    begun,
+    destination,
+    fell_back_unasked,
+    note,
+    noted,
+    streamed,
+    within,
+)
 from .engines import Wanted
 from .hook import Hook, Integration
 
@@ -164,8 +174,12 @@ def _left(original: Any, args: Any, kwargs: Any, load: Load) -> Iterator[tuple[s
     if not isinstance(load, _FormatLoad) or environment_enabled() is False:
         yield from original(*args, **kwargs)
         return
-    with config_context(**load.options):
-        yield from stock.with_globals(original, safe_open=handle.safe_open)(*args, **kwargs)
+
+    def opened(*of: Any, **how: Any) -> Any:
+        with config_context(**load.options):  # which is of the process: not while we are suspended
+            return handle.safe_open(*of, **how)
+
+    yield from stock.with_globals(original, safe_open=opened)(*args, **kwargs)
 
 
 def _wanted(original: Any, args: Any, kwargs: Any, load: Load) -> Wanted:
@@ -280,6 +294,7 @@ def _format_iterator(default: Any, loader: Any, source: Any) -> Any:
     if not asked:
         reason = Fallback(f"this checkpoint is not read by {_ITERATOR}")
         report_stock("vllm", source.model_or_path, load.place.device, reason)
+        fell_back_unasked("vllm", str(source.model_or_path), reason)
     return result
 
 
@@ -292,9 +307,14 @@ def _calls_the_iterator(function: Any) -> bool:
     return code is not None and _ITERATOR in code.co_names
 
 
+def _is_not_ours(function: Any) -> bool:
+    where = getattr(function, "__globals__", {}).get("__name__", "")
+    return not where.startswith("fastst_patch.")
+
+
 def _streaming() -> Callable[..., Any]:
     """The iterator of vLLM, replaced whether ``patch()`` is in force or not."""
-    original = stock.unwrapped(getattr(sys.modules[_UTILS], _ITERATOR))
+    original = inspect.unwrap(getattr(sys.modules[_UTILS], _ITERATOR), stop=_is_not_ours)
     return lambda *args, **kwargs: _iterator(original, args, kwargs)
 
 

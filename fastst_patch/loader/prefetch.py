@@ -10,11 +10,10 @@ from .. import tensors
 from ..errors import Fallback
 from ..files.base import TensorFile
 from ..files.cpu import HostFile
-from ..files.cuda import BUDGET, group_bytes
+from ..files.cuda import bounds_ahead
 from ..files.file_order import FileOrder
-from ..files.prefetcher import Group, Pending, Prefetcher
-from ..files.readahead import AHEAD
-from ..files.remote import ahead_bytes
+from ..files.prefetcher import MOST_ITEMS, Group, Pending, Prefetcher
+from ..files.remote import bounds_of_network
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["FilesPrefetcher"]
 
 _log = logging.getLogger("fastst_patch")
-
-_MOST = 512
-"""Most tensors of a group: starting one stays short however small its tensors are."""
 
 _NEAR = 8
 """Requests so close behind each other are a walk: a consumer may leave some tensors out."""
@@ -62,15 +58,10 @@ class FilesPrefetcher:
         files_ahead: int | None = None,
         held: Callable[[], int] = lambda: 0,
     ) -> None:
-        if files and isinstance(files[0], HostFile) and files[0].mapped:
-            # Pages of a cache, not memory of ours: far enough that a drive is never idle.
-            most, nbytes = 2 * AHEAD, AHEAD // 2
-        else:
-            most = BUDGET if budget is None else budget
-            nbytes = group_bytes(most)
-            if files and _reads_by_network(files[0]):
-                most = ahead_bytes(files[0].config)
-                nbytes = max(most // 8, 1)  # small, so that the first one is there soon
+        mapped = bool(files) and isinstance(files[0], HostFile) and files[0].mapped
+        most, nbytes = bounds_ahead(budget, mapped=mapped)
+        if files and _reads_by_network(files[0]):
+            most, nbytes = bounds_of_network(files[0].config)
         if block_bytes is not None:
             nbytes = min(block_bytes, nbytes)
 
@@ -81,7 +72,7 @@ class FilesPrefetcher:
         self._order = FileOrder(
             [(file.layout, some) for file, some in zip(files, numbers, strict=True)],
             nbytes,
-            tensors=_MOST,
+            tensors=MOST_ITEMS,
             near=_NEAR,
             lag=_LAG,
             files_ahead=files_ahead,

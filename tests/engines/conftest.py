@@ -1,4 +1,4 @@
-"""A stand-in for vLLM, a checkpoint, and models on devices that are not there."""
+"""Stand-ins for engines, a checkpoint, and models on devices that are not there."""
 
 from __future__ import annotations
 
@@ -7,18 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sglang_standin
 import torch
 import vllm_standin
+from engine_standin import ELEMENTS, Model, Standin
 from safetensors.torch import save_file
-from vllm_standin import ELEMENTS, Model, Standin
 
 import fastst_plugins
+from fastst_patch.integrations import parts
 
 
 @pytest.fixture
-def vllm(tmp_path: Path) -> Iterator[Standin]:
+def vllm(tmp_path: Path) -> Iterator[vllm_standin.Standin]:
     with vllm_standin.standing_in(tmp_path / "site") as found:
         yield found
+
+
+@pytest.fixture
+def sglang(tmp_path: Path) -> Iterator[sglang_standin.Standin]:
+    with sglang_standin.standing_in(tmp_path / "site") as found:
+        yield found
+
+
+@pytest.fixture(params=["vllm", "sglang", "sglang in threads"])
+def engine(request: pytest.FixtureRequest) -> Standin:
+    """Each of them, and each of SGLang's two iterators."""
+    name, *threads = request.param.split(maxsplit=1)
+    found: Any = request.getfixturevalue(name)
+    if name == "sglang":
+        found.multithread = bool(threads)
+    return found  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -63,7 +81,13 @@ def little_memory(fake_driver) -> Iterator[Any]:
 
 
 @pytest.fixture
-def registered(vllm: Standin) -> Standin:
+def all_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors are, and those of cached files."""
+    monkeypatch.setattr(parts, "SMALL", 0)
+
+
+@pytest.fixture
+def registered(vllm: vllm_standin.Standin) -> vllm_standin.Standin:
     fastst_plugins._watch_loaders.cache_clear()
     fastst_plugins.register_vllm()
     return vllm

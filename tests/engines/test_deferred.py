@@ -23,7 +23,10 @@ class Parts:
 
     Attributes:
         given: the parts.
+        read: the parts that were read in another way.
     """
+
+    over = False
 
     def __init__(self, content: torch.Tensor) -> None:
         self.content = content.clone()
@@ -31,6 +34,7 @@ class Parts:
         self.storage = self.tensor.untyped_storage()._cdata
         self.alive: Any = weakref.WeakValueDictionary()
         self.given: list[Part] = []
+        self.read: list[Part] = []
         self.settled = False
 
     def part(self, view: torch.Tensor, into: torch.Tensor) -> torch.Tensor | None:
@@ -44,6 +48,10 @@ class Parts:
             flat[part.offset + start : part.offset + start + part.run] for start in part.starts()
         ]
         return part.shaped(torch.cat(runs).view(part.sorted_shape()))
+
+    def used(self, view: torch.Tensor) -> None:
+        assert type(view) is torch.Tensor
+        self.read.append(Part.of(view))
 
     def settle(self, view: torch.Tensor) -> None:
         assert type(view) in (torch.Tensor, torch.nn.Parameter)
@@ -287,6 +295,66 @@ def test_subclasses_of_parameters_do_their_own(default) -> None:
     assert source.given
     assert type(into + ours[:2]) is type(into + theirs[:2])
     assert bool(called) == (default is torch.Tensor)
+
+
+WAYS_TO_READ = {
+    "cast": lambda t: t.to(torch.float64),
+    "contiguous": lambda t: t.t().contiguous(),
+    "reshape": lambda t: t.t().reshape(-1),
+    "list": lambda t: t[[0, 2]],
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_READ)
+def test_what_is_read_is_told_and_the_rest_stays_deferred(way) -> None:
+    ours, theirs, source = pair(4, 6)
+    read = WAYS_TO_READ[way](ours)
+    assert type(read) is torch.Tensor
+    assert_alike(read, WAYS_TO_READ[way](theirs))
+    assert [part.numel for part in source.read] == [24]
+    assert_alike(ours[1:3], theirs[1:3])
+    assert [part.numel for part in source.given] == [12]
+    assert ours.to(torch.float32) is ours
+    assert len(source.read) == 1
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("way", ["narrow", "copy_", "add", "settled"])
+def test_another_thread_makes_it_plain(way, half) -> None:
+    """Between the look at the tensors' classes and our function, or in the middle of it."""
+    ours, theirs, _ = pair(4, 6)
+    into = torch.zeros(4, 6)
+    calls: dict[str, Any] = {
+        "narrow": (torch.Tensor.narrow, (ours, 0, 1, 2), theirs[1:3]),
+        "copy_": (torch.Tensor.copy_, (into, ours), theirs),
+        "add": (torch.add, (ours, 1), theirs + 1),
+        "settled": (torch.Tensor.float, (ours,), theirs),
+    }
+    function, arguments, expected = calls[way]
+    if half:
+        del vars(ours)["_source"]
+    else:
+        plain(ours)
+    found = DeferredTensor.__torch_function__(function, (DeferredTensor,), arguments)
+    assert torch.equal(found, expected)
+    assert type(found) is torch.Tensor
+
+
+def test_a_parameter_that_two_threads_make_plain() -> None:
+    parameter = torch.nn.Parameter(pair(4, 6)[0], requires_grad=False)
+    source = parameter._source
+    assert plain(parameter) is source
+    assert plain(parameter) is None
+    assert type(parameter) is torch.nn.Parameter
+
+
+def test_views_are_plain_once_the_load_is_over() -> None:
+    ours, theirs, source = pair(4, 6)
+    source.over = True
+    view = ours[1:3]
+    assert type(view) is torch.Tensor
+    assert vars(view) == {}
+    assert_alike(view, theirs[1:3])
 
 
 def test_complex_and_conjugates() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import parallel_model
 import pytest
@@ -15,6 +15,9 @@ from parallel_model import LAYERS, Parallel
 import fastst_patch
 from fastst_patch import engine
 from fastst_patch.integrations import parts as integration
+from fastst_patch.integrations.deferred import DeferredTensor
+
+pytestmark = pytest.mark.usefixtures("all_deferred")
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +110,12 @@ def test_another_dtype_is_cast_by_torch(rank_of_two, llama, cuda) -> None:
 
 
 def test_quantized_models_too(rank_of_two, llama, cuda) -> None:
-    loader = rank_of_two.loader()
-    config = SimpleNamespace(model=llama, prefix="", quantization="fp8")
     ours, theirs = (Parallel(1, 2, "cuda:0") for _ in range(2))
     load(rank_of_two, llama, theirs)
-    with fastst_patch.patched(), fastst_patch.profile() as seen:
-        ours.load_weights(loader.get_all_weights(config, ours))
+    with fastst_patch.patched():
+        reports = load(rank_of_two, llama, ours, model_config={"quantization": "fp8"})
     assert same(ours, theirs)
-    assert {report.device for report in seen.reports} == {"cuda:0", "cpu"}
+    assert {report.device for report in reports} == {"cuda:0", "cpu"}
 
 
 def test_out_of_memory_copies_from_the_map(rank_of_two, llama, cuda) -> None:
@@ -124,6 +125,10 @@ def test_out_of_memory_copies_from_the_map(rank_of_two, llama, cuda) -> None:
     (rest,) = [report for report in reports if report.device == "cpu"]
     assert "not enough memory on cuda:0" in rest.fallback_reason
     assert cuda.driver.live().blocks == 0
+    told = pytest.raises(fastst_patch.FaststError, match="not enough memory on cuda:0")
+    cuda.refuse_from = cuda.allocated + 40
+    with fastst_patch.patched(fallback="error"), told:
+        load(rank_of_two, llama, ours)
 
 
 def test_a_part_without_room_is_copied_from_the_map(rank_of_two, llama, cuda) -> None:
@@ -157,9 +162,7 @@ def test_a_read_that_fails_is_raised(rank_of_two, llama, cuda, nothing_left) -> 
 
 def test_tensors_that_are_kept_become_plain(rank_of_two, llama) -> None:
     with fastst_patch.patched():
-        loader = rank_of_two.loader()
-        config = SimpleNamespace(model=llama, prefix="")
-        kept = dict(loader.get_all_weights(config, Parallel(1, 2)))
+        kept = rank_of_two.load(llama, Parallel(1, 2))
     assert {type(tensor) for tensor in kept.values()} == {torch.Tensor}
     theirs = parallel_model.tensors()
     assert kept.keys() == theirs.keys()
@@ -169,7 +172,6 @@ def test_tensors_that_are_kept_become_plain(rank_of_two, llama) -> None:
 def test_weights_used_after_all_were_given(rank_of_two, llama, cuda) -> None:
     theirs, ours = (Parallel(1, 2, "cuda:0") for _ in range(2))
     load(rank_of_two, llama, theirs)
-    config = SimpleNamespace(model=llama, prefix="")
 
     def all_but_the_end(pairs):
         pairs = iter(pairs)
@@ -177,7 +179,7 @@ def test_weights_used_after_all_were_given(rank_of_two, llama, cuda) -> None:
         yield from found
 
     with fastst_patch.patched():
-        ours.load_weights(all_but_the_end(rank_of_two.loader().get_all_weights(config, ours)))
+        ours.load_weights(all_but_the_end(rank_of_two.pairs(llama, ours)))
     assert same(ours, theirs)
     assert cuda.driver.live().blocks == 0
 
@@ -185,9 +187,8 @@ def test_weights_used_after_all_were_given(rank_of_two, llama, cuda) -> None:
 def test_a_mode_that_begins_later(rank_of_two, llama, cuda) -> None:
     theirs, ours = (Parallel(1, 2, "cuda:0") for _ in range(2))
     load(rank_of_two, llama, theirs)
-    config = SimpleNamespace(model=llama, prefix="")
     with fastst_patch.patched():
-        pairs = rank_of_two.loader().get_all_weights(config, ours)
+        pairs = rank_of_two.pairs(llama, ours)
         ours.load_weights([next(pairs)])
         with torch.inference_mode():
             kept = [next(pairs) for _ in range(9)]
@@ -195,6 +196,30 @@ def test_a_mode_that_begins_later(rank_of_two, llama, cuda) -> None:
         ours.load_weights(kept[5:])
         ours.load_weights(pairs)
     assert same(ours, theirs)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_copies_in_threads_of_the_engine(rank_of_two, llama, cuda, device) -> None:
+    """As SGLang's DeepSeek does it: some copies are done when all tensors were given."""
+    theirs, ours = (Parallel(1, 2, device) for _ in range(2))
+    load(rank_of_two, llama, theirs)
+    with fastst_patch.patched(), ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            pairs = rank_of_two.pairs(llama, ours)
+            done = [pool.submit(ours.load_weights, [one]) for one in pairs]
+            assert [future.result() for future in done] == [None] * len(done)
+    assert same(ours, theirs)
+    assert cuda.driver.live().blocks == 0
+
+
+def test_gradients_as_stocks(rank_of_two, llama, cuda) -> None:
+    with fastst_patch.patched():
+        pairs = rank_of_two.pairs(llama, Parallel(1, 2, "cuda:0"))
+        _, tensor = next(pairs)
+        assert type(tensor) is DeferredTensor
+        into = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        assert into.copy_(tensor.requires_grad_()).requires_grad
+        pairs.close()
 
 
 @pytest.mark.parametrize("case", ["verify", "buffered", "mode"])

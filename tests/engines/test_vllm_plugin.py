@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import vllm_standin
-from vllm_standin import LARGEST, Loading, most_held
+from engine_standin import LARGEST, Loading, most_held
 
 import fastst_patch
 import fastst_plugins
-from fastst_patch.cli.main import main
-from fastst_patch.integrations import vllm as integration
+from fastst_patch.config import current
 from fastst_patch.patching import patcher
 
 # ---- the load format ----
@@ -57,10 +54,14 @@ def test_format_goes_to_the_device(registered, folder, cuda, on_cuda) -> None:
     assert (seen.only.device, seen.only.path) == ("cuda:0", "ring")
 
 
-def test_format_reads_parts_by_our_safe_open(registered, folder, tensors, on_cpu) -> None:
+@pytest.mark.parametrize("patched", [False, True])
+def test_format_reads_parts_by_our_safe_open(registered, folder, tensors, on_cpu, patched) -> None:
     registered.parallel.sizes["tensor"] = 2
     extra = {"io": "buffered"}
-    with fastst_patch.profile() as seen:
+    with (
+        fastst_patch.profile() as seen,
+        fastst_patch.patched() if patched else contextlib.nullcontext(),
+    ):
         ours = registered.load(folder, on_cpu, "fastst", model_loader_extra_config=extra)
     assert set(ours) == set(tensors)
     found = [(report.call, report.path) for report in seen.reports]
@@ -68,10 +69,24 @@ def test_format_reads_parts_by_our_safe_open(registered, folder, tensors, on_cpu
     assert set(found[1:]) == {("safe_open", "buffered")}
 
 
+def test_options_of_a_load_are_not_those_of_others(registered, folder, on_cpu) -> None:
+    registered.parallel.sizes["tensor"] = 2
+    extra = {"io": "buffered"}  # which is left to vLLM's loop
+    pairs = registered.pairs(folder, on_cpu, "fastst", model_loader_extra_config=extra)
+    with fastst_patch.profile() as seen:
+        next(pairs)
+        assert current().io == "auto"
+        list(pairs)
+    assert {report.path for report in seen.reports} == {"stock", "buffered"}
+
+
 def test_format_says_when_there_is_nothing_to_stream(registered, tmp_path, on_cpu) -> None:
     with Loading() as seen:
         registered.load(tmp_path, on_cpu, "fastst")
     assert "is not read by safetensors_weights_iterator" in seen.only.fallback_reason
+    told = pytest.raises(fastst_patch.FaststError, match="is not read by")
+    with fastst_patch.config_context(fallback="error"), told:
+        registered.load(tmp_path, on_cpu, "fastst")
 
 
 def test_format_obeys_the_switch(registered, folder, tensors, on_cpu, monkeypatch) -> None:
@@ -85,8 +100,8 @@ def test_format_obeys_the_switch(registered, folder, tensors, on_cpu, monkeypatc
 
 def test_options_of_the_format_bound_it_too(registered, folder, cuda, on_cuda) -> None:
     extra = {"device_memory_budget": "4KiB", "tensors": "dlpack"}
-    loader = registered.loader("fastst", model_loader_extra_config=extra)
-    assert 0 < most_held(loader, folder, cuda, on_cuda) <= 4096 + 2 * LARGEST
+    pairs = registered.pairs(folder, on_cuda, "fastst", model_loader_extra_config=extra)
+    assert 0 < most_held(cuda, pairs) <= 4096 + 2 * LARGEST
 
 
 @pytest.mark.parametrize(
@@ -114,46 +129,17 @@ def test_keys_of_vllms_own_go_on(registered) -> None:
     assert extra == {"enable_weights_track": False, "threads": 2}
 
 
-def test_entry_point_is_found() -> None:
-    (found,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="fastst")
-    assert found.load() is fastst_plugins.register_vllm
-
-
 # ---- processes that are not reached ----
 
 
-@pytest.fixture
-def unsaid() -> Iterator[None]:
-    patcher._say_once.cache_clear()
-    yield
-    patcher._say_once.cache_clear()
-
-
-def test_patch_says_that_vllm_loads_elsewhere(vllm, unsaid, monkeypatch) -> None:
+def test_nothing_is_said_in_a_single_process(vllm, monkeypatch) -> None:
     monkeypatch.delenv("FASTST_ENABLED", raising=False)
-    with pytest.warns(fastst_patch.FallbackWarning, match="FASTST_ENABLED=1") as caught:
+    envs = SimpleNamespace(VLLM_ENABLE_V1_MULTIPROCESSING=False)
+    monkeypatch.setitem(sys.modules, "vllm.envs", envs)
+    patcher._say_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         fastst_patch.patch()
-    assert [one.filename for one in caught] == [__file__]
-    fastst_patch.unpatch()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fastst_patch.patch()  # once in a process
-
-
-@pytest.mark.parametrize("case", ["reached", "one process", "another target"])
-def test_nothing_is_said(vllm, unsaid, monkeypatch, case) -> None:
-    monkeypatch.delenv("FASTST_ENABLED", raising=False)
-    targets = None
-    if case == "reached":
-        monkeypatch.setenv("FASTST_ENABLED", "1")
-    elif case == "one process":
-        envs = SimpleNamespace(VLLM_ENABLE_V1_MULTIPROCESSING=False)
-        monkeypatch.setitem(sys.modules, "vllm.envs", envs)
-    else:
-        targets = "safetensors.safe_open"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fastst_patch.patch(targets)
 
 
 LATER = """
@@ -179,43 +165,3 @@ def test_patched_before_vllm_is_imported(tmp_path, error, monkeypatch) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "vllm.load True ['auto']" in done.stdout
     assert done.stderr.count("patch() does not reach") == (0 if error else 1)
-
-
-REGISTERED = """
-from importlib.metadata import entry_points
-(found,) = entry_points(group="vllm.general_plugins", name="fastst")
-found.load()()
-found.load()()
-import sys
-heavy = sorted({"torch", "vllm", "fastst_patch"} & set(sys.modules))
-import vllm.model_executor.model_loader as loaders
-late = "fastst_patch" in sys.modules
-import fastst_patch
-print(heavy, late, list(loaders.formats), fastst_patch.is_patched("vllm.load"))
-"""
-
-
-@pytest.mark.parametrize("enabled", [None, "1", "0"])
-def test_entry_point_in_a_process_of_vllms(tmp_path, monkeypatch, enabled) -> None:
-    monkeypatch.delenv("FASTST_ENABLED", raising=False)
-    if enabled is not None:
-        monkeypatch.setenv("FASTST_ENABLED", enabled)
-    vllm_standin.write(tmp_path)
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{REGISTERED}"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    heavy = [] if enabled is None else ["fastst_patch"]
-    patched = enabled == "1"
-    assert done.stdout.strip() == f"{heavy} {bool(heavy)} ['auto', 'fastst'] {patched}"
-    assert done.stderr == ""
-
-
-@pytest.mark.parametrize("enabled", [False, True])
-def test_doctor_says_it(vllm, monkeypatch, capsys, tmp_path, enabled) -> None:
-    monkeypatch.delenv("FASTST_ENABLED", raising=False)
-    if enabled:
-        monkeypatch.setenv("FASTST_ENABLED", "1")
-    monkeypatch.setenv("COLUMNS", "400")
-    assert main(["doctor", str(tmp_path)]) == 0
-    told = f"! {integration.NOT_REACHED}" in capsys.readouterr().out
-    assert told is not enabled

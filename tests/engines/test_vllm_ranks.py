@@ -69,9 +69,5 @@ def test_by_experts(mixture, tmp_path, only_local) -> None:
     )  # fmt: skip
     everything = 3 + 2 * (9 + 3 * vllm_checkpoint.EXPERTS)
     local = everything - 2 * 3 * vllm_checkpoint.EXPERTS // 2
-    for _, reports in ranks:
-        if only_local:
-            assert reports == [["vllm", "mmap", local, None]]
-        else:
-            assert reports[0][:2] == ["vllm", "stock"]
-            assert reports[0][3] == "the experts of other ranks are better not read"
+    for _, reports in ranks:  # without the filter, those of other ranks are given and not used
+        assert reports == [["vllm", "mmap", local, None]]

@@ -50,6 +50,9 @@ class Load:
 
     def give(self, position: int, *parts: Part) -> None:
         self.prefetcher.expect(position, self._start)
+        self.use(position, *parts)
+
+    def use(self, position: int, *parts: Part) -> None:
         for part in parts:
             if self.prefetcher.hand_out((position, part), self._start) is None:
                 self.alone.append(position)
@@ -137,6 +140,34 @@ def test_a_part_used_later_is_learned() -> None:
     load.give(2, HALF)
     load.give(3, HALF)
     assert 3 in load.started
+
+
+def test_parts_used_while_the_next_tensor_is_given_are_predicted(monkeypatch) -> None:
+    """As by engines that copy in threads of their own. What is predicted is not looked up anew."""
+    count = 4 * _LOOK
+    load = Load(layout_of([f"l.{n}" for n in range(count)]), group=1 << 20)
+    looked_at: list[int] = []
+    predicted = load.order._predicted
+    monkeypatch.setattr(load.order, "_predicted", lambda at: predicted(looked_at.append(at) or at))
+    for position in range(count):
+        load.give(position)
+        if position:
+            load.use(position - 1, HALF)
+    assert load.alone == [0]
+    assert load.started == list(range(1, count))
+    assert len(looked_at) <= 4 * count
+
+
+def test_a_group_counts_until_its_last_part_is_taken() -> None:
+    """Its job keeps the memory of all of them."""
+    load = Load(layout_of([f"l.{n}" for n in range(80)]), group=64, room=64)
+    load.give(0, HALF)
+    load.give(1, HALF)
+    assert load.groups == [[(n, HALF) for n in range(1, 5)]]
+    for position in range(2, 5):
+        assert load.prefetcher._held == 64
+        load.give(position, HALF)
+    assert load.groups[1:] == [[(n, HALF) for n in range(5, 9)]]
 
 
 def test_parts_that_overlap_go_apart() -> None:

@@ -77,6 +77,18 @@ def test_a_budget_bounds_what_waits_to_be_taken() -> None:
     assert mover.alive == 0
 
 
+def test_a_group_counts_until_its_last_item_is_taken() -> None:
+    """Its job keeps the memory of all of them."""
+    mover = _Mover()
+    prefetcher = RequestPrefetcher(budget=30)
+    requests = [prefetcher.ask(mover.kind(), i, 5) for i in range(8)]
+    assert len(mover.started) == 3
+    prefetcher.take(requests[0])
+    assert len(mover.started) == 3
+    prefetcher.take(requests[1])
+    assert mover.started[3:] == [[6, 7]]
+
+
 def test_without_a_budget_only_what_passes_through_is_held_back(monkeypatch) -> None:
     for name, value in (("GROUP", 10), ("BUDGET", 20), ("FLIGHT", 1000)):
         monkeypatch.setattr(prefetch, name, value)

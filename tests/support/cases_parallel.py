@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import vllm_standin
+from engine_standin import Standin
 from parallel_model import Parallel
 
 import fastst_patch
 import fastst_plugins
 from fastst_patch import engine
+from fastst_patch.integrations import parts
 
 
-def load(
-    vllm: Any, folder: str, model: Parallel, load_format: str = "auto", **options: Any
-) -> list[Any]:
+def load(engine: Standin, folder: str, model: Parallel, **options: Any) -> list[Any]:
     """Load a model; what was reported."""
-    loader = vllm.loader(load_format, **options)
-    config = SimpleNamespace(model=folder, prefix="")
     with fastst_patch.profile() as seen:
-        model.load_weights(loader.get_all_weights(config, model))
+        model.load_weights(engine.pairs(Path(folder), model, **options))
     return seen.reports
 
 
@@ -38,6 +35,7 @@ def same(ours: Parallel, theirs: Parallel) -> bool:
 
 
 def _compared(rank: Any, folder: str, device: str, way: str, extra: dict[str, Any]) -> Any:
+    parts.SMALL = 0  # the model is small, and its parts are counted
     with vllm_standin.standing_in(Path.cwd() / f"site-{way}-{device}") as vllm:
         fastst_plugins._watch_loaders.cache_clear()
         fastst_plugins.register_vllm()
@@ -52,7 +50,8 @@ def _compared(rank: Any, folder: str, device: str, way: str, extra: dict[str, An
             with fastst_patch.patched():
                 reports = load(vllm, folder, ours)
         else:
-            reports = load(vllm, folder, ours, "fastst", model_loader_extra_config=extra)
+            options = {"load_format": "fastst", "model_loader_extra_config": extra}
+            reports = load(vllm, folder, ours, **options)
         after = engine.counters()
         return {
             "device": device, "same": same(ours, theirs), "keeps": ours.nbytes,

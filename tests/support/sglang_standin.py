@@ -7,17 +7,13 @@ do what SGLang's do for safetensors files and nothing else.
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-import vllm_standin
-
-from fastst_patch.patching import patcher
+import engine_standin
+from torch import distributed
 
 OLD = "disable_mmap=False, prefetch=False, prefetch_num_threads=4"  # 0.5.11
 NEW = f"{OLD}, drop_cache_after_load=False"  # from 0.5.13 on
@@ -67,10 +63,10 @@ class DefaultModelLoader:
         files.sort()
         if config.multithread:
             found = buffered_multi_thread_safetensors_weights_iterator(
-                files, max_workers=8, **config.options
+                files, max_workers=8, **config.optionsMORE
             )
         else:
-            found = safetensors_weights_iterator(files, **config.options)
+            found = safetensors_weights_iterator(files, **config.optionsMORE)
         return ((source.prefix + name, tensor) for (name, tensor) in found)
 
     def _get_all_weights(self, model_config, model):
@@ -90,93 +86,89 @@ def GETTER():
     return args
 """
 
+_PACKAGE = "sglang/srt/model_loader"
+_FILES = {
+    "sglang/__init__.py": "",
+    "sglang/srt/__init__.py": "",
+    f"{_PACKAGE}/__init__.py": "",
+    f"{_PACKAGE}/loader.py": _LOADER,
+    f"{_PACKAGE}/weight_utils.py": _WEIGHT_UTILS,
+}
+_ARGS = {  # the module that has the server's arguments, and the function that gives them
+    OLD: ("server_args", "get_global_server_args"),
+    NEW: ("runtime_context", "get_server_args"),
+}
 
-def write(folder: Path, parameters: str = NEW) -> None:
+
+def _args_of(parameters: str) -> tuple[str, str]:
+    return _ARGS.get(parameters, _ARGS[NEW])
+
+
+def write(folder: Path, parameters: str = NEW, more: str = "") -> None:
     """Write the package into a folder that belongs in ``sys.path``.
 
     Args:
         folder: where it goes.
         parameters: of the iterators, behind those that all versions have.
+        more: arguments that the loader passes to them beside its options.
     """
-    loaders = "sglang/srt/model_loader"
-    for name, text in {
-        "sglang/__init__.py": "",
-        "sglang/srt/__init__.py": "",
-        _args_module(parameters).replace(".", "/") + ".py": _SERVER_ARGS,
-        f"{loaders}/__init__.py": "",
-        f"{loaders}/loader.py": _LOADER,
-        f"{loaders}/weight_utils.py": _WEIGHT_UTILS,
-    }.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        getter = "get_global_server_args" if parameters == OLD else "get_server_args"
-        filled = text.replace("PARAMETERS", parameters).replace("GETTER", getter)
-        path.write_text(filled, encoding="utf-8")
+    module, getter = _args_of(parameters)
+    files = _FILES | {f"sglang/srt/{module}.py": _SERVER_ARGS}
+    engine_standin.write(folder, files, PARAMETERS=parameters, GETTER=getter, MORE=more)
 
 
-def _args_module(parameters: str) -> str:
-    return f"sglang.srt.{'server_args' if parameters == OLD else 'runtime_context'}"
-
-
-class Standin:
+class Standin(engine_standin.Standin):
     """The package, imported.
 
     Attributes:
-        loader: ``sglang.srt.model_loader.loader``.
-        utils: ``sglang.srt.model_loader.weight_utils``.
         args: the module that has the server's arguments.
+        multithread: whether the loader is told to read in threads.
     """
 
+    name, group, old, new = "sglang", "sglang.srt.plugins", OLD, NEW
+    module = "sglang.srt.model_loader.loader"
+    multithread = True
+
     def __init__(self, parameters: str) -> None:
-        self.loader = importlib.import_module("sglang.srt.model_loader.loader")
+        self.loader = importlib.import_module(self.module)
         self.utils = importlib.import_module("sglang.srt.model_loader.weight_utils")
-        self.args = importlib.import_module(_args_module(parameters))
+        self.args = importlib.import_module(f"sglang.srt.{_args_of(parameters)[0]}")
+
+    def _made(self, **options: Any) -> Any:
+        config = SimpleNamespace(multithread=self.multithread, options=options)
+        return self.loader.DefaultModelLoader(config)
 
     def pairs(
-        self, folder: Path, model: Any, *,
-        multithread: bool = True, model_config: dict[str, Any] | None = None, **options: Any,
-    ) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
-        """The iterator that a model is given."""
-        load_config = SimpleNamespace(multithread=multithread, options=options)
+        self,
+        folder: Path,
+        model: Any,
+        *,
+        model_config: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """See the class above."""
         config = SimpleNamespace(model_path=str(folder), prefix="", **(model_config or {}))
-        found: Any = self.loader.DefaultModelLoader(load_config)._get_all_weights(config, model)
-        return found
+        return self._made(**options)._get_all_weights(config, model)
 
-    def load(self, folder: Path, model: Any, **options: Any) -> dict[str, torch.Tensor]:
-        """What a model is given."""
-        return dict(self.pairs(folder, model, **options))
+    def unnoted(self, folder: Path) -> tuple[Any, Any]:
+        """See the class above."""
+        files = sorted(str(path) for path in folder.iterdir())
+        source = SimpleNamespace(model_or_path=str(folder), prefix="")
+        return (
+            self.utils.safetensors_weights_iterator(files),
+            self._made()._get_weights_iterator(source),
+        )
 
-
-class Loading(vllm_standin.Loading):
-    """What one load has reported as SGLang's."""
-
-    call = "sglang"
-
-
-def _ours(name: str) -> bool:
-    return name == "sglang" or name.startswith("sglang.")
-
-
-def _forget() -> None:
-    """What was patched in a package that is gone."""
-    for place in patcher._TARGETS["sglang.load"].places:
-        place.replaced.clear()
-        place.rebound.clear()
+    def share(self, monkeypatch: Any, rank: int, size: int) -> None:
+        """See the class above."""
+        monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(distributed, "get_world_size", lambda: size)
+        monkeypatch.setattr(distributed, "get_rank", lambda: rank)
 
 
-@contextmanager
-def standing_in(folder: Path, parameters: str = NEW) -> Iterator[Standin]:
+def standing_in(
+    folder: Path, parameters: str = NEW, more: str = ""
+) -> AbstractContextManager[Standin]:
     """Let the package stand for SGLang in a ``with`` block; arguments as of `write`."""
-    write(folder, parameters)
-    before: dict[str, ModuleType] = {k: sys.modules.pop(k) for k in list(sys.modules) if _ours(k)}
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    _forget()
-    try:
-        yield Standin(parameters)
-    finally:
-        _forget()
-        sys.path.remove(str(folder))
-        for name in [name for name in sys.modules if _ours(name)]:
-            del sys.modules[name]
-        sys.modules.update(before)
+    write(folder, parameters, more)
+    return engine_standin.imported(folder, Standin, parameters)

@@ -17,6 +17,9 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 import fastst_patch
+from fastst_patch.integrations import parts
+
+parts.SMALL = 0  # models are small, and their parts are counted
 
 Parameters = dict[str, torch.Tensor]
 

@@ -7,19 +7,12 @@ here do what vLLM's do for safetensors files and nothing else.
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-import fastst_patch
-from fastst_patch.patching import patcher
-
-ELEMENTS = 2 * (64 * 48 + 5) + 4 * 640 + 3  # of the fixture `tensors`
+import engine_standin
 
 OLD = "hf_weights_files, use_tqdm_on_load, safetensors_load_strategy='lazy'"  # 0.11.2 to 0.17.1
 NEW = (  # 0.22.0 to 0.33.0
@@ -133,6 +126,18 @@ class LoadConfig:
     use_tqdm_on_load: bool = False
 """
 
+_PACKAGE = "vllm/model_executor/model_loader"
+_FILES = {
+    "vllm/__init__.py": "",
+    "vllm/config.py": _LOAD_CONFIG,
+    "vllm/distributed/__init__.py": "",
+    "vllm/distributed/parallel_state.py": _PARALLEL,
+    "vllm/model_executor/__init__.py": "",
+    f"{_PACKAGE}/__init__.py": _LOADERS,
+    f"{_PACKAGE}/default_loader.py": _DEFAULT_LOADER,
+    f"{_PACKAGE}/weight_utils.py": _WEIGHT_UTILS,
+}
+
 
 def write(folder: Path, parameters: str = NEW, more: str = "") -> None:
     """Write the package.
@@ -142,38 +147,23 @@ def write(folder: Path, parameters: str = NEW, more: str = "") -> None:
         parameters: of ``safetensors_weights_iterator``.
         more: arguments that the loader passes to it beside the first three.
     """
-    loaders = "vllm/model_executor/model_loader"
-    for name, text in {
-        "vllm/__init__.py": "",
-        "vllm/config.py": _LOAD_CONFIG,
-        "vllm/distributed/__init__.py": "",
-        "vllm/distributed/parallel_state.py": _PARALLEL,
-        "vllm/model_executor/__init__.py": "",
-        f"{loaders}/__init__.py": _LOADERS,
-        f"{loaders}/default_loader.py": _DEFAULT_LOADER,
-        f"{loaders}/weight_utils.py": _WEIGHT_UTILS,
-    }.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        filled = text.replace("PARAMETERS", parameters).replace("MORE", more)
-        path.write_text(filled, encoding="utf-8")
+    engine_standin.write(folder, _FILES, PARAMETERS=parameters, MORE=more)
 
 
-class Standin:
+class Standin(engine_standin.Standin):
     """The package, imported.
 
     Attributes:
         loaders: ``vllm.model_executor.model_loader``.
-        default: its ``default_loader``.
-        utils: its ``weight_utils``.
         parallel: ``vllm.distributed.parallel_state``.
     """
 
+    name, group, old, new = "vllm", "vllm.general_plugins", OLD, NEW
+    module = "vllm.model_executor.model_loader"
+
     def __init__(self) -> None:
-        name = "vllm.model_executor.model_loader"
-        self.loaders = importlib.import_module(name)
-        self.default = importlib.import_module(f"{name}.default_loader")
-        self.utils = importlib.import_module(f"{name}.weight_utils")
+        self.loaders = importlib.import_module(self.module)
+        self.utils = importlib.import_module(f"{self.module}.weight_utils")
         self.parallel = importlib.import_module("vllm.distributed.parallel_state")
         self._config = importlib.import_module("vllm.config").LoadConfig
 
@@ -181,98 +171,34 @@ class Standin:
         """A loader as ``get_model_loader`` makes it."""
         return self.loaders.formats[load_format](self._config(load_format, **options))
 
-    def load(
+    def pairs(
         self, folder: Path, model: Any, load_format: str = "auto", *,
         model_config: dict[str, Any] | None = None, local: set[int] | None = None, **options: Any,
-    ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """What a model is given."""
+    ) -> Any:  # fmt: skip
+        """See the class above; ``local``: numbers of the experts that are taken."""
         loader = self.loader(load_format, **options)
         loader.local_expert_ids = local
         config = SimpleNamespace(model=str(folder), prefix="", **(model_config or {}))
-        return dict(loader.get_all_weights(config, model))
+        return loader.get_all_weights(config, model)
+
+    def unnoted(self, folder: Path) -> tuple[Any, Any]:
+        """See the class above."""
+        files = [str(path) for path in folder.iterdir()]
+        source = SimpleNamespace(model_or_path=str(folder), prefix="")
+        return (
+            self.utils.safetensors_weights_iterator(files, False, None),
+            self.loader()._get_weights_iterator(source),
+        )
+
+    def share(self, monkeypatch: Any, rank: int, size: int) -> None:
+        """See the class above."""
+        self.parallel.sizes["tensor"] = size
+        self.parallel.rank = rank
 
 
-class Model:
-    """Parameters with devices that this machine does not have.
-
-    Args:
-        elements: of all parameters.
-        devices: of the parameters.
-    """
-
-    def __init__(self, elements: int, *devices: str) -> None:
-        share = elements // len(devices)
-        self._parameters = [
-            SimpleNamespace(device=torch.device(device), numel=lambda: share) for device in devices
-        ]
-
-    def parameters(self) -> Iterator[Any]:
-        return iter(self._parameters)
-
-    def named_parameters(self) -> Iterator[Any]:
-        """None: they have no memory."""
-        return iter(())
-
-
-class Loading:
-    """What one load has reported as vLLM's."""
-
-    call = "vllm"
-
-    def __init__(self) -> None:
-        self._context = fastst_patch.profile()
-
-    def __enter__(self) -> Loading:
-        self._profile = self._context.__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._context.__exit__(*exc)
-
-    @property
-    def reports(self) -> list[Any]:
-        return [report for report in self._profile.reports if report.call == self.call]
-
-    @property
-    def only(self) -> Any:
-        (report,) = self.reports
-        return report
-
-
-LARGEST = 64 * 48 * 4 + 256
-
-
-def most_held(loader: Any, folder: Path, cuda: Any, model: Model) -> int:
-    """Most bytes on the device while a load's tensors are taken, and dropped, one by one."""
-    config = SimpleNamespace(model=str(folder), prefix="")
-    pairs = loader.get_all_weights(config, model)
-    return max(cuda.driver.live().block_bytes for _ in pairs)
-
-
-def _ours(name: str) -> bool:
-    return name == "vllm" or name.startswith("vllm.")
-
-
-def _forget() -> None:
-    """What was patched in a package that is gone."""
-    for place in patcher._TARGETS["vllm.load"].places:
-        place.replaced.clear()
-        place.rebound.clear()
-
-
-@contextmanager
-def standing_in(folder: Path, parameters: str = NEW, more: str = "") -> Iterator[Standin]:
+def standing_in(
+    folder: Path, parameters: str = NEW, more: str = ""
+) -> AbstractContextManager[Standin]:
     """Let the package stand for vLLM in a ``with`` block; arguments as of `write`."""
     write(folder, parameters, more)
-    before: dict[str, ModuleType] = {k: sys.modules.pop(k) for k in list(sys.modules) if _ours(k)}
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    _forget()
-    try:
-        yield Standin()
-    finally:
-        _forget()
-        sys.path.remove(str(folder))
-        for name in [name for name in sys.modules if _ours(name)]:
-            del sys.modules[name]
-        sys.modules.update(before)
+    return engine_standin.imported(folder, Standin)
