@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from numbered import file_of_numbers
 from places import SUPPORT
 
 import fastst_patch
@@ -22,9 +23,7 @@ KINDS = ("dlpack", "owned")
 
 @pytest.fixture
 def path(raw) -> str:
-    return raw.tensors(
-        {f"t{i:02}": torch.full((100_000,), i, dtype=torch.uint8) for i in range(40)}
-    )
+    return file_of_numbers(raw, 40, 100_000)
 
 
 def _right(tensors: dict[str, torch.Tensor]) -> bool:

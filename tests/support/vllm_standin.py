@@ -15,8 +15,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from watching import Watch
 
-import fastst_patch
 from fastst_patch.patching import patcher
 
 ELEMENTS = 2 * (64 * 48 + 5) + 4 * 640 + 3  # of the fixture `tensors`
@@ -210,24 +210,14 @@ class Model:
         return iter(self._parameters)
 
 
-class Loading:
+class Loading(Watch):
     """What one load has reported as vLLM's."""
 
     call = "vllm"
 
-    def __init__(self) -> None:
-        self._context = fastst_patch.profile()
-
-    def __enter__(self) -> Loading:
-        self._profile = self._context.__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._context.__exit__(*exc)
-
     @property
     def reports(self) -> list[Any]:
-        return [report for report in self._profile.reports if report.call == self.call]
+        return [report for report in super().reports if report.call == self.call]
 
     @property
     def only(self) -> Any:
