@@ -34,6 +34,7 @@ from fake_fixtures import (  # noqa: F401 - fixtures
 )
 from places import ROOT
 from ranks import nursery  # noqa: F401 - a fixture
+from warm_python import warm_python  # noqa: F401 - a fixture
 from watching import Watch
 
 import fastst_patch

@@ -8,8 +8,6 @@ import gc
 import json
 import os
 import pickle
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -164,12 +162,11 @@ print(len(handles))
 """
 
 
-def test_more_handles_than_descriptors(sample, tmp_path) -> None:
+def test_more_handles_than_descriptors(sample, tmp_path, warm_python) -> None:
     """Before 0.9 stock's handles and slices hold a map and no descriptor: as many fit of ours."""
     opened = {}
     for whose in ("stock", "ours"):
-        command = [sys.executable, "-W", "ignore", "-c", _LIMIT, sample, whose]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        done = warm_python.run(_LIMIT, sample, whose, folder=tmp_path, quiet=True)
         assert done.returncode == 0, done.stderr
         opened[whose] = int(done.stdout)
     assert opened["ours"] >= opened["stock"] - 4  # what fastst_patch itself has open
