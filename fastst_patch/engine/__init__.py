@@ -22,7 +22,7 @@ from .open_file import (
     read_layout,
     residency,
 )
-from .system import counters, memory_headroom, read_ceiling, shutdown, touch
+from .system import counters, dicts_holding, memory_headroom, read_ceiling, shutdown, touch
 
 __all__ = [
     "Arena",
@@ -41,6 +41,7 @@ __all__ = [
     "compare",
     "counters",
     "device_info",
+    "dicts_holding",
     "dl_table",
     "dtype_bits",
     "dtype_names",
