@@ -214,6 +214,12 @@ int fst_arena_adopt(uintptr_t managed, fst_arena **out, fst_error *err);
  * GIL itself. */
 int fst_arena_adopt_capsule(uintptr_t capsule, fst_arena **out, fst_error *err);
 
+/* Which of some dicts have one of some objects among their values: found[i] is 1 where dicts[i]
+ * does, else 0. Both are PyObject* that the caller keeps alive. Takes the GIL itself, and calls
+ * no Python. */
+void fst_dicts_holding(const uintptr_t *dicts, uint64_t count, const uintptr_t *objects,
+                       uint64_t wanted, uint8_t *found);
+
 /* ---- devices ------------------------------------------------------------ */
 
 enum fst_gpu_kind {

@@ -5,10 +5,9 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -138,9 +137,8 @@ print(opened[imported:])
 """
 
 
-def test_patching_and_loading_open_no_socket(tmp_path: Path) -> None:
+def test_patching_and_loading_open_no_socket(tmp_path: Path, warm_python: Any) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"x": torch.ones(100)}, path)
-    command = [sys.executable, "-c", OPENS_NO_SOCKET, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.strip() == "[]"
+    done = warm_python.run(OPENS_NO_SOCKET, path, folder=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -74,16 +74,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(engine.native_error() is not None, reason=str(engine.native_error()))
 @pytest.mark.parametrize("mode", ["signal", "fork"])
 @pytest.mark.parametrize("scenario", SECTIONS)
-def test_struck_under_every_lock(scenario, mode, folder, fake_driver, tmp_path) -> None:
-    program = SUPPORT / "lock_strikes.py"
-    done = subprocess.run(
-        [sys.executable, program, mode, scenario, folder, fake_driver.path],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        timeout=20 * LIMIT_S,  # a deadlock ends it long before
-        env={**os.environ, "FASTST_CHUNK_BYTES": "65536"},
+def test_struck_under_every_lock(
+    scenario, mode, folder, fake_driver, tmp_path, warm_python
+) -> None:
+    program, arguments = SUPPORT / "lock_strikes.py", (mode, scenario, folder, fake_driver.path)
+    environment = os.environ | {"FASTST_CHUNK_BYTES": "65536"}
+    done = warm_python.run(
+        program,
+        *arguments,
+        folder=tmp_path,
+        environment=environment,
+        limit_s=20 * LIMIT_S,  # a deadlock ends it long before
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == str(sorted(SECTIONS[scenario])).replace("'", '"')

@@ -24,7 +24,15 @@ from .open_file import (
     read_layout,
     residency,
 )
-from .system import ask_for_huge_pages, counters, memory_headroom, read_ceiling, shutdown, touch
+from .system import (
+    ask_for_huge_pages,
+    counters,
+    dicts_holding,
+    memory_headroom,
+    read_ceiling,
+    shutdown,
+    touch,
+)
 
 __all__ = [
     "Arena",
@@ -45,6 +53,7 @@ __all__ = [
     "compare",
     "counters",
     "device_info",
+    "dicts_holding",
     "dl_table",
     "dtype_bits",
     "dtype_names",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from ._lib import ffi, lib, native_error, raise_
 
@@ -26,6 +28,25 @@ def read_ceiling(path: str, *, direct: bool, threads: int, chunk_bytes: int) -> 
     if lib.fst_read_ceiling(encoded, int(direct), threads, chunk_bytes, nbytes, seconds, err):
         raise_(err, path)
     return nbytes[0], seconds[0]
+
+
+def dicts_holding(dicts: Sequence[dict[str, Any]], objects: Sequence[int]) -> list[int]:
+    """Find dicts that have one of some objects among their values, by identity.
+
+    In C, since the modules of a process have a hundred thousand names and more.
+
+    Args:
+        dicts: that are looked through.
+        objects: by `id`; they are alive.
+
+    Returns:
+        Their numbers in ``dicts``.
+    """
+    found = ffi.new("uint8_t[]", len(dicts))
+    addresses = ffi.new("uintptr_t[]", [id(one) for one in dicts])
+    wanted = ffi.new("uintptr_t[]", objects)
+    lib.fst_dicts_holding(addresses, len(dicts), wanted, len(objects), found)
+    return [i for i, held in enumerate(ffi.buffer(found)[:]) if held]
 
 
 def memory_headroom() -> int | None:

@@ -26,7 +26,7 @@ from typing import Any
 
 import wrapt
 
-from .. import stock
+from .. import engine, stock
 from ..errors import UntestedVersionWarning, warn_caller
 from ..integrations import Hook
 from .others import maker, package_of
@@ -107,10 +107,6 @@ class Proxy(wrapt.FunctionWrapper):  # type: ignore[type-arg,misc,unused-ignore]
         return self
 
 
-def _skip_module(name: str) -> bool:
-    return name == "fastst_patch" or name.startswith("fastst_patch.")
-
-
 def sweep(places: Iterable[PatchPoint], *, back: bool = False) -> None:
     """Rebind the aliases of these places in other modules, or restore them with ``back``.
 
@@ -125,20 +121,25 @@ def sweep(places: Iterable[PatchPoint], *, back: bool = False) -> None:
     if not wanted:
         return
     wrapped = {place.hook.name for _, _, place in wanted.values() if place.of_safetensors}
-    for module_name, module in list(sys.modules.items()):
-        if not isinstance(module, types.ModuleType) or _skip_module(module_name):
-            continue
-        names = module.__dict__
-        for name in wrapped & names.keys():
+    modules = [
+        module
+        for module_name, module in list(sys.modules.items())
+        if isinstance(module, types.ModuleType) and module_name.partition(".")[0] != "fastst_patch"
+    ]
+    dicts = [module.__dict__ for module in modules]
+    for name in wrapped:
+        for module, names in zip(modules, dicts, strict=True):
             # A wrapper of others keeps its name, and what it wraps is replaced: unsloth's of
             # transformers.modeling_utils.safe_open.
+            if name not in names:
+                continue
             for cell in _cells(names[name]):
                 found = wanted.get(id(cell.cell_contents))
                 if found is not None and cell.cell_contents is found[0]:
                     cell.cell_contents = found[1]
                     found[2].note(module, name, back)
-        if not wanted.keys().isdisjoint(map(id, list(names.values()))):
-            _rebind(module, wanted, back)
+    for i in engine.dicts_holding(dicts, list(wanted)):
+        _rebind(modules[i], wanted, back)
 
 
 def _rebind(

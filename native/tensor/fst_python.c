@@ -1,6 +1,7 @@
-/* fst_python.c - batches become torch tensors. The only file that knows Python.
+/* fst_python.c - batches become torch tensors, and dicts that hold an object are found. The only
+ * file that knows Python.
  *
- * Two ways in: torch's C exchange API (torch 2.13 and later: one function call a
+ * Two ways into torch: torch's C exchange API (torch 2.13 and later: one function call a
  * tensor), else capsules handed to torch's own from_dlpack.
  */
 #define Py_LIMITED_API 0x030a0000
@@ -97,4 +98,26 @@ int fst_arena_adopt_capsule(uintptr_t capsule, fst_arena **out, fst_error *err) 
     }
     PyGILState_Release(gil);
     return code;
+}
+
+/* A slot of a small table by an object's address, for a quick no: objects are 16 bytes apart. */
+static size_t slot_of(uintptr_t object) { return (object >> 4) % 1024; }
+
+void fst_dicts_holding(const uintptr_t *dicts, uint64_t count, const uintptr_t *objects,
+                       uint64_t wanted, uint8_t *found) {
+    bool likely[1024] = {false};
+    for (uint64_t k = 0; k < wanted; k++) likely[slot_of(objects[k])] = true;
+    PyGILState_STATE gil = PyGILState_Ensure();
+    for (uint64_t i = 0; i < count; i++) {
+        PyObject *key, *value;
+        Py_ssize_t at = 0;
+        found[i] = 0;
+        while (!found[i] && PyDict_Next((PyObject *)dicts[i], &at, &key, &value)) {
+            if (!likely[slot_of((uintptr_t)value)]) continue;
+            for (uint64_t k = 0; k < wanted; k++) {
+                if (objects[k] == (uintptr_t)value) found[i] = 1;
+            }
+        }
+    }
+    PyGILState_Release(gil);
 }

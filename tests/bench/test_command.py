@@ -447,7 +447,24 @@ def test_bench_end_to_end(transformer, on_disk, tmp_path, capsys, monkeypatch, e
     assert all(row["peak_rss"] > row["bytes"] for row in written["results"])
 
 
+@pytest.fixture
+def forked(warm_python, monkeypatch):
+    """Loads run in forks, which have torch already; the test before starts them as users do."""
+
+    def interpreter(arguments, environment, folder):
+        flag, module = arguments
+        assert flag == "-m"
+        code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        return lambda errors: warm_python.start(
+            code, folder=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            environment=environment,
+        )  # fmt: skip
+
+    monkeypatch.setattr(process, "interpreter", interpreter)
+
+
 @native
+@pytest.mark.usefixtures("forked")
 def test_bench_of_a_real_model(minilm, tmp_path, capsys):
     if hardware.filesystem(minilm).in_memory:
         pytest.skip("the installed model is in memory, which is never cold")

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,13 @@ import pytest
 import torch
 from places import BENCHMARKS
 from race_harness import results as race_results
+from warm_python import WarmPython
 
 import fastst_patch
 from fastst_patch import engine
-from fastst_patch.bench import guarded, hardware, residency
+from fastst_patch.bench import guarded, hardware, process, residency
 from fastst_patch.bench.failures import UsageError
+from fastst_patch.config import undecided_environment
 from fastst_patch.report import LoadReport
 
 if engine.native_error() is not None:
@@ -51,6 +54,30 @@ def bench(monkeypatch):
 @pytest.fixture
 def rows(bench):
     return importlib.import_module("_rows")
+
+
+@pytest.fixture(scope="module")
+def warm_transformers():
+    """Forks of a process that has imported the model's code, which takes the most of a run."""
+    started = WarmPython("transformers.models.llama.modeling_llama")
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def forked(bench, warm_transformers, monkeypatch) -> None:
+    """Runs are forks, which import nothing slow; `test_two_rows` starts them as users do."""
+
+    def ask(script, message, label, gate=None):
+        def start(errors):
+            return warm_transformers.start(
+                Path(script).absolute(), ["--child"], folder=BENCHMARKS, stderr=errors,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, environment=undecided_environment(),
+            )  # fmt: skip
+
+        return SimpleNamespace(**process.ask(start, message, label, gate))
+
+    monkeypatch.setattr(bench.scenario, "fresh", ask)
 
 
 @pytest.fixture
@@ -112,6 +139,7 @@ def test_two_rows(run, capsys) -> None:
 
 
 @timed_version
+@pytest.mark.usefixtures("forked")
 def test_wrong_byte_is_caught(run, bench, monkeypatch, capsys) -> None:
     run_proven = bench.run_proven
 
@@ -133,6 +161,7 @@ def test_wrong_byte_is_caught(run, bench, monkeypatch, capsys) -> None:
 
 
 @timed_version
+@pytest.mark.usefixtures("forked")
 def test_warm_run_called_cold_is_refused(run, bench, monkeypatch) -> None:
     monkeypatch.setattr(residency, "evict", residency.warm)
     monkeypatch.setattr(bench.harness, "TRIES", 1)
@@ -146,6 +175,7 @@ def test_warm_run_called_cold_is_refused(run, bench, monkeypatch) -> None:
 
 
 @timed_version
+@pytest.mark.usefixtures("forked")
 def test_patch_without_effect_is_an_error(run) -> None:
     """A small file left to stock stands for all ways in which nothing is accelerated."""
     status, found = run("--rows", "cpu-warm", "-o", "small_file_bytes=1000000000")
@@ -155,6 +185,7 @@ def test_patch_without_effect_is_an_error(run) -> None:
 
 
 @timed_version
+@pytest.mark.usefixtures("forked")
 def test_what_the_library_offers_itself_races_too(run, rows) -> None:
     status, found = run("--rows", "cpu-warm", "--offers")
     assert status == 0

@@ -53,7 +53,14 @@ CRASHING = {"raises": "ValueError: no good in file.bin", "dies": "SIGABRT"}
 RIGHT = ("stock-mmap", "chatters")
 
 
-def test_wrong_and_crashing_loaders_are_listed_and_the_race_goes_on(file) -> None:
+def test_wrong_and_crashing_loaders_are_listed_and_the_race_goes_on(file, monkeypatch) -> None:
+    begin = process.begin
+
+    def some_copied(message, environment=None, *, copied=False):
+        # Copies are as wrong as fresh processes (test_race_process.py), and sooner ready.
+        return begin(message, environment, copied=message["loader"] not in RIGHT)
+
+    monkeypatch.setattr(process, "begin", some_copied)
     race = race_of(file, *WRONG, *CRASHING, *RIGHT, rounds=2)
     runner.race(race, screen.Screen())
     outcomes = {(run["loader"], run["round"]): run for run in race.runs}

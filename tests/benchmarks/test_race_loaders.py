@@ -1,7 +1,8 @@
 """The race's loaders: each ends with stock's tensors, and these outlive loader and files.
 
 Each runs in a process of its own, as in the race: some set variables that are read at import, one
-needs another safetensors.
+needs another safetensors. Most processes of the race are copies of one that has imported torch, and
+so are these.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from places import ROOT
+from warm_python import WarmPython
 
 import fastst_patch
 from fastst_patch import engine
@@ -40,15 +42,22 @@ LOADERS = {loader.name: loader for loader in loaders.LOADERS}
 
 # Prints, for each list of files, what it loaded, after everything else of the loader is gone.
 CHILD = """
-import gc, hashlib, json, os, shutil, sys
+import builtins, gc, hashlib, json, os, shutil, sys
 root, name, device, job = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 sys.path.append(root)
 from benchmarks.race import loaders
 loader = next(one for one in loaders.LOADERS if one.name == name)
 if loader.environment is not None:
     sys.path.insert(0, str(loaders.folder(loader.environment)))
+imported, original = set(), builtins.__import__
+def noted(name, globals=None, locals=None, fromlist=(), level=0):
+    if not level:
+        imported.add(name.partition(".")[0])
+    return original(name, globals, locals, fromlist, level)
+builtins.__import__ = noted
 loader.warm_imports(device)
-assert "torch" in sys.modules  # else its import would be timed as loading
+builtins.__import__ = original
+assert "torch" in imported  # else its import would be timed as loading
 import torch
 
 HEAVY = {"torch", "numpy", "safetensors", "fastst_patch", "fastsafetensors", "instanttensor",
@@ -169,29 +178,27 @@ def fastst_patch_error() -> type[Exception]:
     return SafetensorError
 
 
-def run(name: str, device: str, tmp_path: Path, load, refuse=()):
+def run(warm_python: WarmPython, name: str, device: str, tmp_path: Path, load, refuse=()):
     job = json.dumps({"load": list(load), "refuse": list(refuse)})
-    command = [sys.executable, "-c", CHILD, str(ROOT), name, device, job]
     environment = {key: value for key, value in os.environ.items() if "FASTST_" not in key}
     if environments.FOLDER_VARIABLE in os.environ:
         environment[environments.FOLDER_VARIABLE] = os.environ[environments.FOLDER_VARIABLE]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    arguments = (ROOT, name, device, job)
+    done = warm_python.run(CHILD, *arguments, folder=tmp_path, environment=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
     assert done.returncode == 0, done.stderr
     assert lines, done.stderr
     return json.loads(lines[0].removeprefix("ANSWER"))
 
 
-def check(name: str, device: str, tmp_path: Path, checkpoints):
+def check(warm_python: WarmPython, name: str, device: str, tmp_path: Path, checkpoints):
     loader = LOADERS[name]
     reason = loader.missing(device)
     if reason is not None:
         pytest.skip(reason)
     known = {kind: files for kind, files in checkpoints.items() if kind not in loader.lacks}
     unknown = [checkpoints[kind] for kind in loader.lacks if kind in checkpoints]
-    answer = run(name, device, tmp_path, known.values(), unknown)
+    answer = run(warm_python, name, device, tmp_path, known.values(), unknown)
     for (kind, files), loaded in zip(known.items(), answer["loaded"], strict=True):
         assert loaded == described(files), kind
     for files, refusal in zip(unknown, answer["refused"], strict=True):
@@ -200,8 +207,8 @@ def check(name: str, device: str, tmp_path: Path, checkpoints):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_to_the_cpu(name, tmp_path, checkpoints):
-    answer = check(name, "cpu", tmp_path, checkpoints)
+def test_to_the_cpu(name, tmp_path, checkpoints, warm_python):
+    answer = check(warm_python, name, "cpu", tmp_path, checkpoints)
     loader = LOADERS[name]
     if loader.environment is not None:
         assert answer["version"] == loader.environment.partition("==")[2]
@@ -211,8 +218,8 @@ def test_to_the_cpu(name, tmp_path, checkpoints):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", LOADERS)
-def test_to_cuda(name, tmp_path, checkpoints):
-    check(name, "cuda", tmp_path, checkpoints)
+def test_to_cuda(name, tmp_path, checkpoints, warm_python):
+    check(warm_python, name, "cuda", tmp_path, checkpoints)
 
 
 def _assert_fast(name, paths, tmp_path):

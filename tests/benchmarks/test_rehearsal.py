@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,18 +31,15 @@ print([(report.path, report.fallback_reason) for report in seen.reports], loaded
 
 
 @pytest.mark.parametrize("first", ["", "import torch", "import fastst_patch.bench"])
-def test_the_fake_driver_takes_part_in_every_process(tmp_path: Path, first: str) -> None:
-    import fake_device
-
-    library = fake_device.build(tmp_path)
-    if library is None:
-        pytest.skip("needs a C compiler, to build the fake device driver")
+def test_the_fake_driver_takes_part_in_every_process(
+    tmp_path: Path, first: str, fake_driver: Any
+) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.arange(3)}, path)
     folder = SUPPORT / "rehearsal"
     told = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(first=first), str(path)],
-        env=os.environ | {"PYTHONPATH": str(folder), "REHEARSAL_DRIVER": str(library)},
+        env=os.environ | {"PYTHONPATH": str(folder), "REHEARSAL_DRIVER": fake_driver.path},
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert told.stdout == "[('ring', None)] [0, 1, 2]\n", told.stderr

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -17,6 +19,23 @@ from fastst_patch import engine, errors
 from fastst_patch.cli import doctor
 from fastst_patch.cli.main import main
 from fastst_patch.patching import others
+
+
+@pytest.fixture(scope="module")
+def accelerators() -> dict[str, Any]:
+    """What doctor's child process tells, which imports torch for it; asked once."""
+    return doctor._accelerators()
+
+
+@pytest.fixture(autouse=True)
+def _asked_once(accelerators: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_accelerators", lambda: copy.deepcopy(accelerators))
+
+
+def test_the_child_process_answers(accelerators: dict[str, Any]) -> None:
+    assert set(accelerators["libraries"]) == set(doctor._LIBRARIES)
+    assert bool(accelerators["gpus"]) == torch.cuda.is_available()
+    assert "fail" not in str(accelerators["gpu_reason"])
 
 
 def test_text_and_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

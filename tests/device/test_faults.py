@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from numbered import file_of_numbers
 from safetensors import SafetensorError
 
 import fastst_patch
@@ -303,7 +304,7 @@ def test_a_bad_place_behind_does_not_spoil_what_is_before(
 ) -> None:
     """An error in reading ahead is raised for the tensor at that place, and for no other."""
     size = 60_000
-    path = raw.tensors({f"t{i:02}": torch.full((size,), i, dtype=torch.uint8) for i in range(12)})
+    path = file_of_numbers(raw, 12, size)
     expected = stock.load_file(path)
     with fast.safe_open(path, "pt", device="cuda") as handle:
         names = handle.offset_keys()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import os
 import pickle
 import random
 import threading
@@ -14,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
+from lifetimes import ORDERS, end, owners_of
+from numbered import file_of_numbers, right
 from waiting import in_threads
 
 import fastst_patch
@@ -28,9 +28,7 @@ TENSORS = ("dlpack", "owned")
 @pytest.fixture
 def path(raw) -> str:
     """Thirty tensors of 40,000 bytes."""
-    return raw.tensors(
-        {f"t{i:02}": torch.full((200, 200), i, dtype=torch.uint8) for i in range(COUNT)}
-    )
+    return file_of_numbers(raw, COUNT, 200, 200)
 
 
 @pytest.fixture(params=TENSORS, autouse=True)
@@ -45,7 +43,7 @@ def _copied() -> int:
 
 
 def _right(name: str, tensor: torch.Tensor) -> bool:
-    return tensor.shape == (200, 200) and bool((tensor == int(name[1:])).all())
+    return tensor.shape == (200, 200) and right(name, tensor)
 
 
 # ---------------------------------------------------------------- how much is read
@@ -175,27 +173,16 @@ def test_two_handles_and_two_devices(cuda, path, fast, watch) -> None:
 # ---------------------------------------------------------------- how long
 
 
-@given(order=st.permutations(["close", "handle", "slice", "file", "gc", "siblings", "loaded"]))
+@given(order=ORDERS)
 def test_alive_in_any_order(cuda, raw, fast, order) -> None:
     source = {"w": torch.arange(5000.0).view(50, 100), "v": torch.ones(7, dtype=torch.bool)}
     path = raw.tensors(source, "alive")
-    owners: dict[str, Any] = {
-        "handle": fast.safe_open(path, "pt", "cuda"),
-        "loaded": fast.load_file(path, device="cuda"),
-    }
-    owners["slice"] = owners["handle"].get_slice("w")
-    owners["siblings"] = fast.all_tensors(owners["handle"])
+    owners = owners_of(fast, path, "cuda")
     kept = [owners["handle"].get_tensor("w"), owners["loaded"]["w"], owners["siblings"]["w"]]
     kept += [owners["slice"][10:20], owners["slice"][:, 3]]
     wanted = [source["w"]] * 3 + [source["w"][10:20], source["w"][:, 3]]
     for step in order:
-        if step == "close" and "handle" in owners:
-            owners["handle"].__exit__(None, None, None)
-        elif step == "file":
-            os.unlink(path)
-        elif step == "gc":
-            gc.collect(0)
-        owners.pop(step, None)
+        end(owners, step, path)
         if "slice" in owners:
             assert torch.equal(owners["slice"][3], source["w"][3])
         assert all(torch.equal(a, b) for a, b in zip(kept, wanted, strict=True))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from typing import Any
 
 import pytest
 import torch
+from numbered import file_of_numbers
 from places import SUPPORT
 
 import fastst_patch
@@ -22,9 +21,7 @@ KINDS = ("dlpack", "owned")
 
 @pytest.fixture
 def path(raw) -> str:
-    return raw.tensors(
-        {f"t{i:02}": torch.full((100_000,), i, dtype=torch.uint8) for i in range(40)}
-    )
+    return file_of_numbers(raw, 40, 100_000)
 
 
 def _right(tensors: dict[str, torch.Tensor]) -> bool:
@@ -176,7 +173,8 @@ def test_forked_in_the_middle(cuda, asked, path, fast) -> None:
 
 
 _SCRIPT = """
-import os, sys, threading
+import faulthandler, os, sys, threading
+faulthandler.enable()
 sys.path.insert(0, {tests!r})
 import fake_device, fastst_patch, safetensors.torch
 from fastst_patch import device, engine
@@ -213,7 +211,7 @@ raise ValueError""",
 
 @pytest.mark.parametrize("ending", _ENDINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_end_of_the_process(fake_driver, path, tmp_path, ending, kind) -> None:
+def test_the_end_of_the_process(fake_driver, path, tmp_path, warm_python, ending, kind) -> None:
     script = _SCRIPT.format(
         tests=str(SUPPORT),
         library=fake_driver.path,
@@ -221,14 +219,7 @@ def test_the_end_of_the_process(fake_driver, path, tmp_path, ending, kind) -> No
         path=path,
         body=_ENDINGS[ending],
     )
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-    )
+    done = warm_python.run(script, folder=tmp_path)
     assert done.stdout.split() == ["end"], done
     assert done.returncode == (1 if ending == "an exception" else 0), done
     assert done.stderr == "", done

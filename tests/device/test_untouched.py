@@ -48,6 +48,7 @@ assert opened()  # this is what it would have looked like
 
 ONE_DEVICE = """
 import sys
+sys.path.insert(0, sys.argv[3])
 import fake_device, fastst_patch
 driver = fake_device.Driver(sys.argv[1])
 driver.lib.fake_devices(4)
@@ -63,15 +64,6 @@ with fake_device.fake_cuda(driver, devices=4):
 """
 
 
-def _run(code: str, *arguments: str, cwd: Path, **environment: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=cwd,
-        env=os.environ | environment, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.skipif(
     torch.version.cuda is not None or torch.version.hip is not None,
     reason="this torch opens the driver itself",
@@ -83,11 +75,17 @@ def test_nothing_but_a_device_load_opens_a_driver(
     folder.mkdir()
     for name in LIBRARIES:
         shutil.copy(fake_driver.path, folder / name)
-    _run(CPU_ONLY, sample, str(folder), cwd=tmp_path, LD_LIBRARY_PATH=str(folder))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CPU_ONLY, sample, str(folder)],
+        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120,
+        env=os.environ | {"LD_LIBRARY_PATH": str(folder)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_context_only_on_the_device_asked_for(
-    fake_driver: Any, sample: str, tmp_path: Path
+    fake_driver: Any, sample: str, tmp_path: Path, warm_python: Any
 ) -> None:
-    here = str(SUPPORT)
-    _run(ONE_DEVICE, fake_driver.path, sample, cwd=tmp_path, PYTHONPATH=here)
+    arguments = (fake_driver.path, sample, SUPPORT)
+    done = warm_python.run(ONE_DEVICE, *arguments, folder=tmp_path, quiet=True)
+    assert done.returncode == 0, done.stderr

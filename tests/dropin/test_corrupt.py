@@ -10,8 +10,6 @@ import functools
 import json
 import random
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -333,16 +331,9 @@ print(os.read(keep, 100))
 """
 
 
-def test_fifo(tmp_path) -> None:
+def test_fifo(tmp_path, warm_python) -> None:
     """The same refusal as stock, without waiting for bytes and without eating any."""
-    done = subprocess.run(
-        [sys.executable, "-c", _FIFO, str(tmp_path / "fifo")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-    )
+    done = warm_python.run(_FIFO, tmp_path / "fifo", folder=tmp_path)
     assert done.stdout.splitlines()[-1:] == ["b'\\x02\\x00\\x00\\x00\\x00\\x00\\x00\\x00{}'"], done
     assert done.stdout.startswith("True "), done
 

@@ -8,8 +8,6 @@ import io
 import os
 import socket
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -264,12 +262,9 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("kind", ["directory", "socket", "device", "pipe"])
-def test_stocks_exception_at_once(kind: str, tmp_path: Path) -> None:
+def test_stocks_exception_at_once(kind: str, tmp_path: Path, warm_python: Any) -> None:
     """A pipe's writer waits for its reader: stock's open frees it, and nobody's before that."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, kind],
-        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120,
-    )  # fmt: skip
+    done = warm_python.run(PROGRAM, kind, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     stock, ours, stock_handle, our_handle = done.stdout.splitlines()
     assert (ours, our_handle) == (stock, stock_handle)

@@ -8,8 +8,6 @@ import gc
 import json
 import os
 import pickle
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
+from lifetimes import ORDERS, end, owners_of
 from safetensors import SafetensorError
 
 import fastst_patch
@@ -164,36 +162,27 @@ print(len(handles))
 """
 
 
-def test_more_handles_than_descriptors(sample, tmp_path) -> None:
+def test_more_handles_than_descriptors(sample, tmp_path, warm_python) -> None:
     """Before 0.9 stock's handles and slices hold a map and no descriptor: as many fit of ours."""
     opened = {}
     for whose in ("stock", "ours"):
-        command = [sys.executable, "-W", "ignore", "-c", _LIMIT, sample, whose]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        done = warm_python.run(_LIMIT, sample, whose, folder=tmp_path, quiet=True)
         assert done.returncode == 0, done.stderr
         opened[whose] = int(done.stdout)
     assert opened["ours"] >= opened["stock"] - 4  # what fastst_patch itself has open
 
 
-@given(order=st.permutations(["close", "handle", "slice", "file", "gc", "siblings", "loaded"]))
+@given(order=ORDERS)
 def test_alive_in_any_order(raw, fast, stock, assert_same, order) -> None:
     source = {"w": torch.arange(5000.0).view(50, 100), "v": torch.ones(7, dtype=torch.bool)}
     path = raw.tensors(source, "alive")
     expected = stock.load_file(path)
-    owners: dict[str, Any] = {"handle": fast.safe_open(path, "pt"), "loaded": fast.load_file(path)}
-    owners["slice"] = owners["handle"].get_slice("w")
-    owners["siblings"] = fast.all_tensors(owners["handle"])
+    owners = owners_of(fast, path)
     kept = [owners["handle"].get_tensor("w"), owners["loaded"]["w"], owners["siblings"]["w"]]
     views = [owners["slice"][10:20, ::3], kept[0][-1], kept[1].T]
     wanted = [expected["w"][10:20, ::3], expected["w"][-1], expected["w"].T]
     for step in order:
-        if step == "close" and "handle" in owners:
-            owners["handle"].__exit__(None, None, None)
-        elif step == "file":
-            os.unlink(path)
-        elif step == "gc":
-            gc.collect(0)
-        owners.pop(step, None)
+        end(owners, step, path)
         if "slice" in owners:
             assert_same(owners["slice"][3], expected["w"][3])
         assert_same(kept, [expected["w"]] * 3)

@@ -13,6 +13,7 @@ from fake_device import on_device
 from generated_files import files
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from numbered import file_of_numbers, right
 from safetensors import SafetensorError
 from waiting import in_threads
 
@@ -38,11 +39,7 @@ def _nothing_left(cuda: Any, nothing_left: Any) -> Iterator[None]:
 @pytest.fixture
 def path(raw: Any) -> str:
     """Thirty tensors of 40,000 bytes; tensor i is full of i."""
-    return raw.tensors({f"t{i:02}": torch.full((200, 200), i).byte() for i in range(COUNT)})
-
-
-def _right(name: str, tensor: torch.Tensor) -> bool:
-    return bool((tensor == int(name[1:])).all())
+    return file_of_numbers(raw, COUNT, 200, 200)
 
 
 @given(
@@ -98,12 +95,12 @@ def test_ready_on_any_stream(cuda, path, fast, tensors) -> None:
         loader = fast.safe_open(path, "pt").prefetch(plan, device="cuda")
     with cuda.on(second):
         for name, tensor in loader:
-            assert _right(name, tensor)  # as a kernel on any stream sees it now
+            assert right(name, tensor)  # as a kernel on any stream sees it now
             copies.append((name, cuda.copy(tensor, 0)))  # pending on this stream
             del tensor
         loader.close()
         cuda.synchronize(0)
-    assert all(_right(name, copy) for name, copy in copies)
+    assert all(right(name, copy) for name, copy in copies)
 
 
 @KINDS
@@ -120,7 +117,7 @@ def test_memory_stays_within_the_budget(cuda, path, fast, tensors, budget, jump)
             if jump:
                 random.Random(1).shuffle(names)
             for name in names:
-                assert _right(name, loader.take(name))  # and let go of
+                assert right(name, loader.take(name))  # and let go of
                 most = max(most, cuda.driver.live().block_bytes)
             engine.shutdown()
     limit = (256 << 20) if budget is None else budget
@@ -161,7 +158,7 @@ def test_a_driver_that_fails(cuda, asked, path, fast, watch) -> None:
         with fast.safe_open(path, "pt", "cuda") as handle:
             cuda.driver.fail("cuMemcpyHtoDAsync_v2", 1, 1 << 40)
             with handle.prefetch() as loader:
-                assert all(_right(name, tensor) for name, tensor in loader)
+                assert all(right(name, tensor) for name, tensor in loader)
     assert asked.asked == ["handle"]
     (report,) = (report for report in seen.reports if report.call == "prefetch")
     assert report.fallback_reason
@@ -177,11 +174,11 @@ def test_left_halfway(cuda, path, fast) -> None:
             assert cuda.driver.live().blocks == 1  # what is kept, though the loader is
         elif end == "handle":
             handle.__exit__(None, None, None)
-            assert _right("t29", dict(loader)["t29"])
+            assert right("t29", dict(loader)["t29"])
         del loader, handle
         gc.collect()
         engine.shutdown()
-        assert _right("t20", kept)
+        assert right("t20", kept)
         del kept
         assert cuda.driver.live().blocks == 0
 
@@ -194,7 +191,7 @@ def test_two_devices_and_many_threads(cuda, path, fast) -> None:
     def work() -> None:
         for loader in loaders:
             for name, tensor in loader:
-                assert _right(name, tensor)
+                assert right(name, tensor)
                 found.append(name)
 
     in_threads(work, 3)
@@ -224,7 +221,7 @@ def test_a_mode_of_torch(cuda, asked, path, fast) -> None:
     """A default device in force: stock does what is taken meanwhile, and nothing else."""
     with fast.safe_open(path, "pt", "cuda") as handle, handle.prefetch() as loader:
         with torch.device("cpu"):
-            assert _right("t01", loader.take("t01"))
+            assert right("t01", loader.take("t01"))
         assert asked.asked == ["handle"]
-        assert all(_right(name, tensor) for name, tensor in loader)
+        assert all(right(name, tensor) for name, tensor in loader)
         assert asked.asked == ["handle"]

@@ -21,6 +21,7 @@ import torch
 from generated_files import File, files
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from numbered import file_of_numbers, right
 from safetensors import SafetensorError
 from waiting import in_threads
 
@@ -48,11 +49,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def numbered(raw: Any) -> str:
     """Forty tensors of 100,000 bytes; tensor i is full of i."""
-    return raw.tensors({f"t{i:02}": torch.full((100, 1000), i).byte() for i in range(40)})
-
-
-def _right(name: str, tensor: torch.Tensor) -> bool:
-    return bool((tensor == int(name[1:])).all())
+    return file_of_numbers(raw, 40, 100, 1000)
 
 
 # ---------------------------------------------------------------- what is handed out
@@ -242,7 +239,7 @@ def test_reading_ahead_stays_within_the_budget(fast, numbered, tensors, budget) 
             assert read() <= budget
             assert (read() > 0) == (budget >= 150_000)
             for count, (name, tensor) in enumerate(loader, 1):
-                assert _right(name, tensor)
+                assert right(name, tensor)
                 assert read() <= count * SIZE + budget
         assert read() == 40 * SIZE
 
@@ -256,7 +253,7 @@ def test_any_order_stays_within_the_budget(fast, numbered, seed) -> None:
         before = engine.counters()
         loader = handle.prefetch()
         for name in rnd.sample(loader.names(), 40):
-            assert _right(name, loader.take(name))
+            assert right(name, loader.take(name))
             engine.shutdown()
             assert engine.counters()["arena_bytes"] - before["arena_bytes"] <= 900_000 + 400_000
         assert engine.counters()["bytes_buffered"] - before["bytes_buffered"] <= 2 * 40 * SIZE
@@ -273,11 +270,11 @@ def test_only_the_rows_of_a_plan_are_read(fast, numbered) -> None:
                 after = engine.counters()
                 moved = ("bytes_buffered", "bytes_direct")
                 assert sum(after[name] - before[name] for name in moved) == 40 * 3000
-                assert all(_right(name, tensor) for name, tensor in loader)
+                assert all(right(name, tensor) for name, tensor in loader)
 
 
 def test_a_cold_file_is_read_ahead(fast, raw, evict, on_disk, watch) -> None:
-    path = raw.tensors({f"t{i:02}": torch.full((1 << 20,), i).byte() for i in range(16)})
+    path = file_of_numbers(raw, 16, 1 << 20)
     evict(Path(path))
     with watch() as seen, fast.safe_open(path, "pt") as handle:
         plan = {f"t{i:02}": slice(0, 1 << 19) if i % 2 else None for i in range(0, 16, 2)}
@@ -286,7 +283,7 @@ def test_a_cold_file_is_read_ahead(fast, raw, evict, on_disk, watch) -> None:
             engine.shutdown()
             found = engine.residency(path).resident_bytes
             assert found >= 8 * (1 << 20) + 8 * (1 << 19)
-            assert all(_right(name, tensor) for name, tensor in loader)
+            assert all(right(name, tensor) for name, tensor in loader)
     assert "mmap+readahead" in seen.paths(path)
 
 
@@ -333,12 +330,12 @@ def test_threads_share_a_loader(fast, numbered, options) -> None:
             said = _said(lambda n=name, t=taken: t.append(loader.take(n)))
             assert said in (("", ""), ("SafetensorError", f"{name}: {ALREADY}"))
             if taken:
-                assert _right(name, taken[0])
+                assert right(name, taken[0])
                 found.append(name)
 
     def iterates() -> None:
         for name, tensor in loader:
-            assert _right(name, tensor)
+            assert right(name, tensor)
             found.append(name)
 
     turns = iter([takes, iterates, takes, iterates])
@@ -369,7 +366,7 @@ def test_left_halfway(fast, numbered, way, end) -> None:
             raise KeyError
     del loader, handle
     gc.collect()
-    assert _right("t07", kept[0])
+    assert right("t07", kept[0])
 
 
 @pytest.mark.parametrize("value", [None, slice(0, 30 << 20)])
@@ -420,7 +417,7 @@ def test_a_read_that_fails(fast, numbered, how) -> None:
         del caught
         rest = dict(loader)
         assert sorted(rest) == loader.names()
-        assert all(_right(name, tensor) for name, tensor in rest.items())
+        assert all(right(name, tensor) for name, tensor in rest.items())
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -462,12 +459,12 @@ def test_verify(fast, numbered, caplog, monkeypatch) -> None:
     plan = {"t03": None, "t05": slice(2, 4)}
     with fastst_patch.config_context(verify=True, fallback="error"):
         with fast.safe_open(numbered, "pt") as handle, handle.prefetch(plan) as loader:
-            assert all(_right(name, tensor) for name, tensor in loader)
+            assert all(right(name, tensor) for name, tensor in loader)
     take = prefetch_loader._PendingGroup.take
     monkeypatch.setattr(prefetch_loader._PendingGroup, "take", lambda *args: take(*args) + 1)
     with fastst_patch.config_context(verify=True):
         with fast.safe_open(numbered, "pt") as handle, handle.prefetch(plan) as loader:
-            assert all(_right(name, tensor) for name, tensor in loader)  # stock's
+            assert all(right(name, tensor) for name, tensor in loader)  # stock's
     assert caplog.text.count("differs from stock's") == 2
 
 
@@ -514,11 +511,11 @@ def test_a_forked_child_reads_for_itself(fast, numbered) -> None:
     if not child:
         status = 1
         try:
-            status = 0 if all(_right(name, tensor) for name, tensor in loader) else 2
+            status = 0 if all(right(name, tensor) for name, tensor in loader) else 2
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
-    assert all(_right(name, tensor) for name, tensor in loader)
+    assert all(right(name, tensor) for name, tensor in loader)
 
 
 # ---------------------------------------------------------------- the header

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import fake_device
 import pytest
 import safetensors.torch
 import torch
+from places import SUPPORT
 from safetensors.torch import save_file, save_model
 
 import fastst_patch
@@ -196,6 +194,7 @@ def test_without_pinned_memory(cuda, stock, model) -> None:
 
 STDIN = """
 import sys
+sys.path.insert(0, sys.argv[3])
 import fake_device, fastst_patch
 driver = fake_device.Driver(sys.argv[1])
 with fake_device.fake_cuda(driver):
@@ -208,10 +207,8 @@ with fake_device.fake_cuda(driver):
 """
 
 
-def test_gds_keeps_descriptor_0(fake_driver, model, tmp_path) -> None:
+def test_gds_keeps_descriptor_0(fake_driver, model, tmp_path, warm_python) -> None:
     # In its own process: cuFile's driver is opened once in each.
-    command = [sys.executable, "-c", STDIN, fake_driver.path, str(model)]
-    environment = os.environ | {"PYTHONPATH": str(Path(fake_device.__file__).parent)}
-    subprocess.run(
-        command, input="still here", text=True, check=True, env=environment, cwd=tmp_path
-    )
+    arguments = (fake_driver.path, model, SUPPORT)
+    done = warm_python.run(STDIN, *arguments, folder=tmp_path, stdin="still here")
+    assert done.returncode == 0, done.stderr

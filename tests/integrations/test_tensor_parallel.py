@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from places import SUPPORT
+from warm_python import TORCHRUN, WarmPython
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
 
@@ -105,7 +104,9 @@ def stacks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory, big: Path, stacks: Path) -> Ran:
+def ran(
+    tmp_path_factory: pytest.TempPathFactory, big: Path, stacks: Path, warm_python: WarmPython
+) -> Ran:
     """All cases, in one torchrun."""
     saved, folder = Saved(tmp_path_factory), tmp_path_factory.mktemp("ranks")
     broken = tmp_path_factory.mktemp("broken")
@@ -132,14 +133,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory, big: Path, stacks: Path) -> Ra
     environment = {
         **os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(WORLD), str(RANKS), str(job)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, cwd=folder,
-        env=environment, check=False,
-    )  # fmt: skip
-    found = Ran(folder, done.stdout)
-    assert done.returncode == 0, done.stdout
+    arguments = ["--standalone", "--nproc-per-node", WORLD, RANKS, job]
+    done = warm_python.run(
+        TORCHRUN, *arguments, folder=folder, environment=environment, limit_s=400
+    )
+    said = done.stdout + done.stderr
+    found = Ran(folder, said)
+    assert done.returncode == 0, said
     return found
 
 

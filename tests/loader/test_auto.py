@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loader_files import bits, of_all_dtypes
+from loader_files import bits
 
 from fastst_patch import AutoLoader, LoaderConfig, OptionError, SingleGroup, load_config
 
@@ -21,11 +21,6 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     monkeypatch.delenv("FASTSAFETENSORS_CONFIG", raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory) -> list[str]:
-    return of_all_dtypes(tmp_path_factory.mktemp("all"), 3)
 
 
 MEMORY = {
@@ -102,8 +97,7 @@ def test_where_it_is_found(elsewhere, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("pg", [None, SingleGroup()], ids=["none", "single"])
-def test_every_tensor(paths, stock, watch, pg, capsys) -> None:
-    expected = {name: bits(t) for path in paths for name, t in stock.load_file(path).items()}
+def test_every_tensor(paths, expected, watch, pg, capsys) -> None:
     with watch() as seen:
         loader = AutoLoader(pg, paths)
         assert {name: bits(tensor) for name, tensor in loader.iterate_weights()} == expected

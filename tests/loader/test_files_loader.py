@@ -10,11 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from loader_files import bits, loader_of, of_all_dtypes
+from loader_files import bits, loader_of
+from numbered import file_of_numbers, right
 
 import fastst_patch
 from fastst_patch import (
@@ -38,16 +38,6 @@ WAYS = [
     {"io": "buffered", "device_memory_budget": 0},
     {"io": "buffered", "device_memory_budget": 5_000},
 ]
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory) -> list[str]:
-    return of_all_dtypes(tmp_path_factory.mktemp("all"), 3)
-
-
-@pytest.fixture(scope="module")
-def expected(paths, stock) -> dict[str, Any]:
-    return {name: bits(t) for path in paths for name, t in stock.load_file(path).items()}
 
 
 # ---------------------------------------------------------------- every method, bit for bit
@@ -351,13 +341,13 @@ def test_filter(paths, expected) -> None:
 
 
 def test_a_filter_leaves_bytes_unread(raw) -> None:
-    path = raw.tensors({f"t{i:02}": torch.full((50_000,), i, dtype=torch.uint8) for i in range(40)})
+    path = file_of_numbers(raw, 40, 50_000)
     loader = loader_of([path], io="buffered")
     loader.set_tensor_filter(lambda name: int(name[1:]) % 10 == 3)
     before = engine.counters()["bytes_buffered"]
     with loader.copy_files_to_device() as buffer:
         for name in loader.get_keys():
-            assert bool((buffer.get_tensor(name) == int(name[1:])).all())
+            assert right(name, buffer.get_tensor(name))
     engine.shutdown()
     assert engine.counters()["bytes_buffered"] - before == 4 * 50_000
 

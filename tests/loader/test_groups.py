@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -14,6 +12,7 @@ import torch
 from loader_files import bits
 from places import SUPPORT
 from safetensors.torch import save_file
+from warm_python import TORCHRUN
 
 from fastst_patch import ParallelLoader, SafeTensorsFileLoader, fastsafe_open, sharding
 from fastst_patch.config import Config
@@ -284,7 +283,7 @@ dist.destroy_process_group()
 """
 
 
-def test_two_ranks(tmp_path, raw) -> None:
+def test_two_ranks(tmp_path, raw, warm_python) -> None:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     paths = [
@@ -297,10 +296,7 @@ def test_two_ranks(tmp_path, raw) -> None:
     ]  # fmt: skip
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node", "2", str(script), *paths]  # fmt: skip
+    arguments = ["--standalone", "--nproc-per-node", "2", script, *paths]
     environment = os.environ | {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
-    )
+    done = warm_python.run(TORCHRUN, *arguments, folder=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loader_files import loader_of, of_all_dtypes
+from loader_files import loader_of
 
 from fastst_patch import (
     DType,
@@ -25,11 +25,6 @@ from fastst_patch import (
 )
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory) -> list[str]:
-    return of_all_dtypes(tmp_path_factory.mktemp("all"), 2)
 
 
 def header_of(path: str) -> tuple[dict[str, Any], int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from loader_files import DTYPES, loader_of, of_all_dtypes, write
+from loader_files import DTYPES, loader_of, write
 
 import fastst_patch
 from fastst_patch import (
@@ -40,11 +40,6 @@ WAYS = [
     {"tensors": "owned"},
     {"io": "buffered", "device_memory_budget": 5_000},
 ]
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory) -> list[str]:
-    return of_all_dtypes(tmp_path_factory.mktemp("all"), 2)
 
 
 @pytest.fixture(scope="module")

@@ -6,22 +6,12 @@ import gc
 from typing import Any
 
 import pytest
-from loader_files import bits, of_all_dtypes
+from loader_files import bits
 
 import fastst_patch
 from fastst_patch import OptionError, ParallelLoader, SafeTensorsFileLoader, SingleGroup, engine
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory) -> list[str]:
-    return of_all_dtypes(tmp_path_factory.mktemp("all"), 3)
-
-
-@pytest.fixture(scope="module")
-def expected(paths, stock) -> dict[str, Any]:
-    return {name: bits(t) for path in paths for name, t in stock.load_file(path).items()}
 
 
 @pytest.mark.parametrize("queue", [-1, 0, 1, 7])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loader_files import bits, loader_of, of_all_dtypes
+from loader_files import bits, loader_of
 
 from fastst_patch import (
     DType,
@@ -18,11 +18,6 @@ from fastst_patch import (
 )
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory) -> list[str]:
-    return of_all_dtypes(tmp_path_factory.mktemp("all"), 2)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +35,7 @@ def test_the_files_of_a_buffer(paths, expected, watch) -> None:
         loader = loader_of(paths)
         buffer = loader.copy_files_to_device()
         (factories,) = buffer.rank_loaders.values()
-        assert [factory.lidx for factory in factories] == [0, 1]
+        assert [factory.lidx for factory in factories] == [0, 1, 2]
         for name, (rank, lidx) in buffer.key_to_rank_lidx.items():
             factory = buffer.rank_loaders[rank][lidx]
             assert factory.metadata is loader.meta[buffer.get_filename(name)][0]

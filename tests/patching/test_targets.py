@@ -24,6 +24,7 @@ import torch
 from patch_targets import TINY, current_object
 
 import fastst_patch
+from fastst_patch import engine
 
 
 @pytest.fixture
@@ -66,6 +67,21 @@ def test_aliases_follow(module, is_fast, stock) -> None:
     assert all(getattr(module, name) is before[name] for name in NAMES)
     assert not is_fast(module.safe_open)
     assert module.safe_open is stock.safe_open
+
+
+@pytest.mark.skipif(engine.native_error() is not None, reason=str(engine.native_error()))
+def test_dicts_that_hold_an_object_are_found() -> None:
+    """By identity, as a value and not as a key, wherever in the dict it is."""
+    one, other = object(), [1]
+    dicts: list[dict[Any, Any]] = [
+        {}, {"a": one}, {"equal": [1]}, {one: 1}, {i: i for i in range(5000)} | {"last": other},
+    ]  # fmt: skip
+    assert engine.dicts_holding(dicts, [id(one), id(other)]) == [1, 4]
+    assert engine.dicts_holding(dicts, []) == engine.dicts_holding([], [id(one)]) == []
+    many = [object() for _ in range(5000)]  # more than the engine's table has slots
+    wanted = [id(value) for value in many[::7]]
+    found = engine.dicts_holding([{"x": value} for value in many], wanted)
+    assert found == list(range(0, 5000, 7))
 
 
 def test_what_is_not_a_module_is_left_alone(module, stock) -> None:

@@ -10,8 +10,6 @@ import gc
 import io
 import pickle
 import shutil
-import subprocess
-import sys
 import textwrap
 import warnings
 import zipfile
@@ -172,7 +170,7 @@ def test_save_and_load_again(models, tmp_path, assert_same) -> None:
     assert_same(dict(again.value.state_dict()), dict(ours.state_dict()))
 
 
-def test_over_its_own_files(saved, tmp_path) -> None:
+def test_over_its_own_files(saved, tmp_path, warm_python) -> None:
     """Saved over what it was loaded from, in a program of its own: it ends as with stock."""
     script = """
         import sys, pathlib, fastst_patch, torch, safetensors.torch
@@ -191,10 +189,7 @@ def test_over_its_own_files(saved, tmp_path) -> None:
     for which in ("stock", "patched"):
         file = tmp_path / f"{which}.safetensors"
         shutil.copy(saved / "plain" / "model.safetensors", file)
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), str(file), which],
-            capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120,
-        )  # fmt: skip
+        done = warm_python.run(textwrap.dedent(script), file, which, folder=tmp_path, quiet=True)
         ends.append((done.returncode, done.stdout, done.stderr.replace(which, "")))
         ends[-1] += (file.read_bytes(),) if file.exists() else (b"",)
     assert ends[0] == ends[1]

@@ -12,8 +12,6 @@ import functools
 import io
 import itertools
 import pickle
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -393,16 +391,9 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def test_fork_and_interpreter_exit(sample, tmp_path) -> None:
+def test_fork_and_interpreter_exit(sample, tmp_path, warm_python) -> None:
     """Everything still open and alive at exit; a forked child reads old and new tensors."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _EXIT, sample],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-    )
+    done = warm_python.run(_EXIT, sample, folder=tmp_path, quiet=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -114,43 +116,41 @@ print("same")
 
 
 @pytest.fixture
-def program(tmp_path) -> Callable[..., list[str]]:
-    """Run one script in several processes at once, in a folder of its own."""
+def program(tmp_path) -> Callable[[str], tuple[Path, Path]]:
+    """Write a script, and the file that it loads."""
     torch.manual_seed(2)
     state = {"first.weight": torch.randn(32, 16), "first.bias": torch.randn(32)}
     state |= {"second.weight": torch.randn(16, 32), "second.bias": torch.randn(16)}
     file = tmp_path / "net.safetensors"
     safetensors.torch.save_file({**state, "scale": torch.rand(16)}, file)
 
-    def run(body: str, *arguments: list[str]) -> list[str]:
+    def write(body: str) -> tuple[Path, Path]:
         script = tmp_path / "script.py"
         script.write_text(f"FAST = {FAST!r}\n" + _PRELUDE + body)
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-        running = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(file), *extra],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                env=environment,
-            )
-            for extra in arguments
-        ]  # fmt: skip
-        outs = []
-        for one in running:
-            out, err = one.communicate(timeout=120)
-            assert one.returncode == 0, err
-            outs.append(out.strip())
-        return outs
+        return script, file
 
-    return run
+    return write
 
 
-def test_dataloader_workers(program) -> None:
-    assert program(_WORKERS, []) == ["same"]
+def test_dataloader_workers(program, tmp_path) -> None:
+    command = [sys.executable, *map(str, program(_WORKERS))]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "same\n"), done.stderr
 
 
-def test_distributed(program, tmp_path) -> None:
+def test_distributed(program, tmp_path, warm_python) -> None:
     """DDP, FSDP and fully_shard over gloo, two processes: optimizer steps as with stock."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    store = str(tmp_path / "store")
-    assert program(_DISTRIBUTED, ["0", store], ["1", store]) == ["same", "same"]
+    script, file = program(_DISTRIBUTED)
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+
+    def run(rank: int) -> subprocess.CompletedProcess[str]:
+        arguments = (file, rank, tmp_path / "store")
+        return warm_python.run(script, *arguments, folder=tmp_path, environment=environment)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(run, range(2)):
+            assert (done.returncode, done.stdout) == (0, "same\n"), done.stderr

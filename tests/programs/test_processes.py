@@ -7,10 +7,9 @@ a fault holds it there.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,15 +101,12 @@ def load_every_way():
 
 
 @pytest.fixture
-def program(model, tmp_path: Path) -> Callable[..., str]:
+def program(warm_python, model, tmp_path: Path) -> Callable[..., str]:
     """Run a script beside the model; it must end well and say nothing on stderr."""
 
     def run(script: str, *args: str) -> str:
         source = PRELUDE + textwrap.dedent(script)
-        command = [sys.executable, "-W", "ignore", "-c", source, model, *args]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300
-        )
+        done = warm_python.run(source, model, *args, folder=tmp_path, quiet=True, limit_s=300)
         assert (done.returncode, done.stderr) == (0, ""), done
         return done.stdout
 
@@ -276,10 +272,9 @@ def test_exit_during_a_load(program, held_way) -> None:
     assert out.split() == ["leaving"]
 
 
-def test_patched_and_unpatched_side_by_side(model, tmp_path: Path) -> None:
+def test_patched_and_unpatched_side_by_side(program) -> None:
     """Two programs on one file, one of which changes what it loaded: neither notices the other."""
-    script = PRELUDE + textwrap.dedent(
-        """
+    script = """
         for k in range(20):
             tensors = load(**WAYS[k % len(WAYS)]) if sys.argv[2] == "fast" else (
                 safetensors.torch.load_file(path))
@@ -287,19 +282,8 @@ def test_patched_and_unpatched_side_by_side(model, tmp_path: Path) -> None:
             for tensor in tensors.values():
                 tensor.zero_()
         """
-    )
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", script, model, kind],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-        )
-        for kind in ("fast", "stock", "fast")
-    ]
-    for one in running:
-        _, said = one.communicate(timeout=300)
-        assert (one.returncode, said) == (0, "")
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda kind: program(script, kind), ("fast", "stock", "fast")))
 
 
 @pytest.mark.parametrize("margin", [8, 40, 100, 200])

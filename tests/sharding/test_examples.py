@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sharded
 import torch
 from places import EXAMPLES
+from warm_python import TORCHRUN, WarmPython
 
 from fastst_patch import engine
 
@@ -30,35 +31,40 @@ pytestmark = [
 LIMIT_S = 120
 
 
-def _start(arguments: Sequence[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """Torchrun, in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
-        start_new_session=True,
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
+@pytest.fixture
+def torchrun(warm_python: WarmPython, tmp_path: Path) -> Callable[..., tuple[list[str], str]]:
+    """Run torchruns side by side: sorted lines and the errors of all.
 
+    None may leave a process running.
+    """
 
-def _finish(running: Sequence[subprocess.Popen[str]], status: int = 0) -> tuple[list[str], str]:
-    """Sorted lines and the errors of all programs; none may leave a process running."""
-    lines: list[str] = []
-    errors = ""
-    for one in running:
+    def run(*several: Sequence[object], nodes: Sequence[str] = (), status: int = 0) -> Any:
+        programs = []
+        out, errors = tmp_path / "out", tmp_path / "errors"
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         try:
-            out, error = one.communicate(timeout=LIMIT_S)
+            for number, arguments in enumerate(several):
+                if nodes:
+                    environment["FASTST_NODE_ID"] = nodes[number]
+                with out.open("ab") as stdout, errors.open("ab") as stderr:
+                    programs.append(warm_python.start(
+                        TORCHRUN, arguments, folder=tmp_path, stdin=None,
+                        stdout=stdout, stderr=stderr, environment=environment,
+                    ))  # fmt: skip
+            statuses = [program.wait(LIMIT_S) for program in programs]
         except subprocess.TimeoutExpired:
-            for other in running:
-                os.killpg(other.pid, 9)
-            out, error = one.communicate()
-            raise AssertionError(f"torchrun hangs\n{out}\n{error}") from None
-        lines += out.splitlines()
-        errors += error
-    assert [one.returncode for one in running] == [status] * len(running), errors
-    for one in running:
-        with pytest.raises(ProcessLookupError):
-            os.killpg(one.pid, 0)
-    return sorted(lines), errors
+            told = out.read_text() + errors.read_text()
+            raise AssertionError(f"torchrun hangs\n{told}") from None
+        finally:
+            for program in programs:
+                program.kill()
+        assert statuses == [status] * len(programs), errors.read_text()
+        for program in programs:
+            with pytest.raises(ProcessLookupError):
+                os.killpg(program.pid, 0)
+        return sorted(out.read_text().splitlines()), errors.read_text()
+
+    return run
 
 
 def _rows_and_columns(layer: int) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -70,7 +76,7 @@ def _rows_and_columns(layer: int) -> list[tuple[str, str, tuple[int, ...]]]:
     ]
 
 
-def test_four_ranks(tmp_path) -> None:
+def test_four_ranks(torchrun, tmp_path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     for layer in range(2):
@@ -78,7 +84,7 @@ def test_four_ranks(tmp_path) -> None:
     arguments = ["--nproc-per-node", "4", "--rdzv-backend", "c10d", "--rdzv-endpoint",
                  str(tmp_path / "store"), "--rdzv-conf", "store_type=file",
                  "--local-addr", "127.0.0.1", str(EXAMPLES / "four_ranks.py")]  # fmt: skip
-    lines, _ = _finish([_start([*arguments, str(model)], tmp_path)])
+    lines, _ = torchrun([*arguments, str(model)])
     # 10 rows or columns over four ranks: 3, 3, 3, 1; 8 columns: 2 each; the norm: all of it.
     nbytes = [2 * (2 * 8 * n * 2 + 3 * 2 * 4 + 8 * 4) for n in (3, 3, 3, 1)]
     expected = [f"rank {rank} of 4: 8 tensors, {n} bytes" for rank, n in enumerate(nbytes)]
@@ -94,32 +100,26 @@ def test_four_ranks(tmp_path) -> None:
         assert lines == sorted(expected)
 
 
-def test_four_ranks_fail_together(tmp_path) -> None:
+def test_four_ranks_fail_together(torchrun) -> None:
     """Each prints the error, and torchrun ends with a status of failure."""
     arguments = ["--standalone", "--nproc-per-node", "2", "--local-addr", "127.0.0.1",
                  str(EXAMPLES / "four_ranks.py"), "nowhere.safetensors"]  # fmt: skip
-    _, errors = _finish([_start(arguments, tmp_path)], status=1)
+    _, errors = torchrun(arguments, status=1)
     assert "No such file or directory" in errors
     assert "nowhere.safetensors" in errors
 
 
 @pytest.mark.parametrize("scope", ["node", "job"])
-def test_two_nodes(tmp_path, scope) -> None:
+def test_two_nodes(torchrun, tmp_path, scope) -> None:
     """Two torchruns on one machine, with the node ids of two."""
     path = tmp_path / "model.safetensors"
     tensors = [(f"layers.0.experts.{n}.up.weight", "BF16", (16, 4)) for n in range(6)]
     sharded.write_file(path, [("norm.weight", "F32", (16,)), *tensors])
-    running = [
-        _start(
-            ["--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-             "--rdzv-id", "example", "--rdzv-endpoint", str(tmp_path / "store"),
-             "--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1",
-             str(EXAMPLES / "two_nodes.py"), str(path), "--read-once", scope],
-            tmp_path, FASTST_NODE_ID=node,
-        )
-        for node in ("a", "b")
-    ]  # fmt: skip
-    lines, _ = _finish(running)
+    arguments = ["--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+                 "--rdzv-id", "example", "--rdzv-endpoint", str(tmp_path / "store"),
+                 "--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1",
+                 str(EXAMPLES / "two_nodes.py"), str(path), "--read-once", scope]  # fmt: skip
+    lines, _ = torchrun(arguments, arguments, nodes=("a", "b"))
     owned = [[0, 4], [1, 5], [2], [3]]
     assert lines == [
         f"rank {rank} of 4: experts {experts}, {64 + 128 * len(experts)} bytes"

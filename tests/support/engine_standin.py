@@ -11,8 +11,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
+from watching import Watch
 
-import fastst_patch
 from fastst_patch.patching import patcher
 
 ELEMENTS = 2 * (64 * 48 + 5) + 4 * 640 + 3  # of the fixture `tensors`
@@ -87,23 +87,16 @@ class Model:
         return iter(())
 
 
-class Loading:
+class Loading(Watch):
     """What one load has reported as an engine's."""
 
     def __init__(self, call: str = "vllm") -> None:
+        super().__init__()
         self._call = call
-        self._context = fastst_patch.profile()
-
-    def __enter__(self) -> Loading:
-        self._profile = self._context.__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._context.__exit__(*exc)
 
     @property
     def reports(self) -> list[Any]:
-        return [report for report in self._profile.reports if report.call == self._call]
+        return [report for report in super().reports if report.call == self._call]
 
     @property
     def only(self) -> Any:

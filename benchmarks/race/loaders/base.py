@@ -7,6 +7,7 @@ what it has to write first (a .pt file) by `make`, both outside the timed part.
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import importlib.metadata
 import os
@@ -25,7 +26,7 @@ First = Callable[[], None]  # called when the first tensor can be used
 
 
 @dataclass(frozen=True)
-class Loader:
+class Loader(abc.ABC):
     """One way to load; a subclass per family says how."""
 
     name: str
@@ -56,20 +57,20 @@ class Loader:
         """Return the files whose bytes it reads, for the page cache; not always those given."""
         return files
 
-    def make(self, files: list[str]) -> None:
+    def make(self, files: list[str]) -> None:  # noqa: B027 - most write nothing
         """Write what `reads` names and is not there yet. Imports torch if it has to."""
 
+    @abc.abstractmethod
     def warm_imports(self, device: str) -> None:
         """Import, and set up what a program sets up once; timed apart from the load.
 
         Raises:
             RuntimeError: what is imported is not what this loader is named for.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def load(self, files: list[str], device: str, first: First) -> Tensors:
         """Load every tensor of the files to the device."""
-        raise NotImplementedError
 
     def _not_installed(self) -> str | None:
         if self.package is None:
