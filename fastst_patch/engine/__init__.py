@@ -19,6 +19,7 @@ from .open_file import (
     open_file,
     open_files,
     parse_header,
+    path_bytes,
     read_layout,
     residency,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "open_file",
     "open_files",
     "parse_header",
+    "path_bytes",
     "prefetch",
     "read",
     "read_ceiling",
