@@ -1,12 +1,13 @@
-"""A file of F32 loaded for NumPy, JAX or TensorFlow; against stock.
+"""A file of F32 loaded for NumPy, JAX, TensorFlow or Paddle; against stock.
 
-    python benchmarks/frameworks.py [--framework np,jax,tf] [--cache warm,cold] [--kb KIB …]
-                                    [--file dense,many,tiny] [--gb 1.7] [--rounds 5] [--json FILE]
+    python benchmarks/frameworks.py [--framework np,jax,tf,paddle] [--cache warm,cold] [--kb KIB …]
+                                    [--file dense,many,tiny] [--how all,each] [--gb 1.7]
+                                    [--rounds 5] [--json FILE]
 
 A fresh process imports the library, then opens the file, takes all tensors by `get_tensors()`, as
-`load_file` does, and reads every byte of them. `many` are 18,867 tensors, of which only the load is
-timed; `tiny` are three in 1 KB, of which a process reports the median of 300 loads. Every tensor's
-bytes are compared with those of the first run.
+`load_file` does, or each by `get_tensor`, and reads every byte of them. `many` are 18,867 tensors,
+of which only the load is timed; `tiny` are three in 1 KB, of which a process reports the median of
+300 loads. Every tensor's bytes are compared with those of the first run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fastst_patch.bench import hardware, harness, settle
 from fastst_patch.bench.checkpoint import TensorSpec, moe_specs, transformer_specs
 from fastst_patch.bench.runner import LOADERS
 
-LIBRARIES = {"np": "numpy", "jax": "jax", "tf": "tensorflow"}
+LIBRARIES = {"np": "numpy", "jax": "jax", "tf": "tensorflow", "paddle": "paddle"}
 CALLS = 300
 
 
@@ -48,9 +49,16 @@ def child(job: dict[str, Any], gate: Any) -> dict[str, Any]:
 
     def load() -> Any:
         with safetensors.safe_open(job["path"], framework) as handle:
+            if job["how"] == "each":
+                return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             return handle.get_tensors()
 
-    sums = {}
+    def touched(tensor: Any) -> int:
+        if framework == "paddle":
+            return engine.touch(tensor.data_ptr(), tensor.size * tensor.element_size())
+        array = np.asarray(tensor)
+        return engine.touch(array.__array_interface__["data"][0], array.nbytes)
+
     with clock(job["loader"], [job["path"]], "cpu", gate) as timed:
         if file == "tiny":
             seconds = scenario.median_of_calls(load, CALLS)
@@ -58,9 +66,7 @@ def child(job: dict[str, Any], gate: Any) -> dict[str, Any]:
         if framework == "jax":
             library.block_until_ready(list(found.values()))
         timed.lap("load")
-        arrays = {name: np.asarray(one) for name, one in found.items()}
-        for name, one in arrays.items():
-            sums[name] = engine.touch(one.__array_interface__["data"][0], one.nbytes)
+        sums = {name: touched(one) for name, one in found.items()}
         timed.lap("touch")
     if file == "dense":
         seconds = timed.seconds["load"] + timed.seconds["touch"]
@@ -96,7 +102,7 @@ def measure(job: dict[str, Any], cache: str, rounds: int, lender: Any) -> Any:
 
 def main() -> int:
     made = scenario.arguments(__doc__, "--dir", rounds=5)
-    listed = {"framework": "np", "cache": "warm", "file": "dense"}
+    listed = {"framework": "np", "cache": "warm", "file": "dense", "how": "all"}
     for name, default in listed.items():
         made.add_argument(f"--{name}", type=lambda text: text.split(","), default=[default])
     made.add_argument("--kb", type=int, nargs="+", default=[0], help="read-ahead; 0: as it is")
@@ -105,7 +111,7 @@ def main() -> int:
     seconds = scenario.answer("seconds")
     table = scenario.Table(
         [scenario.Column("ms", seconds, 1e3), scenario.ratio(seconds, "stock")],
-        facts=["file", "framework", "cache", "KiB"],
+        facts=["file", "how", "framework", "cache", "KiB"],
         text={"path": lambda some: some[0].path},
     )
     missing = set(LIBRARIES.values()) - set(scenario.installed(*LIBRARIES.values()))
@@ -114,14 +120,15 @@ def main() -> int:
         for file in args.file:
             path = written(folder, file, args.gb)
             with settle.reserve_for([path, path]) as lender:
-                for framework, cache, kb in product(args.framework, args.cache, args.kb):
+                for framework, cache, kb, how in product(
+                    args.framework, args.cache, args.kb, args.how
+                ):
                     if LIBRARIES[framework] in missing:
                         continue
-
-                    job = {"path": path, "file": file, "framework": framework}
+                    job = {"path": path, "file": file, "framework": framework, "how": how}
                     with scenario.read_ahead(path, kb):
                         runs = measure(job, cache, args.rounds, lender)
-                    table.add(runs, file=file, framework=framework, cache=cache, KiB=kb)
+                    table.add(runs, file=file, how=how, framework=framework, cache=cache, KiB=kb)
             Path(path).unlink()
     return scenario.report(args, "loads for other frameworks", table, environment=environment)
 

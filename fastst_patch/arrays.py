@@ -4,22 +4,23 @@
 framework           result
 ==================  ============================================================================
 np, numpy           the array itself
-jax, flax           ``jax.numpy.array`` of it
-tf, tensorflow      ``tensorflow.convert_to_tensor`` of it
-mlx                 ``mlx.core.array`` of it
+jax, flax           ``jax.device_put`` of it; stock calls ``jax.numpy.array``, which copies
+tf, tensorflow      ``tensorflow.experimental.dlpack`` of it where it may lie where it is, else
+                    ``tensorflow.convert_to_tensor``, as in stock
+mlx                 ``mlx.core.array`` of it, as in stock
 ==================  ============================================================================
 
-Stock calls the same functions, with a copy of a tensor's bytes. Paddle is not here: it maps the
-file by itself.
+Stock calls the functions with a copy of a tensor's bytes. JAX and TensorFlow take memory as it is
+where it is aligned to 64 bytes. Paddle is not here: it maps the file by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-import operator
-from array import array
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,34 +35,64 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 __all__ = [
+    "FRAMEWORKS",
+    "KNOWN_DTYPES",
     "ArrayMaker",
     "address_of",
     "check",
     "copy",
     "empty",
-    "import_batch",
     "maker_for",
+    "memory_of",
+    "over",
+    "own_memory",
     "plain_index",
     "same",
+    "strays",
 ]
 
 
 class _Library(NamedTuple):
-    """How a library makes its own tensor of an array.
+    """How a library makes its own tensors of arrays.
 
     Attributes:
         imported: module that stock imports first, if it is there: it may bring dtypes to NumPy.
-        module: of the function.
-        function: takes an array.
+        module: of the library.
+        make: given the module, makes tensors of arrays, whose memory they may keep.
+        aligned: whether they keep memory that is aligned to `ALIGNMENT`.
     """
 
     imported: str
     module: str
-    function: str
+    make: Callable[[Any, list[Array]], list[Any]]
+    aligned: bool
 
 
-_JAX = _Library("flax", "jax", "numpy.array")
-_TENSORFLOW = _Library("tensorflow", "tensorflow", "convert_to_tensor")
+def _in_jax(jax: Any, arrays: list[Array]) -> list[Any]:
+    made: list[Any] = jax.device_put(arrays)
+    return made
+
+
+def _in_tensorflow(tf: Any, arrays: list[Array]) -> list[Any]:
+    # Where there is another device, TensorFlow chooses one; in a graph there are no tensors yet.
+    stays = tf.executing_eagerly() and len(tf.config.list_logical_devices()) == 1
+    return [_lent(tf, one) if stays else tf.convert_to_tensor(one) for one in arrays]
+
+
+def _lent(tf: Any, one: Array) -> Any:
+    """A TensorFlow tensor over an array, if it is aligned as TensorFlow's kernels expect it."""
+    if one.size and address_of(one) % ALIGNMENT == 0:
+        with contextlib.suppress(BufferError):  # DLPack of NumPy has no such dtype
+            return tf.experimental.dlpack.from_dlpack(one.__dlpack__())
+    return tf.convert_to_tensor(one)
+
+
+def _in_mlx(mlx: Any, arrays: list[Array]) -> list[Any]:
+    return [mlx.core.array(one) for one in arrays]
+
+
+_JAX = _Library("flax", "jax", _in_jax, True)
+_TENSORFLOW = _Library("tensorflow", "tensorflow", _in_tensorflow, True)
 _LIBRARIES = {
     "np": None,
     "numpy": None,
@@ -69,8 +100,11 @@ _LIBRARIES = {
     "flax": _JAX,
     "tf": _TENSORFLOW,
     "tensorflow": _TENSORFLOW,
-    "mlx": _Library("mlx", "mlx", "core.array"),
+    "mlx": _Library("mlx", "mlx", _in_mlx, False),
 }
+
+FRAMEWORKS = frozenset(_LIBRARIES)
+"""Names of the frameworks whose tensors are made of arrays."""
 
 
 class ArrayMaker(NamedTuple):
@@ -98,9 +132,7 @@ class ArrayMaker(NamedTuple):
         if self.library is None:
             return arrays
         try:
-            module = importlib.import_module(self.library.module)
-            make = operator.attrgetter(self.library.function)(module)
-            return [make(one) for one in arrays]
+            return self.library.make(importlib.import_module(self.library.module), arrays)
         except Exception as error:  # stock's own call raises it again
             raise Fallback(f"{self.library.module} refused: {error}") from error
 
@@ -147,17 +179,26 @@ def check(layout: FileLayout, i: int | None = None) -> None:
             _dtype(k)
 
 
-@functools.cache  # a failure is not kept: a library that is imported later may bring the dtype
+KNOWN_DTYPES: dict[int, np.dtype[Any]] = {}
+"""The NumPy dtypes that were needed so far, by their numbers in ``enum fst_dtype``."""
+
+
 def _dtype(k: int) -> np.dtype[Any]:
     """The NumPy dtype that stock gives for number k of ``enum fst_dtype``."""
-    try:
-        found: np.dtype[Any] = stock.loaded(*header_of_one(k), "np").dtype
-    except Exception as error:  # the user's own call to stock raises it again
-        raise Fallback(f"{DTYPE_NAMES[k]} is no dtype of NumPy here") from error
+    found = KNOWN_DTYPES.get(k)
+    if found is None:  # a failure is not kept: a library that is imported later may bring the dtype
+        try:
+            found = stock.loaded(*header_of_one(k), "np").dtype
+        except Exception as error:  # the user's own call to stock raises it again
+            raise Fallback(f"{DTYPE_NAMES[k]} is no dtype of NumPy here") from error
+        KNOWN_DTYPES[k] = found
     return found
 
 
 # ---- arrays ----
+
+ALIGNMENT = 64
+"""Bytes. XLA and TensorFlow take memory as it is from this on."""
 
 
 class _Memory:
@@ -173,38 +214,73 @@ class _Memory:
         }
 
 
-def import_batch(
-    arena: engine.Arena,
-    layout: FileLayout,
-    tensors: array[int] | None = None,
-    offsets: array[int] | None = None,
-) -> list[Array]:
-    """Make arrays over an arena, which lives as long as any of them.
+def memory_of(arena: engine.Arena) -> memoryview:
+    """An arena's bytes, which keep it alive."""
+    import numpy as np
 
-    Arrays are aligned, as stock's are: one that is not is copied.
+    found: Any = np.asarray(_Memory(arena))
+    return memoryview(found)
+
+
+def over(
+    memory: memoryview,
+    layout: FileLayout,
+    numbers: Iterable[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    *,
+    start: int = 0,
+) -> list[Array]:
+    """Make arrays over memory, which lives as long as any of them.
+
+    Arrays are aligned, as stock's are: one that is not is copied. Each has a base of its own size,
+    as stock's has, by which some tell whether it is a small part of something large.
 
     Args:
-        arena: holds their bytes.
+        memory: holds their bytes.
         layout: describes them; they have passed `check`.
-        tensors: their numbers; all when None.
-        offsets: where each begins in the arena; at its file offset when None.
+        numbers: of the tensors; all when None.
+        offsets: where each begins in the memory; by its place in the file when None.
+        start: the file offset of the memory's first byte.
     """
     import numpy as np
 
-    memory = np.asarray(_Memory(arena))
-    made: list[Array] = []
-    for at, i in enumerate(range(len(layout.names)) if tensors is None else tensors):
-        dtype, shape = _dtype(layout.dtype(i)), layout.shape(i)
-        offset = layout.extent(i)[0] if offsets is None else offsets[at]
-        if layout.nbytes(i) == 0:
-            one = _nothing(shape, dtype)
+    frombuffer, made = np.frombuffer, []
+    for at, (begin, nbytes, kind, shape) in enumerate(layout.entries(numbers)):
+        dtype, offset = _dtype(kind), begin - start if offsets is None else offsets[at]
+        if not nbytes:
+            made.append(_nothing(shape, dtype))
         elif offset % dtype.alignment:
-            raw = memory[offset : offset + layout.nbytes(i)].copy()
-            one = raw.view(dtype).reshape(shape)
+            raw = bytearray(memory[offset : offset + nbytes])
+            made.append(frombuffer(raw, dtype).reshape(shape))
         else:
-            one = np.ndarray(shape, dtype, memory, offset)
-        made.append(one)
+            flat = frombuffer(memory, dtype, nbytes // dtype.itemsize, offset)
+            made.append(flat.reshape(shape))
     return made
+
+
+def copy(
+    memory: memoryview, entry: tuple[int, int, int, Sequence[int]], index: tuple[Any, ...]
+) -> Array:
+    """A copy of what a plain index finds in an array.
+
+    Args:
+        memory: the file's bytes.
+        entry: of the array, as a layout has it.
+        index: as `plain_index` gives it.
+    """
+    begin, nbytes, kind, shape = entry
+    if not nbytes:
+        return own_memory(_nothing(shape, _dtype(kind))[index])
+    ndarray: type[Array] = type(memory.obj)  # type: ignore[assignment]  # saves an import, 0.4 us
+    return own_memory(ndarray(shape, _dtype(kind), memory, begin)[index])
+
+
+def own_memory(found: Array) -> Array:
+    """A contiguous copy, which does not own its data: neither do stock's arrays."""
+    if not found.size:
+        return _nothing(found.shape, found.dtype)
+    copied: Array = found.flatten().reshape(found.shape)
+    return copied
 
 
 def _nothing(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
@@ -214,22 +290,27 @@ def _nothing(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
     return np.zeros(shape, dtype).reshape(shape)
 
 
-def copy(found: Array) -> Array:
-    """A contiguous copy, which does not own its data: neither do stock's arrays."""
-    if not found.size:
-        return _nothing(found.shape, found.dtype)
-    copied: Array = found.copy().reshape(found.shape)
-    return copied
-
-
 def empty(layout: FileLayout, i: int, rows: int | None = None) -> Array:
-    """An allocation of NumPy's own for tensor i, or for some rows of its first dimension."""
+    """An allocation for tensor i, or for some rows of its first dimension.
+
+    It is aligned for libraries that take memory as it is, and does not own its data.
+    """
     import numpy as np
 
-    shape = layout.shape(i)
+    dtype, shape = _dtype(layout.dtype(i)), layout.shape(i)
     if rows is not None:
         shape[0] = rows
-    return np.empty(shape, _dtype(layout.dtype(i))).reshape(shape)  # stock's do not own their data
+    count = math.prod(shape)
+    if not count:
+        return _nothing(shape, dtype)
+    raw: Any = np.empty(count * dtype.itemsize + ALIGNMENT, np.uint8)
+    flat = np.frombuffer(memoryview(raw), dtype, count, -address_of(raw) % ALIGNMENT)
+    return flat.reshape(shape)
+
+
+def strays(layout: FileLayout) -> int:
+    """Bytes of tensors that do not begin at a multiple of `ALIGNMENT` in the file."""
+    return sum(nbytes for begin, nbytes, _, _ in layout.entries() if begin % ALIGNMENT)
 
 
 def address_of(one: Array) -> int:
@@ -246,12 +327,10 @@ def plain_index(index: object, shape: Sequence[int]) -> tuple[Any, ...] | None:
         must judge it. Stock has rules of its own for steps, negative numbers and empty ranges.
     """
     parts = index if type(index) is tuple else (index,)
-    dots = [at for at, part in enumerate(parts) if type(part) is EllipsisType]
-    if len(dots) > 1:
-        return None
-    if dots:
+    if EllipsisType in map(type, parts):
+        at = [type(part) for part in parts].index(EllipsisType)
         left = (slice(None),) * (len(shape) - len(parts) + 1)
-        parts = (*parts[: dots[0]], *left, *parts[dots[0] + 1 :])
+        parts = (*parts[:at], *left, *parts[at + 1 :])  # a second one is not plain
     if len(parts) > len(shape) or not all(map(_is_plain, parts, shape)):
         return None
     return (*parts, ...)
@@ -263,9 +342,10 @@ def _is_plain(part: object, size: int) -> bool:
     if type(part) is not slice:
         return False
     start, stop, step = part.start, part.stop, part.step
-    if any(one is not None and type(one) is not int for one in (start, stop, step)):
+    if step is not None and not (type(step) is int and step == 1):
         return False
-    return step in (None, 1) and 0 <= (start or 0) < (size if stop is None else stop) <= size
+    start, stop = 0 if start is None else start, size if stop is None else stop
+    return type(start) is int and type(stop) is int and 0 <= start < stop <= size
 
 
 def same(ours: Any, theirs: Any) -> bool:
@@ -274,5 +354,7 @@ def same(ours: Any, theirs: Any) -> bool:
 
     if type(ours) is not type(theirs) or ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return False
-    left, right = (np.asarray(one).tobytes() for one in (ours, theirs))
+    # TensorFlow gives no array, but a number, for a tensor of no dimension.
+    pair = [one.numpy() if hasattr(one, "numpy") else one for one in (ours, theirs)]
+    left, right = (np.asarray(one).tobytes() for one in pair)
     return left == right

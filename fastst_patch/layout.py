@@ -10,7 +10,7 @@ import dataclasses
 import re
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .locks import once, shared
@@ -99,6 +99,32 @@ class FileLayout:
     def dtype(self, i: int) -> int:
         """Number of tensor i's dtype in ``enum fst_dtype``."""
         return int(self._records[i * _FIELDS + 3] >> 32)
+
+    def entries(
+        self, numbers: Iterable[int] | None = None
+    ) -> Iterator[tuple[int, int, int, list[int]]]:
+        """Offset of the first byte, bytes, dtype and shape of tensors; of all when None."""
+        records, dims, data_begin = self._records, self._dims, self.data_begin
+        for i in range(len(self.names)) if numbers is None else numbers:  # of some 20,000
+            begin, end, first, tail = records[i * _FIELDS : (i + 1) * _FIELDS]
+            shape = dims[first : first + (tail & 0xFFFFFFFF)].tolist()
+            yield data_begin + begin, end - begin, tail >> 32, shape
+
+    def entry(self, i: int) -> tuple[int, int, int, list[int]]:
+        """The same of tensor i."""
+        begin, end, first, tail = self._records[i * _FIELDS : (i + 1) * _FIELDS]
+        shape = self._dims[first : first + (tail & 0xFFFFFFFF)].tolist()
+        return self.data_begin + begin, end - begin, tail >> 32, shape
+
+    def lesser(self, numbers: Iterable[int], limit: int, dtypes: Container[int]) -> list[int]:
+        """Those of some tensors that have fewer than ``limit`` bytes, and one of some dtypes."""
+        records = self._records
+        return [
+            i
+            for i in numbers
+            if records[i * _FIELDS + 1] - records[i * _FIELDS] < limit
+            and records[i * _FIELDS + 3] >> 32 in dtypes
+        ]
 
 
 def described(

@@ -107,6 +107,8 @@ void fst_feed_end(void);
 void fst_file_read_exactly(fst_file *file);
 /* How many are held now. */
 uint64_t fst_open_files(void);
+/* Bytes of the regular file at a path, without opening it; -1 for anything else. */
+int64_t fst_path_bytes(const char *path);
 /* Reads exactly length bytes at offset, through the page cache. */
 int fst_file_read(fst_file *file, uint64_t offset, void *to, uint64_t length, fst_error *err);
 

@@ -82,3 +82,30 @@ def test_listeners_get_every_report(monkeypatch: pytest.MonkeyPatch) -> None:
     report.listen(heard.append)
     report.Account("stock", tensors=1).emit("load_file", "a", "cpu")
     assert [one.path for one in heard] == ["stock"]
+
+
+def test_a_report_is_made_only_where_somebody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[LoadReport] = []
+    real = report.LoadReport
+    monkeypatch.setattr(report, "LoadReport", lambda *a: made.append(real(*a)) or made[-1])
+    account = report.Account("buffered", bytes=5, tensors=2, seconds=0.5)
+    before = report.totals()["paths"].get("buffered", {"tensors": 0})["tensors"]
+    account.emit("safe_open", "a", "cpu")
+    assert not made
+    assert report.totals()["paths"]["buffered"]["tensors"] == before + 2
+    account.tensors = 1
+    with report.profile() as seen:
+        account.emit("safe_open", "a", "cpu")
+    assert seen.reports == made != []
+
+
+def test_small_files_are_counted() -> None:
+    def counted() -> tuple[int, int]:
+        found = report.totals()
+        return found["paths"]["stock"]["loads"], found["fallbacks"][report.SMALL_FILE]
+
+    assert report.count_small() is False
+    loads, fallbacks = counted()
+    with report.profile():
+        assert report.count_small() is True
+    assert counted() == (loads + 1, fallbacks + 1)

@@ -48,6 +48,20 @@ _PACKAGES = (
     "cattensors", "safetensors-streaming", "unsloth",
 )  # fmt: skip
 
+_HOST = "accelerated to host memory; copies to devices are the framework's"
+_FRAMEWORKS = {
+    "torch": (("torch",), "accelerated, to the CPU and to CUDA devices"),
+    "numpy": (("numpy",), "accelerated"),
+    "jax": (("jax",), _HOST),
+    "tensorflow": (("tensorflow", "tensorflow-cpu"), _HOST),
+    "mlx": (("mlx",), _HOST),
+    "paddle": (
+        ("paddlepaddle", "paddlepaddle-gpu"),
+        "stock maps files; cold ones are read ahead",
+    ),
+}
+"""By module: distributions that have it, and what is done for the framework."""
+
 _FILE_SYSTEMS = {
     0xEF53: "ext2/3/4", 0x58465342: "xfs", 0x9123683E: "btrfs", 0x01021994: "tmpfs",
     0x6969: "nfs", 0x65735546: "fuse", 0x0BD00BD0: "lustre", 0x794C7630: "overlayfs",
@@ -103,6 +117,21 @@ def _versions() -> dict[str, str | None]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
+    return found
+
+
+def _frameworks() -> dict[str, dict[str, str]]:
+    """Frameworks that are installed, with version and what is done for each."""
+    found = {}
+    for module, (packages, done) in _FRAMEWORKS.items():
+        if importlib.util.find_spec(module) is None:
+            continue
+        version = "of an unknown version"
+        for package in packages:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                version = importlib.metadata.version(package)
+                break
+        found[module] = {"version": version, "loads": done}
     return found
 
 
@@ -299,6 +328,7 @@ def _tested() -> dict[str, list[str]]:
 
 def _patching() -> dict[str, Any]:
     """What ``patch()`` would replace. Patches for a moment, and undoes it."""
+    from ..dropin.eligibility import SMALL_FOR_ARRAYS
     from ..integrations import INTEGRATIONS
     from ..patching import patcher
 
@@ -327,7 +357,8 @@ def _patching() -> dict[str, Any]:
         "targets": targets,
         "left_to_stock": {
             "device other than cpu and cuda": "stock and torch load to it",
-            "framework other than torch": "numpy, tf, jax, mlx and paddle are not accelerated",
+            "device for a framework other than torch": "stock refuses it, or gives it to Paddle",
+            f"files up to {SMALL_FOR_ARRAYS} bytes, for these": "stock is faster",
             'backend="pread"': "its indexing is stricter, and it copies",
             "safetensors.torch.load(bytes)": "no file is read",
             **({f"files up to {small} bytes": "the option small_file_bytes"} if small else {}),
@@ -354,6 +385,7 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
         "schema": SCHEMA,
         "python": platform.python_version(),
         "versions": _versions(),
+        "frameworks": _frameworks(),
         "missing": missing,
         "native": native,
         "options": options,
@@ -372,7 +404,7 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
     if native["reason"] is None and importable:
         chosen = list(paths) or [os.getcwd(), tempfile.gettempdir()]
         result["paths"] = [{**_place(path), "named": path in paths} for path in chosen]
-        if "error" not in options and not missing:
+        if "error" not in options and not missing.keys() - {"torch"}:
             result["patch"] = _patching()
     else:
         result["paths"] = [

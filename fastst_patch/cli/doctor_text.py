@@ -38,7 +38,7 @@ def diagnose(found: Mapping[str, Any]) -> Verdict:
     """Judge the result of `doctor.examine`."""
     verdict = Verdict()
     problems = verdict.problems
-    problems += [f"{package}: {why}" for package, why in found["missing"].items()]
+    _diagnose_missing(found["missing"], verdict)
     if str(found["gpu_reason"]).startswith("torch cannot tell") and "torch" not in found["missing"]:
         problems.append(f"torch: {found['gpu_reason']}")
     if found["native"]["reason"] is not None:
@@ -68,6 +68,14 @@ def diagnose(found: Mapping[str, Any]) -> Verdict:
     else:
         verdict.text = "The fast path works here."
     return verdict
+
+
+def _diagnose_missing(missing: Mapping[str, str], verdict: Verdict) -> None:
+    for package, why in missing.items():
+        if (package, why) == ("torch", "not installed"):
+            verdict.remarks.append("torch: not installed; other frameworks are loaded without it")
+        else:
+            verdict.problems.append(f"{package}: {why}")
 
 
 def _diagnose_path(entry: Mapping[str, Any], verdict: Verdict) -> None:
@@ -111,11 +119,10 @@ def render(
 def _good(found: Mapping[str, Any]) -> Iterator[str]:
     """A line for each part that works."""
     versions = found["versions"]
-    packages = [f"{name} {versions[name]}" for name in ("torch", "safetensors") if versions[name]]
-    if packages:
-        yield ", ".join(
-            [*packages, f"fastst-patch {versions['fastst-patch'] or '(not installed)'}"]
-        )
+    packages = [f"safetensors {versions['safetensors']}"] if versions["safetensors"] else []
+    yield ", ".join([*packages, f"fastst-patch {versions['fastst-patch'] or '(not installed)'}"])
+    for name, one in found["frameworks"].items():
+        yield f"{name} {one['version']}: {one['loads']}"
     if found["native"]["reason"] is None:
         yield f"native engine: loaded, {found['machine']['workers_per_load']} workers a load"
     ready = [gpu for gpu in found["gpus"] if gpu["engine"].startswith("ready")]

@@ -19,8 +19,9 @@ from ..files.array_file import ArrayFile
 from ..files.base import OpenedFile, open_checked
 from ..files.cpu import HostFile
 from ..files.cuda import DeviceFile
+from ..files.stock_mapped import AsFast, ByStock, StockMappedFile
 from ..layout import FileLayout
-from ..report import Account
+from ..report import SMALL_FILE, LoadReport, count, tell
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ __all__ = [
     "destination",
     "device_for_call",
     "fell_back",
+    "is_small_for_arrays",
     "open_fast",
     "opened_for",
     "path_of",
@@ -50,7 +52,10 @@ SMALL_FOR_ARRAYS = 1 << 20
 """Bytes of a file up to which stock, which copies them, is faster than a map. One array of 1 KB
 takes stock 28 us and a map 91; of 1 MiB 86 and 100; of 4 MiB 192 and 126."""
 
-Destination: TypeAlias = "Device | arrays.ArrayMaker | None"
+FEW_HANDLES = 8
+"""Open handles below which the limit of descriptors is not looked up, which takes 2 us."""
+
+Destination: TypeAlias = "Device | arrays.ArrayMaker | ByStock | None"
 
 
 def path_of(filename: object) -> str:
@@ -87,15 +92,21 @@ def device_for_call(framework: object, device: object, backend: object) -> Devic
 
 def destination(framework: object, device: object, backend: object) -> Destination:
     """Where a call's tensors go, and what they are, if the call is eligible. Raises Fallback."""
-    maker = arrays.maker_for(framework)
-    if maker is None:
+    if not isinstance(framework, str):
+        raise Fallback("the framework is no str")
+    if framework in TORCH:
         return device_for_call(framework, device, backend)
+    maker = arrays.maker_for(framework)
     error = engine.native_error()
     if error is not None:
         raise Fallback(error)
     if backend != "mmap":
         raise Fallback(f"backend {backend!r} is not accelerated")
-    if device is not None and device != "cpu":
+    if maker is None:
+        if framework == "paddle":
+            return ByStock("paddle", device)
+        raise Fallback(f"framework {framework!r} is not accelerated")
+    if device is not None and not (isinstance(device, str) and device == "cpu"):
         raise Fallback(f"framework {framework!r} has no device {device!r}")
     return maker
 
@@ -106,10 +117,13 @@ def check_descriptors() -> None:
     Before 0.9 stock's handles hold none once they are open. Programs rely on that: they open every
     shard of a model and close none.
     """
+    held = engine.open_files()
+    if held < FEW_HANDLES:
+        return
     import resource  # Unix only, like the engine
 
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if allowed != resource.RLIM_INFINITY and engine.open_files() >= allowed // 4:
+    if allowed != resource.RLIM_INFINITY and held >= allowed // 4:
         raise Fallback("very many handles are open")
 
 
@@ -125,13 +139,28 @@ class SmallFile(Fallback):
     """The file is so small that stock is faster. This is intended, so nothing warns of it."""
 
 
+def is_small_for_arrays(args: Any, kwargs: Any) -> bool:
+    """Whether ``safe_open`` is called for arrays of a file that is left to stock for its size.
+
+    Stock takes only 29 us for a file of three tensors, so this comes before all other checks.
+    """
+    framework = args[1] if len(args) > 1 else kwargs.get("framework")
+    filename = args[0] if args else kwargs.get("filename")
+    if type(framework) is not str or type(filename) is not str:
+        return False
+    if framework not in arrays.FRAMEWORKS:
+        return False
+    return 0 <= engine.path_bytes(filename) <= SMALL_FOR_ARRAYS
+
+
 def open_fast(path: str, config: Config, target: Destination) -> OpenedFile:
     """Open a file with a valid header. Raises Fallback when stock must judge it.
 
     Args:
         path: of the file.
         config: options for this file, as long as it is open.
-        target: the device its tensors go to, or the maker of arrays; None: torch's, on the CPU.
+        target: the device its tensors go to, the maker of arrays, or whose tensors stock makes;
+            None: torch's, on the CPU.
     """
     check_size(path, config, target)
     try:
@@ -144,7 +173,7 @@ def open_fast(path: str, config: Config, target: Destination) -> OpenedFile:
 def check_size(path: str, config: Config, target: Destination = None) -> None:
     """Raise Fallback when a file is so small that it goes to stock."""
     limit = config.small_file_bytes
-    if isinstance(target, arrays.ArrayMaker):
+    if isinstance(target, (arrays.ArrayMaker, ByStock)):
         limit = max(limit, SMALL_FOR_ARRAYS)
     if limit:
         try:
@@ -152,7 +181,7 @@ def check_size(path: str, config: Config, target: Destination = None) -> None:
         except (OSError, ValueError) as error:
             raise Fallback("the file cannot be looked at") from error
         if size <= limit:
-            raise SmallFile("the file is small")
+            raise SmallFile(SMALL_FILE)
 
 
 def opened_for(
@@ -167,12 +196,14 @@ def opened_for(
         return HostFile(file, layout, config)
     if isinstance(target, arrays.ArrayMaker):
         return ArrayFile(file, layout, config, target)
+    if isinstance(target, ByStock):
+        return StockMappedFile(file, layout, config, target)
     return DeviceFile(file, layout, config, target)
 
 
 def fell_back(config: Config, call: str, path: str, fallback: Fallback) -> None:
     """Warn or raise as the option ``fallback`` says. Called after stock has accepted the call."""
-    if isinstance(fallback, SmallFile) or config.fallback == "auto":
+    if isinstance(fallback, (AsFast, SmallFile)) or config.fallback == "auto":
         return
     text = f"{call} of {path} was left to stock safetensors: {fallback.reason}"
     if config.fallback == "error":
@@ -181,11 +212,20 @@ def fell_back(config: Config, call: str, path: str, fallback: Fallback) -> None:
 
 
 def report_stock(
-    call: str, file: object, device: object, fallback: Fallback, **counts: Any
+    call: str,
+    file: object,
+    device: object,
+    fallback: Fallback,
+    *,
+    nbytes: int = 0,
+    made: int = 0,
+    seconds: float = 0.0,
 ) -> None:
-    """Report a call that stock did. Counts are ``bytes``, ``tensors`` and ``seconds``."""
-    account = Account("stock", reason=fallback.reason, **counts)
-    account.emit(call, str(file), str("cpu" if device is None else device))
+    """Report a call that stock did, which handed out ``nbytes`` in ``made`` tensors."""
+    reason = fallback.reason
+    if count("stock", nbytes, made, seconds, reason):
+        where = str("cpu" if device is None else device)
+        tell(LoadReport(call, str(file), where, "stock", nbytes, made, seconds, None, reason))
 
 
 # ---- verify ----

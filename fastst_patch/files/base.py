@@ -8,7 +8,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import engine, stock, tensors
 from ..config import Config, current
@@ -98,11 +98,13 @@ class TensorFile(abc.ABC):
         Raises as `tensor`.
         """
 
-    def count(self, made: int, nbytes: int) -> None:
-        """Add tensors handed out to the account."""
+    def count(self, made: int, nbytes: int, seconds: float = 0.0) -> None:
+        """Add tensors handed out to the account, and the time of a call that took no time of it."""
+        account = self.account
         with shared:  # threads share a handle
-            self.account.tensors += made
-            self.account.bytes += nbytes
+            account.tensors += made
+            account.bytes += nbytes
+            account.seconds += seconds
 
 
 class OpenedFile(TensorFile):
@@ -116,11 +118,13 @@ class OpenedFile(TensorFile):
         device_argument: how the caller named the device.
         framework: whose tensors they are, as stock takes it.
         mapped: whether tensors are views of the file's map.
+        ready: by name, tensors that were made before they are requested; a request takes one out.
     """
 
     device_argument: object = "cpu"
     framework = "pt"
     mapped = False
+    ready: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, file: engine.File, layout: FileLayout, config: Config) -> None:
         super().__init__(layout, config)
@@ -190,9 +194,6 @@ class OpenedFile(TensorFile):
         Raises as `tensor`.
         """
         return self.index(self.tensor(i, for_slice=True), index)
-
-    def check_index(self, i: int, index: Any) -> None:
-        """Raise Fallback where stock must judge an index into tensor i: for torch nowhere."""
 
     def index(self, whole: torch.Tensor, index: Any) -> torch.Tensor:
         """The result of stock's slice for an index into a tensor, or into some rows of it."""

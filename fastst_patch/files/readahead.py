@@ -195,6 +195,11 @@ class ReadAhead:
         except MemoryError:
             return None
 
+    @property
+    def calm(self) -> bool:
+        """Whether requests for less than `WORKERS_FROM` bytes start nothing."""
+        return self._calm is True or self._all_ahead or self._config.io == "mmap"
+
     def request(self, arena: engine.Arena, i: int, rows: tuple[int, int] | None = None) -> None:
         """Start reading tensor i, or some rows of it, and the tensors predicted to come next."""
         if self._config.io == "mmap" or self._all_ahead:
@@ -207,6 +212,10 @@ class ReadAhead:
         if self._calm and (end - begin < WORKERS_FROM or self._is_cached(begin, end)):
             return
         walk = self._pattern.request(i)
+        if walk is not None and self._calm is None:
+            self._look()  # before as much as AHEAD is gone through, tensor by tensor
+            if self._calm and end - begin < WORKERS_FROM:
+                return
         if walk is not None and walk.nbytes <= AHEAD // 2:
             self._follow(arena, walk, i, part)
         elif walk is None and self._started[i] != WHOLE and end - begin >= WORKERS_FROM:

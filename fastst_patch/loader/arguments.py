@@ -52,7 +52,7 @@ class Settings:
         fallback: why stock must load; None where it need not.
         config: options for the files.
         note: for reports: why a requested feature is not used.
-        framework: ``pytorch`` or ``paddle``.
+        framework: as `framework_name` gives it.
         hand_out: makes that framework's tensor of one of torch's.
     """
 
@@ -79,9 +79,12 @@ class Settings:
             self.fallback = Fallback(f"device {self.device!r} is not accelerated")
         self.hand_out = hand_out_of(self.framework, named)
         self.config = self._config(bbuf_size_kb, max_threads, nogds, use_fgds, options or {})
-        if self.framework == "paddle" and self.target and self.config.tensors == "dlpack":
-            # An arena is reused without waiting for paddle's streams: see `hand_out_of`.
-            raise OptionError("tensors='dlpack' is for torch: on a device, paddle needs 'owned'")
+        other = self.framework != "pytorch"
+        if other and self.target and self.config.tensors == "dlpack":
+            # An arena is reused without waiting for another framework's streams.
+            raise OptionError(
+                f"tensors='dlpack' is for torch: on a device, {self.framework} needs 'owned'"
+            )
 
     def _find_target(self, named: torch.device) -> None:
         try:

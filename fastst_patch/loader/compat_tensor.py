@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import header_shape
+from ..errors import OptionError
 from ..tensors import dtype_wanted
 from .arguments import device_named
 from .frameworks import paddle_dtype
@@ -19,7 +20,8 @@ __all__ = ["WrappedTensor"]
 class WrappedTensor:
     """A tensor in fastsafetensors' wrapper; `get_raw` returns the tensor.
 
-    Other attributes are the tensor's own, and torch's functions accept the wrapper.
+    Other attributes are the tensor's own, and torch's functions accept the wrapper. Methods that
+    make another tensor are for torch and paddle; they raise OptionError for other frameworks.
 
     Attributes:
         real_tensor: the tensor.
@@ -40,42 +42,55 @@ class WrappedTensor:
 
     def get_nbytes(self) -> int:
         """Bytes of its elements."""
-        nbytes: int = math.prod(self.real_tensor.shape) * self.real_tensor.element_size()
+        tensor = self.real_tensor
+        if hasattr(tensor, "element_size"):  # torch and paddle
+            size = tensor.element_size()
+        else:
+            size = getattr(tensor.dtype, "itemsize", None) or tensor.dtype.size  # TensorFlow
+        nbytes: int = math.prod(tensor.shape) * size
         return nbytes
+
+    def _tensor_for(self, method: str) -> Any:
+        tensor = self.real_tensor
+        package = type(tensor).__module__.partition(".")[0]
+        if hasattr(tensor, "element_size"):
+            return tensor
+        raise OptionError(f"{method}: of torch and paddle, not {package}: use get_raw()")
 
     def to(self, device: object = None, dtype: object = None) -> WrappedTensor:
         """The tensor on another device or in another dtype; None keeps each."""
         import torch
 
-        move = moved if isinstance(self.real_tensor, torch.Tensor) else moved_in_paddle
-        return WrappedTensor(move(self.real_tensor, device, dtype_wanted(dtype)))
+        tensor = self._tensor_for("to")
+        move = moved if isinstance(tensor, torch.Tensor) else moved_in_paddle
+        return WrappedTensor(move(tensor, device, dtype_wanted(dtype)))
 
     def clone(self) -> WrappedTensor:
         """A copy."""
-        return WrappedTensor(self.real_tensor.clone())
+        return WrappedTensor(self._tensor_for("clone").clone())
 
     def detach(self) -> WrappedTensor:
         """The tensor without its autograd history."""
-        return WrappedTensor(self.real_tensor.detach())
+        return WrappedTensor(self._tensor_for("detach").detach())
 
     def contiguous(self) -> WrappedTensor:
         """The tensor in contiguous memory."""
-        return WrappedTensor(self.real_tensor.contiguous())
+        return WrappedTensor(self._tensor_for("contiguous").contiguous())
 
     def view(self, dtype: object) -> WrappedTensor:
         """Its bytes as another dtype."""
         import torch
 
-        wanted = dtype_wanted(dtype)
+        tensor, wanted = self._tensor_for("view"), dtype_wanted(dtype)
         if wanted is None:
             return self
-        if not isinstance(self.real_tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor):
             wanted = paddle_dtype(wanted)
-        return WrappedTensor(self.real_tensor.view(wanted))
+        return WrappedTensor(tensor.view(wanted))
 
     def reshape(self, shape: list[int]) -> WrappedTensor:
         """The tensor in another shape."""
-        return WrappedTensor(self.real_tensor.reshape(shape))
+        return WrappedTensor(self._tensor_for("reshape").reshape(shape))
 
     def __getitem__(self, index: Any) -> WrappedTensor:
         return WrappedTensor(self.real_tensor[index])

@@ -64,7 +64,8 @@ class SafeTensorsFileLoader:
             hands out copies. It must be the same on all ranks, because kept tensors are not
             exchanged again.
         debug_log: log details of ``fastst_patch`` on stderr until `close`.
-        framework: ``pt``, ``pytorch`` or ``torch``; ``paddle`` in one process.
+        framework: ``pt``, ``pytorch`` or ``torch``; in one process also ``np``, ``jax``, ``tf``
+            or ``paddle``.
         use_fgds: requests GPU Direct Storage, too.
         **options: our options for these files, such as ``io`` or ``device_memory_budget``.
 
@@ -362,7 +363,7 @@ class fastsafe_open:  # noqa: N801 - fastsafetensors' name
 
     Args:
         filenames: a path, a list of paths, or a dict of ranks and their paths.
-        framework: ``pt``, ``pytorch`` or ``torch``.
+        framework: as of `SafeTensorsFileLoader`.
         pg: process group; None for a process on its own.
         device: where tensors go.
         nogds: as of `SafeTensorsFileLoader`.

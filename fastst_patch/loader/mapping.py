@@ -48,7 +48,8 @@ class FastSafetensorsFile(Mapping[str, "torch.Tensor"]):
     Args:
         path: of the file.
         device: where tensors go.
-        framework: ``pt``, ``pytorch`` or ``torch``; or ``paddle``, without slices.
+        framework: ``pt``, ``pytorch`` or ``torch``; without slices also ``np``, ``jax``, ``tf`` or
+            ``paddle``.
         **options: our options for this file, such as ``io`` or ``device_memory_budget``.
 
     Raises:

@@ -48,7 +48,7 @@ class ParallelLoader:
         nogds: as of `SafeTensorsFileLoader`.
         set_numa: has no effect.
         debug_log: as of `SafeTensorsFileLoader`.
-        framework: ``pt``, ``pytorch`` or ``torch``.
+        framework: as of `SafeTensorsFileLoader`.
         tensor_filter: tensors for whose name it is False are neither read nor yielded. Only in
             groups of one, or with ``all_local``.
         all_local: every rank reads its files alone, without the group.

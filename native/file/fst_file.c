@@ -107,6 +107,11 @@ int fst_file_refuse_fed(const fst_file *file, const char *what, fst_error *err) 
 
 uint64_t fst_open_files(void) { return atomic_load(&fst_counts.files); }
 
+int64_t fst_path_bytes(const char *path) {
+    struct stat found;
+    return FST_SYS->stat(path, &found) == 0 && S_ISREG(found.st_mode) ? (int64_t)found.st_size : -1;
+}
+
 const char *fst_source_name(const fst_file *file) {
     return file == NULL ? "host memory" : file->path;
 }

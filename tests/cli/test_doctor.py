@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +79,37 @@ def test_json_is_complete(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert found["problems"] == [f"{tmp_path}/absent/x: there is no such file or folder"]
     assert found["native"]["loaded"] == engine.native_file()
     assert found["versions"]["safetensors"] == safetensors.__version__
+    assert found["frameworks"]["torch"]["version"] == importlib.metadata.version("torch")
+    assert found["frameworks"]["numpy"]["loads"] == "accelerated"
     assert found["paths"][0]["residency_probe"] in ("cachestat", "preadv2", "mincore", "none")
     assert "error" in found["paths"][1]
     assert {t["name"] for t in found["patch"]["targets"]} == set(fastst_patch.patch_map())
     assert safetensors.safe_open is original
+
+
+WITHOUT_TORCH = """
+import sys
+from importlib.machinery import PathFinder
+
+class Others:  # as where torch is not installed
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.partition(".")[0] in ("torch", "transformers", "accelerate", "diffusers")
+        return None if hidden else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [one for one in sys.meta_path if one is not PathFinder] + [Others()]
+from fastst_patch.cli.main import main
+sys.exit(main(["doctor", sys.argv[1]]))
+"""
+
+
+def test_without_torch(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0, done
+    assert "The fast path works here; see the remarks below." in text
+    assert "torch: not installed; other frameworks are loaded without it" in text
+    assert "patch() would replace safetensors.safe_open" in text
 
 
 def test_what_is_in_files_is_told(

@@ -18,6 +18,7 @@ def findings(**changed: Any) -> dict[str, Any]:
         "python": "3.11.0",
         "missing": {},
         "versions": {"torch": "2.13", "safetensors": "0.8", "fastst-patch": None},
+        "frameworks": {"torch": {"version": "2.13", "loads": "accelerated"}},
         "native": {"loaded": "/engine.so", "reason": None},
         "options": {"io": "auto"},
         "unknown_variables": {},
@@ -49,6 +50,8 @@ FINE = "The fast path works here."
     [
         ({}, FINE, 0, 0),
         ({"missing": {"wrapt": "not installed"}}, BROKEN, 1, 0),
+        ({"missing": {"torch": "not installed"}}, REMARKS, 0, 1),
+        ({"missing": {"torch": "ImportError: no libc"}}, BROKEN, 1, 0),
         ({"gpu_reason": "torch cannot tell: no libc"}, BROKEN, 1, 0),
         ({"native": {"loaded": None, "reason": "no compiler"}}, BROKEN, 1, 0),
         ({"options": {"error": "bad"}}, BROKEN, 1, 0),
@@ -75,7 +78,8 @@ def test_the_verdict_comes_before_its_reasons() -> None:
     lines = doctor_text.render(found, MARKS, 80, verbose=False)
     assert lines[:2] == [f"x {BROKEN}", "  x wrapt: not installed"]
     assert lines[2].startswith("  ! options: FASTST_IOO has no effect")
-    assert "  + torch 2.13, safetensors 0.8, fastst-patch (not installed)" in lines
+    assert "  + safetensors 0.8, fastst-patch (not installed)" in lines
+    assert "  + torch 2.13: accelerated" in lines
     assert any("native engine: loaded" in line for line in lines)
     assert not any("huge pages" in line for line in lines)
     lines = doctor_text.render(found, MARKS, 80, verbose=True)

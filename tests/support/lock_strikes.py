@@ -41,12 +41,13 @@ STAND_S = 0.02  # how long a thread stands at a place; a fork may have to wait f
 SECTIONS = {
     "open": {
         "layout.py get", "layout.py put", "report.py __enter__", "report.py __exit__",
-        "files/base.py count", "files/cpu.py map", "report.py emit",
+        "files/base.py count", "files/cpu.py map", "report.py emit", "report.py count",
+        "report.py tell",
         "report.py totals", "report.py profile", "config.py push", "config.py pop",
         "config.py config",
     },
     "dtypes": {"tensors.py _try_all", "tensors.py _dtypes"},
-    "handles": {"files/array_file.py _is_untouched", "dropin/prefetch_loader.py close"},
+    "handles": {"report.py count_small", "dropin/prefetch_loader.py close"},
     "patch": {
         "patching/patcher.py _settle", "patching/patcher.py patch",
         "patching/patcher.py unpatch", "patching/patcher.py __enter__",
@@ -164,8 +165,11 @@ class Handles(Scenario):
     """For NumPy, and with a loader of `prefetch`."""
 
     def run(self) -> None:
-        eligibility.SMALL_FOR_ARRAYS = 0
         path = self.paths[0]
+        eligibility.SMALL_FOR_ARRAYS = 1 << 30
+        with fastst_patch.safe_open(path, "np"):
+            pass
+        eligibility.SMALL_FOR_ARRAYS = 0
         with fastst_patch.safe_open(path, "np") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             name = next(
