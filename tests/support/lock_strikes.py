@@ -66,6 +66,7 @@ SECTIONS = {
 NOT_RUN = {
     "patching/patcher.py imported": "as _settle, where a module is imported",
     "locks.py _renew": "in every forked child that uses what it inherited",
+    "engine/feeds.py ready": "where a remote file is opened again, after Ctrl-C or in a child",
 }
 
 
