@@ -193,7 +193,7 @@ def indexed(opened: OpenedFile, i: int, index: Any) -> torch.Tensor:
     """What stock's slice of tensor i gives for an index; raises as `OpenedFile.tensor`."""
     shape = opened.layout.shape(i)
     rows = leading_rows(index, shape)
-    if rows is None and not opened.mapped:
+    if rows is None and opened.file.feed is not None:
         rows = _one_row(index, shape)
     if rows is None:
         return opened.part(i, index)

@@ -57,7 +57,7 @@ class RequestOrder:
         self._leave_out(key)
         nbytes = self._layout.nbytes(key)
         # It is handed out at once, so it does not count as read ahead.
-        return Group(None, items=[key], waiting={key: 0}, nbytes=nbytes)
+        return Group(None, items=[key], waiting={key}, nbytes=nbytes)
 
     def next(self, waiting: Mapping[Hashable, Group]) -> Group | None:
         """See `Order`."""
@@ -90,7 +90,7 @@ class RequestOrder:
         if group is None or key not in group.waiting:
             return
         group.items.remove(key)
-        del group.waiting[key]
+        group.waiting.remove(key)
         group.nbytes -= self._layout.nbytes(key)
         group.held = group.nbytes
         if not group.items:
@@ -107,7 +107,7 @@ class RequestOrder:
             if i in waiting:
                 continue
             group.items.append(i)
-            group.waiting[i] = 0  # the group keeps its memory until its last tensor is taken
+            group.waiting.add(i)
             group.nbytes += nbytes
         group.held = group.nbytes
         group.items.sort()  # as they lie in the file

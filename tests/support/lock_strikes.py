@@ -71,6 +71,7 @@ NOT_RUN = {
     "sources/loop.py acquire": "it starts obstore, which refuses to work in forked children",
     "sources/loop.py release": "as acquire",
     "sources/stream.py read": "it needs a server: tests/sources/test_transport_life.py",
+    "engine/feeds.py ready": "where a remote file is opened again, after Ctrl-C or in a child",
 }
 
 
