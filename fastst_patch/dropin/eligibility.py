@@ -48,9 +48,10 @@ __all__ = [
 
 TORCH = ("pt", "torch", "pytorch")
 
-SMALL_FOR_ARRAYS = 1 << 20
+SMALL_FOR_ARRAYS = 3 << 20
 """Bytes of a file up to which stock, which copies them, is faster than a map. One array of 1 KB
-takes stock 28 us and a map 91; of 1 MiB 86 and 100; of 4 MiB 192 and 126."""
+takes stock 28 us and a map 91; of 1 MiB 86 and 100; of 4 MiB 192 and 126. One of eight arrays of a
+file of 2 MiB takes twice stock's time by a map, and all of them as long."""
 
 FEW_HANDLES = 8
 """Open handles below which the limit of descriptors is not looked up, which takes 2 us."""

@@ -247,11 +247,12 @@ def safe_open(*args: Any, **kwargs: Any) -> Any:
 def safe_open_over(standing: Any, args: Any, kwargs: Any) -> Any:
     """`safe_open` in the place of what stood there; None: of stock's own."""
     if is_small_for_arrays(args, kwargs):  # before all else: see `count_small`
-        handle = stock.call(stock.safe_open, args, kwargs)
-        if count_small():
-            filename = args[0] if args else kwargs["filename"]
-            tell(LoadReport("safe_open", filename, "cpu", "stock", 0, 0, 0.0, None, SMALL_FILE))
-        return handle
+        with contextlib.suppress(stock.SafetensorError):  # below: it may be a stand-in
+            handle = stock.call(stock.safe_open, args, kwargs)
+            if count_small():
+                filename = args[0] if args else kwargs["filename"]
+                tell(LoadReport("safe_open", filename, "cpu", "stock", 0, 0, 0.0, None, SMALL_FILE))
+            return handle
     filename = args[0] if args else kwargs.get("filename")
     if type(filename) is str and "://" in filename and is_url(filename):
         local = _with_path(safe_open_over, standing, args, kwargs)

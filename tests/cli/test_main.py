@@ -93,7 +93,7 @@ def test_a_misspelt_option_is_told_with_the_nearest() -> None:
 # ---- broken installations ----
 
 
-@pytest.mark.parametrize("missing", ["safetensors", "torch", "wrapt"])
+@pytest.mark.parametrize("missing", ["safetensors", "wrapt"])
 def test_doctor_survives_and_says_what_is_missing(tmp_path: Path, missing: str) -> None:
     code = f"""
 import sys

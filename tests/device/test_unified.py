@@ -197,16 +197,19 @@ def test_room(fake_driver, monkeypatch, driver, shared) -> None:
     """Cached pages count as free where CUDA counts them as taken, but no more than there is."""
     with fake_device.fake_cuda(fake_driver, kind=driver) as runtime:
         fake_driver.lib.fake_device_bytes(100 * MIB)
-        fake_driver.lib.fake_unified(shared, 0)
-        block = runtime.arena(10 * MIB, 0)
-        found = _found()
-        free = engine.device_info(found.native()).free_bytes
-        assert free < 100 * MIB
-        for headroom, room in ((None, free), (MIB, free), (95 * MIB, 95 * MIB),
-                               (1 << 40, 100 * MIB)):  # fmt: skip
-            monkeypatch.setattr(engine, "memory_headroom", lambda headroom=headroom: headroom)
-            assert found.room() == (room if shared and driver == "cuda" else free)
-        del block
+        try:
+            fake_driver.lib.fake_unified(shared, 0)
+            block = runtime.arena(10 * MIB, 0)
+            found = _found()
+            free = engine.device_info(found.native()).free_bytes
+            assert free < 100 * MIB
+            for headroom, room in ((None, free), (MIB, free), (95 * MIB, 95 * MIB),
+                                   (1 << 40, 100 * MIB)):  # fmt: skip
+                monkeypatch.setattr(engine, "memory_headroom", lambda headroom=headroom: headroom)
+                assert found.room() == (room if shared and driver == "cuda" else free)
+            del block
+        finally:
+            fake_driver.lib.fake_device_bytes(16 << 30)
 
 
 # ---------------------------------------------------------------- what users are told
@@ -220,7 +223,7 @@ def test_doctor_says_it_in_a_line(cuda, kind) -> None:
     assert ("past the page cache" in state["memory"]) == kind.startswith("integrated")
     found = {
         "missing": {}, "gpu_reason": None, "native": {"reason": None}, "options": {},
-        "unknown_variables": {}, "paths": [], "versions": dict.fromkeys(
+        "unknown_variables": {}, "paths": [], "frameworks": {}, "versions": dict.fromkeys(
             ("torch", "safetensors", "fastst-patch")
         ), "machine": {"workers_per_load": 4},
         "gpus": [{"name": "A", **state}, {"name": "A", **state}, {"name": "B", **state}],

@@ -221,10 +221,11 @@ bucket.wait(2)
 @pytest.mark.parametrize(
     "end", ["print('end')", "del handle; print('end')", "print('end'); sys.exit()"]
 )
-def test_exit_while_reads_wait(twin, end) -> None:
+def test_exit_while_reads_wait(twin, end, tmp_path) -> None:
     code = SCRIPT.format(path=[str(Path(__file__).parents[1] / "support")], twin=twin, end=end)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+        cwd=tmp_path,
+    )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
     assert done.stderr == ""

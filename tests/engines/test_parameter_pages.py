@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engine_standin import Loading
 from safetensors.torch import save_file
-from vllm_standin import Loading
 
 import fastst_patch
 from fastst_patch import engine

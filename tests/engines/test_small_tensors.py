@@ -66,16 +66,20 @@ def test_cold_ones_are_read_ahead(rank_of_two, scales, evict, on_disk, monkeypat
     whole = scales.stat().st_size
     if cold:
         evict(scales)
-    before = engine.counters()["bytes_prefetched"]
+    asked = []  # how much of it workers bring depends on who is first: they, or the reader
+
+    def prefetch(file, arena, segments, *, start=engine.prefetch, **options):
+        asked.extend(segments[1::3])
+        return start(file, arena, segments, **options)
+
+    monkeypatch.setattr(engine, "prefetch", prefetch)
     with fastst_patch.patched(), fastst_patch.profile() as seen:
         found = rank_of_two.load(scales.parent, Model(1, "cpu"))
-    engine.shutdown()
-    read = engine.counters()["bytes_prefetched"] - before
     assert [int(tensor[-1]) for tensor in found.values()] == list(range(COUNT))
     (report,) = seen.reports
     assert (report.tensors, report.bytes) == (COUNT, COUNT * 4 * ROWS)
     assert report.path == ("mmap+readahead" if cold else "mmap")
-    assert (read >= 0.5 * whole) if cold else (read == 0)
+    assert (sum(asked) >= 0.9 * whole) if cold else not asked
 
 
 def test_one_that_is_dropped_half_way(rank_of_two, scales, nothing_left) -> None:

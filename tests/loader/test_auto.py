@@ -132,7 +132,7 @@ def test_arguments_reach_the_loader(elsewhere, paths, capsys) -> None:
 WRONG = [
     ({"loader": "3fs"}, "loader='3fs'"),
     ({"loader": "oss"}, "Unknown loader type: 'oss'"),
-    ({"framework": "tf"}, "framework='tf'"),
+    ({"framework": "mxnet"}, "framework='mxnet'"),
     ({"disable_cache": 1}, "disable_cache=1"),
     ({"parallel": {"use_pipeline": "false"}}, "use_pipeline='false'"),
     ({"set_numa": "no"}, "set_numa='no'"),

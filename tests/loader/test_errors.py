@@ -197,7 +197,7 @@ BAD = [
     ({"disable_cache": 1}, OptionError, "disable_cache=1"),
     ({"debug_log": 0}, OptionError, "debug_log=0"),
     ({"use_fgds": 0}, OptionError, "use_fgds=0"),
-    ({"framework": "tf"}, OptionError, "framework='tf': allowed are pt, pytorch, torch, paddle"),
+    ({"framework": "mxnet"}, OptionError, "framework='mxnet': allowed are pt, pytorch"),
     ({"device": "nothing"}, RuntimeError, "nothing"),
     ({"device": 1.5}, TypeError, "device=1.5"),
     ({"io": "fast"}, OptionError, "option io='fast': allowed are"),

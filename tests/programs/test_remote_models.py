@@ -131,7 +131,7 @@ def run_child(code: str, *arguments: str, **environment: str) -> subprocess.Comp
     code = "import sys\n" + f"sys.path.insert(0, {str(support)!r})\n" + code
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False,
-        env={**os.environ, **environment},
+        env={**os.environ, **environment}, cwd="/",  # not the sources, which have no engine
     )  # fmt: skip
 
 

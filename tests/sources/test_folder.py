@@ -229,7 +229,8 @@ def test_an_unknown_scheme(bucket, monkeypatch) -> None:
         ("hf://org/repo", "refs/pr/3", "hf://org/repo@refs%2Fpr%2F3"),
     ],
 )
-def test_a_revision(bucket, url, revision, wanted) -> None:
+def test_a_revision(bucket, url, revision, wanted, monkeypatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     bucket.files = placed(wanted, FILES)
     assert stands_for(f"{remote(url, revision=revision)}/m-1.safetensors").url.startswith(wanted)
 

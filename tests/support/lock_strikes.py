@@ -71,6 +71,11 @@ NOT_RUN = {
     "sources/loop.py acquire": "it starts obstore, which refuses to work in forked children",
     "sources/loop.py release": "as acquire",
     "sources/stream.py read": "it needs a server: tests/sources/test_transport_life.py",
+    "sources/partial.py refresh": "it needs a server: tests/sources/test_cache.py",
+    "sources/partial.py write": "as refresh",
+    "integrations/deferred.py plain": "it needs an engine: tests/engines/test_parallel_ranks.py",
+    "integrations/parts.py _pairs_of": "as plain",
+    "integrations/parts.py count": "as plain",
     "engine/feeds.py ready": "where a remote file is opened again, after Ctrl-C or in a child",
 }
 
