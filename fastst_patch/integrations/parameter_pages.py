@@ -30,8 +30,9 @@ HUGE_PAGE = 2 * MIB
 PIECE = 32 * MIB
 """Memory between two huge pages whose cost is measured. One takes 0.2 ms where memory is there."""
 
-SLOW = 1_200_000
-"""Nanoseconds of processor time that small pages for as much as a huge page take, by faults."""
+SLOW = 2_400_000
+"""Nanoseconds of processor time of a huge page from which on small ones are tried. As many small
+ones take half of it by faults, alone; here other threads compete for the cores."""
 
 SMALLEST = 2 * HUGE_PAGE
 """A smaller parameter may have no whole huge page."""
