@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from loader_files import of_all_dtypes
-from lock_strikes import LIMIT_S, NOT_RUN, SECTIONS
+from lock_sections import NOT_RUN, SECTIONS
+from lock_strikes import LIMIT_S
 from places import SUPPORT
 
 import fastst_patch

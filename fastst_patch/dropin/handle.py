@@ -39,7 +39,7 @@ from .eligibility import (
     verified,
 )
 from .prefetch_loader import UPSTREAM, open_loader
-from .remote import by_stock_or_us, is_url, load_url, open_url
+from .remote import by_stock_or_us, is_url, load_url, open_url, theirs_or, with_path
 from .slices import FastSlice, TensorMeta, repr_as, stock_handle, stock_over
 
 if TYPE_CHECKING:
@@ -75,11 +75,8 @@ def load_file_over(standing: Any, args: Any, kwargs: Any) -> dict[str, torch.Ten
     """`load_file` in the place of what stood there; None: of stock's own."""
     filename = args[0] if args else kwargs.get("filename")
     if type(filename) is str and "://" in filename and is_url(filename):
-        local = _with_path(load_file_over, standing, args, kwargs)
-        found: dict[str, torch.Tensor] = _theirs_or(
-            standing, args, kwargs, lambda: load_url(filename, args, kwargs, local)
-        )
-        return found
+        local = with_path(load_file_over, standing, args, kwargs)
+        return theirs_or(standing, args, kwargs, lambda: load_url(filename, args, kwargs, local))
     config, started = current(), time.perf_counter()
     try:
         path, opened, result = _fast_load_file(config, args, kwargs)
@@ -91,32 +88,12 @@ def load_file_over(standing: Any, args: Any, kwargs: Any) -> dict[str, torch.Ten
         if config.verify:
             return verified(config, path, result, stock.load_file(*args, **kwargs))
         return result
-    left: dict[str, torch.Tensor] = by_stock_or_us(
+    return by_stock_or_us(
         fallback,
         filename,
         lambda: _stock_load_file(standing, config, fallback, args, kwargs, started=started),
-        lambda url: load_url(url, args, kwargs, _with_path(load_file_over, standing, args, kwargs)),
+        lambda url: load_url(url, args, kwargs, with_path(load_file_over, standing, args, kwargs)),
     )
-    return left
-
-
-def _theirs_or(standing: Any, args: Any, kwargs: Any, ours: Callable[[], Any]) -> Any:
-    """What is to be had for a URL: of other code that stood in stock's place, as without us."""
-    if standing is not None and not stock.own(standing):
-        with contextlib.suppress(Exception):
-            return stock.call(standing, args, kwargs)
-    return ours()
-
-
-def _with_path(function: Any, standing: Any, args: Any, kwargs: Any) -> Callable[[str], Any]:
-    """A call for the local file at another path."""
-
-    def call(path: str) -> Any:
-        if args:
-            return function(standing, (path, *args[1:]), kwargs)
-        return function(standing, args, {**kwargs, "filename": path})
-
-    return call
 
 
 def _fast_load_file(
@@ -233,7 +210,7 @@ def _open_handle(stock_class: Any, find_path: Any, standing: Any, args: Any, kwa
         return handle
 
     def by_us(url: str) -> Any:
-        local = _with_path(safe_open_over, standing, args, kwargs)
+        local = with_path(safe_open_over, standing, args, kwargs)
         return open_url(url, stock_class, args, kwargs, local=local, made=FastHandle)
 
     return by_stock_or_us(fallback, filename, by_stock, by_us)
@@ -255,12 +232,12 @@ def safe_open_over(standing: Any, args: Any, kwargs: Any) -> Any:
             return handle
     filename = args[0] if args else kwargs.get("filename")
     if type(filename) is str and "://" in filename and is_url(filename):
-        local = _with_path(safe_open_over, standing, args, kwargs)
+        local = with_path(safe_open_over, standing, args, kwargs)
 
         def ours() -> Any:
             return open_url(filename, stock.safe_open, args, kwargs, local=local, made=FastHandle)
 
-        return _theirs_or(standing, args, kwargs, ours)
+        return theirs_or(standing, args, kwargs, ours)
     return _open_handle(stock.safe_open, path_of, standing, args, kwargs)
 
 

@@ -6,9 +6,10 @@ ours to judge are judged by stock over an empty file.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import engine, stock
 from ..config import current
@@ -26,7 +27,9 @@ from ..files.remote import (
 )
 from .eligibility import TORCH, Destination, destination, opened_for
 
-__all__ = ["by_stock_or_us", "is_url", "load_url", "open_url"]
+__all__ = ["by_stock_or_us", "is_url", "load_url", "open_url", "theirs_or", "with_path"]
+
+_T = TypeVar("_T")
 
 
 def is_url(filename: object) -> bool:
@@ -34,9 +37,29 @@ def is_url(filename: object) -> bool:
     return type(filename) is str and is_remote(filename)
 
 
+def theirs_or(standing: Any, args: Any, kwargs: Any, ours: Callable[[], _T]) -> _T:
+    """What is to be had for a URL: of other code that stood in stock's place, as without us."""
+    if standing is not None and not stock.own(standing):
+        with contextlib.suppress(Exception):
+            theirs: _T = stock.call(standing, args, kwargs)
+            return theirs
+    return ours()
+
+
+def with_path(function: Any, standing: Any, args: Any, kwargs: Any) -> Callable[[str], Any]:
+    """A call for the local file at another path."""
+
+    def call(path: str) -> Any:
+        if args:
+            return function(standing, (path, *args[1:]), kwargs)
+        return function(standing, args, {**kwargs, "filename": path})
+
+    return call
+
+
 def by_stock_or_us(
-    fallback: Fallback, path: object, by_stock: Callable[[], Any], by_us: Callable[[str], Any]
-) -> Any:
+    fallback: Fallback, path: object, by_stock: Callable[[], _T], by_us: Callable[[str], _T]
+) -> _T:
     """A call that is left to stock; for a stand-in, what we do with the file that it stands for.
 
     Args:

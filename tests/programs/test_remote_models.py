@@ -17,6 +17,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from fault_server import FaultServer, Remote, since, status
+from kept_files import settled
 
 import fastst_patch
 from fastst_patch.cli import launcher
@@ -391,7 +392,7 @@ def test_the_second_load_is_local(served, sharded, tmp_path) -> None:
         with fastst_patch.profile() as first:
             assert digest(kind.from_pretrained(folder)) == expected
         assert_streamed(first)
-        settle()
+        settled()
         served.requests.clear()
         with fastst_patch.profile() as second:
             assert digest(kind.from_pretrained(folder)) == expected
@@ -400,14 +401,6 @@ def test_the_second_load_is_local(served, sharded, tmp_path) -> None:
     assert {name: served.asked_for(name) for name in names} == {
         name: ["bytes=0-0"] for name in names
     }
-
-
-def settle() -> None:
-    import threading
-
-    for thread in threading.enumerate():
-        if thread.name == "fastst-cache":
-            thread.join()
 
 
 def test_a_url_is_cached_and_a_change_is_noticed(served, sample, tmp_path, assert_same) -> None:
@@ -419,7 +412,7 @@ def test_a_url_is_cached_and_a_change_is_noticed(served, sample, tmp_path, asser
             with fastst_patch.profile() as seen:
                 assert_same(safetensors.torch.load_file(url), expected)
             assert seen.reports[0].path.startswith(path)
-            settle()
+            settled()
         other = {"w": torch.zeros(3)}
         served.files["/m.safetensors"] = Remote(safetensors.torch.save(other))
         assert_same(safetensors.torch.load_file(url), other)

@@ -1,0 +1,134 @@
+"""The folder in which remote files are kept: its size, and what is written there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from kept_files import (
+    MIB,
+    URL,
+    a_bucket,  # noqa: F401 - a fixture
+    caching,  # noqa: F401 - a fixture
+    content,
+    fill,
+    locate,
+    read_all,
+    settled,
+)
+from remote_bucket import Bucket, MemorySource
+
+from fastst_patch.config import Config
+from fastst_patch.sources import store
+from fastst_patch.sources.cache import CachedSource
+from fastst_patch.sources.store import Store
+
+# ---- room
+
+
+def urls(bucket: Bucket, count: int, nbytes: int = MIB) -> list[str]:
+    found = [f"memory://bucket/{i}.safetensors" for i in range(count)]
+    bucket.files.update({url: content(nbytes) for url in found})
+    return found
+
+
+def age(path: str, seconds: float) -> None:
+    then = time.time() - seconds
+    for suffix in (".safetensors", ".json"):
+        os.utime(os.path.splitext(path)[0] + suffix, (then, then))
+
+
+def test_what_was_used_last_stays(bucket, config) -> None:
+    limited = Config(remote_cache=config.remote_cache, remote_cache_bytes=3 * MIB)
+    a, b, c, d = urls(bucket, 4)
+    paths = [fill(limited, url) for url in (a, b, c)]
+    for path, seconds in zip(paths, (3000, 5000, 4000), strict=True):
+        age(path, seconds)
+    assert locate(a, limited) == paths[0]  # uses it
+    fill(limited, d)
+    assert [os.path.exists(path) for path in paths] == [True, False, True]
+
+
+def test_what_was_just_used_is_not_pushed_out(bucket, config, caplog) -> None:
+    limited = Config(remote_cache=config.remote_cache, remote_cache_bytes=2 * MIB)
+    a, b, c = urls(bucket, 3)
+    paths = [fill(limited, url) for url in (a, b)]
+    source = locate(c, limited)
+    assert isinstance(source, MemorySource)
+    assert "remote_cache_bytes=2097152" in caplog.text
+    assert all(map(os.path.exists, paths))
+
+
+def test_a_file_larger_than_the_limit_pushes_nothing_out(bucket, config) -> None:
+    limited = Config(remote_cache=config.remote_cache, remote_cache_bytes=2 * MIB)
+    (a,) = urls(bucket, 1)
+    path = fill(limited, a)
+    age(path, 5000)
+    assert isinstance(locate(URL, limited), MemorySource)
+    assert os.path.exists(path)
+
+
+def test_what_is_being_filled_counts_whole_and_stays(bucket, config, monkeypatch) -> None:
+    monkeypatch.setattr(store, "FRESH", -10)
+    limited = Config(remote_cache=config.remote_cache, remote_cache_bytes=6 * MIB)
+    a, b = urls(bucket, 2, 2 * MIB)
+    first = locate(URL, limited)
+    assert isinstance(first, CachedSource)
+    assert isinstance(locate(a, limited), MemorySource)
+    assert read_all(first) == content()
+    first.close()
+    settled()
+    assert isinstance(locate(b, limited), CachedSource)  # the complete one made room
+
+
+def test_what_a_killed_process_left_makes_room(bucket, config, monkeypatch) -> None:
+    monkeypatch.setattr(store, "FRESH", -10)
+    limited = Config(remote_cache=config.remote_cache, remote_cache_bytes=6 * MIB)
+    (a,) = urls(bucket, 1, 2 * MIB)
+    source = locate(URL, limited)
+    source.close()
+    assert isinstance(locate(a, limited), CachedSource)
+    assert len(list(Path(limited.remote_cache).glob("*.part"))) == 1
+
+
+def test_without_a_limit_a_twentieth_of_the_disk_stays_free(bucket, config, monkeypatch) -> None:
+    disk = os.statvfs("/tmp")
+    little = os.statvfs_result((4096, 4096, 1000, 60, 60, 1, 1, 1, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: little)
+    assert disk.f_blocks > 1000
+    assert isinstance(locate(URL, config), MemorySource)
+
+
+# ---- secrets
+
+
+def test_no_secret_is_written(bucket, config) -> None:
+    bucket.files["https://host/model.safetensors"] = content()
+    signed = "https://host/model.safetensors?X-Amz-Signature=hunter2"
+    fill(config, signed)
+    for path in Path(config.remote_cache).iterdir():
+        assert "hunter2" not in path.name
+        assert b"hunter2" not in path.read_bytes()
+    other = "https://host/model.safetensors?X-Amz-Signature=another"
+    assert isinstance(locate(other, config), str)
+
+
+def test_keeping_is_logged_only_where_it_fails(bucket, config, caplog) -> None:
+    with caplog.at_level(logging.INFO):
+        fill(config)
+    assert caplog.text == ""
+
+
+def test_the_folder_is_marked_for_backups(bucket, config) -> None:
+    fill(config)
+    tag = Path(config.remote_cache, "CACHEDIR.TAG").read_text()
+    assert tag.startswith("Signature: 8a477f597d28d172789f06886806bc55")
+
+
+def test_the_store_is_usable_by_itself(bucket, config) -> None:
+    found = fill(config)
+    folder = Store(str(config.remote_cache))
+    assert folder.complete(URL) == found
+    assert folder.complete(URL, "another identity") is None
