@@ -21,8 +21,8 @@ static bool start_worker(void);
 
 static void *worker_main(void *argument) {
     fst_worker *worker = argument;
-    fst_numa_start(&worker->place);
     fst_queue_lock();
+    fst_numa_start(&worker->place); /* with the lock, as who looks at the workers has it */
     fst_pool.idle--;
     for (;;) {
         fst_chunk_retire(worker, worker->in_flight == FST_IN_FLIGHT);
