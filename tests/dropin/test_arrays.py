@@ -17,7 +17,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 from generated_files import BITS, File, files, nbytes_of
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import fastst_patch
@@ -97,9 +97,29 @@ class Side:
         return self.arrays[-1]
 
 
+OF_NUMPY = {
+    "BOOL",
+    "U8",
+    "I8",
+    "U16",
+    "I16",
+    "U32",
+    "I32",
+    "U64",
+    "I64",
+    "F16",
+    "F32",
+    "F64",
+    "C64",
+}
+
+
 @settings(max_examples=2 * settings.default.max_examples)
 @given(file=files(), ops=st.lists(_ops, min_size=3, max_size=25))
 def test_calls_in_lockstep(raw, stock, fast, agree, assert_same, watch, file, ops) -> None:
+    # Stock orders equal offsets at random, and so chooses which of several dtypes it refuses.
+    empty = {dtype for dtype, _, begin, end in file.tensors.values() if begin == end}
+    assume(len(empty - OF_NUMPY) < 2)
     path = raw.write(file.content)
     ours, theirs = (Side(one.safe_open, file, path) for one in (fast, stock))
     with watch() as seen:
