@@ -18,6 +18,7 @@ import functools
 import itertools
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,9 @@ _feeds: weakref.WeakValueDictionary[int, Feed] = weakref.WeakValueDictionary()
 """By number. The engine knows numbers, and not objects: a call may begin when its feed is gone."""
 
 _numbers = itertools.count(1)
+
+_ended = threading.Event()
+"""Set when Python ends: no source is opened any more."""
 
 
 class Feed:
@@ -85,6 +89,7 @@ class Feed:
 
         Raises:
             RemoteChangedError: the file is another one by now.
+            RemoteCancelledError: Python ends.
             RemoteError: it cannot be opened again.
         """
         if self._source is not None and self._pid == os.getpid():
@@ -100,12 +105,15 @@ class Feed:
             # Its connections and threads are the parent's: neither used here nor closed.
             _parents.append(self._source)
             self._source, self._pid = None, os.getpid()
-        if self._source is None:
+        if self._source is None and not _ended.is_set():
             made = self._opened_again()
             if self._source is None:
                 self._source = made
             else:  # code that interrupted this one has opened it, too
                 made.close()
+        if _ended.is_set():  # perhaps meanwhile
+            self.interrupt()
+            raise self._cancelled()
 
     def _opened_again(self) -> Source:
         source = self._open()
@@ -152,7 +160,10 @@ class Feed:
 
     def _cancelled(self) -> RemoteCancelledError:
         host, _, path = self.name.partition("://")[2].partition("/")
-        why = "interrupted" if self._pid == os.getpid() else "the process has forked since"
+        if _ended.is_set():
+            why = "Python ends"
+        else:
+            why = "interrupted" if self._pid == os.getpid() else "the process has forked since"
         return RemoteCancelledError(host, path, f"the read was cancelled: {why}", tries=0)
 
 
@@ -182,6 +193,7 @@ def _end_at_exit() -> None:
 
 def _end() -> None:
     """End all calls of the engine's threads, before Python ends: then they would never return."""
+    _ended.set()  # before feeds are closed: a thread that reads one would open it again
     for feed in list(_feeds.values()):
         feed.close()
     if not sys.is_finalizing():

@@ -229,3 +229,37 @@ def test_exit_while_reads_wait(twin, end, tmp_path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
     assert done.stderr == ""
+
+
+LATE = """
+import atexit, sys
+sys.path[:0] = {path!r}
+import fastst_patch, safetensors, torch
+from memory_source import served
+from fastst_patch.sources.base import RemoteCancelledError
+
+def read():
+    opened = len(bucket.opened)
+    try:
+        handle.get_tensor("half")
+    except RemoteCancelledError as error:
+        print("Python ends" in str(error), len(bucket.opened) == opened)
+
+url = "memory://here/x.safetensors"
+context = served({{url: open({twin!r}, "rb").read()}})
+bucket = context.__enter__()
+fastst_patch.patch()
+atexit.register(read)  # called after the handlers that loading registers
+handle = safetensors.safe_open(url, "pt")
+handle.get_tensor("scalar")
+"""
+
+
+def test_no_source_is_opened_once_python_ends(twin, tmp_path) -> None:
+    """A thread whose read-ahead was cancelled reads again: that read would end no more."""
+    code = LATE.format(path=[str(Path(__file__).parents[1] / "support")], twin=twin)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True True\n", "")
