@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -40,7 +38,6 @@ from fastst_patch.bench.checkpoint import (
 )
 from fastst_patch.bench.failures import BenchError
 
-TESTS = Path(__file__).resolve().parent.parent / "tests" / "support"
 TENSORS = 18_867
 
 MODES = ("dlpack", "owned")
@@ -96,7 +93,7 @@ def child(message: dict[str, Any], _gate: object) -> dict[str, Any]:
     import fastst_patch
     from fastst_patch import device
 
-    fake_device = _fake_device()
+    fake_device = scenario.from_tests("fake_device")
     driver = fake_device.Driver(Path(message["library"]))
     runtime = fake_device.FakeRuntime(driver)
     options = {"tensors": message["tensors"], "threads": message["threads"], "fallback": "error"}
@@ -154,16 +151,6 @@ def _allocator_seconds(bump: BumpRuntime | None) -> float:
     taken = time.perf_counter() - begin
     del kept
     return taken
-
-
-def _fake_device() -> Any:
-    sys.path.insert(0, str(TESTS))
-    try:
-        return importlib.import_module("fake_device")
-    except ImportError as error:
-        raise BenchError(f"needs the checkout with its tests ({error})") from error
-    finally:
-        sys.path.remove(str(TESTS))
 
 
 # ---- the runner ---------------------------------------------------------
@@ -239,7 +226,7 @@ def main() -> int:
     args = parser.parse_args()
     place = pick_directory(args.dir)
     with tempfile.TemporaryDirectory() as folder, written(place, int(args.gb * 1e9)) as made:
-        library = _fake_device().build(Path(folder))
+        library = scenario.from_tests("fake_device").build(Path(folder))
         if library is None:
             raise BenchError("needs a C compiler, to build the fake device driver")
         environment, dense = hardware.environment(made["dense"].path), made["dense"]
