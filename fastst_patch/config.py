@@ -325,6 +325,12 @@ def object_store_endpoint() -> str | None:
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 
+def object_store_settings() -> dict[str, str]:
+    """The variables from which obstore takes settings for S3, by the names of its options."""
+    found = {name.lower(): value for name, value in os.environ.items()}
+    return {name[4:]: value for name, value in found.items() if name.startswith("aws_")}
+
+
 def local_ranks() -> tuple[int, int] | None:
     """The number of this rank among those of its node, and their count, as ``torchrun`` sets them.
 

@@ -146,15 +146,17 @@ def test_another_file_behind_a_redirect_is_noticed(server: FaultServer, other: F
     assert "changed while it was read" in str(caught.value)
 
 
-def test_obstore_sends_no_signature_to_another_host(
-    obstore_started: None, server: FaultServer, other: FaultServer
+@pytest.mark.parametrize("beside", [{}, {"user_agent": "someone"}], ids=["signed", "store"])
+def test_no_signature_goes_to_another_host(
+    obstore_started: None, server: FaultServer, other: FaultServer, beside: dict[str, Any]
 ) -> None:
     server.files["/b/m"] = other.files["/b/m"] = faults.Remote(CONTENT)
     server.faults = lambda _: faults.redirect(307, other.url("/b/m"))
     options = {"endpoint": server.url(""), "allow_http": True, "region": "us-east-1"}
     keys = {"access_key_id": SECRET, "secret_access_key": SECRET}
-    assert read("s3://b/m", **options, **keys) == CONTENT
-    assert SECRET in server.requests[0].headers["authorization"]
+    assert read("s3://b/m", **options, **keys, **beside) == CONTENT
+    first = server.requests[0]
+    assert SECRET in (first.headers["authorization"] if beside else first.target)
     assert SECRET not in repr(other.requests)
 
 
