@@ -36,6 +36,13 @@ class Link:
         listening = await asyncio.start_server(self._meet, "127.0.0.1", 0)
         self.port = listening.sockets[0].getsockname()[1]
 
+    async def end(self) -> None:
+        """Drop what is under way."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(2 * self._delay)  # the handshake, which loopback has finished
         far_reader, far_writer = await asyncio.open_connection(*self._server)
@@ -94,5 +101,7 @@ def linked(address: str, rate: float, delay: float) -> Iterator[str]:
         asyncio.run_coroutine_threadsafe(link.serve(), loop).result(10)
         yield f"http://127.0.0.1:{link.port}"
     finally:
+        asyncio.run_coroutine_threadsafe(link.end(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        loop.close()

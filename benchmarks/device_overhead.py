@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ class Case:
     file: str  # key of the files
     tensors: str
     threads: int  # 0: as the package chooses
+    remote: bool = False  # whether nginx serves the file
 
 
 def cases() -> list[Case]:
@@ -58,7 +60,7 @@ def cases() -> list[Case]:
     threads = {"1 thread": 1, "default threads": 0}
     big = [Case(f"dense, {how}, {mode}", "dense", mode, count)
            for how, count in threads.items() for mode in MODES]  # fmt: skip
-    return tiny + big
+    return [*tiny, *big, Case("dense over HTTP, dlpack", "dense", "dlpack", 0, remote=True)]
 
 
 # ---- the process that is timed ------------------------------------------
@@ -176,9 +178,12 @@ def written(directory: Path, nbytes: int) -> Iterator[dict[str, checkpoint_files
 
 
 def measure(
-    args: argparse.Namespace, library: Path, made: dict[str, checkpoint_files.CheckpointFile]
+    args: argparse.Namespace,
+    library: Path,
+    made: dict[str, checkpoint_files.CheckpointFile],
+    address: str | None,
 ) -> dict[str, list[Any]]:
-    by_name = {case.name: case for case in cases()}
+    by_name = {case.name: case for case in cases() if address or not case.remote}
 
     def run_case(name: str) -> Any:
         case = by_name[name]
@@ -188,7 +193,7 @@ def measure(
         message = {
             "library": str(library),
             "small": made["small"].path,
-            "path": file.path,
+            "path": f"{address}/{Path(file.path).name}" if case.remote else file.path,
             "count": len(file.order),
             "bytes": file.tensor_bytes,
             "tensors": case.tensors,
@@ -200,6 +205,16 @@ def measure(
         return answer
 
     return harness.race([*by_name], args.rounds, run_case)
+
+
+def served(folder: Path, own: Path) -> contextlib.AbstractContextManager[str | None]:
+    """The address of nginx over a folder; None where nginx is missing."""
+    servers = scenario.from_tests("servers")
+    if servers.nginx_binary() is None:
+        print("nginx is missing: the row over HTTP is left out", file=sys.stderr)
+        return contextlib.nullcontext()
+    found: contextlib.AbstractContextManager[str] = servers.nginx(folder, own)
+    return found
 
 
 def microseconds_a_tensor(one: Any) -> float:
@@ -230,7 +245,8 @@ def main() -> int:
         if library is None:
             raise BenchError("needs a C compiler, to build the fake device driver")
         environment, dense = hardware.environment(made["dense"].path), made["dense"]
-        runs = measure(args, library, made)
+        with served(Path(dense.path).parent, Path(folder)) as address:
+            runs = measure(args, library, made, address)
     shown = table()
     shown.add(runs)
     title = (f"{TENSORS} tensors of 200 and of 256 bytes, and {dense.tensor_bytes / 1e9:.2f} GB in "
