@@ -46,11 +46,12 @@ class Link:
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(2 * self._delay)  # the handshake, which loopback has finished
         far_reader, far_writer = await asyncio.open_connection(*self._server)
-        await asyncio.gather(
-            self._pass_on(reader, far_writer, paced=False),
-            self._pass_on(far_reader, writer, paced=True),
-            return_exceptions=True,
-        )
+        with contextlib.suppress(asyncio.CancelledError):  # it ends
+            await asyncio.gather(
+                self._pass_on(reader, far_writer, paced=False),
+                self._pass_on(far_reader, writer, paced=True),
+                return_exceptions=True,
+            )
 
     async def _pass_on(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, paced: bool
@@ -59,13 +60,14 @@ class Link:
         under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(WINDOW // PIECE)
 
         async def arrive() -> None:
-            while True:
-                due, piece = await under_way.get()
-                await asyncio.sleep(due - loop.time())
-                if not piece:
-                    break
-                writer.write(piece)
-                await writer.drain()
+            with contextlib.suppress(ConnectionError):  # the client has closed it
+                while True:
+                    due, piece = await under_way.get()
+                    await asyncio.sleep(due - loop.time())
+                    if not piece:
+                        break
+                    writer.write(piece)
+                    await writer.drain()
 
         arriving = asyncio.create_task(arrive())
         with contextlib.closing(writer):
