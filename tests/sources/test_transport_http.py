@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 import ssl
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -359,6 +360,23 @@ def test_reads_within_the_first_request_make_no_other(server: FaultServer) -> No
     assert source.read(990, 20) == CONTENT[990:1010]
     assert server.requests[1].headers["range"] == "bytes=1000-1009"
     source.close()
+
+
+@pytest.mark.parametrize("fault", [faults.dripping, faults.dripping_chunks])
+def test_a_page_that_drips_is_given_up(server: FaultServer, fault: Any) -> None:
+    """Each byte comes in time, so that nothing stalls."""
+    server.faults = lambda _: fault
+    begin = time.monotonic()
+    with pytest.raises(RemoteError, match="too slow") as caught:
+        web.read_page(server.url("/m"), {**QUICK, "deadline": 1.0}, 1 << 20)
+    assert time.monotonic() - begin < QUICK["deadline"]
+    assert caught.value.tries == 1
+
+
+def test_a_page_that_breaks_off_is_read_again(server: FaultServer) -> None:
+    server.faults = faults.at(0, faults.reset_mid_body)
+    assert web.read_page(server.url("/m"), QUICK, 1 << 20) == CONTENT
+    assert web.read_page(server.url("/m"), QUICK, 1000) == CONTENT[:1000]
 
 
 def test_folders_cannot_be_listed(server: FaultServer) -> None:

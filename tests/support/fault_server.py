@@ -333,6 +333,13 @@ def dripping(exchange: Exchange) -> None:
             return
 
 
+def dripping_chunks(exchange: Exchange) -> None:
+    """As `dripping`, of a page whose length nobody knows before."""
+    exchange.send_head(Content_Length=None, Transfer_Encoding="chunked")
+    while not exchange.server.stopping.wait(0.05):
+        exchange.sock.sendall(b"1\r\nx\r\n")
+
+
 def dripping_head(exchange: Exchange) -> None:
     """Send a header that never ends, a byte now and then."""
     exchange.sock.sendall(b"HTTP/1.1 206 Partial Content\r\nX-Endless: ")
