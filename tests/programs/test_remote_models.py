@@ -27,6 +27,8 @@ from streamed_models import (
 )
 
 import fastst_patch
+import fastst_patch.bench.remote
+from fastst_patch import bench
 from fastst_patch.cli import launcher
 from fastst_patch.cli.main import main
 from fastst_patch.config import child_environment
@@ -423,6 +425,23 @@ def test_bench_of_a_url(served, sharded, tmp_path, capsys) -> None:
     assert found["bytes"] == sum(p.stat().st_size for p in sharded.glob("*.safetensors"))
     assert "Too few rounds" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("fastst-bench")] == []
+
+
+def test_bench_of_stand_ins(served, sharded, tmp_path, capsys) -> None:
+    """It measures what they stand for, with what the URL held in this process."""
+    url = served.put(sharded)
+    folder = fastst_patch.remote(f"{url}?sig=1")
+    names = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert bench.remote.with_urls([folder]) == [f"{url}/{name}?sig=1" for name in names]
+    assert bench.remote.with_urls([f"{folder}/{names[0]}", url]) == [f"{url}/{names[0]}?sig=1", url]
+    assert bench.remote.with_urls([str(sharded), "/none"]) == [str(sharded), "/none"]
+    for path in (f"{folder}/{names[0]}", str(sharded / names[1])):
+        os.symlink(path, tmp_path / os.path.basename(path))
+    assert main(["bench", str(tmp_path)]) == 2
+    assert "not both" in capsys.readouterr().err
+    served.files.clear()
+    assert main(["bench", folder]) == 1
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_bench_of_a_url_and_a_path(served, sample, capsys) -> None:
