@@ -328,6 +328,7 @@ def test_the_second_load_is_local(served, sharded, tmp_path) -> None:
         assert_streamed(first)
         settled()
         served.requests.clear()
+        served.sent = 0
         with fastst_patch.profile() as second:
             assert digest(kind.from_pretrained(folder)) == expected
     assert {report.path for report in second.reports} <= {"mmap", "mmap+readahead"}
@@ -335,6 +336,7 @@ def test_the_second_load_is_local(served, sharded, tmp_path) -> None:
     assert {name: served.asked_for(name) for name in names} == {
         name: ["bytes=0-0"] for name in names
     }
+    assert served.sent == len(names)
 
 
 def test_a_url_is_cached_and_a_change_is_noticed(served, sample, tmp_path, assert_same) -> None:
