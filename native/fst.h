@@ -378,10 +378,12 @@ typedef struct fst_pool_stats {
     uint64_t bytes_prefetched;
     uint64_t bytes_buffered;
     uint64_t bytes_direct;
-    uint64_t bytes_fed;          /* by callbacks */
-    uint64_t bytes_copied;       /* to devices */
-    uint64_t bytes_uploaded;     /* of those: from host memory, not from files */
-    uint64_t pinned_bytes;       /* now */
+    uint64_t bytes_fed;      /* by callbacks */
+    uint64_t link_rate;      /* bytes a second that callbacks gave, when as many ran as helped */
+    uint64_t link_measured;  /* times that this was measured, so far */
+    uint64_t bytes_copied;   /* to devices */
+    uint64_t bytes_uploaded; /* of those: from host memory, not from files */
+    uint64_t pinned_bytes;   /* now */
     uint64_t pinned_nanoseconds; /* that pinning has taken so far */
 } fst_pool_stats;
 

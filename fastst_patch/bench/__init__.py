@@ -62,6 +62,7 @@ def ending_on_signals() -> Iterator[None]:
 def _bench(args: argparse.Namespace) -> int:
     from . import hardware, plot, remote, results, runner, table
 
+    args.paths = remote.with_urls(args.paths)
     if remote.names_remote(args.paths):
         return _bench_remote(args)
     _refuse_early(args)

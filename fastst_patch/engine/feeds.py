@@ -60,6 +60,7 @@ class Feed:
         self._pid = os.getpid()
         self._closed: list[SourceStats] = []  # of sources that were used before
         self._told = (0, 0, 0.0, 0)  # see `take_traffic`
+        self._link_measured = _link()[1]
         source = self._source = open_source()
         self.name: str = source.name
         self.scheme: str = source.scheme
@@ -141,10 +142,11 @@ class Feed:
     close = interrupt
     """Nobody asks any more. Tensors that were read stay valid."""
 
-    def take_traffic(self) -> tuple[int, int, float, int]:
+    def take_traffic(self) -> tuple[int, int, float, int, int]:
         """Requests, retries among them, seconds waited between tries, and bytes, since last asked.
 
-        Of several users of one file, each report has what happened before it.
+        And the bytes a second of the link, if they were measured since. Of several users of one
+        file, each report has what happened before it.
         """
         found, source = list(self._closed), self._source
         if source is not None:
@@ -156,7 +158,10 @@ class Feed:
             sum(stats.bytes for stats in found),
         )
         before, self._told = self._told, now
-        return now[0] - before[0], now[1] - before[1], now[2] - before[2], now[3] - before[3]
+        rate, measured = _link()
+        link = rate if measured > self._link_measured else 0
+        self._link_measured = measured
+        return now[0] - before[0], now[1] - before[1], now[2] - before[2], now[3] - before[3], link
 
     def _cancelled(self) -> RemoteCancelledError:
         host, _, path = self.name.partition("://")[2].partition("/")
@@ -165,6 +170,13 @@ class Feed:
         else:
             why = "interrupted" if self._pid == os.getpid() else "the process has forked since"
         return RemoteCancelledError(host, path, f"the read was cancelled: {why}", tries=0)
+
+
+def _link() -> tuple[int, int]:
+    """Bytes a second that the link gave when it was measured, and how often that was done."""
+    stats = ffi.new("fst_pool_stats *")
+    lib.fst_pool_get_stats(stats)
+    return int(stats.link_rate), int(stats.link_measured)
 
 
 _parents: list[Source | None] = []  # sources of the process that this one was forked from

@@ -165,7 +165,8 @@ def open_remote(url: str, config: Config) -> tuple[engine.FedFile, FileLayout]:
     if config.verify:
         raise OptionError(
             f"{shown(url)}: option verify=True compares with stock safetensors, which reads no"
-            " URLs: set verify=False, or load a local file"
+            " URLs: set verify=False, and compare every byte by `fastst-patch bench`; or load a"
+            " local file"
         )
     error = engine.native_error()
     if error is not None:

@@ -108,7 +108,7 @@ def _or_error(place: Place, act: Callable[[], _T]) -> _T:
         return act()
     except Failure as error:
         failure = error
-    raise failure.kind(place.host, place.path, failure.reason, tries=0, remedy=failure.remedy)
+    raise failure.error(place.host, place.path, tries=0)
 
 
 def _warn_if_unprotected(options: Mapping[str, object]) -> None:

@@ -6,8 +6,8 @@ does, and obstore's own repeating would repeat refused certificates, too.
 Objects of S3 come by `signed`, as a rule; the others, and all listings, by obstore's own requests.
 Three things obstore does not let us do. Retry-After is not seen: requests wait by back-off. After a
 fork it does not work: `loop` says so. It follows redirects by itself: to another host it sends no
-signature, but a session token, which is worth nothing without its key, and the query of the URL,
-which holds Azure's SAS token where one is used.
+signature, but a session token, which is worth nothing without its key, and the query of the URL as
+Referer, which holds Azure's SAS where one is used. No option of its client forbids that.
 """
 
 from __future__ import annotations

@@ -241,6 +241,7 @@ def write(path: str, source: Source, header: Mapping[str, Any], cache: str | Non
         file.flush()
         if source.size > 8 + len(text):
             _extend(file.fileno(), source.size, 8 + len(text))
+        os.fsync(file.fileno())
 
 
 def _packed(source: Source, header: Mapping[str, Any], cache: str | None) -> bytes:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,18 @@ def test_load_file(stock, fast, bucket, twin, assert_same, options) -> None:
     assert (report.tensors, report.bytes) == (len(ours), sum(t.nbytes for t in ours.values()))
     assert report.requests == len(bucket.reads)
     assert report.received == bucket.nbytes
+
+
+def test_the_link_is_measured(fast, bucket) -> None:
+    bucket.before = lambda offset, nbytes: time.sleep(0.005)  # several are on their way at a time
+    with fastst_patch.config_context(chunk_bytes=64 << 10), fastst_patch.profile() as seen:
+        fast.load_file(URL)
+        with fast.safe_open(URL, "pt") as handle:  # too little to measure anything
+            handle.get_tensor("scalar")
+    large, small = seen.reports
+    assert large.link > 0
+    assert 0 < large.link_fraction <= 1
+    assert (small.link, small.link_fraction) == (0, None)
 
 
 def test_each_byte_is_asked_for_once(fast, bucket, twin) -> None:
@@ -356,8 +369,10 @@ def test_a_call_that_only_stock_can_do_is_an_error(fast, bucket) -> None:
 
 
 def test_verify_is_refused(fast, bucket) -> None:
-    with fastst_patch.config_context(verify=True), pytest.raises(OptionError, match="verify"):
-        fast.load_file(SECRET)
+    with fastst_patch.config_context(verify=True):
+        with pytest.raises(OptionError, match=r"verify=True.*`fastst-patch bench`") as caught:
+            fast.load_file(SECRET)
+    assert "SECRET" not in str(caught.value)
     assert bucket.opened == []
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 
+import pytest
 from kept_files import (
     MIB,
     URL,
@@ -14,6 +17,7 @@ from kept_files import (
     caching,  # noqa: F401 - a fixture
     content,
     fill,
+    kept,
     locate,
     read_all,
     settled,
@@ -21,8 +25,8 @@ from kept_files import (
 from remote_bucket import Bucket, MemorySource
 
 from fastst_patch.config import Config
-from fastst_patch.sources import store
-from fastst_patch.sources.cache import CachedSource
+from fastst_patch.sources import partial, store
+from fastst_patch.sources.cache import CachedSource, open_kept
 from fastst_patch.sources.store import Store
 
 # ---- room
@@ -99,6 +103,89 @@ def test_without_a_limit_a_twentieth_of_the_disk_stays_free(bucket, config, monk
     monkeypatch.setattr(os, "statvfs", lambda _: little)
     assert disk.f_blocks > 1000
     assert isinstance(locate(URL, config), MemorySource)
+
+
+# ---- other processes
+
+
+def test_what_has_become_complete_is_not_begun_again(bucket, config) -> None:
+    """As in a process that found no complete file a moment ago, or opens its source again."""
+    fill(config)
+    source = open_kept(URL, config)
+    assert isinstance(source, MemorySource)
+    source.close()
+    assert kept(config) == [".json", ".safetensors"]
+
+
+def test_what_a_process_has_just_found_is_not_removed(bucket, config, monkeypatch) -> None:
+    limited = Config(remote_cache=config.remote_cache, remote_cache_bytes=6 * MIB)
+    path = fill(limited)
+    age(path, 5000)
+    (other,) = urls(bucket, 1, 2 * MIB)
+    found: list[str | None] = []
+    folder = Store(str(limited.remote_cache))
+    finding = threading.Thread(target=lambda: found.append(folder.complete(URL)))
+    room = Store._room
+
+    def slow(self: Store, entries: list[store._Entry]) -> int:
+        finding.start()
+        finding.join(0.3)  # it is done, or waits until the file is removed
+        return room(self, entries)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "_room", slow)
+        locate(other, limited).close()
+    finding.join()
+    assert found == [path if os.path.exists(path) else None]
+
+
+def test_another_machine_does_not_see_our_locks(bucket, config, monkeypatch) -> None:
+    """As on file systems whose locks hold within a machine: each gets its own bytes right."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    ours = locate(URL, config)
+    assert ours.read(0, 3 * MIB) == content()[: 3 * MIB]
+    monkeypatch.setattr(partial, "_BOOT", b"another boot id!")
+    theirs = locate(URL, config)
+    assert isinstance(theirs, CachedSource)
+    assert read_all(ours) == content()
+    ours.close()
+    settled()
+    assert read_all(theirs) == content()
+    theirs.close()
+    settled()
+    assert Path(locate(URL, config)).read_bytes() == content()
+
+
+@pytest.mark.parametrize(("mode", "of_files"), [(0o700, 0o600), (0o755, 0o644), (0o750, 0o640)])
+def test_files_are_for_those_whom_the_folder_is_for(bucket, config, mode, of_files) -> None:
+    os.mkdir(config.remote_cache)
+    os.chmod(config.remote_cache, mode)
+    mask = os.umask(0o022)
+    try:
+        path = fill(config)
+    finally:
+        os.umask(mask)
+    assert os.stat(path).st_mode & 0o777 == of_files
+    assert os.stat(os.path.join(config.remote_cache, ".lock")).st_mode & 0o777 == of_files
+
+
+def test_a_complete_file_that_cannot_be_read(bucket, config, monkeypatch) -> None:
+    fill(config)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # another user's
+    source = locate(URL, config)
+    assert not isinstance(source, str)
+    assert read_all(source) == content()
+    source.close()
+
+
+def test_what_kills_have_left_goes_with_its_file(bucket, config, monkeypatch) -> None:
+    path = fill(config)
+    monkeypatch.setattr(store, "FRESH", -10)
+    Path(f"{os.path.splitext(path)[0]}.json.new").write_text("{")
+    limited = Config(remote_cache=config.remote_cache, remote_cache_bytes=6 * MIB)
+    (other,) = urls(bucket, 1, 2 * MIB)
+    locate(other, limited).close()
+    assert not [one for one in os.listdir(config.remote_cache) if one.endswith(".new")]
 
 
 # ---- secrets
