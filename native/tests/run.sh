@@ -113,7 +113,7 @@ build_mutant() { # variant, rule
 
 # A case that passes without its rule is no test of it.
 run_mutants() { # variant, runner
-    if ! "$build/$1/test_device_order" list >"$build/cases"; then return 1; fi
+    if ! $2 "$build/$1/test_device_order" list >"$build/cases"; then return 1; fi
     while read -r rule name; do
         if [ ! -d "$build/$rule" ] && ! build_mutant "$1" "$rule"; then return 1; fi
         TMPDIR=$build FAKE_CUDA=$build/$1/libfake_cuda.so $2 "$build/$rule/mutant" "$name" \
