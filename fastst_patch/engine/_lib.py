@@ -31,10 +31,17 @@ try:
 
     _native_error: str | None = None
 except ImportError as error:  # no compiler at install time, or another platform
+    import sysconfig  # only here: it takes 0.3 ms
+
     ffi = lib = None
     _native_error = f"the native extension cannot be loaded: {error}"
     _root = Path(__file__).parents[2]
-    if (_root / "build_native.py").exists():
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        _native_error = (
+            "there is no native engine for free-threaded Python, whose lock it relies on: use a"
+            " regular build of Python"
+        )
+    elif (_root / "build_native.py").exists():
         _native_error += (
             f"; {_root} is the source folder, in which nothing is built: run Python in another"
             " one, to use what `pip install .` has installed, or `pip install -e .`"
