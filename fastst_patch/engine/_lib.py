@@ -5,6 +5,7 @@ native code            Python
 =====================  =====================================================================
 FST_FALLBACK           `Fallback`: the caller asks stock
 FST_E_DEVICE           `Fallback`: stock uses the same device, and raises torch's own exception
+FST_E_PYTHON           `Fallback`: torch or NumPy refused, and raises its own exception to stock
 FST_E_SYS              OSError with errno, file and offset (a cancelled load: see `Job.wait`)
 FST_E_NOMEM            MemoryError
 FST_E_TRUNCATED        safetensors.SafetensorError
@@ -114,7 +115,7 @@ def _failure(number: int, message: str) -> BaseException:
 def raise_(err: Any, filename: str | None = None) -> None:
     """Raise the exception of a filled-in ``fst_error``, by the table at the top."""
     code, message = err.code, ffi.string(err.message).decode("utf-8", "replace")
-    if code in (lib.FST_FALLBACK, lib.FST_E_DEVICE):
+    if code in (lib.FST_FALLBACK, lib.FST_E_DEVICE, lib.FST_E_PYTHON):
         raise Fallback(message)
     if code == lib.FST_E_SYS:
         raise OSError(err.sys_errno, message, filename)
