@@ -74,7 +74,8 @@ class StandIn:
         url: without user info and query.
         size: bytes.
         identity: as text: see `identity_text`.
-        cache: folder for its bytes; None: the option ``remote_cache`` alone counts.
+        cache: folder for its bytes, in whose ``models`` it lies; None: the option
+            ``remote_cache`` alone counts.
     """
 
     url: str
@@ -145,7 +146,14 @@ def resolved(url: str) -> tuple[str, StandIn | None]:
         found = None
     if found is None:
         raise RemoteError("", path, "this is no stand-in any more", tries=0, remedy=_AGAIN)
+    if found.cache is not None and not _lies_below(path, os.path.join(found.cache, "models")):
+        found = dataclasses.replace(found, cache=None)
     return found.full_url, found
+
+
+def _lies_below(path: str, folder: str) -> bool:
+    """Whether a file is where `folder.remote` puts it: others do not say where we write."""
+    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def find(fd: int) -> StandIn | None:
