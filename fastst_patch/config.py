@@ -233,18 +233,26 @@ def with_options(base: Config, options: Mapping[str, Any]) -> Config:
     return _check_together(dataclasses.replace(base, **_validated(options)))
 
 
+def _variable(name: str) -> str | None:
+    """A variable of ours, unless it is empty.
+
+    None has an effect in a process that runs with the rights of another user or group than its
+    caller's: the caller has set the environment, and could send what it loads through a proxy.
+    """
+    if os.name == "posix" and (os.getuid(), os.getgid()) != (os.geteuid(), os.getegid()):
+        return None
+    return os.environ.get(name) or None
+
+
 def _environment() -> dict[str, Any]:
-    found = {
-        name: os.environ[f"FASTST_{name.upper()}"]
-        for name in _VALIDATORS
-        if os.environ.get(f"FASTST_{name.upper()}")  # an empty one counts as unset
-    }
+    values = {name: _variable(f"FASTST_{name.upper()}") for name in _VALIDATORS}
+    found = {name: value for name, value in values.items() if value is not None}
     return _validated(found, "FASTST_")
 
 
 def environment_enabled() -> bool | None:
     """``FASTST_ENABLED``: True patches on import, False forbids patching; None: not set."""
-    value = os.environ.get("FASTST_ENABLED")
+    value = _variable("FASTST_ENABLED")
     return boolean("FASTST_ENABLED", value) if value else None
 
 
@@ -262,12 +270,12 @@ def cache_home() -> str:
 
 def loader_config_path() -> str | None:
     """``FASTSAFETENSORS_CONFIG``: path of the file with the arguments of an `AutoLoader`."""
-    return os.environ.get("FASTSAFETENSORS_CONFIG")
+    return _variable("FASTSAFETENSORS_CONFIG")
 
 
 def environment_targets() -> tuple[str, ...] | None:
     """``FASTST_TARGETS``: comma-separated names for ``patch()`` called without any."""
-    names = os.environ.get("FASTST_TARGETS", "").split(",")
+    names = (_variable("FASTST_TARGETS") or "").split(",")
     return tuple(name.strip() for name in names if name.strip()) or None
 
 
@@ -314,8 +322,8 @@ def environment_profile() -> tuple[str, int] | None:
         ``FASTST_PROFILE_PID``, the process that prints them at its end (0: the launcher waits
         for the program and prints). None without the first.
     """
-    path = os.environ.get("FASTST_PROFILE_FILE")
-    pid = os.environ.get("FASTST_PROFILE_PID", "")
+    path = _variable("FASTST_PROFILE_FILE")
+    pid = _variable("FASTST_PROFILE_PID") or ""
     return (path, int(pid) if pid.isdecimal() else 0) if path else None
 
 
