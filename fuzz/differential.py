@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import fake_device  # noqa: E402
-from fuzzed_files import read_back  # noqa: E402
+from fuzzed_files import read_back, rebuilt  # noqa: E402
 from harness import Case, Harness, case_of  # noqa: E402
 
 HANG_SECONDS = 120
@@ -141,6 +141,18 @@ class Worker:
             if self._fails(fewer):
                 kept.remove(i)
         case = dataclasses.replace(case, calls=[case.calls[k] for k in kept])
+        return kept, self._of_fewer_bytes(self._of_fewer_tensors(case))
+
+    def _of_fewer_tensors(self, case: Case) -> Case:
+        for name in list(case.file.tensors):
+            with contextlib.suppress(TypeError, ValueError):  # what seem to be offsets are none
+                names = [one for one in case.file.tensors if one != name]
+                fewer = dataclasses.replace(case, file=rebuilt(case.file, names))
+                if self._fails(fewer):
+                    case = fewer
+        return case
+
+    def _of_fewer_bytes(self, case: Case) -> Case:
         tries, step = SHRINK_TRIES, len(case.file.content)
         while step and tries:
             at = 0
@@ -152,7 +164,7 @@ class Worker:
                 else:
                     at += step
             step //= 2
-        return kept, case
+        return case
 
 
 def _without(case: Case, at: int, step: int) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 from corrupt_files import DATA, FILES, HEADERS, TOKENS, edit
 from generated_files import BITS, ODD_NAMES, File, composed, nbytes_of
 
-__all__ = ["HEADER_LIMIT", "ReadBack", "fuzzed_file", "pack"]
+__all__ = ["HEADER_LIMIT", "ReadBack", "fuzzed_file", "pack", "read_back", "rebuilt"]
 
 HEADER_LIMIT = 100_000_000
 """Bytes of the longest header that stock reads."""
@@ -86,6 +86,17 @@ def pack(header: bytes, data: bytes, length: int | None = None) -> bytes:
     """A file's bytes; ``length`` in the place of the header's true length."""
     size = len(header) if length is None else length
     return (size & 2**64 - 1).to_bytes(8, "little") + header + data
+
+
+def rebuilt(file: File, names: Sequence[str]) -> File:
+    """A file of some tensors of another one, in the plainest form."""
+    data = file.content[8 + int.from_bytes(file.content[:8], "little") :]
+    header, kept = {}, b""
+    for name in names:
+        dtype, shape, begin, end = file.tensors[name]
+        at, kept = len(kept), kept + data[begin:end]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, len(kept)]}
+    return read_back(pack(json.dumps(header, separators=(",", ":")).encode(), kept))
 
 
 def fuzzed_file(rnd: random.Random) -> File:
