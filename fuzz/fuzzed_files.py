@@ -6,6 +6,7 @@ are still JSON and reach the rules behind the parser. Some edits of the whole te
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -14,7 +15,15 @@ from typing import Any
 from corrupt_files import DATA, FILES, HEADERS, TOKENS, edit
 from generated_files import BITS, ODD_NAMES, File, composed, nbytes_of
 
-__all__ = ["HEADER_LIMIT", "ReadBack", "fuzzed_file", "pack", "read_back", "rebuilt"]
+__all__ = [
+    "HEADER_LIMIT",
+    "ReadBack",
+    "another_of_its_size",
+    "fuzzed_file",
+    "pack",
+    "read_back",
+    "rebuilt",
+]
 
 HEADER_LIMIT = 100_000_000
 """Bytes of the longest header that stock reads."""
@@ -99,6 +108,16 @@ def rebuilt(file: File, names: Sequence[str]) -> File:
     return read_back(pack(json.dumps(header, separators=(",", ":")).encode(), kept))
 
 
+def another_of_its_size(rnd: random.Random, content: bytes) -> bytes:
+    """The same bytes but for one: of the header, a letter or digit."""
+    if not content:
+        return content
+    length = min(int.from_bytes(content[:8], "little"), len(content) - 8)
+    places = [i for i in range(8, 8 + length) if content[i : i + 1].isalnum()]
+    at = rnd.choice(places or [len(content) - 1])
+    return content[:at] + rnd.choice((b"0", b"4", b"8", b"F", b"a", b"z")) + content[at + 1 :]
+
+
 def fuzzed_file(rnd: random.Random) -> File:
     """A valid file, as often as not, or a mutated one."""
     kind = rnd.random()
@@ -124,7 +143,13 @@ def _valid(rnd: random.Random) -> File:
     if rnd.random() < 0.002:
         for i in range(rnd.randrange(400)):
             wanted[f"layers.{i}.w"] = rnd.choice(("F32", "BF16", "U8")), [rnd.randrange(9)]
-    return composed(wanted, rnd.choice(_METADATA), rnd)
+    file = composed(wanted, rnd.choice(_METADATA), rnd)
+    if rnd.random() < 0.01:  # where the header ends about as far as the first read goes
+        length = int.from_bytes(file.content[:8], "little")
+        header = file.content[8 : 8 + length].ljust(_FIRST_READ + rnd.randrange(-9, 10))
+        content = pack(header, file.content[8 + length :])
+        file = dataclasses.replace(file, content=content)
+    return file
 
 
 # ---- mutations of the header ----

@@ -22,7 +22,7 @@ from fuzzed_calls import (
     fuzzed_options,
     fuzzed_way,
 )
-from fuzzed_files import fuzzed_file
+from fuzzed_files import another_of_its_size, fuzzed_file
 from generated_files import File
 from loaders import loaders_now, stock_loaders
 from lockstep import Side
@@ -50,6 +50,7 @@ class Case:
         options: of ours.
         mapped: whether tensors share their storage as stock's do.
         in_place: whether the file before is overwritten, so that this one has its inode.
+        before: what the file holds, and is loaded with, before it is overwritten by its content.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Case:
     options: dict[str, Any]
     mapped: bool
     in_place: bool
+    before: bytes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,9 @@ def case_of(seed: int, number: int, device: str) -> Case:
     options = device_options(rnd) if device == "cuda" else fuzzed_options(rnd)
     mapped = device == "cpu" and _is_mapped(options)
     calls = fuzzed_calls(rnd, framework, writes=mapped)
-    return Case(number, file, way, calls, options, mapped, rnd.random() < 0.3)
+    in_place = rnd.random() < 0.3
+    before = another_of_its_size(rnd, file.content) if rnd.random() < 0.05 else None
+    return Case(number, file, way, calls, options, mapped, in_place, before)
 
 
 def _is_mapped(options: dict[str, Any]) -> bool:
@@ -174,7 +178,12 @@ class Harness:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
         with open(self.path, "wb", buffering=0) as file:
-            file.write(case.file.content)
+            file.write(case.file.content if case.before is None else case.before)
+        if case.before is not None:
+            with contextlib.suppress(Exception):  # what it is makes no difference
+                self._fast.load_file(self.path)
+            with open(self.path, "r+b", buffering=0) as file:
+                file.write(case.file.content)
 
     # ---- whole files ----
 
