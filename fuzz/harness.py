@@ -130,7 +130,9 @@ class Harness:
             stack.enter_context(fastst_patch.patched(small_file_bytes=0))
             self._fast = loaders_now()
             assert self._fast.safe_open is not self._stock.safe_open
-            logging.getLogger("fastst_patch").addHandler(_Kept(self._complaints))
+            kept, logger = _Kept(self._complaints), logging.getLogger("fastst_patch")
+            logger.addHandler(kept)
+            stack.callback(logger.removeHandler, kept)
             self._profile = stack.enter_context(fastst_patch.profile())
             if self._driver is not None:
                 fake_device.StockOnCpu(patch, self._driver)
@@ -143,13 +145,23 @@ class Harness:
         Raises:
             AssertionError: results, exceptions, or what the fake driver allows, differ.
         """
-        if self._driver is not None:
-            if not self._until_look:
+        if self._driver is None:
+            return self._run(case)
+        if not self._until_look:
+            self._look()
+            self._inner.enter_context(fake_device.fake_cuda(self._driver))
+            self._driver.lib.fake_mode(case.number & 1, case.number)
+            self._until_look = _DRIVER_CASES
+        self._until_look -= 1
+        try:
+            return self._run(case)
+        except AssertionError:
+            with contextlib.suppress(AssertionError):  # what it counted is this case's
                 self._look()
-                self._inner.enter_context(fake_device.fake_cuda(self._driver))
-                self._driver.lib.fake_mode(case.number & 1, case.number)
-                self._until_look = _DRIVER_CASES
-            self._until_look -= 1
+            self._driver.clear()
+            raise
+
+    def _run(self, case: Case) -> Result:
         self._write(case)
         self._profile.reports.clear()
         with fastst_patch.config_context(**case.options):
