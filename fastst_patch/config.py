@@ -233,21 +233,26 @@ def with_options(base: Config, options: Mapping[str, Any]) -> Config:
     return _check_together(dataclasses.replace(base, **_validated(options)))
 
 
-def _variable(name: str) -> str | None:
-    """A variable of ours, unless it is empty.
+def _is_privileged() -> bool:
+    """Whether the rights are not the caller's, who has set the environment: then it has no say."""
+    if os.name != "posix":
+        return False
+    return (os.getuid(), os.getgid()) != (os.geteuid(), os.getegid())
 
-    None has an effect in a process that runs with the rights of another user or group than its
-    caller's: the caller has set the environment, and could send what it loads through a proxy.
-    """
-    if os.name == "posix" and (os.getuid(), os.getgid()) != (os.geteuid(), os.getegid()):
-        return None
-    return os.environ.get(name) or None
+
+def _variable(name: str) -> str | None:
+    """A variable of ours; an empty one counts as unset."""
+    value = os.environ.get(name)
+    return value if value and not _is_privileged() else None
 
 
 def _environment() -> dict[str, Any]:
-    values = {name: _variable(f"FASTST_{name.upper()}") for name in _VALIDATORS}
-    found = {name: value for name, value in values.items() if value is not None}
-    return _validated(found, "FASTST_")
+    found = {
+        name: os.environ[f"FASTST_{name.upper()}"]
+        for name in _VALIDATORS
+        if os.environ.get(f"FASTST_{name.upper()}")  # an empty one counts as unset
+    }
+    return {} if _is_privileged() else _validated(found, "FASTST_")
 
 
 def environment_enabled() -> bool | None:
