@@ -247,11 +247,9 @@ def _variable(name: str) -> str | None:
 
 
 def _environment() -> dict[str, Any]:
-    found = {
-        name: os.environ[f"FASTST_{name.upper()}"]
-        for name in _VALIDATORS
-        if os.environ.get(f"FASTST_{name.upper()}")  # an empty one counts as unset
-    }
+    names = {name: f"FASTST_{name.upper()}" for name in _VALIDATORS}
+    # An empty one counts as unset.
+    found = {name: os.environ[one] for name, one in names.items() if os.environ.get(one)}
     return {} if _is_privileged() else _validated(found, "FASTST_")
 
 
