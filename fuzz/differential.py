@@ -19,6 +19,7 @@ import gc
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ from fuzzed_files import read_back, rebuilt  # noqa: E402
 from harness import Case, Harness, case_of  # noqa: E402
 
 HANG_SECONDS = 120
+PROGRESS_SECONDS = 60
 SHRINK_TRIES = 4000
 LEAST_CASES = 1000  # below which shares say nothing
 LEAST_FAST_OF_VALID = 0.7
@@ -76,9 +78,13 @@ class Worker:
         args: of the command line.
         harness: installed.
         current: shared with the parent: the case that is running.
+        stop: shared with the parent, who sets it to end the run early; None: nobody does.
     """
 
-    def __init__(self, args: argparse.Namespace, harness: Harness, current: Any) -> None:
+    def __init__(
+        self, args: argparse.Namespace, harness: Harness, current: Any, stop: Any = None
+    ) -> None:
+        self.stop = stop
         self.args = args
         self.harness = harness
         self.current = current
@@ -90,7 +96,7 @@ class Worker:
         gc.freeze()
         started = time.perf_counter()
         for number in numbers:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or (self.stop is not None and self.stop.value):
                 break
             self.current.value = number
             case = self._case(number)
@@ -192,9 +198,12 @@ def write_finding(args: argparse.Namespace, case: Case, kept: list[int], text: s
     print("\n".join(lines), flush=True)
 
 
-def work(args: argparse.Namespace, job: int, library: str | None, current: Any, pipe: Any) -> None:
-    """The main function of a process."""
+def work(
+    args: argparse.Namespace, job: int, library: str | None, shared: tuple[Any, Any], pipe: Any
+) -> None:
+    """The main function of a process. It shares with its parent: see `Worker`."""
     faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it end
     numbers: Iterable[int] = range(job, 1 << 48, args.jobs)
     deadline = time.monotonic() + args.seconds
     if args.cases is not None:
@@ -203,7 +212,7 @@ def work(args: argparse.Namespace, job: int, library: str | None, current: Any, 
     try:
         with Harness(args.device, folder, library).installed() as harness:
             pipe.send(folder)
-            pipe.send(Worker(args, harness, current).run(numbers, deadline))
+            pipe.send(Worker(args, harness, *shared).run(numbers, deadline))
     finally:
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(folder, "file.safetensors"))
@@ -259,15 +268,24 @@ def run(args: argparse.Namespace) -> tuple[Counts, int]:
                 sys.exit("the fake driver needs a C compiler")
             library = str(built)
         running = []
+        stop = context.Value("b", 0, lock=False)
         for job in range(args.jobs):
             here, there = context.Pipe(duplex=False)
             current = context.Value("q", -1, lock=False)
-            process = context.Process(target=work, args=(args, job, library, current, there))
+            process = context.Process(
+                target=work, args=(args, job, library, (current, stop), there)
+            )
             process.start()
             there.close()
             running.append(Running(process, here, current))
+        signal.signal(signal.SIGINT, lambda *_: setattr(stop, "value", 1))
+        told = time.monotonic()
         while running:
             time.sleep(0.1)
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                done = sum(one.current.value // args.jobs for one in running)
+                print(f"about {done} cases so far", file=sys.stderr, flush=True)
             for one in list(running):
                 why = one.look()
                 if why is not None:

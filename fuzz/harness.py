@@ -33,6 +33,8 @@ from fastst_patch.dropin import eligibility
 __all__ = ["Case", "Harness", "Result", "case_of"]
 
 _FRAMEWORKS = {"array_handle": ("np", "numpy"), "handle": ("pt", "torch", "pytorch")}
+_NO_CONTEXT = contextlib.nullcontext()
+_WHOLE = ("load_file", "arrays")  # ways without a handle
 _DRIVER_CASES = 500  # between two looks at all that the fake driver counts
 _OUR_HANDLE = "FastHandle"
 _MAPPED = {("io", "mmap"), ("tensors", "dlpack"), ("page_cache", "keep")}
@@ -46,7 +48,7 @@ class Case:
         number: with the seed, it makes the case.
         file: its bytes, and what is in it.
         way: ``handle``, ``load_file``, ``arrays``, ``array_handle`` or ``file_object``.
-        calls: in lockstep, of a handle; the first one opens it.
+        calls: in lockstep, of a handle; the first one opens it. Without a handle there are none.
         options: of ours.
         mapped: whether tensors share their storage as stock's do.
         in_place: whether the file before is overwritten, so that this one has its inode.
@@ -88,7 +90,7 @@ def case_of(seed: int, number: int, device: str) -> Case:
     framework = rnd.choice(_FRAMEWORKS.get(way, ("pt",)))
     options = device_options(rnd) if device == "cuda" else fuzzed_options(rnd)
     mapped = device == "cpu" and _is_mapped(options)
-    calls = fuzzed_calls(rnd, framework, writes=mapped)
+    calls = [] if way in _WHOLE else fuzzed_calls(rnd, framework, writes=mapped)
     in_place = rnd.random() < 0.3
     before = another_of_its_size(rnd, file.content) if rnd.random() < 0.05 else None
     return Case(number, file, way, calls, options, mapped, in_place, before)
@@ -164,8 +166,9 @@ class Harness:
     def _run(self, case: Case) -> Result:
         self._write(case)
         self._profile.reports.clear()
-        with fastst_patch.config_context(**case.options):
-            if case.way in ("load_file", "arrays"):
+        context = fastst_patch.config_context(**case.options) if case.options else _NO_CONTEXT
+        with context:
+            if case.way in _WHOLE:
                 calls, valid, made = self._load(case)
             else:
                 calls, valid, made = self._lockstep(case)

@@ -92,7 +92,7 @@ def test_what_differs_is_made_small_and_written_down(worker, tmp_path) -> None:
         again = one.args.__class__(**vars(one.args))
         assert command[:2] == ["python", "fuzz/differential.py"]
         number = int(command[command.index("--cases") + 1])
-        again.file, again.calls = path, [0]
+        again.file, again.calls = path, []
         assert one.__class__(again, one.harness, one.current)._fails(one._case(number))
 
 
