@@ -295,10 +295,17 @@ def own_memory(found: Array) -> Array:
 
 
 def _nothing(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
-    """An array without elements, with the strides of stock's."""
+    """An array without elements, with the strides of stock's.
+
+    Raises:
+        Fallback: NumPy makes none of this shape; of a slice of it, it may.
+    """
     import numpy as np
 
-    return np.zeros(shape, dtype).reshape(shape)
+    try:
+        return np.zeros(shape, dtype).reshape(shape)
+    except ValueError as error:  # [2**63 - 1, 0] of float32
+        raise Fallback(f"NumPy refuses the shape: {error}") from None
 
 
 def empty(layout: FileLayout, i: int, rows: int | None = None) -> Array:

@@ -248,10 +248,7 @@ def _is_stand_in(path: str) -> bool:
     """Whether a file stands for a remote one."""
     from ..sources import standin
 
-    try:
-        return standin.resolved(standin.url_of(path))[1] is not None
-    except OSError:
-        return False
+    return standin.is_one(path)
 
 
 def _refused_by_stock(path: str) -> bool:
