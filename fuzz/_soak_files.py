@@ -61,7 +61,7 @@ class Contents:
         self.seed = seed
         made = np.random.default_rng(seed).integers(0, 256, POOL_BYTES, np.uint8)
         self.pool = torch.from_numpy(made)
-        self.pieces = functools.lru_cache(4096)(self._pieces)
+        self.pieces = functools.lru_cache(128)(self._pieces)
 
     def _pieces(self, version: int) -> dict[str, Piece]:
         numbers = random.Random(f"{self.seed}/{version}")

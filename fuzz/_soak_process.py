@@ -34,6 +34,7 @@ from fastst_patch import device, engine
 from fastst_patch.config import _layers
 from fastst_patch.dropin import eligibility
 from fastst_patch.files import remote
+from fastst_patch.layout import LayoutCache
 from fastst_patch.sources.base import RemoteCancelledError, RemoteError
 
 READY, ENDED = 1, (1 << 64) - 1
@@ -155,6 +156,7 @@ class Process:
         sys.unraisablehook = self._on_unraisable
         signal.signal(signal.SIGUSR1, self._on_load)
         signal.signal(signal.SIGINT, self._on_interrupt)
+        LayoutCache.BYTES = 1 << 18  # it is full before the warm-up ends
         if self.number % 2:  # else stock makes small arrays
             eligibility.SMALL_FOR_ARRAYS = 0
         with contextlib.ExitStack() as stack:

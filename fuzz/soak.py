@@ -48,6 +48,7 @@ EVENTS = 1024
 """Spare events are kept, as many as copies were under way at a time: some for each thread."""
 
 BACKTRACES_S = 120
+LOG_SHOWN = 100_000
 
 
 @dataclasses.dataclass
@@ -130,14 +131,14 @@ def watch(children: Sequence[Child], plan: Plan, limit_s: float) -> list[str]:
 
 
 def show_stacks(child: Child, plan: Plan) -> None:
-    """Have a process write the stacks of all its threads to its log, those of C with gdb."""
+    """Have a process write the stacks of its threads to its log, and gdb those of C to a file."""
     os.kill(child.pid, signal.SIGUSR2)
     time.sleep(3)
     debugger = shutil.which("gdb")
     if debugger is None:
         return
     command = [debugger, "-p", str(child.pid), "-batch", "-ex", "thread apply all backtrace 16"]
-    with (plan.folder / f"log-{child.number}").open("a", encoding="utf-8") as log:
+    with (plan.folder / f"stacks-{child.number}").open("w", encoding="utf-8") as log:
         try:
             subprocess.run(command, stdout=log, stderr=log, timeout=BACKTRACES_S, check=False)
         except subprocess.TimeoutExpired:
@@ -246,7 +247,7 @@ def main() -> int:
     if wrong:
         print(f"\nfiles and logs: {folder}")
         for path in sorted(folder.glob("log-*")):
-            sys.stdout.write(f"--- {path.name}\n{path.read_text(errors='replace')[-20000:]}\n")
+            sys.stdout.write(f"--- {path.name}\n{path.read_text(errors='replace')[-LOG_SHOWN:]}\n")
         return 1
     shutil.rmtree(folder)
     return 0
