@@ -183,8 +183,14 @@ def prefetch(here: Process, me: Worker) -> None:
     """A handle's loader, used up or left in the middle."""
     with SAFE_OPEN(here.some_file(me), "pt") as handle:
         device = me.numbers.choice(("cpu", "cuda:0"))
+        try:
+            opened = handle.prefetch(device=device)
+        except safetensors.SafetensorError as error:  # with io="mmap" it is left to stock
+            if device == "cpu" or "no CUDA runtime" not in str(error):
+                raise
+            return
         left = me.numbers.choice((2, 1000))
-        with handle.prefetch(device=device) as loader:
+        with opened as loader:
             for name, tensor in loader:
                 me.check(here, name, tensor)
                 left -= 1
@@ -231,13 +237,14 @@ def truncate(here: Process, me: Worker) -> None:
     size = os.path.getsize(path)
     left = me.numbers.randrange(size)
     cutter = threading.Timer(me.numbers.random() * 0.002, os.truncate, (path, left))
-    handle = SAFE_OPEN(path, "pt")
+    device = me.numbers.choice(("cpu", "cpu", "cuda:0"))
+    handle = SAFE_OPEN(path, "pt", device=device)
     cutter.start()
     try:
         with handle:
             for name in sorted(here.contents.pieces(version)):
                 me.check(here, name, handle.get_tensor(name))
-        me.check_all(here, LOAD_FILE(path))
+        me.check_all(here, LOAD_FILE(path, device=device))
     except (safetensors.SafetensorError, OSError):
         me.done["truncate: exceptions"] += 1
     finally:
