@@ -49,21 +49,22 @@ asan="detect_leaks=0:allocator_may_return_null=1:detect_container_overflow=0"
 # What code that is not instrumented reads and writes is not looked at: its atomics are not seen. Its
 # mutexes are, the GIL among them. Processes that raced end as they would have.
 tsan="die_after_fork=0:history_size=4:ignore_noninstrumented_modules=1:exitcode=0"
-log="log_path=$build/report"
+mkdir "$build/reports" || exit 1
+log="log_path=$build/reports/report"
 runner=
 if ! LD_PRELOAD=$preload "$PYTHON" -c pass >"$build/start" 2>&1; then
     runner="setarch $(uname -m) -R" # with some settings of vm.mmap_rnd_bits
 fi
 
-[ $# -gt 0 ] || set -- "$root/tests/dropin" "$root/tests/files" "$root/tests/device"
-cd "$build" || exit 1 # so that the checkout is not what is imported
-# What a test starts inherits all of this.
+[ $# -gt 0 ] || set -- tests/dropin tests/files tests/device
+cd "$root" || exit 1
+# The checkout is not what is imported. What a test starts inherits all of this.
+without_checkout='import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())'
 env LD_PRELOAD="$preload" PYTHONPATH="$build/site" CFLAGS="$flags" \
     ASAN_OPTIONS="$asan:$log" UBSAN_OPTIONS="print_stacktrace=1:$log" TSAN_OPTIONS="$tsan:$log" \
-    $runner "$PYTHON" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider \
-    -q "$@"
+    $runner "$PYTHON" -c "$without_checkout" -p no:cacheprovider -q "$@"
 status=$?
-reports=$(find "$build" -name 'report.*' | sort)
+reports=$(find "$build/reports" -type f | sort)
 for report in $reports; do
     echo "--- $(basename "$report")"
     cat "$report"
