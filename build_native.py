@@ -32,6 +32,8 @@ extern "Python" int64_t fst_feed_by_python(void *context, uint64_t offset, uint6
 """
 """What C calls in Python: of the type ``fst_feed`` in fst.h, and defined in engine/feeds.py."""
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow"]
+SANITIZERS = {"address": "address,undefined", "thread": "thread"}
+"""By the values of ``FASTST_SANITIZE``; fuzz/sanitized.sh builds and runs with them."""
 
 
 def cdef() -> str:
@@ -93,6 +95,16 @@ def bill_of_materials(version: str) -> dict[str, Any]:
     }
 
 
+def sanitizer_flags() -> list[str]:
+    """Of the compiler and of the linker."""
+    wanted = os.environ.get("FASTST_SANITIZE")
+    if not wanted:
+        return []
+    if wanted not in SANITIZERS:
+        raise RuntimeError(f"FASTST_SANITIZE={wanted}: allowed are {', '.join(SANITIZERS)}")
+    return [f"-fsanitize={SANITIZERS[wanted]}", "-fno-omit-frame-pointer", "-O1", "-g"]
+
+
 class build_ext(_build_ext):
     """Adds the glue and the engine's sources, which the pyproject cannot compute."""
 
@@ -120,8 +132,9 @@ class build_ext(_build_ext):
             "-pthread",
             *WARNINGS,
             *(["-Werror"] if os.environ.get("FASTST_WERROR") else []),
+            *sanitizer_flags(),
         ]
-        ext.extra_link_args = ["-pthread", "-ldl"]
+        ext.extra_link_args = ["-pthread", "-ldl", *sanitizer_flags()]
         super().build_extension(ext)
 
 
