@@ -18,7 +18,6 @@ import functools
 import itertools
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -37,8 +36,8 @@ _feeds: weakref.WeakValueDictionary[int, Feed] = weakref.WeakValueDictionary()
 
 _numbers = itertools.count(1)
 
-_ended = threading.Event()
-"""Set when Python ends: no source is opened any more."""
+_ended = False
+"""Whether Python ends: no source is opened any more."""
 
 
 class Feed:
@@ -106,13 +105,13 @@ class Feed:
             # Its connections and threads are the parent's: neither used here nor closed.
             _parents.append(self._source)
             self._source, self._pid = None, os.getpid()
-        if self._source is None and not _ended.is_set():
+        if self._source is None and not _ended:
             made = self._opened_again()
             if self._source is None:
                 self._source = made
             else:  # code that interrupted this one has opened it, too
                 made.close()
-        if _ended.is_set():  # perhaps meanwhile
+        if _ended:  # perhaps meanwhile
             self.interrupt()
             raise self._cancelled()
 
@@ -165,7 +164,7 @@ class Feed:
 
     def _cancelled(self) -> RemoteCancelledError:
         host, _, path = self.name.partition("://")[2].partition("/")
-        if _ended.is_set():
+        if _ended:
             why = "Python ends"
         else:
             why = "interrupted" if self._pid == os.getpid() else "the process has forked since"
@@ -205,7 +204,8 @@ def _end_at_exit() -> None:
 
 def _end() -> None:
     """End all calls of the engine's threads, before Python ends: then they would never return."""
-    _ended.set()  # before feeds are closed: a thread that reads one would open it again
+    global _ended  # noqa: PLW0603 - of the process
+    _ended = True  # before feeds are closed: a thread that reads one would open it again
     for feed in list(_feeds.values()):
         feed.close()
     if not sys.is_finalizing():
