@@ -1,6 +1,7 @@
 /* header.c - fuzz target: the header parser (fst_header.c, fst_header_lex.c, fst_batch.c).
  *
- * An input is the number of data bytes behind the header, in decimal, a space, and the header.
+ * An input is the number of data bytes behind the header, in decimal, a space, and the header; or
+ * a star, and of what to make up a layout. Written out it must be accepted, and be the same.
  * What is rejected must be rejected by both ways to parse, with the same words. What is accepted
  *
  *   - is consistent: tensors cover the data without a gap or an overlap, in order, their sizes
@@ -10,7 +11,7 @@
  *   - is rejected once its end is cut off, or something follows it.
  */
 #include "fuzz.h"
-#include "test.h"
+#include "header_text.h"
 
 #include "file/fst_header.h"
 #include "tensor/fst_batch.h"
@@ -57,23 +58,6 @@ static void check_batch(const fst_layout_view *view, uint64_t data) {
     MUST(fst_batch_create(arena, view, NULL, view->count, NULL, 0, table, &batch, &err) == FST_OK);
     fst_batch_drop(batch, view->count + 1);
     fst_arena_release(&arena);
-}
-
-/* The code point at *at, which moves behind it. */
-static uint32_t next_code(const char **at) {
-    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
-    unsigned char first = (unsigned char)*(*at)++;
-    if (first < 0x80) return first;
-    int length = first >= 0xF0 ? 4 : first >= 0xE0 ? 3 : 2;
-    MUST(first >= 0xC0 && first < 0xF8);
-    uint32_t code = first & (0x7Fu >> length);
-    for (int i = 1; i < length; i++) {
-        unsigned char more = (unsigned char)*(*at)++;
-        MUST((more & 0xC0) == 0x80);
-        code = code << 6 | (more & 0x3F);
-    }
-    MUST(code >= least[length] && code <= 0x10FFFF && (code < 0xD800 || code > 0xDFFF));
-    return code;
 }
 
 static void check_layout(const fst_layout_view *view, const header *h) {
@@ -179,146 +163,28 @@ static void check_file(header *h, fst_layout *layout, const fst_layout_view *vie
 
 /* ---- written out again ---- */
 
-typedef struct writer {
-    char *at;
-    uint64_t style; /* random bits */
-} writer;
-
-static void put(writer *to, const char *text) {
-    size_t bytes = strlen(text);
-    memcpy(to->at, text, bytes);
-    to->at += bytes;
-}
-
-/* A token, and spaces behind it or not. */
-static void put_token(writer *to, const char *text) {
-    static const char *const spaces[] = {"", "", " ", "\n\t \r"};
-    put(to, text);
-    put(to, spaces[to->style >> 8 & 3]);
-}
-
-static void put_number(writer *to, uint64_t number) {
-    char text[24];
-    (void)snprintf(text, sizeof text, "%llu", (unsigned long long)number);
-    put_token(to, text);
-}
-
-static void put_escape(writer *to, uint32_t unit) {
-    to->at += sprintf(to->at, to->style >> 3 & 1 ? "\\u%04x" : "\\u%04X", (unsigned)unit);
-}
-
-/* The name at *at, which moves behind its NUL. */
-static void put_name(writer *to, const char **at) {
-    bool escapes = to->style >> 2 & 1;
-    *to->at++ = '"';
-    for (;;) {
-        const char *from = *at;
-        uint32_t code = next_code(at);
-        if (code == 0) break;
-        if (code > 0xFFFF && escapes) {
-            put_escape(to, 0xD800 + ((code - 0x10000) >> 10));
-            put_escape(to, 0xDC00 + ((code - 0x10000) & 0x3FF));
-        } else if (escapes || code < 0x20 || code == '"' || code == '\\') {
-            put_escape(to, code);
-        } else {
-            memcpy(to->at, from, (size_t)(*at - from));
-            to->at += *at - from;
-        }
-    }
-    put_token(to, "\"");
-    put_token(to, ":");
-}
-
-static void put_field(writer *to, const fst_layout_view *view, const fst_tensor *tensor,
-                      uint64_t which) {
-    static const char *const dtypes[FST_DTYPES] = {
-        "BOOL",    "F4",          "F6_E2M3",     "F6_E3M2", "U8",  "I8",  "F8_E5M2", "F8_E4M3",
-        "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I16",     "U16", "F16", "BF16",    "I32",
-        "U32",     "F32",         "C64",         "F64",     "I64", "U64",
-    };
-    static const char *const keys[] = {"\"dtype\"", "\"shape\"", "\"data_offsets\""};
-    put_token(to, keys[which]);
-    put_token(to, ":");
-    if (which == 0) {
-        put(to, "\"");
-        put(to, dtypes[tensor->dtype]);
-        put_token(to, "\"");
-        return;
-    }
-    put_token(to, "[");
-    for (uint32_t d = 0; which == 1 && d < tensor->ndim; d++) {
-        if (d > 0) put_token(to, ",");
-        put_number(to, (uint64_t)view->dims[tensor->dims_index + d]);
-    }
-    if (which == 2) {
-        put_number(to, tensor->begin);
-        put_token(to, ",");
-        put_number(to, tensor->end);
-    }
-    put_token(to, "]");
-}
-
-static void put_metadata(writer *to, const fst_layout_view *view, bool comma) {
-    put_token(to, to->style >> 5 & 1 ? "\"__metadata__\"" : "\"\\u005f_metad\\u0061ta__\"");
-    put_token(to, ":");
-    memcpy(to->at, view->metadata, view->metadata_bytes);
-    to->at += view->metadata_bytes;
-    if (comma) put_token(to, ",");
-}
-
-/* Whether the parser orders tensors by their offsets alone, and not by their place in the text. */
-static bool no_ties(const fst_layout_view *view) {
-    for (uint64_t i = 1; i < view->count; i++)
-        if (view->tensors[i].begin == view->tensors[i - 1].begin &&
-            view->tensors[i].end == view->tensors[i - 1].end)
-            return false;
-    return true;
-}
-
-static size_t write_out(const fst_layout_view *view, uint64_t style, char *text) {
-    writer to = {text, style};
-    bool backwards = style & 1 && no_ties(view), last = style >> 4 & 1;
-    const char *name = backwards ? view->names + view->names_bytes : view->names;
-    put_token(&to, "{");
-    if (view->metadata != NULL && !last) put_metadata(&to, view, view->count > 0);
-    for (uint64_t i = 0; i < view->count; i++) {
-        if (i > 0) put_token(&to, ",");
-        if (backwards)
-            for (name--; name > view->names && name[-1] != '\0';) name--;
-        const char *at = name;
-        put_name(&to, &at);
-        if (!backwards) name = at;
-        put_token(&to, "{");
-        const fst_tensor *tensor = &view->tensors[backwards ? view->count - 1 - i : i];
-        for (uint64_t k = 0; k < 3; k++) {
-            if (k > 0) put_token(&to, ",");
-            put_field(&to, view, tensor, ((style >> 6 & 3) + k) % 3);
-        }
-        put_token(&to, "}");
-    }
-    if (view->metadata != NULL && last) {
-        if (view->count > 0) put_token(&to, ",");
-        put_metadata(&to, view, false);
-    }
-    put_token(&to, "}");
-    return (size_t)(to.at - text);
-}
+static const char *const nothing[2] = {"", ""};
+/* JSON has no such numbers, or they are no sizes. */
+static const char *const wrong[8][2] = {{"0", ""},  {"-", ""},  {"+", ""},    {"", ".0"},
+                                        {"", "E0"}, {"", ",0"}, {"\"", "\""}, {"00", "0"}};
 
 static void check_written(const fst_layout_view *view, uint64_t data, uint64_t style) {
-    size_t room = 6 * view->names_bytes + 200 * view->count + 24 * view->dims_count +
+    size_t room = 6 * view->names_bytes + 250 * view->count + 32 * view->dims_count +
                   view->metadata_bytes + 128;
     fst_layout *layout = NULL;
     fst_layout_view again;
     fst_error err = {0};
     char *text = malloc(room);
     MUST(text != NULL);
-    size_t bytes = write_out(view, style, text);
+    size_t bytes = write_out(view, style, nothing, text);
     MUST(bytes <= room);
     int code = parse(text, bytes, data, &layout, &again, &err);
     if (code != FST_OK) (void)fprintf(stderr, "%s\n%.*s\n", err.message, (int)bytes, text);
     MUST(code == FST_OK);
     check_same(view, &again);
     fst_layout_release(&layout);
+    bytes = write_out(view, style, wrong[style >> 16 & 7], text);
+    MUST(bytes <= room && (view->count == 0 || !is_accepted(text, bytes, data)));
     free(text);
 }
 
@@ -344,7 +210,7 @@ static void check_ends(const header *h, uint64_t *random) {
     }
 }
 
-/* ---- an input ---- */
+/* ---- one header ---- */
 
 static header header_of(const uint8_t *input, size_t bytes) {
     size_t at = 0;
@@ -412,7 +278,105 @@ static void check_neighbours(const header *h, uint64_t *random) {
     free(text);
 }
 
+/* ---- a layout that is made up ---- */
+
+enum {
+    TENSORS = 24,
+    DIMS = 8
+};
+
+typedef struct made_up {
+    fst_layout_view view;
+    fst_tensor tensors[TENSORS];
+    int64_t dims[TENSORS * DIMS];
+    char names[TENSORS * 33];
+    uint64_t data;
+} made_up;
+
+static uint8_t next_byte(const uint8_t **at, const uint8_t *end) {
+    return *at < end ? *(*at)++ : 0;
+}
+
+/* A few characters: those that have an escape, and the first and the last of each length. */
+static void add_name(made_up *m, const uint8_t **at, const uint8_t *end) {
+    static const char *const characters[16] = {"a",
+                                               "\"",
+                                               "\\",
+                                               "/",
+                                               "\x01",
+                                               "\x1f",
+                                               " ",
+                                               "\x7f",
+                                               "\xc2\x80",
+                                               "\xdf\xbf",
+                                               "\xe0\xa0\x80",
+                                               "\xed\x9f\xbf",
+                                               "\xee\x80\x80",
+                                               "\xef\xbf\xbf",
+                                               "\xf0\x90\x80\x80",
+                                               "\xf4\x8f\xbf\xbf"};
+    char *to = m->names + m->view.names_bytes;
+    for (int left = next_byte(at, end) & 7; left >= 0; left--) {
+        const char *character = characters[next_byte(at, end) & 15];
+        size_t bytes = strlen(character);
+        memcpy(to, character, bytes);
+        to += bytes;
+    }
+    *to++ = '\0';
+    m->view.names_bytes = (uint64_t)(to - m->names);
+}
+
+static void add_tensor(made_up *m, const uint8_t **at, const uint8_t *end) {
+    fst_tensor *tensor = &m->tensors[m->view.count++];
+    uint8_t what = next_byte(at, end);
+    *tensor = (fst_tensor){.begin = m->data,
+                           .dims_index = m->view.dims_count,
+                           .ndim = what >> 5,
+                           .dtype = (what & 31) % FST_DTYPES};
+    if (tensor->ndim == 0 && fst_dtype_bits(tensor->dtype) < 8) tensor->dtype = FST_U8;
+    uint64_t elements = 1, bits = fst_dtype_bits(tensor->dtype);
+    for (uint32_t d = 0; d < tensor->ndim; d++) {
+        uint64_t dim = next_byte(at, end) & 15;
+        if (d + 1 == tensor->ndim && bits < 8) dim *= 4; /* whole bytes */
+        m->dims[m->view.dims_count++] = (int64_t)dim;
+        elements *= dim;
+    }
+    tensor->end = m->data += elements * bits / 8;
+    m->view.dtypes |= 1u << tensor->dtype;
+    add_name(m, at, end);
+}
+
+/* What is written of it must be accepted, and be it. */
+static void check_made_up(const uint8_t *at, const uint8_t *end) {
+    static made_up m;
+    static char text[TENSORS * 600 + 128];
+    fst_layout *layout = NULL;
+    fst_layout_view view;
+    fst_error err = {0};
+    uint64_t style = 0, random = 1;
+    m = (made_up){.view = {.tensors = m.tensors, .dims = m.dims, .names = m.names}};
+    for (int i = 0; i < 3; i++) style = style << 8 | next_byte(&at, end);
+    if (style >> 12 & 1) m.view.metadata = style >> 13 & 1 ? "{ \"a\" :\"\\ud83e\\udd99\"}" : "{}";
+    m.view.metadata_bytes = m.view.metadata == NULL ? 0 : strlen(m.view.metadata);
+    while (at < end && m.view.count < TENSORS) add_tensor(&m, &at, end);
+    header h = {text, write_out(&m.view, style, nothing, text), m.data};
+    MUST(h.bytes <= sizeof text);
+    int code = parse(h.text, h.bytes, h.data, &layout, &view, &err);
+    if (code != FST_OK) (void)fprintf(stderr, "%s\n%.*s\n", err.message, (int)h.bytes, text);
+    MUST(code == FST_OK);
+    check_same(&m.view, &view);
+    fst_layout_release(&layout);
+    check(&h, &random);
+    check_neighbours(&h, &random);
+}
+
+/* ---- an input ---- */
+
 int LLVMFuzzerTestOneInput(const uint8_t *input, size_t bytes) {
+    if (bytes > 0 && input[0] == '*') {
+        check_made_up(input + 1, input + bytes);
+        return 0;
+    }
     header h = header_of(input, bytes);
     uint64_t random = random_of(&h);
     check(&h, &random);

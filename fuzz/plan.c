@@ -2,7 +2,7 @@
  * reads that they start). Python plans: it gives C a list of segments, which C validates, cuts into
  * chunks and gathers into copies.
  *
- * An input is a kind of load, a chunk size, flags, and segments: see segments_of. A job must be
+ * An input is a kind of load, flags, a chunk size, and segments: see segments_of. A job must be
  * refused exactly if it breaks the rules of fst.h. Else every byte must arrive, those before an
  * offset as soon as fst_job_wait_until says so, and nothing beside them may be written to. No
  * thread can be started, so the caller moves all chunks: the same input does the same.
@@ -89,7 +89,7 @@ static uint64_t next_bytes(reader *from, uint64_t class) {
 }
 
 /* Each: what it is made of, then the numbers for that: a gap in the source, bytes, a gap in the
- * arena. A wild one has any 64-bit number in one place. */
+ * arena. */
 static void segments_of(reader *from, bool backwards, load *l) {
     uint64_t source = 0, arena = 0, gaps[SEGMENTS];
     while (from->at < from->end && l->count < SEGMENTS) {
@@ -101,22 +101,27 @@ static void segments_of(reader *from, bool backwards, load *l) {
         if (gaps[l->count] > 1 << 16) gaps[l->count] = 1 << 16;
         l->segments[l->count++] = (fst_segment){source, bytes, 0};
         source += bytes;
-        if (class >> 9 == 0x7F) {
-            uint64_t which = next(from, 1) % 3;
-            fst_segment *s = &l->segments[l->count - 1];
-            *(which == 0   ? &s->file_offset
-              : which == 1 ? &s->bytes
-                           : &s->arena_offset) = next(from, 8);
-            l->wild = true;
-        }
     }
     for (uint64_t i = 0; i < l->count; i++) {
         uint64_t at = backwards ? l->count - 1 - i : i;
         arena += gaps[at];
-        l->segments[at].arena_offset += arena;
-        if (l->segments[at].bytes <= CONTENT) arena += l->segments[at].bytes;
+        l->segments[at].arena_offset = arena;
+        arena += l->segments[at].bytes;
     }
     l->arena_bytes = arena;
+}
+
+/* In one place, a number that is near a limit, or any. */
+static void make_wild(reader *from, load *l) {
+    uint64_t what = next(from, 2), near = next(from, 1 + (what & 7));
+    const uint64_t limits[] = {0, 0 - (near & 0xFFFF), CONTENT - (near & 0xFF),
+                               l->arena_bytes - (near & 0xFF)};
+    if (l->count == 0) return;
+    fst_segment *s = &l->segments[(what >> 7) % l->count];
+    uint64_t *const fields[] = {&s->file_offset, &s->bytes, &s->arena_offset};
+    uint64_t limit = limits[what >> 3 & 3];
+    *fields[(what >> 5 & 3) % 3] = limit == 0 ? near : limit;
+    l->wild = true;
 }
 
 static load load_of(reader *from) {
@@ -124,20 +129,21 @@ static load load_of(reader *from) {
         65536,   65537,    100000, 1 << 17, 1 << 20,       2 << 20, (2 << 20) + 4096,
         3 << 20, 64 << 20, 0,      65535,   (64 << 20) + 1};
     load l = {.kind = (enum kind)(next(from, 1) % KINDS)};
-    uint64_t flags = next(from, 2);
+    uint64_t flags = next(from, 3);
+    reader wild = *from;
     bool to_device = l.kind >= FILE_TO_DEVICE;
     l.options = to_device ? options_to(0, FST_READ_BUFFERED)
                           : (fst_job_options){.struct_bytes = sizeof l.options, .threads = 2};
     l.options.chunk_bytes = chunks[next(from, 1) % (sizeof chunks / sizeof *chunks)];
     if (l.kind == FILE_DIRECT || l.kind == FILE_DIRECT_TO_DEVICE) l.options.mode = FST_READ_DIRECT;
-
     if (is_fed(&l) || l.kind == UPLOAD) /* elsewhere it takes 30 ms */
         l.options.drop_cache = (flags & 0x70) == 0x70;
     if ((flags & 0x380) == 0x380) l.options.threads = (int32_t)next(from, 1) - 64;
     l.waits = flags >> 10 & 7;
-    l.gives_up = (flags >> 13) == 7;
+    l.gives_up = (flags >> 13 & 7) == 7;
     l.stop_at = next_bytes(from, flags >> 1);
     segments_of(from, flags & 1, &l);
+    if (flags >> 16 > 192) make_wild(&wild, &l);
     if (l.kind == UPLOAD)
         for (uint64_t i = 0; i < l.count; i++) l.segments[i].file_offset += (uintptr_t)content;
     return l;

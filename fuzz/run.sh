@@ -67,6 +67,7 @@ ${clang:-${CC:-cc}} $flags -fPIC -shared -fvisibility=hidden "$root"/native/test
 # ---- run
 
 export UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=malloc_context_size=4:quarantine_size_mb=8:max_malloc_fill_size=0
+export LLVM_PROFILE_FILE=$build/none.profraw
 runner=
 if ! "$build/plan" -runs=0 >"$build/plan.log" 2>&1; then
     runner="setarch $(uname -m) -R" # with some settings of vm.mmap_rnd_bits ASan cannot start
@@ -78,12 +79,12 @@ run_target() { # target, seconds
     if [ "$1" = header ]; then set -- "$@" -dict="$here/header.dict"; fi
     case ${clang:+libfuzzer-}$1 in
     header) set -- "$@" "$here/header.seeds" ;;
-    libfuzzer-header) set -- "$@" -max_len=4096 ;;
+    libfuzzer-header) set -- "$@" -max_len=4096 -mutate_depth=2 ;;
     # The fake driver keeps what is freed, which makes looking for leaks slow: the C tests do it.
     libfuzzer-plan) set -- "$@" -max_len=512 -len_control=0 -detect_leaks=0 ;;
     esac
     if [ -n "$clang" ]; then
-        set -- "$@" -artifact_prefix="$build/found/$1-" -print_final_stats=1 "$build/corpus/$1"
+        set -- "$@" -artifact_prefix="$build/found/$1-" -print_final_stats=1 -timeout=60 "$build/corpus/$1"
     fi
     target=$1
     shift
@@ -99,7 +100,7 @@ run_target() { # target, seconds
 
 if [ -n "$covers" ]; then
     for target in header plan; do
-        export LLVM_PROFILE_FILE="$build/$target.profraw"
+        LLVM_PROFILE_FILE=$build/$target.profraw
         "$build/$target" -runs=0 "$build/corpus/$target" >"$build/$target.log" 2>&1
         "$($clang --print-prog-name=llvm-profdata)" merge "$LLVM_PROFILE_FILE" -o "$build/$target.profdata"
         echo "== $target"
