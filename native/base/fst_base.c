@@ -7,7 +7,7 @@
 
 fst_counters fst_counts;
 
-int fst_fail(fst_error *err, int code, int sys_errno, const char *format, ...) {
+void fst_set_error(fst_error *err, int code, int sys_errno, const char *format, ...) {
     va_list arguments;
     err->code = code;
     err->sys_errno = sys_errno;
@@ -15,7 +15,6 @@ int fst_fail(fst_error *err, int code, int sys_errno, const char *format, ...) {
     int written = vsnprintf(err->message, sizeof err->message, format, arguments);
     va_end(arguments);
     if (written < 0) err->message[0] = '\0';
-    return code;
 }
 
 int fst_fail_call(fst_error *err, const char *path, const char *call, int sys_errno) {

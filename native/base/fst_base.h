@@ -21,10 +21,12 @@
 
 #include "fst.h"
 
-/* Fill *err and return its code. */
-__attribute__((format(printf, 4, 5))) int fst_fail(fst_error *err, int code, int sys_errno,
-                                                   const char *format, ...);
-/* FST_E_SYS for a system call that failed with sys_errno on a path. */
+__attribute__((format(printf, 4, 5))) void fst_set_error(fst_error *err, int code, int sys_errno,
+                                                         const char *format, ...);
+/* Fills *err and gives its code. A macro, so that gcc's analyzer sees in each caller which code. */
+#define fst_fail(err, code, ...) (fst_set_error((err), (code), __VA_ARGS__), (code))
+/* Fills *err and returns its code: FST_E_SYS for a system call that failed with sys_errno on a
+ * path. */
 int fst_fail_call(fst_error *err, const char *path, const char *call, int sys_errno);
 
 typedef struct fst_counters { /* of the process, shown by fst_pool_get_stats */

@@ -288,7 +288,7 @@ int fst_device_open(int kind, const char *library, int ordinal, fst_device **out
     fst_device *device = devices;
     while (device != NULL && (device->gpu != gpu || device->ordinal != ordinal))
         device = device->next;
-    if (code == FST_OK && device == NULL) {
+    if (gpu != NULL && device == NULL) {
         code = new_device(gpu, ordinal, &device, err);
         if (code == FST_OK) {
             device->next = devices;

@@ -7,16 +7,18 @@
 # emulator's, JOBS is the number of compilers that a variant runs at once, and TMPDIR the folder of
 # builds and test files: on a disk, since tmpfs may refuse O_DIRECT.
 # With variant none the engine is also built without each of its ordering rules, and that
-# rule's cases of test_device_order must fail. Exits with 1 when anything failed.
+# rule's cases of test_device_order must fail; and gcc's analyzer must find nothing in the engine.
+# Exits with 1 when anything failed.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 native=$(dirname "$here")
+fuzz=$(dirname "$native")/fuzz
 CC=${CC:-cc}
 variants=${*:-none address thread}
 jobs=${JOBS:-$(nproc 2>/dev/null || echo 2)}
 warnings="-Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wformat=2"
 passed=0 failed=0
-programs=$(cd "$here" && for source in test_*.c fuzz_*.c; do echo "${source%.c}"; done)
+programs="$(cd "$here" && for source in test_*.c; do echo "${source%.c}"; done) fuzz_header fuzz_plan"
 
 on_disk() { [ -d "$1" ] && [ -w "$1" ] && [ "$(stat -f -c %T "$1" 2>/dev/null)" != tmpfs ]; }
 
@@ -63,16 +65,19 @@ build_fake() { # variant
 compile() { # variant
     mkdir "$build/$1"
     # shellcheck disable=SC2016 # the inner shell expands it
-    find "$native" -name '*.c' ! -name fst_python.c ! -name 'fake_*.c' | FLAGS="-std=c11 -g -pthread -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-}" \
+    find "$native" "$fuzz" -name '*.c' ! -name fst_python.c ! -name 'fake_*.c' | FLAGS="-std=c11 -g -pthread -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-}" \
         CC=$CC OUT="$build/$1" NATIVE=$native \
-        xargs -P "$jobs" -I '{}' sh -c '$CC $FLAGS -I"$NATIVE" -c "$1" -o "$OUT/$(basename "$1" .c).o"' sh '{}' ||
+        xargs -P "$jobs" -I '{}' sh -c '$CC $FLAGS -I"$NATIVE" -I"$NATIVE/tests" -c "$1" -o "$OUT/$(basename "$1" .c).o"' sh '{}' ||
         return 1
     build_fake "$1" || return 1
     for program in $programs; do
-        wrap=
-        if [ "$program" = test_nomem ]; then wrap=-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc; fi
+        more=
+        case $program in
+        test_nomem) more=-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc ;;
+        fuzz_*) more=$build/$1/driver.o ;;
+        esac
         # shellcheck disable=SC2046,SC2086
-        $CC -pthread $(flags_of "$1") $wrap "$build/$1/$program.o" "$build/$1"/fst_*.o \
+        $CC -pthread $(flags_of "$1") $more "$build/$1/${program#fuzz_}.o" "$build/$1"/fst_*.o \
             -ldl -o "$build/$1/$program" || return 1
     done
 }
@@ -80,8 +85,10 @@ compile() { # variant
 run_one() { # variant, program, runner
     arguments=
     case $2:$1 in
-    fuzz_header:thread) arguments=10000 ;;
-    fuzz_header:*) arguments=200000 ;;
+    fuzz_header:thread) arguments="-runs=2000 -dict=$fuzz/header.dict $fuzz/header.seeds" ;;
+    fuzz_header:*) arguments="-runs=40000 -dict=$fuzz/header.dict $fuzz/header.seeds" ;;
+    fuzz_plan:none) arguments=-runs=5000 ;;
+    fuzz_plan:*) arguments=-runs=1000 ;;
     esac
     # shellcheck disable=SC2086
     TMPDIR=$build FAKE_CUDA=$build/$1/libfake_cuda.so \
@@ -129,6 +136,22 @@ run_mutants() { # variant, runner
     done <"$build/cases"
 }
 
+analyze() { # variant
+    result=ok
+    if ! $CC -fanalyzer -x c -c /dev/null -o /dev/null 2>/dev/null; then
+        result=skipped # not gcc
+        : >"$build/$1.log"
+    elif ! find "$native" -name 'fst_*.c' ! -name fst_python.c | xargs -P "$jobs" -I '{}' \
+        "$CC" -std=c11 -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 -O2 -fanalyzer -Werror -I"$native" \
+        -c '{}' -o /dev/null >"$build/$1.log" 2>&1; then
+        failed=$((failed + 1)) result=FAILED
+    else
+        passed=$((passed + 1))
+    fi
+    printf '%-8s %-8s %s\n' "$1" "$result" "$CC -fanalyzer"
+    cat "$build/$1.log"
+}
+
 # Leaves how many passed and how many failed in a file.
 run_variant() { # variant
     if ! runner=$(runner_of "$1"); then
@@ -144,6 +167,7 @@ run_variant() { # variant
             printf '%-8s FAILED   to build without a rule\n' "$1"
             failed=$((failed + 1))
         fi
+        if [ "$1" = none ]; then analyze "$1"; fi
     fi
     echo "$passed $failed" >"$build/$1.count"
 }
