@@ -319,9 +319,10 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{cases} cases on {args.device}, seed {args.seed}, {counts['calls']} calls compared,"
         f" {cases / seconds:.0f} cases/s a process, {cases / used:.0f} a second of a core;"
-        f" {valid} files valid ({valid / max(cases, 1):.0%}), {fast} on the fast path ({fast / max(cases, 1):.0%} of"
-        f" all, {fast / max(valid, 1):.0%} of the valid); {counts['mismatches']} mismatches,"
-        f" {lost} processes lost"
+        f" {valid} files valid ({valid / max(cases, 1):.0%}),"
+        f" {fast} on the fast path ({fast / max(cases, 1):.0%} of all,"
+        f" {fast / max(valid, 1):.0%} of the valid);"
+        f" {counts['mismatches']} mismatches, {lost} processes lost"
     )
     ways = ", ".join(f"{n[4:]} {k}" for n, k in sorted(counts.items()) if n.startswith("way "))
     print(f"ways: {ways}", flush=True)
