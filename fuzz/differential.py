@@ -94,7 +94,7 @@ class Worker:
         """Run cases up to a deadline, or to the first that differs."""
         gc.collect()
         gc.freeze()
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         for number in numbers:
             if time.monotonic() > deadline or (self.stop is not None and self.stop.value):
                 break
@@ -112,6 +112,7 @@ class Worker:
             self.counts["fast"] += result.fast
             self.counts[f"way {case.way}"] += 1
         self.counts["milliseconds"] += int(1000 * (time.perf_counter() - started))
+        self.counts["milliseconds of a core"] += int(1000 * (time.process_time() - used))
         return self.counts
 
     def _case(self, number: int) -> Case:
@@ -311,14 +312,17 @@ def main(argv: list[str] | None = None) -> int:
     """Run, print the counts, and return the exit status."""
     args = arguments(argv)
     counts, lost = run(args)
-    cases, valid, fast = (max(counts[name], 0) for name in ("cases", "valid", "fast"))
-    seconds = counts["milliseconds"] / 1000
+    cases, valid, fast = (counts[name] for name in ("cases", "valid", "fast"))
+    seconds, used = (
+        max(counts[name], 1) / 1000 for name in ("milliseconds", "milliseconds of a core")
+    )
     print(
         f"{cases} cases on {args.device}, seed {args.seed}, {counts['calls']} calls compared,"
-        f" {cases / max(seconds, 1e-3):.0f} cases/s a process; {valid} files valid"
-        f" ({valid / max(cases, 1):.0%}), {fast} on the fast path ({fast / max(cases, 1):.0%} of"
-        f" all, {fast / max(valid, 1):.0%} of the valid); {counts['mismatches']} mismatches,"
-        f" {lost} processes lost"
+        f" {cases / seconds:.0f} cases/s a process, {cases / used:.0f} a second of a core;"
+        f" {valid} files valid ({valid / max(cases, 1):.0%}),"
+        f" {fast} on the fast path ({fast / max(cases, 1):.0%} of all,"
+        f" {fast / max(valid, 1):.0%} of the valid);"
+        f" {counts['mismatches']} mismatches, {lost} processes lost"
     )
     ways = ", ".join(f"{n[4:]} {k}" for n, k in sorted(counts.items()) if n.startswith("way "))
     print(f"ways: {ways}", flush=True)

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from corrupt_files import DATA, FILES, HEADERS, TOKENS, edit
+from corrupt_files import DATA, FILES, HEADERS, TOKENS, apply_edit
 from generated_files import BITS, ODD_NAMES, File, composed, nbytes_of
 
 __all__ = [
@@ -183,7 +183,7 @@ def _mutated(rnd: random.Random) -> bytes:
     header = _rendered(rnd, members).encode("utf-8", "surrogatepass")
     if rnd.random() < 0.2:
         for _ in range(rnd.choice((1, 1, 2))):
-            header = edit(header, _an_edit(rnd))
+            header = apply_edit(header, _an_edit(rnd))
     if rnd.random() < 0.1:
         header += rnd.choice(_ENDS).encode("latin-1" if rnd.random() < 0.1 else "utf-8", "replace")
     if rnd.random() < 0.03:
@@ -438,5 +438,5 @@ def _corpus(rnd: random.Random) -> bytes:
     length = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + length], content[8 + length :]
     for _ in range(rnd.choice((1, 2))):
-        header = edit(header, _an_edit(rnd))
+        header = apply_edit(header, _an_edit(rnd))
     return pack(header, data)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import safetensors
-from corrupt_files import DATA, FILES, GOOD, HEADERS, TOKENS, base, info, one
+from corrupt_files import DATA, FILES, GOOD, HEADERS, TOKENS, apply_edit, base, info, one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -150,7 +150,7 @@ def test_fuzzed_header(raw, both, seed, edits, fix_length) -> None:
     header, data = base(seed)
     edited = header
     for edit in edits:
-        edited = edit(edited, edit)
+        edited = apply_edit(edited, edit)
     both(raw.pack(edited, data, length=None if fix_length else len(header)))
 
 

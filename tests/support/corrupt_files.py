@@ -250,7 +250,7 @@ def base(seed: int) -> tuple[bytes, bytes]:
     return (text + " " * rnd.randint(0, 9)).encode(), data
 
 
-def edit(header: bytes, edit: tuple[str, int, Any]) -> bytes:
+def apply_edit(header: bytes, edit: tuple[str, int, Any]) -> bytes:
     kind, where, what = edit
     at = where % (len(header) + 1)
     if kind == "flip" and header:
