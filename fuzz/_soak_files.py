@@ -120,10 +120,18 @@ class Contents:
         if not torch.equal(mine, theirs):
             different = (mine != theirs).nonzero().reshape(-1)
             raise WrongBytesError(
-                f"{name}, part {index}: {len(different)} of {len(mine)} bytes differ, the first at"
-                f" {int(different[0])}"
+                f"{name}, part {index}: {len(different)} of {len(mine)} bytes differ, from"
+                f" {int(different[0])} to {int(different[-1])}: {self._seen(mine[different])}"
             )
         return len(mine)
+
+    def _seen(self, wrong: torch.Tensor) -> str:
+        """Where wrong bytes may have come from."""
+        values = wrong.unique().tolist()
+        if len(values) < 3:
+            return f"values {values}"
+        some = wrong[:16].numpy().tobytes()
+        return f"{some.hex()}, in the pool at {self.pool.numpy().tobytes().find(some)}"
 
     def check_names(self, names: Iterable[str]) -> None:
         """Names are those of one version, all of them."""
