@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +120,22 @@ class Contents:
         mine, theirs = _raw(found), _raw(wanted)
         if not torch.equal(mine, theirs):
             different = (mine != theirs).nonzero().reshape(-1)
+            where, seen = map_of(mine.data_ptr()), self._seen(mine[different])
+            time.sleep(0.1)
+            late = ", and right 0.1 s later" if torch.equal(mine, theirs) else ""
             raise WrongBytesError(
-                f"{name}, part {index}: {len(different)} of {len(mine)} bytes differ, the first at"
-                f" {int(different[0])}"
+                f"{name}, part {index}, in {where}: {len(different)} of {len(mine)} bytes differ,"
+                f" from {int(different[0])} to {int(different[-1])}: {seen}{late}"
             )
         return len(mine)
+
+    def _seen(self, wrong: torch.Tensor) -> str:
+        """Where wrong bytes may have come from."""
+        values = wrong.unique().tolist()
+        if len(values) < 3:
+            return f"values {values}"
+        some = wrong[:16].numpy().tobytes()
+        return f"{some.hex()}, in the pool at {self.pool.numpy().tobytes().find(some)}"
 
     def check_names(self, names: Iterable[str]) -> None:
         """Names are those of one version, all of them."""
@@ -136,6 +148,15 @@ class Contents:
         """Compare all tensors of a file; return how many bytes they have."""
         self.check_names(found)
         return sum(self.check(name, one) for name, one in found.items())
+
+
+def map_of(address: int) -> str:
+    """The line of the process's maps that holds an address."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        begin, _, end = line.split()[0].partition("-")
+        if int(begin, 16) <= address < int(end, 16):
+            return line
+    return "no map"
 
 
 def version_of(name: str) -> int:

@@ -74,7 +74,7 @@ class Worker:
 
 def load(here: Process, me: Worker, device: str = "cpu") -> None:
     """The whole file; some of it outlives it, the rest is written to."""
-    found = LOAD_FILE(here.some_file(me), device=device)
+    found = LOAD_FILE(here.some_file(me, device), device=device)
     me.check_all(here, found)
     names = me.numbers.sample(sorted(found), min(3, len(found)))
     me.keep(here, {name: found.pop(name) for name in names})

@@ -143,8 +143,13 @@ class Process:
     def new_version(self) -> int:
         return next(self._versions)
 
-    def some_file(self, me: Worker) -> str:
-        return str(me.numbers.choice(self.files))
+    def some_file(self, me: Worker, device: str = "cpu") -> str:
+        """A file; to a device one that nobody replaces, where stock may load it.
+
+        Stock's ``load_file`` opens a path twice: for the header, and for the bytes.
+        """
+        by_stock = device != "cpu" and "mmap" in self.options["io"]
+        return str(me.numbers.choice(self.still_files if by_stock else self.files))
 
     def some_url(self, me: Worker) -> str:
         return me.numbers.choice(self._urls)
