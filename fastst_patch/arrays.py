@@ -344,6 +344,8 @@ def plain_index(index: object, shape: Sequence[int]) -> tuple[Any, ...] | None:
         The same index for NumPy, which then returns an array, of no dimension too; None: stock
         must judge it. Stock has rules of its own for steps, negative numbers and empty ranges.
     """
+    if type(index) is slice and shape:  # the usual one, in half of the time
+        return (index, ...) if _is_plain(index, shape[0]) else None
     parts = index if type(index) is tuple else (index,)
     if EllipsisType in map(type, parts):
         at = [type(part) for part in parts].index(EllipsisType)
