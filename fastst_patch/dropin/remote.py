@@ -25,7 +25,7 @@ from ..files.remote import (
     refused_url,
     shown,
 )
-from .eligibility import TORCH, Destination, destination, opened_for
+from .eligibility import TORCH, Destination, bound_to_load, bound_to_open, destination, opened_for
 
 __all__ = ["by_stock_or_us", "is_url", "load_url", "open_url", "theirs_or", "with_path"]
 
@@ -95,7 +95,7 @@ def load_url(url: str, args: Any, kwargs: Any, local: Callable[[str], Any]) -> A
     if path is not None:
         return local(path)
     try:
-        _, device, backend = _bound_to_load(*args, **kwargs)
+        _, device, backend = bound_to_load(*args, **kwargs)
         target = _destination("pt", device)
     except (Fallback, TypeError) as error:
         _ask_stock(stock.load_file, args, kwargs)
@@ -109,10 +109,6 @@ def load_url(url: str, args: Any, kwargs: Any, local: Callable[[str], Any]) -> A
     opened.account.seconds = time.perf_counter() - started
     opened.account.emit("load_file", opened.file.path, opened.device)
     return result
-
-
-def _bound_to_load(filename: Any, device: Any = "cpu", *, backend: Any = "mmap") -> Any:
-    return filename, device, backend
 
 
 def open_url(
@@ -141,7 +137,7 @@ def open_url(
     if path is not None:
         return local(path)
     try:
-        _, framework, device, backend = _bound_to_open(*args, **kwargs)
+        _, framework, device, backend = bound_to_open(*args, **kwargs)
         target = _destination(framework, device)
     except (Fallback, TypeError) as error:
         _ask_stock(stock_class, args, kwargs)
@@ -149,12 +145,6 @@ def open_url(
     if backend != "mmap":
         _ask_stock(stock_class, args, kwargs)
     return made(stock_class, opened_for(*open_remote(url, config), config, target), started)
-
-
-def _bound_to_open(
-    filename: Any, framework: Any, device: Any = "cpu", *, backend: Any = "mmap"
-) -> Any:
-    return filename, framework, device, backend
 
 
 def _destination(framework: object, device: object) -> Destination:

@@ -58,7 +58,7 @@ class ArrayFile(HostFile):
     def tensor(self, i: int, *, for_slice: bool = False) -> Any:
         """Array i; raises as for torch."""
         found = self._unshared(i)
-        result = self._maker.finished([found])[0]
+        result = found if self._maker.library is None else self._maker.finished([found])[0]
         self.count(1, found.nbytes)
         return result
 
@@ -74,7 +74,7 @@ class ArrayFile(HostFile):
         elif self.mapped:
             self.ahead_of.everything(self.map())
             claimed = self._claimed(every)
-            made = arrays.over(self._mapped_memory(), layout, claimed)
+            made = arrays.over(self._mapped_memory(), layout, array("Q", claimed))
             if len(made) < len(every):
                 by_number = dict(zip(claimed, made, strict=True))
                 made = [by_number[i] if i in by_number else self._unshared(i) for i in every]
@@ -104,14 +104,13 @@ class ArrayFile(HostFile):
             raise Fallback("stock judges such an index by rules of its own")
         if kind not in arrays.KNOWN_DTYPES:
             self.check(i)
-        rows = _rows_of(plain, shape) if nbytes else None
         if self.mapped:
             if ahead and (nbytes >= WORKERS_FROM or not self.ahead_of.calm):
-                self.ahead_of.request(self.map(), i, rows)
+                self.ahead_of.request(self.map(), i, _rows_of(plain, shape) if nbytes else None)
             made = arrays.copy(self._unwritten_memory(), entry, plain)
             counts = 1, made.nbytes
         else:
-            made, counts = self._part_read(i, plain, rows)
+            made, counts = self._part_read(i, plain, _rows_of(plain, shape) if nbytes else None)
         result = made if self._maker.library is None else self._maker.finished([made])[0]
         self.count(*counts, time.perf_counter() - started)
         return result
@@ -154,7 +153,7 @@ class ArrayFile(HostFile):
         claimed = self._claimed(group)
         if not claimed or claimed[0] != i:  # its pages are taken
             return arrays.copy(self._unwritten_memory(), self.layout.entry(i), (...,))
-        first, *rest = arrays.over(self._mapped_memory(), self.layout, claimed)
+        first, *rest = arrays.over(self._mapped_memory(), self.layout, array("Q", claimed))
         self._built += len(claimed)
         names = [self.layout.names[j] for j in claimed[1:]]
         self._arrays.update(zip(names, rest, strict=True))

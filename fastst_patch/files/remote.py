@@ -58,10 +58,14 @@ def local_file(url: str, config: Config) -> str | None:
 
     Raises:
         UnknownSchemeError, RemoteError: as `open_source`.
+        SafetensorError: a stand-in leads to another one.
     """
     from ..sources import cache, standin  # not for programs that load local files alone
 
-    found = local_path(standin.resolved(url)[0], config.storage_options)
+    remote, stands = standin.resolved(url)
+    found = local_path(remote, config.storage_options)
+    if found is not None and stands is not None and standin.is_one(found):
+        raise standin.refused(remote)  # it might stand for itself
     return cache.find_local(url, config, open_source) if found is None else found
 
 
@@ -101,7 +105,7 @@ def refused_url(file: object, error: Exception) -> str | None:
         return None
     from ..sources import standin
 
-    return standin.url_of(path)
+    return standin.url_of(path) if standin.is_one(path) else None
 
 
 def without_secrets(path: str) -> str:

@@ -14,7 +14,8 @@ from .base import Entry, RemoteNotFoundError, Source, scheme_of
 from .objects import ObjectTransport, list_objects, make_store
 from .ranged import RangedSource
 from .retry import Failure, Limits, limits_of
-from .transport import Place
+from .signed import SignedTransport, allows_http, can_be_signed
+from .transport import Place, Transport
 from .urls import bucket_place, hidden
 from .web import warn_unprotected
 
@@ -34,8 +35,13 @@ def open_source(url: str, options: dict[str, object], head_bytes: int) -> Source
     place, bucket, key = bucket_place(scheme, url, _BUCKET[scheme])
     store = make_store(scheme, bucket, options)
     _warn_if_unprotected(options)
-    transport = _or_error(place, lambda: ObjectTransport(store, key, place))
-    return RangedSource.open(transport, limits, head_bytes)
+
+    def transport() -> Transport:
+        if scheme == "s3" and can_be_signed(options):
+            return SignedTransport(store, key, place, allows_http(options))
+        return ObjectTransport(store, key, place)
+
+    return RangedSource.open(_or_error(place, transport), limits, head_bytes)
 
 
 def list_files(url: str, options: dict[str, object]) -> Sequence[Entry]:

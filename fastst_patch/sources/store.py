@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,10 @@ __all__ = ["Store"]
 FRESH = 600.0
 """Seconds after its last use in which a file is not removed to make room for another. Else a model
 that is larger than the limit would push out its first files for its last ones at every load."""
+
+_SUFFIXES = (".safetensors", ".part", ".json", ".journal")
+_STEM = re.compile(r"[0-9a-f]{24}-[0-9a-f]{24}")
+"""Names of ours. Other files in the folder are neither counted nor removed."""
 
 _BLOCK = 512  # of st_blocks
 _TAG = (
@@ -199,7 +204,7 @@ class Store:
         with os.scandir(self.folder) as files:
             for file in files:
                 stem, suffix = os.path.splitext(file.path)
-                if suffix in (".safetensors", ".part", ".json", ".journal"):
+                if suffix in _SUFFIXES and _STEM.fullmatch(os.path.basename(stem)):
                     with suppress(FileNotFoundError):
                         found.setdefault(stem, _Entry(stem)).add(suffix, file.stat())
         return sorted(found.values(), key=lambda entry: entry.used)

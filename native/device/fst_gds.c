@@ -237,5 +237,5 @@ int fst_gds_read(const fst_io_context *io, void *handle, const fst_staging *stag
         }
     }
     fst_gpu_leave(&scope);
-    return code;
+    return code == FST_OK ? fst_file_check_end(io->file, io->end, err) : code;
 }

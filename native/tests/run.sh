@@ -3,9 +3,9 @@
 #
 # Variants: address (ASan and UBSan), thread (TSan), none (warnings are errors); all three
 # when none is named. Variants run side by side, and the output of each follows when it is done.
-# CC chooses the compiler, CFLAGS adds flags, JOBS is the number of compilers that a variant runs
-# at once, and TMPDIR the folder of builds and test files: on a disk, since tmpfs may refuse
-# O_DIRECT.
+# CC chooses the compiler, CFLAGS adds flags, RUNNER is a command before each program, such as an
+# emulator's, JOBS is the number of compilers that a variant runs at once, and TMPDIR the folder of
+# builds and test files: on a disk, since tmpfs may refuse O_DIRECT.
 # With variant none the engine is also built without each of its ordering rules, and that
 # rule's cases of test_device_order must fail. Exits with 1 when anything failed.
 set -u
@@ -44,7 +44,7 @@ runner_of() {
     echo 'int main(void) { return 0; }' >"$build/$1.empty.c"
     # shellcheck disable=SC2046 # flags are words
     $CC $(flags_of "$1") "$build/$1.empty.c" -o "$build/$1.empty" 2>"$build/$1.log" || return 1
-    for runner in "" "setarch $(uname -m) -R"; do
+    for runner in "${RUNNER:-}" "setarch $(uname -m) -R"; do
         if $runner "$build/$1.empty" >"$build/$1.log" 2>&1; then
             echo "$runner"
             return 0
@@ -113,7 +113,7 @@ build_mutant() { # variant, rule
 
 # A case that passes without its rule is no test of it.
 run_mutants() { # variant, runner
-    if ! "$build/$1/test_device_order" list >"$build/cases"; then return 1; fi
+    if ! $2 "$build/$1/test_device_order" list >"$build/cases"; then return 1; fi
     while read -r rule name; do
         if [ ! -d "$build/$rule" ] && ! build_mutant "$1" "$rule"; then return 1; fi
         TMPDIR=$build FAKE_CUDA=$build/$1/libfake_cuda.so $2 "$build/$rule/mutant" "$name" \

@@ -106,7 +106,7 @@ def test_reports_count_what_was_handed_out(raw, fast, watch) -> None:
     with watch() as seen, fast.safe_open(path, "np") as handle:
         for i in range(10):
             handle.get_tensor(f"layers.{i}.w")
-        assert handle._opened.ready
+        assert handle._opened._arrays
     (report,) = [one for one in seen.reports if one.file == path]
     assert (report.tensors, report.bytes) == (10, 9 * 32)
 

@@ -145,6 +145,19 @@ def test_handle(stock, fast, bucket, twin, assert_same_tensor, order, options) -
     assert (report.path, report.call, report.fallback_reason) == ("memory", "safe_open", None)
 
 
+@pytest.mark.parametrize("options", [{}, {"tensors": "owned"}])
+def test_beside_a_tensor_that_cannot_be_made(raw, stock, fast, bucket, agree, options) -> None:
+    header = {f"t{i}": raw.entry("U8", [3], 3 * i, 3 * i + 3) for i in range(8)}
+    header["t4"] = raw.entry("F6_E2M3", [4], 12, 15)
+    content = raw.pack(header, bytes(range(24)))
+    bucket.files[URL] = content
+    path = raw.write(content)
+    with fastst_patch.config_context(**options):
+        with fast.safe_open(URL, "pt") as ours, stock.safe_open(path, "pt") as theirs:
+            for i in (0, 1, 2, 3, 5, 6, 7, 4, 0):
+                agree(lambda i=i: ours.get_tensor(f"t{i}"), lambda i=i: theirs.get_tensor(f"t{i}"))
+
+
 def test_opening_reads_the_header_alone(fast, bucket, twin) -> None:
     with fast.safe_open(URL, "pt") as handle:
         handle.keys()

@@ -157,6 +157,7 @@ def test_a_file_that_changes_while_it_is_kept_in_part_is_not_mixed(bucket, confi
 
 def stand_in(tmp_path: Path, folder: str | None = None) -> str:
     """The URL of a stand-in for the file."""
+    tmp_path.mkdir(parents=True, exist_ok=True)
     path = str(tmp_path / "stand-in.safetensors")
     source = MemorySource(URL, content(), ("etag", '"1"', len(content())))
     standin.write(path, source, {}, folder)
@@ -175,12 +176,24 @@ def test_a_stand_in_wants_the_file_that_it_was_made_for(bucket, config, tmp_path
 
 
 def test_a_stand_in_names_the_folder(bucket, tmp_path) -> None:
-    folder = str(tmp_path / "named")
-    source = locate(stand_in(tmp_path, folder), Config())
+    folder = tmp_path / "named"
+    source = locate(stand_in(folder / "models" / "x" / "model", str(folder)), Config())
     read_all(source)
     source.close()
     settled()
     assert any(name.endswith(".safetensors") for name in os.listdir(folder))
+
+
+@pytest.mark.parametrize("place", [".", "models", "modelsx/y", "models/../x"])
+def test_a_stand_in_from_elsewhere_names_no_folder(bucket, tmp_path, place) -> None:
+    folder, elsewhere = tmp_path / "named", tmp_path / "named" / place
+    if place == "models":
+        elsewhere = tmp_path / "downloads"
+        (folder / "models").mkdir(parents=True)
+    source = locate(stand_in(elsewhere, str(folder)), Config())
+    assert isinstance(source, MemorySource)  # it is streamed, and not kept
+    source.close()
+    assert not folder.exists() or not list(folder.glob("*.part"))
 
 
 @pytest.mark.parametrize("how", ["revision", "option", "environment"])

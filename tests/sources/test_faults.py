@@ -56,9 +56,10 @@ def obstore_started() -> None:
     start_obstore()
 
 
-@pytest.fixture(params=["http", "s3"])
+@pytest.fixture(params=["http", "s3", "store"])
 def way(request: pytest.FixtureRequest) -> Iterator[Way]:
-    if request.param == "s3":
+    """By HTTP, by a signed URL, and by obstore's own requests."""
+    if request.param != "http":
         request.getfixturevalue("obstore_started")
     with nothing_left_open(), FaultServer({"/bucket/dir/model.bin": CONTENT}) as server:
         if request.param == "http":
@@ -74,6 +75,8 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
                 "secret_access_key": SECRET,
                 "session_token": SECRET,
             }
+            if request.param == "store":
+                options["user_agent"] = "someone"  # no signed URL does that
             yield Way(server, "s3://bucket/dir/model.bin", options, "bucket", "/dir/model.bin")
 
 
@@ -306,7 +309,7 @@ def test_a_slow_body_is_no_fault(way: Way, position: int) -> None:
 
 def test_a_body_that_drips_is_given_up(way: Way, position: int) -> None:
     way.server.faults = faults.since(position, faults.dripping)
-    if "endpoint" in way.options:
+    if "user_agent" in way.options:
         # obstore hands over what it has collected, so a body that drips is a stalled one to us.
         way.options.update(IMPATIENT)
         assert "stalled" in str(failed(way))
@@ -369,8 +372,8 @@ def test_ranges_that_stop(way: Way, position: int) -> None:
 # ---- what is allowed ----------------------------------------------------
 
 
-# obstore takes no body without Content-Length, which S3 always sends.
-by_http = pytest.mark.parametrize("way", ["http"], indirect=True)
+# obstore takes no body without Content-Length, which S3 always sends, and hides Retry-After.
+by_http = pytest.mark.parametrize("way", ["http", "s3"], indirect=True)
 
 
 @by_http
@@ -408,7 +411,7 @@ def test_a_file_shorter_than_the_first_request(way: Way) -> None:
     assert len(way.server.requests) == 1
 
 
-# ---- Retry-After: obstore does not tell it, and its requests wait by back-off ----
+# ---- Retry-After --------------------------------------------------------
 
 
 @by_http

@@ -78,6 +78,23 @@ def test_a_file_larger_than_the_limit_pushes_nothing_out(bucket, config) -> None
     assert os.path.exists(path)
 
 
+def test_files_of_others_are_neither_counted_nor_removed(bucket, config) -> None:
+    folder = Path(config.remote_cache)
+    folder.mkdir(parents=True)
+    names = ("model.safetensors", "config.json", "a.part", f"{'0' * 24}.safetensors")
+    others = [folder / name for name in names]
+    for path in others:
+        path.write_bytes(bytes(MIB))
+        os.utime(path, (1, 1))
+    limited = Config(remote_cache=config.remote_cache, remote_cache_bytes=2 * MIB)
+    a, b, c = urls(bucket, 3)
+    for path in [fill(limited, url) for url in (a, b)]:
+        age(path, 3000)
+    fill(limited, c)
+    assert all(path.read_bytes() == bytes(MIB) for path in others)
+    assert len(list(folder.glob("*-*.safetensors"))) == 2
+
+
 def test_what_is_being_filled_counts_whole_and_stays(bucket, config, monkeypatch) -> None:
     monkeypatch.setattr(store, "FRESH", -10)
     limited = Config(remote_cache=config.remote_cache, remote_cache_bytes=6 * MIB)

@@ -66,18 +66,20 @@ def obstore_started() -> None:
     start_obstore()
 
 
-@pytest.fixture(params=["http", "s3"])
+@pytest.fixture(params=["http", "s3", "store"])
 def way(request: pytest.FixtureRequest, content: bytes) -> Iterator[tuple[FaultServer, str]]:
-    if request.param == "s3":
+    if request.param != "http":
         request.getfixturevalue("obstore_started")
     engine.shutdown()
     with nothing_left_open(), FaultServer({"/b/model.safetensors": content}) as server:
         options: dict[str, Any] = dict(LIMITS)
         url = f"http://user:{SECRET}@{server.netloc}/b/model.safetensors?sig={SECRET}"
-        if request.param == "s3":
+        if request.param != "http":
             url = "s3://b/model.safetensors"
             keys = {"access_key_id": "someone", "secret_access_key": SECRET}
             options |= {"endpoint": server.url(""), "allow_http": True, "region": "x", **keys}
+            if request.param == "store":
+                options["user_agent"] = "someone"  # no signed URL does that
         # 12 ranges of 256 KiB and more behind the first MiB
         with fastst_patch.config_context(storage_options=options, chunk_bytes=128 << 10):
             yield server, url

@@ -27,14 +27,20 @@ from fastst_patch.dropin import slices
 
 
 def build(folder: Path) -> Path | None:
-    """The fake driver as a shared library; None where there is no compiler."""
+    """The fake driver as a shared library; None where there is no compiler.
+
+    ``CFLAGS`` adds flags: fuzz/sanitized.sh has it instrumented.
+    """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return None
     library = folder / "libfake_cuda.so"
     flags = ["-std=c11", "-g", "-O1", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden"]
+    flags += os.environ.get("CFLAGS", "").split()
     sources = sorted(str(path) for path in NATIVE_TESTS.glob("fake_*.c"))
-    subprocess.run([compiler, *flags, *sources, "-o", str(library)], check=True)
+    # A sanitizer that this process was started with is not for the compiler.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    subprocess.run([compiler, *flags, *sources, "-o", str(library)], check=True, env=environment)
     return library
 
 
