@@ -105,7 +105,7 @@ class LoadReport:
             text += " (mapped, not copied"
             text += f"; {self.resident:.0%} was cached)" if self.resident is not None else ")"
         if self.requests:
-            text += f", {self.requests} requests"
+            text += ", 1 request" if self.requests == 1 else f", {self.requests} requests"
         if self.link_fraction is not None:
             text += f", {self.link_fraction:.0%} of the link's {self.link / 1e9:.2f} GB/s"
         if self.retries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def test_the_part_of_the_link_is_told_where_it_was_measured() -> None:
     assert load(0.0, link=10**9).link_fraction is None
     assert load(2.0).link_fraction is None
     assert "link" not in str(load(2.0))
+    assert str(dataclasses.replace(load(2.0), requests=1)).endswith(", 1 request")
 
 
 def test_a_map_has_no_rate() -> None:

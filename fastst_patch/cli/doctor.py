@@ -222,10 +222,10 @@ def _contents(files: Sequence[str]) -> dict[str, Any]:
     left: dict[str, str] = {}
     bad: list[str] = []
     for path in files:
+        size = in_cache = 0
         try:
             file = engine.open_file(path)
-            nbytes += file.size
-            cached += file.residency(0, file.size)[0]
+            size, in_cache = file.size, file.residency(0, file.size)[0]
             tensors += len(engine.read_layout(file).names)
         except (OSError, Fallback) as error:
             if _is_stand_in(path):
@@ -233,6 +233,8 @@ def _contents(files: Sequence[str]) -> dict[str, Any]:
                 continue
             left[os.path.basename(path)] = str(error)
             bad += [os.path.basename(path)] if _refused_by_stock(path) else []
+        nbytes += size
+        cached += in_cache
     return {
         "files": len(files),
         "tensors": tensors,

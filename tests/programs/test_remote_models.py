@@ -409,6 +409,16 @@ def test_doctor_of_a_url(served, sharded, sample, capsys, monkeypatch) -> None:
     assert "hunter2" not in text
 
 
+def test_doctor_of_stand_ins(served, sharded, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = fastst_patch.remote(served.put(sharded))
+    assert main(["doctor", folder]) == 0
+    count = len(list(sharded.glob("*.safetensors")))
+    printed = capsys.readouterr().out
+    assert f"{folder}: {count} files, for remote ones: name the URL to see what is there" in printed
+    assert "cached" not in printed.partition(folder)[2].partition("\n")[0]
+
+
 def test_doctor_of_a_url_that_leads_nowhere(capsys) -> None:
     assert main(["doctor", "http://127.0.0.1:9/m.safetensors"]) == 1
     assert "127.0.0.1:9" in capsys.readouterr().out

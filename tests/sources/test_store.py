@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
+import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kept_files import (
@@ -203,6 +207,72 @@ def test_what_kills_have_left_goes_with_its_file(bucket, config, monkeypatch) ->
     (other,) = urls(bucket, 1, 2 * MIB)
     locate(other, limited).close()
     assert not [one for one in os.listdir(config.remote_cache) if one.endswith(".new")]
+
+
+# ---- kills
+
+STEPS = (
+    "open", "pwrite", "write", "truncate", "replace", "rename", "unlink", "fsync", "fdatasync",
+    "utime",
+)  # fmt: skip
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Do work in a forked child that is killed before one of its steps; False: it had fewer."""
+    pid = os.fork()
+    if not pid:
+        steps = itertools.count(1)
+
+        def stepping(act: Any) -> Any:
+            def step(*args: Any, **kwargs: Any) -> Any:
+                if next(steps) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return act(*args, **kwargs)
+
+            return step
+
+        for name in STEPS:
+            setattr(os, name, stepping(getattr(os, name)))
+        try:
+            work()
+            settled()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def assert_kept_in_the_end(url: str, config: Config, want: bytes) -> None:
+    found = locate(url, config)
+    if not isinstance(found, str):
+        assert read_all(found) == want
+        found.close()
+        settled()
+        found = locate(url, config)
+    assert Path(found).read_bytes() == want
+
+
+def test_a_kill_at_any_step(bucket, tmp_path, monkeypatch) -> None:
+    """While a file is kept for which another one has to go."""
+    monkeypatch.setattr(store, "FRESH", -10)
+    a, b = urls(bucket, 2, MIB + 1000)
+    for number in itertools.count(1):
+        config = Config(remote_cache=str(tmp_path / str(number)), remote_cache_bytes=2 * MIB)
+        fill(config, a)
+
+        def work(config: Config = config) -> None:
+            source = locate(b, config)
+            read_all(source, MIB // 2)
+            source.close()
+
+        killed = killed_at(number, work)
+        assert_kept_in_the_end(b, config, bucket.files[b])
+        assert_kept_in_the_end(a, config, bucket.files[a])
+        if not killed:
+            break
+    assert number > 20
 
 
 # ---- secrets
