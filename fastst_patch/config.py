@@ -330,16 +330,10 @@ def environment_profile() -> tuple[str, int] | None:
     return (path, int(pid) if pid.isdecimal() else 0) if path else None
 
 
-def object_store_endpoint() -> str | None:
-    """The address of an object store other than the cloud's own, from the variables of obstore."""
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
-
-
-def object_store_settings() -> dict[str, str]:
-    """The variables from which obstore takes settings for S3, by the names of its options."""
-    found = {name.lower(): value for name, value in os.environ.items()}
-    return {name[4:]: value for name, value in found.items() if name.startswith("aws_")}
+def object_store_settings(prefix: str) -> dict[str, str]:
+    """The variables that begin with "aws_", say: obstore's settings, named as its options."""
+    found = {name.lower(): value for name, value in os.environ.items() if value}
+    return {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
 
 
 def local_ranks() -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
-from ..config import object_store_endpoint
+from ..config import object_store_settings
 from ..errors import OptionError
 from . import loop
 from .attempts import Attempts
@@ -115,7 +115,9 @@ def _warn_if_unprotected(options: Mapping[str, object]) -> None:
     """Warn where the endpoint is http, and requests are signed."""
     given = {str(name).lower(): str(value) for name, value in options.items()}
     named = [value for name, value in given.items() if name.rpartition("_")[2] == "endpoint"]
-    endpoint = (named or [object_store_endpoint() or ""])[0]
+    aws, azure = object_store_settings("aws_"), object_store_settings("azure_storage_")
+    named += [aws.get(name, "") for name in ("endpoint_url_s3", "endpoint_url", "endpoint")]
+    endpoint = next(filter(None, [*named, azure.get("endpoint", "")]), "")
     signed = not any("skip_signature" in name for name in given)
     if endpoint.lower().startswith("http://") and signed:
         warn_unprotected(hidden(endpoint).rpartition("://")[2])

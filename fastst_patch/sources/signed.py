@@ -51,13 +51,13 @@ def can_be_signed(options: Mapping[str, object]) -> bool:
     """
     given = {_plain(name) for name in options} - {"credential_provider"}
     others = (CLIENT_OPTIONS - {"allow_http"}) | {*_IN_HEADERS}
-    return given <= _SIGNED_WITH and not object_store_settings().keys() & others
+    return given <= _SIGNED_WITH and not object_store_settings("aws_").keys() & others
 
 
 def allows_http(options: Mapping[str, object]) -> bool:
     """Whether ``allow_http`` is set, there or in the environment."""
     named = {_plain(name): value for name, value in options.items()}
-    value = named.get("allow_http", object_store_settings().get("allow_http"))
+    value = named.get("allow_http", object_store_settings("aws_").get("allow_http"))
     return str(value).lower() in ("1", "true", "on", "yes", "y")
 
 
