@@ -281,7 +281,7 @@ static void check_neighbours(const header *h, uint64_t *random) {
 /* ---- a layout that is made up ---- */
 
 enum {
-    TENSORS = 24,
+    TENSORS = 6,
     DIMS = 8
 };
 
@@ -332,7 +332,7 @@ static void add_tensor(made_up *m, const uint8_t **at, const uint8_t *end) {
     *tensor = (fst_tensor){.begin = m->data,
                            .dims_index = m->view.dims_count,
                            .ndim = what >> 5,
-                           .dtype = (what & 31) % FST_DTYPES};
+                           .dtype = (what & 31u) % FST_DTYPES};
     if (tensor->ndim == 0 && fst_dtype_bits(tensor->dtype) < 8) tensor->dtype = FST_U8;
     uint64_t elements = 1, bits = fst_dtype_bits(tensor->dtype);
     for (uint32_t d = 0; d < tensor->ndim; d++) {

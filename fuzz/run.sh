@@ -44,7 +44,7 @@ flags="-std=c11 -g -O2 -pthread -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 -fno-omit-
 sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=all"
 if [ -n "$covers" ]; then sanitizers="-fprofile-instr-generate -fcoverage-mapping"; fi
 if [ -n "$clang" ]; then
-    compile="$clang $flags $sanitizers" watched=-fsanitize=fuzzer-no-link driver=-fsanitize=fuzzer
+    compile="$clang $flags $sanitizers" watched="-fsanitize=fuzzer-no-link -fno-sanitize-coverage=trace-cmp" driver=-fsanitize=fuzzer
 else
     echo "no clang with libFuzzer: ${CC:-cc} and driver.c mutate blindly"
     compile="${CC:-cc} $flags $sanitizers" watched='' driver=$build/objects/driver.o

@@ -87,7 +87,8 @@ run_one() { # variant, program, runner
     case $2:$1 in
     fuzz_header:thread) arguments="-runs=2000 -dict=$fuzz/header.dict $fuzz/header.seeds" ;;
     fuzz_header:*) arguments="-runs=40000 -dict=$fuzz/header.dict $fuzz/header.seeds" ;;
-    fuzz_plan:none) arguments=-runs=5000 ;;
+    fuzz_plan:none) arguments=-runs=3000 ;;
+    fuzz_plan:thread) arguments=-runs=200 ;;
     fuzz_plan:*) arguments=-runs=1000 ;;
     esac
     # shellcheck disable=SC2086
