@@ -33,7 +33,7 @@ def test_short_run(fake_driver: Any, tmp_path: Path, soak: Any) -> None:
     from _soak_operations import OPERATIONS
 
     command = [
-        sys.executable, FUZZ / "soak.py", "--seconds", "2", "--warm-up", "0.5", "--threads", "4",
+        sys.executable, FUZZ / "soak.py", "--seconds", "1", "--warm-up", "0.3", "--threads", "4",
         "--processes", "2", "--seed", "1", "--dir", tmp_path, "--library", fake_driver.path,
     ]  # fmt: skip
     done = subprocess.run(
