@@ -19,7 +19,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -374,11 +373,6 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
         paths: files or folders to examine; the current folder and the temporary one when
             empty.
     """
-    with ThreadPoolExecutor(1) as beside:  # the child takes as long to import torch as we do
-        return _examined(paths, beside.submit(_accelerators))
-
-
-def _examined(paths: Sequence[str], accelerators: Future[dict[str, Any]]) -> dict[str, Any]:
     misspelt_variables()  # reported below: patch() shall not warn of them as well
     native = {"loaded": engine.native_file(), "reason": engine.native_error()}
     missing = _missing()
@@ -396,6 +390,7 @@ def _examined(paths: Sequence[str], accelerators: Future[dict[str, Any]]) -> dic
         "options": options,
         "unknown_variables": unknown_variables(),
         "machine": _machine(),
+        **_accelerators(),
     }
     importable = not missing.keys() & {"safetensors", "wrapt"}
     if importable:
@@ -416,7 +411,6 @@ def _examined(paths: Sequence[str], accelerators: Future[dict[str, Any]]) -> dic
             for path in paths
             if not os.path.exists(path)
         ]
-    result.update(accelerators.result())
     verdict = diagnose(result)
     result["verdict"], result["problems"] = verdict.text, verdict.problems
     return result
