@@ -6,6 +6,7 @@
 
 #include <pthread.h>
 
+#include "fake_open.h"
 #include "tensor/fst_batch.h"
 
 void *__real_malloc(size_t bytes);
@@ -160,8 +161,30 @@ static void test_few_allocations_for_many_tensors(void) {
     CHECK_EQ(many, few + UINT64_C(2) * 6);
 }
 
+/* What the driver gave for a device is given back. */
+static void test_device_record(void) {
+    fst_device *device = NULL;
+    fake_counts live;
+    int code = FST_E_NOMEM;
+    uint64_t n = 0;
+    while (code == FST_E_NOMEM && n < 100) {
+        fst_error err = {0};
+        allocations = 0;
+        failing = ++n;
+        code = fst_device_open(FST_GPU_CUDA, fake_path(), 0, &device, &err);
+        failing = 0;
+        FAKE(fake_live)(&live);
+        CHECK_EQ(code, allocations < n ? FST_OK : FST_E_NOMEM);
+        if (code != FST_OK) CHECK(live.streams == 0 && live.contexts == 0);
+    }
+    CHECK_EQ(code, FST_OK);
+    CHECK(n > 2 && live.contexts == 1);
+    CHECK_EQ(FAKE(fake_violations)(), 0);
+}
+
 int main(void) {
     RUN(test_each_allocation);
     RUN(test_few_allocations_for_many_tensors);
+    RUN(test_device_record);
     return test_result();
 }
