@@ -108,13 +108,19 @@ class Partial:
         self._seen = _HEADER.size  # bytes of the journal that were read
         header = _HEADER.pack(_MAGIC, _BOOT, size)
         part, journal = self._opened()
-        known = os.pread(journal.fd, _HEADER.size, 0) == header
-        if not known or os.fstat(part.fd).st_size != size:
-            _lock_alone(journal)
-            _unlink(stem)
-            part, journal = self._opened()
-            os.truncate(part.fd, size)
-            os.write(journal.fd, header)
+        try:
+            known = os.pread(journal.fd, _HEADER.size, 0) == header
+            if not known or os.fstat(part.fd).st_size != size:
+                _lock_alone(journal)
+                _unlink(stem)
+                part, journal = self._opened()
+                os.truncate(part.fd, size)
+                os.write(journal.fd, header)
+        except BaseException:
+            # Frames of the exception keep the descriptor, and the next load would wait for it.
+            with suppress(OSError):
+                fcntl.flock(journal.fd, fcntl.LOCK_UN)
+            raise
         self._open: tuple[_Descriptor, _Descriptor] | None = (part, journal)
         self.refresh()
 

@@ -100,6 +100,7 @@ class Store:
                     return None
                 with suppress(OSError):
                     os.utime(f"{entry.stem}.json")
+                    os.unlink(f"{entry.stem}.journal")  # there is one where a process was killed
         except (OSError, ValueError, KeyError):
             return None
         return path
@@ -189,10 +190,12 @@ class Store:
         _here.locked = True
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:
+                # Not by closing alone: a child that was forked meanwhile shares the lock.
+                fcntl.flock(fd, fcntl.LOCK_UN)
         finally:
-            # Not by closing alone: a child that was forked meanwhile shares the lock.
-            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
             _here.locked = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import signal
@@ -273,6 +274,35 @@ import time; time.sleep(60)
     assert Path(found).read_bytes() == content()
     assert bucket.fetched() == 0
     assert kept(config) == [".json", ".safetensors"]
+
+
+def test_a_kill_before_the_journal_is_removed(bucket, config, tmp_path) -> None:
+    code = f"""
+store.os.unlink = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+source = cache.open_kept({URL!r}, config)
+source.read(0, source.size)
+import time; time.sleep(60)
+"""
+    child = start(code, tmp_path, config)
+    assert child.wait() == -signal.SIGKILL
+    assert kept(config) == [".journal", ".json", ".safetensors"]
+    assert Path(locate(URL, config)).read_bytes() == content()
+    assert kept(config) == [".json", ".safetensors"]
+
+
+def test_a_pair_that_cannot_be_begun_is_not_locked(tmp_path, monkeypatch) -> None:
+    """Whoever keeps the exception keeps its frames, and would keep the lock."""
+
+    def refuse(path: str) -> None:
+        raise OSError(errno.EPERM, "it is another user's")
+
+    stem = str(tmp_path / "pair")
+    monkeypatch.setattr(partial.os, "unlink", refuse)
+    with pytest.raises(OSError, match="another user") as caught:
+        partial.Partial(stem, 100)
+    with open(f"{stem}.journal", "rb") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    del caught
 
 
 def test_processes_fill_one_file(bucket, config, tmp_path) -> None:

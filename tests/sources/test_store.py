@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -206,6 +207,24 @@ def test_what_kills_have_left_goes_with_its_file(bucket, config, monkeypatch) ->
 
 
 # ---- secrets
+
+
+def test_a_lock_that_is_refused_leaves_nothing(bucket, config, monkeypatch) -> None:
+    """A file system without locks keeps no file open, and the next load tries again."""
+
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.fcntl, "flock", refuse)
+        source = locate(URL, config)
+    assert isinstance(source, MemorySource)  # streamed, and not kept
+    source.close()
+    assert not any(
+        os.path.realpath(f"/proc/self/fd/{fd}").endswith("/.lock")
+        for fd in os.listdir("/proc/self/fd")
+    )
+    fill(config)
 
 
 def test_no_secret_is_written(bucket, config) -> None:
