@@ -112,15 +112,22 @@ def _failure(number: int, message: str) -> BaseException:
     return result
 
 
-def raise_(err: Any, filename: str | None = None) -> None:
-    """Raise the exception of a filled-in ``fst_error``, by the table at the top."""
+def raise_(err: Any, filename: str | None = None, *, about: str = "") -> None:
+    """Raise the exception of a filled-in ``fst_error``, by the table at the top.
+
+    Args:
+        err: the error.
+        filename: attribute of an OSError.
+        about: the file, for a MemoryError whose message does not name it.
+    """
     code, message = err.code, ffi.string(err.message).decode("utf-8", "replace")
     if code in (lib.FST_FALLBACK, lib.FST_E_DEVICE, lib.FST_E_PYTHON):
         raise Fallback(message)
     if code == lib.FST_E_SYS:
         raise OSError(err.sys_errno, message, filename)
     if code == lib.FST_E_NOMEM:
-        raise MemoryError(message)
+        about = about or filename or ""
+        raise MemoryError(message if about in message else f"{about}: {message}")
     if code == lib.FST_E_FEED:
         raise _failure(err.sys_errno, message)
     if code == lib.FST_E_TRUNCATED:

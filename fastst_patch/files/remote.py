@@ -7,11 +7,13 @@ flight, and the other half the tensors that are read ahead of requests.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
 import os
 import re
+from collections.abc import Iterator
 
 from .. import engine, stock, tensors
 from ..config import Config
@@ -24,6 +26,7 @@ __all__ = [
     "ahead_bytes",
     "is_remote",
     "local_file",
+    "naming",
     "not_by_stock",
     "open_remote",
     "ranges",
@@ -205,6 +208,17 @@ def _judged(file: engine.File, fallback: Fallback) -> FaststError:
     with stock.hollow_file(file.feed.read(0, min(file.size, 8 + length)), file.size) as hollow:
         stock.call(stock.safe_open, (hollow.name, stock.any_framework()), {})
     return not_by_stock(file.path, fallback)
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Let a MemoryError name the file: one that stock does not try to load afterwards."""
+    try:
+        yield
+    except MemoryError as error:
+        if name in str(error):
+            raise
+        raise MemoryError(f"{name}: {error}") from None
 
 
 def not_by_stock(name: str, fallback: Fallback) -> FaststError:

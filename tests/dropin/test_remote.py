@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -444,6 +445,25 @@ def test_device(cuda, stock, fast, bucket, twin, assert_same, options) -> None:
                 assert torch.equal(handle.get_slice("big")[7:99], theirs["big"][7:99])
                 assert torch.equal(handle.get_slice("half")[:], theirs["half"])
     assert {(report.path, report.device) for report in seen.reports} == {("memory", "cuda:0")}
+
+
+def test_a_driver_that_fails(cuda, asked, stock, fast, bucket, twin, assert_same, watch) -> None:
+    """Stock makes the tensors, of bytes that are read for it."""
+    cuda.driver.fail("cuMemcpyHtoDAsync_v2", 1, 1 << 40)
+    with watch() as seen:
+        assert_same(fast.load_file(URL, device="cuda"), stock.load_file(twin))
+    assert set(asked.asked) == {"handle"}
+    (report,) = seen.reports
+    assert "719" in report.fallback_reason
+
+
+def test_no_memory_names_the_file(fast, bucket) -> None:
+    engine.set_fault("mmap", errno=errno.ENOMEM)
+    try:
+        with pytest.raises(MemoryError, match=URL):
+            fast.load_file(URL)
+    finally:
+        engine.clear_faults()
 
 
 def test_device_errors(cuda, fast, bucket, twin) -> None:
