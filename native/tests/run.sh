@@ -63,7 +63,7 @@ build_fake() { # variant
 compile() { # variant
     mkdir "$build/$1"
     # shellcheck disable=SC2016 # the inner shell expands it
-    find "$native" -name '*.c' ! -name fst_python.c ! -name 'fake_*.c' | FLAGS="-std=c11 -g -pthread -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-}" \
+    find "$native" -name '*.c' ! -name fst_python.c ! -name 'fake_*.c' ! -name 'preload_*.c' | FLAGS="-std=c11 -g -pthread -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-}" \
         CC=$CC OUT="$build/$1" NATIVE=$native \
         xargs -P "$jobs" -I '{}' sh -c '$CC $FLAGS -I"$NATIVE" -c "$1" -o "$OUT/$(basename "$1" .c).o"' sh '{}' ||
         return 1

@@ -217,7 +217,11 @@ class FakeRuntime(device.Runtime):
 
     def arena(self, nbytes: int, ordinal: int) -> engine.Arena:
         managed = self._block(nbytes, ordinal)
-        arena = engine.adopt_arena(managed)
+        try:
+            arena = engine.adopt_arena(managed)
+        except BaseException:  # then the struct is still ours
+            torch._C._from_dlpack(_capsule(managed))
+            raise
         arena.keep = ctypes.c_size_t.from_address(managed).value  # of the block's memory
         return arena
 
@@ -227,12 +231,16 @@ class FakeRuntime(device.Runtime):
             nbytes *= length
         if nbytes == 0:  # no block, as torch's allocator does it
             return torch.empty(shape, dtype=dtype)
-        new = ctypes.pythonapi.PyCapsule_New
-        new.restype = ctypes.py_object
-        new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-        capsule = new(self._block(nbytes, ordinal), b"dltensor", None)
-        raw: torch.Tensor = torch._C._from_dlpack(capsule)
+        raw: torch.Tensor = torch._C._from_dlpack(_capsule(self._block(nbytes, ordinal)))
         return raw[:nbytes].view(dtype).view(shape)
+
+
+def _capsule(managed: int) -> Any:
+    """A DLPack struct as Python hands it on."""
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return new(managed, b"dltensor", None)
 
 
 @contextmanager
