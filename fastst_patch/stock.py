@@ -146,28 +146,20 @@ def _copy(module_name: str) -> types.ModuleType:
     return module
 
 
-@contextlib.contextmanager
-def small_file(header: bytes, nbytes: int = 0) -> Iterator[Any]:
+def small_file(header: bytes, nbytes: int = 0) -> contextlib.AbstractContextManager[Any]:
     """A file in memory with this header and zeros behind it, to see what stock does with it.
 
-    Has ``name`` and ``fileno`` as a file object has. The zeros are a hole, which takes no memory:
-    they may stand for the bytes of a model.
-
-    Raises:
-        OSError: no descriptor is left.
+    The zeros may stand for the bytes of a model. Otherwise as `hollow_file`.
     """
-    fd = os.memfd_create("fastst_patch question", os.MFD_CLOEXEC)
-    try:
-        os.write(fd, len(header).to_bytes(8, "little") + header)
-        os.ftruncate(fd, 8 + len(header) + nbytes)  # takes no memory, however many they are
-        yield types.SimpleNamespace(name=f"/proc/self/fd/{fd}", fileno=lambda: fd)
-    finally:
-        os.close(fd)
+    begin = len(header).to_bytes(8, "little") + header
+    return hollow_file(begin, len(begin) + nbytes)
 
 
 @contextlib.contextmanager
 def hollow_file(begin: bytes, nbytes: int) -> Iterator[Any]:
     """A file in memory that begins so, with a hole behind it: for what stock says of a header.
+
+    Has ``name`` and ``fileno`` as a file object has.
 
     Args:
         begin: its first bytes.

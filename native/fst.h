@@ -356,6 +356,25 @@ int fst_tensors_import(fst_arena *arena, const fst_layout_view *view, const uint
                        const fst_dl_dtype *table, uintptr_t exchange_api, uintptr_t from_dlpack,
                        uintptr_t list, fst_error *err);
 
+typedef struct fst_np_dtype { /* a dtype of NumPy's */
+    uintptr_t dtype;          /* PyObject*, kept by the caller; 0: not known */
+    uint32_t itemsize;
+    uint32_t alignment;
+} fst_np_dtype;
+
+/* Appends one NumPy array per index to a Python list, all over one object's memory. Each is a view
+ * of an array of its own size, as stock's are.
+ *   view, which, count, file_base, list   as of fst_tensors_import
+ *   offsets        in the memory; NULL means file_base + begin
+ *   frombuffer     PyObject* of numpy.frombuffer
+ *   memory         PyObject* that it takes the memory of
+ * Appends None for an array that has no bytes, or is not aligned; *left says how many. Takes the
+ * GIL, and fails, as fst_tensors_import does. */
+int fst_arrays_make(const fst_layout_view *view, const uint64_t *which, uint64_t count,
+                    const uint64_t *offsets, uint64_t file_base, const fst_np_dtype *table,
+                    uintptr_t frombuffer, uintptr_t memory, uintptr_t list, uint64_t *left,
+                    fst_error *err);
+
 /* ---- machine ------------------------------------------------------------ */
 
 /* Memory this process may still take: the least of MemAvailable and the cgroups'
@@ -378,10 +397,12 @@ typedef struct fst_pool_stats {
     uint64_t bytes_prefetched;
     uint64_t bytes_buffered;
     uint64_t bytes_direct;
-    uint64_t bytes_fed;          /* by callbacks */
-    uint64_t bytes_copied;       /* to devices */
-    uint64_t bytes_uploaded;     /* of those: from host memory, not from files */
-    uint64_t pinned_bytes;       /* now */
+    uint64_t bytes_fed;      /* by callbacks */
+    uint64_t link_rate;      /* bytes a second that callbacks gave, when as many ran as helped */
+    uint64_t link_measured;  /* times that this was measured, so far */
+    uint64_t bytes_copied;   /* to devices */
+    uint64_t bytes_uploaded; /* of those: from host memory, not from files */
+    uint64_t pinned_bytes;   /* now */
     uint64_t pinned_nanoseconds; /* that pinning has taken so far */
 } fst_pool_stats;
 

@@ -9,6 +9,8 @@ void fst_pool_get_stats(fst_pool_stats *stats) {
     fst_queue_lock();
     stats->threads = fst_pool.threads;
     stats->jobs = fst_queue.jobs;
+    stats->link_rate = fst_queue.window.rate;
+    stats->link_measured = fst_queue.window.measured;
     fst_queue_unlock();
     stats->arenas = atomic_load(&fst_counts.arenas);
     stats->arena_bytes = atomic_load(&fst_counts.arena_bytes);

@@ -32,6 +32,7 @@ from fake_fixtures import (  # noqa: F401 - fixtures
     moving,
     pretrained_to_cuda,
 )
+from loaders import Loaders, loaders_now, stock_loaders
 from places import ROOT
 from ranks import nursery  # noqa: F401 - a fixture
 from remote_model import bucket, twin  # noqa: F401 - fixtures
@@ -94,42 +95,7 @@ TARGETS = tuple(
 )
 
 
-@dataclass(frozen=True)
-class Loaders:
-    """One way to read: everything a caller can reach."""
-
-    safe_open: Any
-    handle: Any
-    load_file: Callable[..., dict[str, torch.Tensor]]
-    load_model: Callable[..., tuple[Any, Any]]
-
-    @staticmethod
-    def all_tensors(handle: Any) -> dict[str, torch.Tensor]:
-        """get_tensors(), or what stood for it before 0.8."""
-        if hasattr(_STOCK.safe_open, "get_tensors"):
-            return handle.get_tensors()
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-
-
-def _stock_loaders() -> Loaders:
-    # load_file looks safe_open up in its own module at call time, so the stock functions must
-    # live in a private copy of safetensors.torch that no sweep of sys.modules can reach.
-    source = safetensors.torch.__file__
-    assert source is not None
-    spec = importlib.util.spec_from_file_location("_stock_safetensors_torch", source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return Loaders(
-        safetensors.safe_open,
-        getattr(safetensors, "_safe_open_handle", None),  # came with 0.6
-        module.load_file,
-        module.load_model,
-    )
-
-
-_STOCK = _stock_loaders()
+_STOCK = stock_loaders()
 _ORIGINALS = SimpleNamespace(
     load_file=safetensors.torch.load_file, load_model=safetensors.torch.load_model
 )
@@ -176,12 +142,7 @@ def stock() -> Loaders:
 def fast() -> Iterator[Loaders]:
     """safetensors as a patched program sees it, tiny files included."""
     with fastst_patch.patched(small_file_bytes=0):
-        loaders = Loaders(
-            safetensors.safe_open,
-            getattr(safetensors, "_safe_open_handle", None),
-            safetensors.torch.load_file,
-            safetensors.torch.load_model,
-        )
+        loaders = loaders_now()
         assert loaders.safe_open is not _STOCK.safe_open
         assert loaders.handle is not _STOCK.handle or _STOCK.handle is None
         yield loaders

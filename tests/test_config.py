@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,7 +13,15 @@ import pytest
 import fastst_patch
 from fastst_patch import OptionError
 from fastst_patch.cli import doctor
-from fastst_patch.config import current, pop, push
+from fastst_patch.config import (
+    current,
+    environment_enabled,
+    environment_profile,
+    environment_targets,
+    loader_config_path,
+    pop,
+    push,
+)  # fmt: skip
 
 MIB = 1 << 20
 
@@ -117,6 +126,22 @@ def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.storage_options == {"key": "SECRET"}
     assert config.public()["storage_options"] == ["key"]
     assert "SECRET" not in repr(config) + str(config.public()) + str(doctor.examine([]))
+
+
+@pytest.mark.parametrize("which", ["geteuid", "getegid"])
+def test_no_variable_counts_with_the_rights_of_another(monkeypatch, which) -> None:
+    monkeypatch.setenv("FASTST_ENABLED", "1")
+    monkeypatch.setenv("FASTST_STORAGE_OPTIONS", '{"proxy_url": "http://elsewhere"}')
+    monkeypatch.setenv("FASTST_TARGETS", "safetensors.safe_open")
+    monkeypatch.setenv("FASTST_PROFILE_FILE", "/somewhere")
+    monkeypatch.setenv("FASTSAFETENSORS_CONFIG", "/somewhere")
+    read = (
+        environment_enabled, environment_targets, environment_profile,
+        loader_config_path, lambda: fastst_patch.config().storage_options,
+    )  # fmt: skip
+    assert None not in [one() for one in read]
+    monkeypatch.setattr(os, which, lambda: 4_000_000)
+    assert [one() for one in read] == [None] * 5
 
 
 def test_bad_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

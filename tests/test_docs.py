@@ -110,6 +110,19 @@ def test_no_module_but_sources_imports_a_network_library() -> None:
     assert set(re.findall(r"socket\.(\w+)", text)) == {"gethostname"}
 
 
+def test_nothing_but_messages_between_ranks_is_pickled() -> None:
+    codes = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
+    found = {(path.relative_to(PACKAGE).as_posix(), name)
+             for path in PACKAGE.rglob("*.py") for name in imported(path) & codes}  # fmt: skip
+    assert found == {("sharding/channel.py", "pickle")}
+    calls = re.compile(r"\btorch\.load\(|(?<![.\w])eval\(|(?<![.\w])exec\(")
+    found = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
+             if calls.search(path.read_text(encoding="utf-8"))}  # fmt: skip
+    # What a user types into a cell; the watcher of `enable`; two texts.
+    allowed = {"patching/ipython.py", "cli/enable.py", "cli/doctor.py", "_site/sitecustomize.py"}
+    assert found <= allowed
+
+
 def imported(path: Path) -> set[str]:
     """First parts of the modules that a file imports, wherever in it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

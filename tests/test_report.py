@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,22 @@ def test_time_counts_once_for_calls_at_the_same_time(monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyError), account:
         raise KeyError
     assert account.seconds == 3.75
+
+
+def test_the_part_of_the_link_is_told_where_it_was_measured() -> None:
+    def load(seconds: float, **more: int) -> LoadReport:
+        return LoadReport(
+            "load_file", "s3://b/m", "cpu", "s3", 10**9, 3, seconds, requests=60,
+            received=10**9, **more,
+        )  # fmt: skip
+
+    assert load(2.0, link=10**9).link_fraction == 0.5
+    assert "60 requests, 50% of the link's 1.00 GB/s" in str(load(2.0, link=10**9))
+    assert load(0.5, link=10**9).link_fraction == 1.0  # it was read ahead, between calls
+    assert load(0.0, link=10**9).link_fraction is None
+    assert load(2.0).link_fraction is None
+    assert "link" not in str(load(2.0))
+    assert str(dataclasses.replace(load(2.0), requests=1)).endswith(", 1 request")
 
 
 def test_a_map_has_no_rate() -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import until
 from warm_python import WarmPython
 
 GIVEN = {**os.environ, "A_VARIABLE": "given"}
@@ -109,8 +110,15 @@ signal.pause()
     with pytest.raises(subprocess.TimeoutExpired):
         warm_python.run(code, folder=tmp_path, limit_s=1)
     for pid in (tmp_path / "pids").read_text().split():
-        state = Path(f"/proc/{pid}/stat")
-        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+        assert until(lambda pid=pid: not _runs(pid))  # the kernel ends it some time after the kill
+
+
+def _runs(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_nothing_to_read(warm_python: WarmPython, tmp_path: Path) -> None:

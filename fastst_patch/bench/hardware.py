@@ -70,11 +70,6 @@ def read_ahead_kb(path: str | os.PathLike[str]) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def memory_total() -> int:
-    """Return the machine's memory in bytes."""
-    return meminfo("MemTotal")
-
-
 def memory_available() -> int:
     """Return the bytes one may still fill: MemAvailable, or less under a cgroup limit."""
     return min([meminfo("MemAvailable"), *_cgroup_headrooms()])
@@ -117,7 +112,7 @@ def environment(path: str | os.PathLike[str]) -> dict[str, object]:
     return {
         "cpu": cpu_model(),
         "cpus": cpu_count(),
-        "memory": memory_total(),
+        "memory": meminfo("MemTotal"),
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
         "fs": held_by.type,
         "block_device": os.path.basename(held_by.source),

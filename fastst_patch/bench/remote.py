@@ -17,12 +17,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..config import config_context, current
 from ..errors import FaststError, OptionError
 from ..report_table import grid
-from ..sources import base
+from ..sources import base, standin
 from ..sources.listing import list_model, place_of
 from ..sources.names import public_url
 from ..terminal import say, width, wrapped
@@ -31,12 +32,40 @@ from .failures import BenchError, UsageError
 from .process import run_json
 from .stats import SPREAD, Summary, paired_ratio, summarize
 
-__all__ = ["main", "names_remote"]
+__all__ = ["main", "names_remote", "with_urls"]
 
 STREAMED, DOWNLOADED, BYTES = "streamed", "downloaded, then stock", "bytes alone"
 _CHILD = ("-m", "fastst_patch.bench.remote_child")
 _SUFFIX = ".safetensors"
 _LEAST_ROUNDS = 3  # for a verdict, as of local files
+
+
+def with_urls(paths: Sequence[str]) -> list[str]:
+    """Paths and URLs; in place of a stand-in, or of a folder of them, what they stand for.
+
+    Raises:
+        BenchError: a stand-in cannot be read.
+    """
+    found: list[str] = []
+    for path in paths:
+        files = sorted(map(str, Path(path).glob(f"*{_SUFFIX}"))) if os.path.isdir(path) else [path]
+        try:
+            urls = [_stands_for(file) for file in files]
+        except OSError as error:
+            raise BenchError(str(error)) from None
+        found += (
+            [url or file for url, file in zip(urls, files, strict=True)] if any(urls) else [path]
+        )
+    return found
+
+
+def _stands_for(path: str) -> str | None:
+    """The URL for a stand-in; None of anything else."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        found = standin.find(file.fileno())
+    return None if found is None else found.full_url
 
 
 def names_remote(paths: Sequence[str]) -> bool:

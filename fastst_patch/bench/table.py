@@ -82,8 +82,27 @@ def verdict(outcome: Outcome, rows: Sequence[Row]) -> str:
     return f"Patched against stock: {', '.join(found)}."
 
 
+def gate(outcome: Outcome) -> tuple[bool, str]:
+    """Return whether no row is slower than stock, as `verdict` uses the word, and a sentence on it.
+
+    What allows no verdict does not pass: a gate that could not judge is no proof.
+    """
+    rows = results.rows(outcome)
+    if outcome.verified is False or outcome.rounds < LEAST_ROUNDS:
+        return False, f"Gate failed. {verdict(outcome, rows)}"
+    slow = [row for row in rows if row.ratio_to_stock.median - 1 > _tolerance(row.ratio_to_stock)]
+    if not slow:
+        return True, "Gate passed: no row is slower than stock beyond its spread."
+    found = [f"{row.cache} {with_spread(row.ratio_to_stock, 2)} of stock's time" for row in slow]
+    return False, f"Gate failed: slower than stock beyond the spread: {'; '.join(found)}."
+
+
+def _tolerance(ratio: Summary) -> float:
+    return max(_SAME, ratio.spread or 0.0)
+
+
 def _compared(ratio: Summary) -> str:
-    tolerance = max(_SAME, ratio.spread or 0.0)
+    tolerance = _tolerance(ratio)
     if abs(1 - ratio.median) <= tolerance:
         return f"the same (±{100 * tolerance:.0f} %)"
     times, word = (1 / ratio.median, "faster") if ratio.median < 1 else (ratio.median, "slower")

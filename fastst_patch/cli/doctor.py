@@ -19,6 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,10 +222,10 @@ def _contents(files: Sequence[str]) -> dict[str, Any]:
     left: dict[str, str] = {}
     bad: list[str] = []
     for path in files:
+        size = in_cache = 0
         try:
             file = engine.open_file(path)
-            nbytes += file.size
-            cached += file.residency(0, file.size)[0]
+            size, in_cache = file.size, file.residency(0, file.size)[0]
             tensors += len(engine.read_layout(file).names)
         except (OSError, Fallback) as error:
             if _is_stand_in(path):
@@ -232,6 +233,8 @@ def _contents(files: Sequence[str]) -> dict[str, Any]:
                 continue
             left[os.path.basename(path)] = str(error)
             bad += [os.path.basename(path)] if _refused_by_stock(path) else []
+        nbytes += size
+        cached += in_cache
     return {
         "files": len(files),
         "tensors": tensors,
@@ -247,10 +250,7 @@ def _is_stand_in(path: str) -> bool:
     """Whether a file stands for a remote one."""
     from ..sources import standin
 
-    try:
-        return standin.resolved(standin.url_of(path))[1] is not None
-    except OSError:
-        return False
+    return standin.is_one(path)
 
 
 def _refused_by_stock(path: str) -> bool:
@@ -374,6 +374,11 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
         paths: files or folders to examine; the current folder and the temporary one when
             empty.
     """
+    with ThreadPoolExecutor(1) as beside:  # the child takes as long to import torch as we do
+        return _examined(paths, beside.submit(_accelerators))
+
+
+def _examined(paths: Sequence[str], accelerators: Future[dict[str, Any]]) -> dict[str, Any]:
     misspelt_variables()  # reported below: patch() shall not warn of them as well
     native = {"loaded": engine.native_file(), "reason": engine.native_error()}
     missing = _missing()
@@ -391,7 +396,6 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
         "options": options,
         "unknown_variables": unknown_variables(),
         "machine": _machine(),
-        **_accelerators(),
     }
     importable = not missing.keys() & {"safetensors", "wrapt"}
     if importable:
@@ -412,6 +416,7 @@ def examine(paths: Sequence[str] = ()) -> dict[str, Any]:
             for path in paths
             if not os.path.exists(path)
         ]
+    result.update(accelerators.result())
     verdict = diagnose(result)
     result["verdict"], result["problems"] = verdict.text, verdict.problems
     return result

@@ -212,8 +212,10 @@ def _held(entry: Mapping[str, Any]) -> str:
         return ""
     cached = entry["cached_bytes"] / max(entry["bytes"], 1)
     files = f"{entry['files']} files, " if entry["files"] > 1 else ""
+    if entry["stand_ins"] == entry["files"]:
+        return f"{files or '1 file, '}for remote ones: name the URL to see what is there; "
     if entry["stand_ins"]:
-        files += f"{entry['stand_ins']} of them stand for remote ones, "
+        files += f"{entry['stand_ins']} of them for remote ones, "
     return (
         f"{files}{entry['tensors']} tensors, {entry['bytes'] / 1e9:.3f} GB, {cached:.0%} cached; "
     )

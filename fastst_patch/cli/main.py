@@ -188,6 +188,9 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
                         help="an option for patch(), such as -o threads=4; repeatable")  # fmt: skip
     parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=True,
                         help="measure raw reads of the same files, too (yes)")  # fmt: skip
+    parser.add_argument("--gate", action="store_true",
+                        help="exit with 1 if patched is slower than stock in a row, beyond the "
+                        "spread of its rounds and 5 %%; the first line says so")  # fmt: skip
     parser.add_argument("-v", "--verbose", action="store_true",
                         help="all columns of the table, however wide, and all notes")  # fmt: skip
     parser.add_argument("--json", metavar="FILE",

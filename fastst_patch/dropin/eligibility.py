@@ -30,6 +30,8 @@ __all__ = [
     "TORCH",
     "Destination",
     "SmallFile",
+    "bound_to_load",
+    "bound_to_open",
     "check_descriptors",
     "check_move",
     "check_size",
@@ -70,6 +72,18 @@ def path_of(filename: object) -> str:
     if not isinstance(path, str):
         raise Fallback("the file name is no str")
     return path
+
+
+def bound_to_load(filename: Any, device: Any = "cpu", *, backend: Any = "mmap") -> Any:
+    """The arguments of ``load_file`` in their order; TypeError where they are not its own."""
+    return filename, device, backend
+
+
+def bound_to_open(
+    filename: Any, framework: Any, device: Any = "cpu", *, backend: Any = "mmap"
+) -> Any:
+    """The same of ``safe_open``."""
+    return filename, framework, device, backend
 
 
 def device_for_call(framework: object, device: object, backend: object) -> Device | None:

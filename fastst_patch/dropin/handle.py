@@ -26,6 +26,8 @@ from ..report import SMALL_FILE, LoadReport, count_small, tell, tell_unfinished
 from .eligibility import (
     TORCH,
     SmallFile,
+    bound_to_load,
+    bound_to_open,
     check_descriptors,
     complain,
     destination,
@@ -58,12 +60,6 @@ __all__ = [
 ]
 
 # ---- load_file ----
-
-
-def _bind_load_file(
-    filename: Any, device: Any = "cpu", *, backend: Any = "mmap"
-) -> tuple[Any, Any, Any]:
-    return filename, device, backend
 
 
 def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -102,7 +98,7 @@ def _fast_load_file(
     if "backend" in kwargs and not stock.BACKENDS:
         raise Fallback("this safetensors has no backend argument")
     try:
-        filename, device, backend = _bind_load_file(*args, **kwargs)
+        filename, device, backend = bound_to_load(*args, **kwargs)
     except TypeError:
         raise Fallback("the arguments are not load_file's") from None
     path = path_of(filename)
@@ -170,12 +166,6 @@ def load_model_over(standing: Any, args: Any, kwargs: Any) -> tuple[list[str], l
 # ---- safe_open ----
 
 
-def _bind_safe_open(
-    filename: Any, framework: Any, device: Any = "cpu", *, backend: Any = "mmap"
-) -> tuple[Any, Any, Any, Any]:
-    return filename, framework, device, backend
-
-
 def _open_handle(stock_class: Any, find_path: Any, standing: Any, args: Any, kwargs: Any) -> Any:
     """A fast handle where it equals stock's, else stock's own.
 
@@ -193,7 +183,7 @@ def _open_handle(stock_class: Any, find_path: Any, standing: Any, args: Any, kwa
         if "backend" in kwargs and not stock.BACKENDS:
             raise Fallback("this safetensors has no backend argument")
         try:
-            filename, framework, device, backend = _bind_safe_open(*args, **kwargs)
+            filename, framework, device, backend = bound_to_open(*args, **kwargs)
         except TypeError:
             raise Fallback("the arguments are not safe_open's") from None
         path = find_path(filename)
@@ -224,8 +214,11 @@ def safe_open(*args: Any, **kwargs: Any) -> Any:
 def safe_open_over(standing: Any, args: Any, kwargs: Any) -> Any:
     """`safe_open` in the place of what stood there; None: of stock's own."""
     if is_small_for_arrays(args, kwargs):  # before all else: see `count_small`
-        with contextlib.suppress(stock.SafetensorError):  # below: it may be a stand-in
+        try:  # `suppress` takes 0.5 us more, where stock takes 16 us for all
             handle = stock.call(stock.safe_open, args, kwargs)
+        except stock.SafetensorError:
+            pass  # below: it may be a stand-in
+        else:
             if count_small():
                 filename = args[0] if args else kwargs["filename"]
                 tell(LoadReport("safe_open", filename, "cpu", "stock", 0, 0, 0.0, None, SMALL_FILE))

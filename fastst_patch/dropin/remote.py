@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import engine, stock
 from ..config import current
@@ -20,12 +20,25 @@ from ..files.remote import (
     StandInFile,
     is_remote,
     local_file,
+    naming,
     not_by_stock,
     open_remote,
     refused_url,
     shown,
 )
-from .eligibility import TORCH, Destination, destination, opened_for
+from .eligibility import (
+    TORCH,
+    Destination,
+    bound_to_load,
+    bound_to_open,
+    destination,
+    fell_back,
+    opened_for,
+)
+from .slices import stock_over
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["by_stock_or_us", "is_url", "load_url", "open_url", "theirs_or", "with_path"]
 
@@ -95,7 +108,7 @@ def load_url(url: str, args: Any, kwargs: Any, local: Callable[[str], Any]) -> A
     if path is not None:
         return local(path)
     try:
-        _, device, backend = _bound_to_load(*args, **kwargs)
+        _, device, backend = bound_to_load(*args, **kwargs)
         target = _destination("pt", device)
     except (Fallback, TypeError) as error:
         _ask_stock(stock.load_file, args, kwargs)
@@ -103,7 +116,16 @@ def load_url(url: str, args: Any, kwargs: Any, local: Callable[[str], Any]) -> A
     if backend != "mmap":  # which is for local files; but stock knows which there are
         _ask_stock(stock.load_file, args, kwargs)
     opened = opened_for(*open_remote(url, config), config, target)
-    result = opened.all_tensors()
+    fallback: Fallback | None = None
+    try:
+        with naming(opened.file.path):
+            result = opened.all_tensors()
+    except Fallback as error:  # the device's driver failed
+        fallback = Fallback.alone(error)
+    if fallback is not None:
+        result = _by_stock(opened)
+        opened.account.reason = fallback.reason
+        fell_back(config, "load_file", opened.file.path, fallback)
     if "offset_keys" not in stock.HANDLE_METHODS:  # before 0.6 load_file followed keys()
         result = {name: result[name] for name in opened.layout.sorted_names}
     opened.account.seconds = time.perf_counter() - started
@@ -111,8 +133,12 @@ def load_url(url: str, args: Any, kwargs: Any, local: Callable[[str], Any]) -> A
     return result
 
 
-def _bound_to_load(filename: Any, device: Any = "cpu", *, backend: Any = "mmap") -> Any:
-    return filename, device, backend
+def _by_stock(opened: OpenedFile) -> dict[str, torch.Tensor]:
+    """All tensors, made by stock: one at a time, since each is read into memory before."""
+    return {
+        name: stock_over(opened, numbers=[i]).get_tensor(name)
+        for i, name in enumerate(opened.layout.names)
+    }
 
 
 def open_url(
@@ -141,7 +167,7 @@ def open_url(
     if path is not None:
         return local(path)
     try:
-        _, framework, device, backend = _bound_to_open(*args, **kwargs)
+        _, framework, device, backend = bound_to_open(*args, **kwargs)
         target = _destination(framework, device)
     except (Fallback, TypeError) as error:
         _ask_stock(stock_class, args, kwargs)
@@ -149,12 +175,6 @@ def open_url(
     if backend != "mmap":
         _ask_stock(stock_class, args, kwargs)
     return made(stock_class, opened_for(*open_remote(url, config), config, target), started)
-
-
-def _bound_to_open(
-    filename: Any, framework: Any, device: Any = "cpu", *, backend: Any = "mmap"
-) -> Any:
-    return filename, framework, device, backend
 
 
 def _destination(framework: object, device: object) -> Destination:

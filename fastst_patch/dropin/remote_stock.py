@@ -17,7 +17,7 @@ from typing import Any
 from .. import engine, stock
 from ..errors import Fallback
 from ..files.base import OpenedFile
-from ..files.remote import not_by_stock, ranges
+from ..files.remote import naming, not_by_stock, ranges
 
 __all__ = ["Judge", "filled"]
 
@@ -43,7 +43,7 @@ def filled(opened: OpenedFile, numbers: Iterable[int]) -> Iterator[str]:
         OSError, MemoryError: they could not be read.
     """
     threads, chunk_bytes = ranges(opened.config)
-    with _copy_of(opened) as copy:
+    with naming(opened.file.path), _copy_of(opened) as copy:
         for i in numbers:
             begin, end = opened.layout.extent(i)
             arena = engine.alloc_arena(max(end - begin, 1))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from .. import stock
+from .. import engine, stock
 from ..dtypes import DTYPE_NAMES
 from ..errors import Fallback
 from ..files.array_file import ArrayFile
@@ -30,6 +30,7 @@ __all__ = [
     "behind",
     "indexed",
     "leading_rows",
+    "path_to",
     "repr_as",
     "stock_handle",
     "stock_over",
@@ -52,9 +53,14 @@ def stock_over(
             return Judge(opened, stock_class)
         with filled(opened, numbers) as path:
             return stock_handle(stock_class, path, opened.device_argument, opened.framework)
-    link = f"/proc/self/fd/{opened.file.fd}"
-    path = link if os.path.exists(link) else opened.file.path
+    path = path_to(opened.file)
     return stock_handle(stock_class, path, opened.device_argument, opened.framework)
+
+
+def path_to(file: engine.File) -> str:
+    """A path of the file that is open here, whatever its own path leads to by now."""
+    link = f"/proc/self/fd/{file.fd}"
+    return link if os.path.exists(link) else file.path
 
 
 def stock_handle(stock_class: Any, path: str, device: object = "cpu", framework: str = "pt") -> Any:

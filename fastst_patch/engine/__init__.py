@@ -10,7 +10,17 @@ from ._lib import native_error, native_file
 from .arenas import Arena, adopt_arena, alloc_arena, borrow_arena, map_arena
 from .devices import DeviceHandle, DeviceInfo, compare, device_info, open_device
 from .faults import clear_faults, fault_calls, set_fault
-from .importing import DlDtype, dl_table, dtype_bits, dtype_names, import_tensors, set_dl_dtype
+from .importing import (
+    DlDtype,
+    dl_table,
+    dtype_bits,
+    dtype_names,
+    import_tensors,
+    make_arrays,
+    np_table,
+    set_dl_dtype,
+    set_np_dtype,
+)
 from .jobs import Destination, Job, JobStats, prefetch, read, upload
 from .open_file import (
     FedFile,
@@ -62,10 +72,12 @@ __all__ = [
     "feed_file",
     "header_of",
     "import_tensors",
+    "make_arrays",
     "map_arena",
     "memory_headroom",
     "native_error",
     "native_file",
+    "np_table",
     "open_device",
     "open_file",
     "open_files",
@@ -78,6 +90,7 @@ __all__ = [
     "residency",
     "set_dl_dtype",
     "set_fault",
+    "set_np_dtype",
     "shutdown",
     "touch",
     "upload",

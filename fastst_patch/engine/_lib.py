@@ -5,6 +5,7 @@ native code            Python
 =====================  =====================================================================
 FST_FALLBACK           `Fallback`: the caller asks stock
 FST_E_DEVICE           `Fallback`: stock uses the same device, and raises torch's own exception
+FST_E_PYTHON           `Fallback`: torch or NumPy refused, and raises its own exception to stock
 FST_E_SYS              OSError with errno, file and offset (a cancelled load: see `Job.wait`)
 FST_E_NOMEM            MemoryError
 FST_E_TRUNCATED        safetensors.SafetensorError
@@ -31,10 +32,17 @@ try:
 
     _native_error: str | None = None
 except ImportError as error:  # no compiler at install time, or another platform
+    import sysconfig  # only here: it takes 0.3 ms
+
     ffi = lib = None
     _native_error = f"the native extension cannot be loaded: {error}"
     _root = Path(__file__).parents[2]
-    if (_root / "build_native.py").exists():
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        _native_error = (
+            "there is no native engine for free-threaded Python, whose lock it relies on: use a"
+            " regular build of Python"
+        )
+    elif (_root / "build_native.py").exists():
         _native_error += (
             f"; {_root} is the source folder, in which nothing is built: run Python in another"
             " one, to use what `pip install .` has installed, or `pip install -e .`"
@@ -104,15 +112,22 @@ def _failure(number: int, message: str) -> BaseException:
     return result
 
 
-def raise_(err: Any, filename: str | None = None) -> None:
-    """Raise the exception of a filled-in ``fst_error``, by the table at the top."""
+def raise_(err: Any, filename: str | None = None, *, about: str = "") -> None:
+    """Raise the exception of a filled-in ``fst_error``, by the table at the top.
+
+    Args:
+        err: the error.
+        filename: attribute of an OSError.
+        about: the file, for a MemoryError whose message does not name it.
+    """
     code, message = err.code, ffi.string(err.message).decode("utf-8", "replace")
-    if code in (lib.FST_FALLBACK, lib.FST_E_DEVICE):
+    if code in (lib.FST_FALLBACK, lib.FST_E_DEVICE, lib.FST_E_PYTHON):
         raise Fallback(message)
     if code == lib.FST_E_SYS:
         raise OSError(err.sys_errno, message, filename)
     if code == lib.FST_E_NOMEM:
-        raise MemoryError(message)
+        about = about or filename or ""
+        raise MemoryError(message if about in message else f"{about}: {message}")
     if code == lib.FST_E_FEED:
         raise _failure(err.sys_errno, message)
     if code == lib.FST_E_TRUNCATED:

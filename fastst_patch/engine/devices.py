@@ -107,5 +107,5 @@ def compare(
     if lib.fst_device_compare(
         device.handle, arena.handle, arena_offset, file.handle, file_offset, nbytes, equal, err
     ):
-        raise_(err)
+        raise_(err, about=file.path)
     return bool(equal[0])

@@ -18,7 +18,6 @@ import functools
 import itertools
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -37,8 +36,8 @@ _feeds: weakref.WeakValueDictionary[int, Feed] = weakref.WeakValueDictionary()
 
 _numbers = itertools.count(1)
 
-_ended = threading.Event()
-"""Set when Python ends: no source is opened any more."""
+_ended = False
+"""Whether Python ends: no source is opened any more."""
 
 
 class Feed:
@@ -60,6 +59,7 @@ class Feed:
         self._pid = os.getpid()
         self._closed: list[SourceStats] = []  # of sources that were used before
         self._told = (0, 0, 0.0, 0)  # see `take_traffic`
+        self._link_measured = _link()[1]
         source = self._source = open_source()
         self.name: str = source.name
         self.scheme: str = source.scheme
@@ -105,13 +105,13 @@ class Feed:
             # Its connections and threads are the parent's: neither used here nor closed.
             _parents.append(self._source)
             self._source, self._pid = None, os.getpid()
-        if self._source is None and not _ended.is_set():
+        if self._source is None and not _ended:
             made = self._opened_again()
             if self._source is None:
                 self._source = made
             else:  # code that interrupted this one has opened it, too
                 made.close()
-        if _ended.is_set():  # perhaps meanwhile
+        if _ended:  # perhaps meanwhile
             self.interrupt()
             raise self._cancelled()
 
@@ -141,10 +141,11 @@ class Feed:
     close = interrupt
     """Nobody asks any more. Tensors that were read stay valid."""
 
-    def take_traffic(self) -> tuple[int, int, float, int]:
+    def take_traffic(self) -> tuple[int, int, float, int, int]:
         """Requests, retries among them, seconds waited between tries, and bytes, since last asked.
 
-        Of several users of one file, each report has what happened before it.
+        And the bytes a second of the link, if they were measured since. Of several users of one
+        file, each report has what happened before it.
         """
         found, source = list(self._closed), self._source
         if source is not None:
@@ -156,15 +157,25 @@ class Feed:
             sum(stats.bytes for stats in found),
         )
         before, self._told = self._told, now
-        return now[0] - before[0], now[1] - before[1], now[2] - before[2], now[3] - before[3]
+        rate, measured = _link()
+        link = rate if measured > self._link_measured else 0
+        self._link_measured = measured
+        return now[0] - before[0], now[1] - before[1], now[2] - before[2], now[3] - before[3], link
 
     def _cancelled(self) -> RemoteCancelledError:
         host, _, path = self.name.partition("://")[2].partition("/")
-        if _ended.is_set():
+        if _ended:
             why = "Python ends"
         else:
             why = "interrupted" if self._pid == os.getpid() else "the process has forked since"
         return RemoteCancelledError(host, path, f"the read was cancelled: {why}", tries=0)
+
+
+def _link() -> tuple[int, int]:
+    """Bytes a second that the link gave when it was measured, and how often that was done."""
+    stats = ffi.new("fst_pool_stats *")
+    lib.fst_pool_get_stats(stats)
+    return int(stats.link_rate), int(stats.link_measured)
 
 
 _parents: list[Source | None] = []  # sources of the process that this one was forked from
@@ -193,7 +204,8 @@ def _end_at_exit() -> None:
 
 def _end() -> None:
     """End all calls of the engine's threads, before Python ends: then they would never return."""
-    _ended.set()  # before feeds are closed: a thread that reads one would open it again
+    global _ended  # noqa: PLW0603 - of the process
+    _ended = True  # before feeds are closed: a thread that reads one would open it again
     for feed in list(_feeds.values()):
         feed.close()
     if not sys.is_finalizing():

@@ -1,16 +1,18 @@
-"""The native engine's dtypes, and torch tensors over an arena, made in one call."""
+"""The native engine's dtypes, and torch tensors and NumPy arrays, made in one call."""
 
 from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from ..errors import Fallback
 from ..layout import FileLayout
 from ._lib import ffi, lib, native_error, raise_
 from .arenas import Arena
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def dtype_names() -> tuple[str, ...]:
@@ -58,6 +60,19 @@ def _view_of(layout: FileLayout) -> Any:
     return view
 
 
+def _selected(
+    layout: FileLayout, tensors: array[int] | None, offsets: array[int] | None
+) -> tuple[Any, ...]:
+    """The arguments that name tensors: view, which, count, offsets and file_base."""
+    return (
+        _view_of(layout) if layout.view is None else layout.view,
+        ffi.NULL if tensors is None else ffi.from_buffer("uint64_t[]", tensors),
+        len(layout.names) if tensors is None else len(tensors),
+        ffi.NULL if offsets is None else ffi.from_buffer("uint64_t[]", offsets),
+        layout.data_begin,
+    )
+
+
 def import_tensors(
     arena: Arena,
     layout: FileLayout,
@@ -86,19 +101,66 @@ def import_tensors(
     err = ffi.new("fst_error *")
     code = lib.fst_tensors_import(
         arena.handle,
-        _view_of(layout) if layout.view is None else layout.view,
-        ffi.NULL if tensors is None else ffi.from_buffer("uint64_t[]", tensors),
-        len(layout.names) if tensors is None else len(tensors),
-        ffi.NULL if offsets is None else ffi.from_buffer("uint64_t[]", offsets),
-        layout.data_begin,
+        *_selected(layout, tensors, offsets),
         table,
         importer[0],
         importer[1],
         id(result),
         err,
     )
-    if code == lib.FST_E_PYTHON:
-        raise Fallback(ffi.string(err.message).decode("utf-8", "replace"))
     if code:
         raise_(err)
     return result
+
+
+def np_table() -> Any:
+    """A table of NumPy's dtypes in native form, with none in it yet; None without engine."""
+    return None if native_error() is not None else ffi.new("fst_np_dtype[]", lib.FST_DTYPES)
+
+
+def set_np_dtype(table: Any, k: int, dtype: np.dtype[Any]) -> None:
+    """Put the dtype that the caller keeps for number k of ``enum fst_dtype`` into a table."""
+    row = table[k]
+    row.itemsize, row.alignment = dtype.itemsize, dtype.alignment
+    row.dtype = id(dtype)  # last: other threads may wait for it
+
+
+def make_arrays(
+    memory: memoryview,
+    layout: FileLayout,
+    table: Any,
+    frombuffer: Callable[..., Any],
+    *,
+    tensors: array[int] | None = None,
+    offsets: array[int] | None = None,
+) -> tuple[list[Any], int]:
+    """Make NumPy arrays over memory in one native call, a third of the time of one in Python.
+
+    Args:
+        memory: holds the bytes, and lives as long as an array.
+        layout: describes the arrays.
+        table: from `np_table`, with all their dtypes.
+        frombuffer: NumPy's.
+        tensors: their numbers; all when None.
+        offsets: where each begins in the memory; as in the file when None.
+
+    Returns:
+        The arrays, with None for each that has no bytes or is not aligned; and how many these are.
+
+    Raises:
+        Fallback: NumPy refused one.
+    """
+    result: list[Any] = []
+    left, err = ffi.new("uint64_t *"), ffi.new("fst_error *")
+    code = lib.fst_arrays_make(
+        *_selected(layout, tensors, offsets),
+        table,
+        id(frombuffer),
+        id(memory),
+        id(result),
+        left,
+        err,
+    )
+    if code:
+        raise_(err)
+    return result, left[0]

@@ -42,11 +42,12 @@ class Job:
     it still brings is written to memory that the job does not hold itself.
     """
 
-    __slots__ = ("_at", "_feed", "_keep")
+    __slots__ = ("_at", "_feed", "_keep", "_path")
 
     def __init__(self, keep: object, file: File | None = None) -> None:
         self._keep = keep, file
         self._feed = None if file is None else file.feed
+        self._path = "" if file is None else file.path
         self._at = place_for("job")
 
     def __del__(self) -> None:
@@ -62,7 +63,7 @@ class Job:
             self.release()
             raise
         if code:
-            raise_(err)
+            raise_(err, about=self._path)
 
     def release(self) -> None:
         """Release the job; nothing that fills an arena is in flight afterwards."""
@@ -84,7 +85,7 @@ class Job:
             self._interrupted(error)
             raise
         if code != lib.FST_OK:
-            raise_(err)
+            raise_(err, about=self._path)
         stats = self.stats()
         if on_progress is not None:
             on_progress(stats)
@@ -105,7 +106,7 @@ class Job:
             self._interrupted(error)
             raise
         if code != lib.FST_OK:
-            raise_(err)
+            raise_(err, about=self._path)
 
     def _interrupted(self, error: BaseException) -> None:
         """Cancel what is in flight on a network after Ctrl-C, for all jobs on the file."""

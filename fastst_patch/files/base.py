@@ -149,6 +149,18 @@ class OpenedFile(TensorFile):
         if not tensors.ordinary_mode():
             raise Fallback("a torch mode or default device is in force")
 
+    def may_start(self, numbers: Sequence[int]) -> bool:
+        """Whether all of some tensors can be made now, so that they may be read ahead together."""
+        try:
+            self.check()
+        except Fallback:  # of another tensor, perhaps
+            try:
+                for i in numbers:
+                    self.check(i)
+            except Fallback:
+                return False
+        return True
+
     @abc.abstractmethod
     def all_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, in offset order. Raises as `tensor`."""

@@ -141,6 +141,8 @@ class DeviceFile(OpenedFile):
         return self._arrived(transfer, i, transfer.waiting.pop(i))
 
     def _start_group(self, group: Group) -> Transfer | None:
+        if not self.may_start(group.items):
+            return None  # those that can be made are read alone
         try:
             return self._start(group.items)
         except Exception as error:

@@ -60,6 +60,8 @@ class NetworkAhead:
 def _start(opened: HostFile, group: Group) -> _Pending | None:
     if not group.held:
         return _Pending(opened, group.items, asked=True)
+    if not opened.may_start(group.items):
+        return None
     try:
         return _Pending(opened, group.items, asked=False)
     except (Fallback, MemoryError, OSError) as error:  # whoever asks for it gets the error

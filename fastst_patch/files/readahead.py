@@ -38,8 +38,9 @@ RESERVE = 512 * MIB
 
 SOME_ROWS, WHOLE = 1, 2  # how much of a tensor was read ahead, or found cached
 
-LOOKS_AT = 3
-"""At this request a handle looks whether the file is cached. Fewer requests are not worth it."""
+LOOKS_AT = 2
+"""At this request a handle looks whether the file is cached: before its names are sorted, to see in
+which order they are requested, which takes 0.3 ms for 4,000."""
 
 Part = tuple[int, int, int] | None
 """Rows of a tensor's first dimension, and how many it has; None: all of it."""

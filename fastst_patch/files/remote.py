@@ -7,11 +7,13 @@ flight, and the other half the tensors that are read ahead of requests.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
 import os
 import re
+from collections.abc import Iterator
 
 from .. import engine, stock, tensors
 from ..config import Config
@@ -24,6 +26,7 @@ __all__ = [
     "ahead_bytes",
     "is_remote",
     "local_file",
+    "naming",
     "not_by_stock",
     "open_remote",
     "ranges",
@@ -58,10 +61,14 @@ def local_file(url: str, config: Config) -> str | None:
 
     Raises:
         UnknownSchemeError, RemoteError: as `open_source`.
+        SafetensorError: a stand-in leads to another one.
     """
     from ..sources import cache, standin  # not for programs that load local files alone
 
-    found = local_path(standin.resolved(url)[0], config.storage_options)
+    remote, stands = standin.resolved(url)
+    found = local_path(remote, config.storage_options)
+    if found is not None and stands is not None and standin.is_one(found):
+        raise standin.refused(remote)  # it might stand for itself
     return cache.find_local(url, config, open_source) if found is None else found
 
 
@@ -101,7 +108,7 @@ def refused_url(file: object, error: Exception) -> str | None:
         return None
     from ..sources import standin
 
-    return standin.url_of(path)
+    return standin.url_of(path) if standin.is_one(path) else None
 
 
 def without_secrets(path: str) -> str:
@@ -165,7 +172,8 @@ def open_remote(url: str, config: Config) -> tuple[engine.FedFile, FileLayout]:
     if config.verify:
         raise OptionError(
             f"{shown(url)}: option verify=True compares with stock safetensors, which reads no"
-            " URLs: set verify=False, or load a local file"
+            " URLs: set verify=False, and compare every byte by `fastst-patch bench`; or load a"
+            " local file"
         )
     error = engine.native_error()
     if error is not None:
@@ -200,6 +208,17 @@ def _judged(file: engine.File, fallback: Fallback) -> FaststError:
     with stock.hollow_file(file.feed.read(0, min(file.size, 8 + length)), file.size) as hollow:
         stock.call(stock.safe_open, (hollow.name, stock.any_framework()), {})
     return not_by_stock(file.path, fallback)
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Let a MemoryError name the file: one that stock does not try to load afterwards."""
+    try:
+        yield
+    except MemoryError as error:
+        if name in str(error):
+            raise
+        raise MemoryError(f"{name}: {error}") from None
 
 
 def not_by_stock(name: str, fallback: Fallback) -> FaststError:

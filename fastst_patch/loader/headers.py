@@ -77,7 +77,7 @@ class Entry:
                     raise not_by_stock(self.file.path, fallback) from None
         assert fallback is not None
         try:
-            by_stock = StockFile(self.path, self.layout, config, device, fallback)
+            by_stock = StockFile(self.path, self.layout, config, device, fallback, file=self.file)
         except Exception as error:
             raise explained(error, self.path) from error
         fell_back(config, call, self.path, fallback)

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .. import report, stock
+from .. import report
 from ..config import Config
 from ..dropin import slices
 from ..dropin.eligibility import complain, fell_back, same
@@ -209,10 +209,7 @@ class LocalFiles:
             return slices.stock_over(opened, numbers=[i])
         found = self._stock_handles.get(k)
         if found is None:
-            if isinstance(opened, StockFile):
-                found = slices.stock_handle(stock.safe_open, opened.path, opened.device)
-            else:
-                found = slices.stock_over(opened)
+            found = opened.handle if isinstance(opened, StockFile) else slices.stock_over(opened)
             self._stock_handles[k] = found
         return found
 

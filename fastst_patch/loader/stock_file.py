@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .. import stock
+from .. import engine, stock
 from ..config import Config
 from ..dropin import slices
 from ..dtypes import DTYPE_NAMES
@@ -26,28 +26,38 @@ class StockFile(TensorFile):
 
     Attributes:
         path: of the file.
+        handle: stock's.
     """
 
     def __init__(
-        self, path: str, layout: FileLayout, config: Config, device: str, fallback: Fallback
+        self,
+        path: str,
+        layout: FileLayout,
+        config: Config,
+        device: str,
+        fallback: Fallback,
+        *,
+        file: engine.File | None = None,
     ) -> None:
+        """Open it by stock; `file` is the one that is open already."""
         super().__init__(layout, config)
         self.path = path
         self.device = device
         self.account.path = "stock"
         self.account.reason = fallback.reason
         self._fallback = fallback
-        self._handle = slices.stock_handle(stock.safe_open, path, device)
+        found = path if file is None else slices.path_to(file)
+        self.handle = slices.stock_handle(stock.safe_open, found, device)
 
     def tensor(self, i: int, *, for_slice: bool = False) -> torch.Tensor:
         """Tensor i, by stock. Raises stock's exceptions."""
-        result: torch.Tensor = self._handle.get_tensor(self.layout.names[i])
+        result: torch.Tensor = self.handle.get_tensor(self.layout.names[i])
         self.count(1, self.layout.nbytes(i))
         return result
 
     def slice(self, i: int) -> Any:
         """Stock's slice of tensor i."""
-        return self._handle.get_slice(self.layout.names[i])
+        return self.handle.get_slice(self.layout.names[i])
 
     def ahead(self, numbers: Sequence[int]) -> Pending:
         """Always raises Fallback: stock reads nothing ahead."""

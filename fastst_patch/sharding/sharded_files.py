@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .. import tensors
 from ..config import Config
 from ..dropin.eligibility import fell_back
-from ..errors import Fallback
+from ..errors import Fallback, FaststError
 from ..files.base import progress_bar
-from ..files.remote import shown
+from ..files.remote import naming, shown
 from .exchange import SHARED_BUFFER_UNIT, Exchange, Memory, Subgroup, plan_steps
 from .groups import Group, PeerFailed, is_agreed
 from .mapped import host_file, read_ahead, take_regions
@@ -43,6 +43,17 @@ __all__ = ["ShardedFiles"]
 
 AGREE_BYTES = 8 << 30
 """Bytes of files after which ranks that exchange nothing agree on errors."""
+
+
+@contextlib.contextmanager
+def _naming(source: Source) -> Iterator[None]:
+    """Let errors name the file. A device's driver that fails is one here: stock loads no shards."""
+    name = shown(source.path)
+    try:
+        with naming(name):
+            yield
+    except Fallback as fallback:
+        raise FaststError(f"{name}: {fallback.reason}") from None
 
 
 class ShardedFiles:
@@ -353,11 +364,13 @@ class ShardedFiles:
         started = time.perf_counter()
         if agree:
             with self.group.phase() as phase:
-                result = self._load_shards(source, request)
+                with _naming(source):
+                    result = self._load_shards(source, request)
                 phase.value = request.description
             check_same_requests(phase.gathered)
         else:
-            result = self._load_shards(source, request)
+            with _naming(source):
+                result = self._load_shards(source, request)
         account = source.account
         account.bytes += sum(tensor.nbytes for tensor in result.values())
         account.tensors += len(result)
@@ -420,7 +433,7 @@ class ShardedFiles:
         results: dict[Key, torch.Tensor] = {}
         offer, buffer_bytes = Offer(), 0
         try:
-            with group.phase() as phase:
+            with group.phase() as phase, _naming(source):
                 subgroup = Subgroup.of(source, group, self._read_once)
                 share = self._memory.target is None and buffer.possible(subgroup.ranks)
                 size = min(self._unit_bytes, SHARED_BUFFER_UNIT) if share else self._unit_bytes
@@ -446,7 +459,7 @@ class ShardedFiles:
             if memory is not None:
                 exchange.use_shared_buffer(memory)
             if not everywhere:  # ranks without shared memory need buffers of their own
-                with group.phase():
+                with group.phase(), _naming(source):
                     if buffer_bytes and memory is None:
                         exchange.allocate()
             exchange.connect()

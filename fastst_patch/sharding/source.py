@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from .. import stock, tensors
+from ..dropin.slices import path_to
 from ..files.base import OpenedFile
 from ..layout import FileLayout
 from ..locks import once
@@ -87,7 +88,8 @@ class Source:
     def stock_tensor(self, i: int) -> torch.Tensor:
         """Tensor i as stock loads it, to the CPU."""
         if self._stock_handle is None:
-            self._stock_handle = stock.safe_open(self.path, framework="pt", device="cpu")
+            path = self.path if self.opened is None else path_to(self.opened.file)
+            self._stock_handle = stock.safe_open(path, framework="pt", device="cpu")
         result: torch.Tensor = self._stock_handle.get_tensor(self.names[i])
         return result
 

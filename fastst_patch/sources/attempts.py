@@ -211,7 +211,4 @@ class Attempts:
             return RemoteCancelledError(
                 place.host, place.path, "the read was cancelled", offset=offset, tries=tries
             )
-        return failure.kind(
-            place.host, place.path, failure.reason, offset=offset, status=failure.status,
-            tries=tries, remedy=failure.remedy,
-        )  # fmt: skip
+        return failure.error(place.host, place.path, offset=offset, tries=tries)

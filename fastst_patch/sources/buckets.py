@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
-from ..config import object_store_endpoint
+from ..config import object_store_settings
 from ..errors import OptionError
 from . import loop
 from .attempts import Attempts
@@ -14,7 +14,8 @@ from .base import Entry, RemoteNotFoundError, Source, scheme_of
 from .objects import ObjectTransport, list_objects, make_store
 from .ranged import RangedSource
 from .retry import Failure, Limits, limits_of
-from .transport import Place
+from .signed import SignedTransport, allows_http, can_be_signed
+from .transport import Place, Transport
 from .urls import bucket_place, hidden
 from .web import warn_unprotected
 
@@ -34,8 +35,13 @@ def open_source(url: str, options: dict[str, object], head_bytes: int) -> Source
     place, bucket, key = bucket_place(scheme, url, _BUCKET[scheme])
     store = make_store(scheme, bucket, options)
     _warn_if_unprotected(options)
-    transport = _or_error(place, lambda: ObjectTransport(store, key, place))
-    return RangedSource.open(transport, limits, head_bytes)
+
+    def transport() -> Transport:
+        if scheme == "s3" and can_be_signed(options):
+            return SignedTransport(store, key, place, allows_http(options))
+        return ObjectTransport(store, key, place)
+
+    return RangedSource.open(_or_error(place, transport), limits, head_bytes)
 
 
 def list_files(url: str, options: dict[str, object]) -> Sequence[Entry]:
@@ -102,14 +108,16 @@ def _or_error(place: Place, act: Callable[[], _T]) -> _T:
         return act()
     except Failure as error:
         failure = error
-    raise failure.kind(place.host, place.path, failure.reason, tries=0, remedy=failure.remedy)
+    raise failure.error(place.host, place.path, tries=0)
 
 
 def _warn_if_unprotected(options: Mapping[str, object]) -> None:
     """Warn where the endpoint is http, and requests are signed."""
     given = {str(name).lower(): str(value) for name, value in options.items()}
     named = [value for name, value in given.items() if name.rpartition("_")[2] == "endpoint"]
-    endpoint = (named or [object_store_endpoint() or ""])[0]
+    aws, azure = object_store_settings("aws_"), object_store_settings("azure_storage_")
+    named += [aws.get(name, "") for name in ("endpoint_url_s3", "endpoint_url", "endpoint")]
+    endpoint = next(filter(None, [*named, azure.get("endpoint", "")]), "")
     signed = not any("skip_signature" in name for name in given)
     if endpoint.lower().startswith("http://") and signed:
         warn_unprotected(hidden(endpoint).rpartition("://")[2])

@@ -125,10 +125,7 @@ def _kept(url: str, source: Source, store: Store) -> Source:
     if not is_weak(source.identity):
         try:
             partial = store.begin(url, source)
-            if partial.missing:
-                return CachedSource(source, partial, store)
-            partial.close()
-            return source  # it has become complete meanwhile
+            return source if partial is None else CachedSource(source, partial, store)
         except RemoteError:
             raise
         except OSError as error:

@@ -279,8 +279,12 @@ class _Model:
                 days = (time.time() - one.stat().st_mtime) / 86400
                 left = one.name.startswith(".new-") and days > 1
                 old = one.name.startswith(start) and one.path != place and days > _DAYS
+                gone = one.path
+                if old:  # a kill in the middle leaves nothing that looks like a whole folder
+                    gone = os.path.join(self._root, f".new-{one.name}")
+                    os.rename(one.path, gone)
                 if left or old:
-                    shutil.rmtree(one.path, ignore_errors=True)
+                    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _hidden(name: str) -> bool:

@@ -89,6 +89,10 @@ class HttpTransport:
                     raise
         return self._follow(self._url, span, asked, flight, limits)
 
+    def sign(self, url: HttpUrl) -> None:
+        """Use another URL of the same file from now on: one with a new signature."""
+        self._url, self._moved = url, None
+
     def close(self) -> None:
         """Close the connections that wait for another request."""
         for idle in list(self._idle.values()):

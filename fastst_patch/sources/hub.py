@@ -128,11 +128,8 @@ def list_files(url: str, options: dict[str, object]) -> Sequence[Entry]:
             else Failure(f"the Hub cannot be asked ({type(error).__name__})")
         )
     if failure is not None:
-        place = file.place
-        raise failure.kind(
-            place.host, place.path, failure.reason, status=failure.status,
-            remedy="check the name, and log in by 'hf auth login' where it is private",
-        )  # fmt: skip
+        failure.remedy = "check the name, and log in by 'hf auth login' where it is private"
+        raise failure.error(file.place.host, file.place.path)
     prefix = f"{file.path}/" if file.path else ""
     found = [
         Entry(one.path[len(prefix) :], one.size, f"hf://{file.repo}@{commit}/{one.path}",

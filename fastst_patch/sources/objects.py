@@ -3,10 +3,11 @@
 obstore has their signatures and every way to get credentials. It repeats nothing here: `Attempts`
 does, and obstore's own repeating would repeat refused certificates, too.
 
+Objects of S3 come by `signed`, as a rule; the others, and all listings, by obstore's own requests.
 Three things obstore does not let us do. Retry-After is not seen: requests wait by back-off. After a
 fork it does not work: `loop` says so. It follows redirects by itself: to another host it sends no
-signature, but a session token, which is worth nothing without its key, and the query of the URL,
-which holds Azure's SAS token where one is used.
+signature, but a session token, which is worth nothing without its key, and the query of the URL as
+Referer, which holds Azure's SAS where one is used. No option of its client forbids that.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from .base import Entry, RemotePermissionError
 from .retry import Failure, Flight, Limits, of_status
 from .transport import Answer, Place
 
-__all__ = ["ObjectTransport", "list_objects", "make_store"]
+__all__ = ["CLIENT_OPTIONS", "ObjectTransport", "asked", "list_objects", "make_store"]
 
 _STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
 
-_CLIENT = frozenset(
+CLIENT_OPTIONS = frozenset(
     (
         *("allow_http", "allow_invalid_certificates", "connect_timeout", "default_headers"),
         *("http1_only", "http2_keep_alive_interval", "http2_keep_alive_timeout"),
@@ -75,7 +76,7 @@ def make_store(scheme: str, bucket: str, options: Mapping[str, object]) -> Any:
     if not isinstance(given, Mapping):
         raise OptionError("option client_options of storage_options: allowed is a mapping")
     client: dict[str, Any] = dict(given)
-    client.update({name: config.pop(name) for name in list(config) if name in _CLIENT})
+    client.update({name: config.pop(name) for name in list(config) if name in CLIENT_OPTIONS})
     # Our own limits end a request; obstore's would end a slow one in the middle.
     client.setdefault("timeout", "1h")
     made: dict[str, Any] = {"retry_config": {"max_retries": 0, "retry_timeout": timedelta(0)}}
@@ -144,7 +145,7 @@ class ObjectTransport:
             return await obstore.get_async(store, self._key, options=options)
 
         try:
-            result = _asked(ask, flight, limits.stall, "no answer in time")
+            result = asked(ask, flight, limits.stall, "no answer in time")
         except _RangeRefusedError:
             if if_match is not None:
                 raise Failure(
@@ -229,7 +230,7 @@ class ObjectBody:
                     return np.frombuffer(piece, np.uint8)
             return None
 
-        piece = _asked(step, self._flight, self._limits.stall, "the body stalled")
+        piece = asked(step, self._flight, self._limits.stall, "the body stalled")
         if piece is None:
             self._stream = None
             if self._left:
@@ -270,7 +271,7 @@ def list_objects(
     async def ask() -> Any:
         return await obstore.list(store, prefix=prefix.rstrip("/") or None).collect_async()
 
-    found = _asked(ask, flight, limits.deadline, "no answer in time")
+    found = asked(ask, flight, limits.deadline, "no answer in time")
     entries = []
     for meta in found:
         name = meta["path"][len(prefix) :] if meta["path"].startswith(prefix) else ""
@@ -280,8 +281,14 @@ def list_objects(
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def _asked(work: Any, flight: Flight, seconds: float, late: str) -> Any:
+def asked(work: Any, flight: Flight, seconds: float, late: str) -> Any:
     """What obstore answers.
+
+    Args:
+        work: makes the coroutine.
+        flight: through which another thread ends it.
+        seconds: after which it is cancelled.
+        late: what the failure says then.
 
     Raises:
         Failure: it raised; of its exception, which may hold the whole URL, nothing is left.

@@ -10,6 +10,9 @@ Many processes fill one pair together. Equal identities mean equal bytes, so it 
 two write the same range. Each uses what the others have written: the journal is read again before
 bytes are fetched.
 
+Bytes that are in a pair stay in it. Who begins it anew makes new files, since on file systems whose
+locks hold within a machine another one may be filling the old ones.
+
 A killed process loses nothing that it recorded, because its writes are in the page cache. A crash
 of the machine could lose bytes and keep their record. So the journal holds the id of the boot in
 which it was begun, and in another boot the pair is begun anew.
@@ -29,7 +32,7 @@ from contextlib import suppress
 
 from ..locks import shared
 
-__all__ = ["Partial", "remove_unused"]
+__all__ = ["Partial", "open_for_all", "remove_unused"]
 
 _HEADER = struct.Struct("<8s16sQ")
 _RECORD = struct.Struct("<QQQ")  # begin, end, and both again: what was torn does not match
@@ -50,14 +53,20 @@ def _boot_id() -> bytes:
 _BOOT = _boot_id()
 
 
+def open_for_all(path: str, flags: int = 0) -> int:
+    """Open or make a file, which those may read and write who may do so with its folder."""
+    mode = os.stat(os.path.dirname(path)).st_mode & 0o666
+    return os.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+
+
 class _Descriptor:
     """Closes itself with its last user, so that no thread uses a number that is another file's."""
 
     __slots__ = ("fd",)
 
-    def __init__(self, path: str, flags: int) -> None:
+    def __init__(self, path: str, flags: int = 0) -> None:
         self.fd = -1
-        self.fd = os.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.fd = open_for_all(path, flags)
 
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
         if self.fd >= 0:
@@ -97,20 +106,28 @@ class Partial:
         # from the journal.
         self._here: tuple[list[int], list[int]] = ([], [])
         self._seen = _HEADER.size  # bytes of the journal that were read
-        journal = _Descriptor(f"{stem}.journal", os.O_APPEND)
-        fcntl.flock(journal.fd, fcntl.LOCK_SH)
-        part = _Descriptor(f"{stem}.part", 0)
         header = _HEADER.pack(_MAGIC, _BOOT, size)
-        known = os.pread(journal.fd, _HEADER.size, 0) == header
-        if not known or os.fstat(part.fd).st_size != size:
-            _lock_alone(journal)
-            os.truncate(journal.fd, 0)
-            os.truncate(part.fd, 0)
-            os.truncate(part.fd, size)
-            os.write(journal.fd, header)
-            fcntl.flock(journal.fd, fcntl.LOCK_SH)
+        part, journal = self._opened()
+        try:
+            known = os.pread(journal.fd, _HEADER.size, 0) == header
+            if not known or os.fstat(part.fd).st_size != size:
+                _lock_alone(journal)
+                _unlink(stem)
+                part, journal = self._opened()
+                os.truncate(part.fd, size)
+                os.write(journal.fd, header)
+        except BaseException:
+            # Frames of the exception keep the descriptor, and the next load would wait for it.
+            with suppress(OSError):
+                fcntl.flock(journal.fd, fcntl.LOCK_UN)
+            raise
         self._open: tuple[_Descriptor, _Descriptor] | None = (part, journal)
         self.refresh()
+
+    def _opened(self) -> tuple[_Descriptor, _Descriptor]:
+        journal = _Descriptor(f"{self.stem}.journal", os.O_APPEND)
+        fcntl.flock(journal.fd, fcntl.LOCK_SH)
+        return _Descriptor(f"{self.stem}.part"), journal
 
     def _files(self) -> tuple[_Descriptor, _Descriptor]:
         """Both files, for a caller that keeps them until it is done."""
@@ -223,11 +240,15 @@ class Partial:
 def remove_unused(stem: str) -> bool:
     """Remove a pair unless a process is using it. Under the lock of the folder."""
     try:
-        journal = _Descriptor(f"{stem}.journal", 0)
+        journal = _Descriptor(f"{stem}.journal")
         fcntl.flock(journal.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for suffix in (".part", ".journal"):
-            with suppress(FileNotFoundError):
-                os.unlink(stem + suffix)
+        _unlink(stem)
     except OSError:
         return False
     return True
+
+
+def _unlink(stem: str) -> None:
+    for suffix in (".part", ".journal"):
+        with suppress(FileNotFoundError):
+            os.unlink(stem + suffix)

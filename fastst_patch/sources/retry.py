@@ -50,6 +50,15 @@ class Failure(Exception):  # noqa: N818 - internal; `RangedSource` makes a `Remo
         self.remedy = remedy
         self.kind = kind
 
+    def error(
+        self, host: str, path: str, *, offset: int | None = None, tries: int = 1
+    ) -> RemoteError:
+        """What the user gets: see `RemoteError`."""
+        return self.kind(
+            host, path, self.reason, offset=offset, status=self.status, tries=tries,
+            remedy=self.remedy,
+        )  # fmt: skip
+
 
 _ABSENT = ("no such file", RemoteNotFoundError, "check the URL")
 _STATUSES: dict[int, tuple[str, type[RemoteError], str]] = {

@@ -29,14 +29,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..stock import SafetensorError
-from .base import RemoteChangedError, RemoteError, Source
+from .base import RemoteChangedError, RemoteError, Source, scheme_of
 from .names import identity_text
 
 __all__ = [
     "StandIn",
     "find",
     "header_of",
+    "is_one",
     "path_of",
+    "refused",
     "remember",
     "resolved",
     "url_of",
@@ -61,6 +63,7 @@ _KEY = "fastst_patch"  # of our record, first in the metadata
 _VERSION = 1
 _MOST_HEADER = 100_000_000  # as in safetensors itself
 _BLOCK = 512  # of st_blocks
+_FOLDERS = (str, type(None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,8 @@ class StandIn:
         url: without user info and query.
         size: bytes.
         identity: as text: see `identity_text`.
-        cache: folder for its bytes; None: the option ``remote_cache`` alone counts.
+        cache: folder for its bytes, in whose ``models`` it lies; None: the option
+            ``remote_cache`` alone counts.
     """
 
     url: str
@@ -142,7 +146,14 @@ def resolved(url: str) -> tuple[str, StandIn | None]:
         found = None
     if found is None:
         raise RemoteError("", path, "this is no stand-in any more", tries=0, remedy=_AGAIN)
+    if found.cache is not None and not _lies_below(path, os.path.join(found.cache, "models")):
+        found = dataclasses.replace(found, cache=None)
     return found.full_url, found
+
+
+def _lies_below(path: str, folder: str) -> bool:
+    """Whether a file is where `folder.remote` puts it: others do not say where we write."""
+    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def find(fd: int) -> StandIn | None:
@@ -158,9 +169,9 @@ def find(fd: int) -> StandIn | None:
     if os.pread(fd, len(_BEGIN), 8) != _BEGIN:
         return None
     found = _RECORD.match(os.pread(fd, _LOOK, 9))
-    if found is None:
+    record = None if found is None else _record(found[1])
+    if record is None:
         return None
-    record = json.loads(json.loads(found[1]))
     if record["version"] > _VERSION:
         raise RemoteError(
             *_place(record["url"]),
@@ -168,6 +179,38 @@ def find(fd: int) -> StandIn | None:
             remedy=f"update fastst-patch, or {_AGAIN}",
         )
     return StandIn(record["url"], record["size"], record["identity"], record["cache"])
+
+
+def is_one(path: str) -> bool:
+    """Whether the file at a path is a stand-in, of a newer version of this package too."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # it may be a pipe
+        try:
+            return find(fd) is not None
+        finally:
+            os.close(fd)
+    except RemoteError:
+        return True
+    except OSError:
+        return False
+
+
+def _record(text: bytes) -> dict[str, Any] | None:
+    """Our record; None unless it is one. Whoever made the file may have made it to do harm."""
+    try:
+        record = json.loads(json.loads(text))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("version")) is not int:
+        return None
+    url, size, identity = (record.get(name) for name in ("url", "size", "identity"))
+    cache = record.get("cache")
+    # A URL of a local file would lead to any file here, and to the stand-in itself.
+    if not isinstance(url, str) or scheme_of(url) in (None, "file"):
+        return None
+    if type(size) is not int or not isinstance(identity, str) or type(cache) not in _FOLDERS:
+        return None
+    return {**record, "cache": cache}
 
 
 # ---- writing ------------------------------------------------------------
@@ -191,7 +234,7 @@ def header_of(source: Source) -> dict[str, Any]:
     if not isinstance(header, dict) or not all(map(_plausible, header.items())):
         raise _refused(source.name, f"is not a safetensors file{_looks_like(begin)}")
     if _KEY in header.get("__metadata__", ()):
-        raise _refused(source.name, "is itself a stand-in, which was uploaded without its weights")
+        raise refused(source.name)
     return header
 
 
@@ -218,6 +261,11 @@ def _looks_like(begin: bytes) -> str:
     return ""
 
 
+def refused(name: str) -> Exception:
+    """The error for a stand-in in the place of a remote file."""
+    return _refused(name, "is itself a stand-in, which was uploaded without its weights")
+
+
 def _refused(name: str, why: str) -> Exception:
     return SafetensorError(f"Error while deserializing header: {name} {why}")
 
@@ -241,6 +289,7 @@ def write(path: str, source: Source, header: Mapping[str, Any], cache: str | Non
         file.flush()
         if source.size > 8 + len(text):
             _extend(file.fileno(), source.size, 8 + len(text))
+        os.fsync(file.fileno())
 
 
 def _packed(source: Source, header: Mapping[str, Any], cache: str | None) -> bytes:

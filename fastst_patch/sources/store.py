@@ -19,20 +19,25 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from .base import Source
 from .names import identity_text, public_url
-from .partial import Partial, remove_unused
+from .partial import Partial, open_for_all, remove_unused
 
 __all__ = ["Store"]
 
 FRESH = 600.0
 """Seconds after its last use in which a file is not removed to make room for another. Else a model
 that is larger than the limit would push out its first files for its last ones at every load."""
+
+_SUFFIXES = (".safetensors", ".part", ".json", ".journal")
+_STEM = re.compile(r"[0-9a-f]{24}-[0-9a-f]{24}")
+"""Names of ours. Other files in the folder are neither counted nor removed."""
 
 _BLOCK = 512  # of st_blocks
 _TAG = (
@@ -87,12 +92,17 @@ class Store:
                 size = json.load(file)["size"]
             if not entry.complete and entry.size:
                 self._finish_left(entry.stem, size)
-            if os.stat(path).st_size != size:
-                return None
+            with ExitStack() as stack:
+                with suppress(OSError):  # a folder that others fill, or this thread has the lock
+                    stack.enter_context(self._lock())
+                # Under the lock, so that nobody removes it who has seen an earlier use of it.
+                if not _is_whole(path, size):
+                    return None
+                with suppress(OSError):
+                    os.utime(f"{entry.stem}.json")
+                    os.unlink(f"{entry.stem}.journal")  # there is one where a process was killed
         except (OSError, ValueError, KeyError):
             return None
-        with suppress(OSError):  # a folder that others fill
-            os.utime(f"{entry.stem}.json")
         return path
 
     def _finish_left(self, stem: str, size: int) -> None:
@@ -111,12 +121,15 @@ class Store:
 
     # ---- filling ----
 
-    def begin(self, url: str, source: Source) -> Partial:
+    def begin(self, url: str, source: Source) -> Partial | None:
         """Begin a file, or go on with what is here of it.
 
         Args:
             url: of the remote file.
             source: the file, open.
+
+        Returns:
+            The file, which the caller closes; None where all of it is here meanwhile.
 
         Raises:
             OSError: there is no room, the folder cannot be written, or another machine fills it.
@@ -126,6 +139,8 @@ class Store:
         record = {"url": source.name, "identity": identity, "size": source.size}
         self._make_folder()
         with self._lock():
+            if _is_whole(f"{stem}.safetensors", source.size):
+                return None
             if not os.path.exists(f"{stem}.part"):
                 self._make_room(source.size)
             with open(f"{stem}.json.new", "w", encoding="utf-8") as file:
@@ -133,7 +148,11 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(f"{stem}.json.new", f"{stem}.json")
-            return Partial(stem, source.size)
+            partial = Partial(stem, source.size)
+        if partial.missing:
+            return partial
+        partial.close()
+        return None
 
     def finish(self, partial: Partial) -> None:
         """Name a file of which all is here.
@@ -167,15 +186,16 @@ class Store:
         """
         if _here.locked:
             raise OSError(errno.EDEADLK, "it interrupts another load that is being kept")
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        fd = os.open(os.path.join(self.folder, ".lock"), flags, 0o600)
+        fd = open_for_all(os.path.join(self.folder, ".lock"))
         _here.locked = True
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:
+                # Not by closing alone: a child that was forked meanwhile shares the lock.
+                fcntl.flock(fd, fcntl.LOCK_UN)
         finally:
-            # Not by closing alone: a child that was forked meanwhile shares the lock.
-            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
             _here.locked = False
 
@@ -187,7 +207,7 @@ class Store:
         with os.scandir(self.folder) as files:
             for file in files:
                 stem, suffix = os.path.splitext(file.path)
-                if suffix in (".safetensors", ".part", ".json", ".journal"):
+                if suffix in _SUFFIXES and _STEM.fullmatch(os.path.basename(stem)):
                     with suppress(FileNotFoundError):
                         found.setdefault(stem, _Entry(stem)).add(suffix, file.stat())
         return sorted(found.values(), key=lambda entry: entry.used)
@@ -251,10 +271,15 @@ class _Entry:
         """Remove it unless it is being filled. Maps of a complete file stay valid."""
         if not remove_unused(self.stem):
             return False
-        for suffix in (".safetensors", ".json"):
+        for suffix in (".safetensors", ".json", ".json.new"):
             with suppress(FileNotFoundError):
                 os.unlink(self.stem + suffix)
         return True
+
+
+def _is_whole(path: str, size: int) -> bool:
+    """Whether a complete file can be read and has its size."""
+    return os.access(path, os.R_OK) and os.stat(path).st_size == size
 
 
 def _key(text: str) -> str:

@@ -89,16 +89,18 @@ def read_page(url: str, options: Mapping[str, object], most: int) -> bytes:
         most: bytes after which it is cut.
 
     Raises:
-        RemoteError: it cannot be read.
+        RemoteError: it cannot be read, or not before the deadline.
     """
     transport, limits = _transport(parse_http(url), options, None, None)
 
     def ask(flight: Flight, progress: Progress) -> bytes:
+        progress.done = 0
         body = transport.get(None, None, flight, progress.limits)
         page, into = bytearray(), bytearray(1 << 16)
         try:
             while len(page) < most and (count := body.readinto(memoryview(into))):
                 page += into[:count]
+                progress.add(count)
         finally:
             body.close()
         return bytes(page[:most])

@@ -118,7 +118,7 @@ int fst_gds_register(fst_device *device, int fd, void **handle, fst_error *err) 
 void fst_gds_deregister(fst_device *device, void *handle) {
     fst_gpu_scope scope;
     fst_error ignored = {0};
-    if (handle == NULL || fst_gpu_enter(device, &scope, &ignored) != FST_OK) return;
+    if (handle == NULL || fst_gpu_enter_surely(device, &scope, &ignored) != FST_OK) return;
     gds.handle_deregister(handle);
     fst_gpu_leave(&scope);
 }
@@ -134,7 +134,7 @@ const char *fst_gds_kind(void) {
 static void destroy(fst_staging *staging) {
     fst_gpu_scope scope;
     fst_error ignored = {0};
-    if (fst_gpu_enter(staging->device, &scope, &ignored) == FST_OK) {
+    if (fst_gpu_enter_surely(staging->device, &scope, &ignored) == FST_OK) {
         (void)gds.buffer_deregister((const void *)staging->address);
         (void)staging->device->gpu->release(staging->block);
         fst_gpu_leave(&scope);
@@ -237,5 +237,5 @@ int fst_gds_read(const fst_io_context *io, void *handle, const fst_staging *stag
         }
     }
     fst_gpu_leave(&scope);
-    return code;
+    return code == FST_OK ? fst_file_check_end(io->file, io->end, err) : code;
 }

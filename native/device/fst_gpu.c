@@ -251,14 +251,16 @@ static int new_device(const fst_gpu *gpu, int ordinal, fst_device **out, fst_err
     if (ordinal < 0 || ordinal >= count)
         return fst_fail(err, FST_E_DEVICE, 0, "there is no device %d: the driver has %d", ordinal,
                         count);
+    fst_device *device = calloc(1, sizeof *device);
+    if (device == NULL)
+        return fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory for a device's record");
     int code = retain_context(&probe, err);
-    if (code != FST_OK) return code;
-    code = start_streams(&probe, err);
-    fst_device *device = code == FST_OK ? calloc(1, sizeof *device) : NULL;
-    if (device == NULL) {
-        if (code == FST_OK) /* its streams are never destroyed */
-            code = fst_fail(err, FST_E_NOMEM, ENOMEM, "no memory for a device's record");
-        if (gpu->kind == FST_GPU_CUDA) (void)gpu->context_release(probe.handle);
+    if (code == FST_OK) {
+        code = start_streams(&probe, err);
+        if (code != FST_OK && gpu->kind == FST_GPU_CUDA) (void)gpu->context_release(probe.handle);
+    }
+    if (code != FST_OK) {
+        free(device);
         return code;
     }
     *device = probe;

@@ -117,6 +117,7 @@ static int read_beside(fst_file *file, uint64_t offset, void *to, uint64_t bytes
     int probe = FST_PROBE_NONE;
     (void)fst_file_residency(file, offset, bytes, &resident, &probe);
     int code = fst_file_read(file, offset, to, bytes, err);
+    if (code == FST_OK && file->fed == NULL) code = fst_file_check_end(file, offset + bytes, err);
     if (probe != FST_PROBE_NONE && resident < bytes)
         (void)FST_SYS->fadvise(file->info.fd, (off_t)first, (off_t)(end - first),
                                POSIX_FADV_DONTNEED);

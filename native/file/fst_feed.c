@@ -69,6 +69,7 @@ bool fst_window_end(fst_window *window, int32_t most, uint64_t bytes, uint64_t n
     }
     window->bytes += bytes;
     if (++window->ended < 2 * wide || now <= window->begun) return false;
+    window->measured++;
     decide(window, most,
            (uint64_t)((double)window->bytes / (double)(now - window->begun) * SECOND));
     measure_anew(window, now);

@@ -12,11 +12,12 @@
 #define FST_WINDOW_FIRST 4 /* calls at a time before anything is known */
 
 typedef struct fst_window {
-    int32_t open;   /* calls that may run at a time */
-    int32_t calls;  /* that run now */
-    int32_t before; /* that were open before the last change */
-    bool settled;   /* a wider one was no faster */
-    uint64_t rate;  /* bytes a second, when it was last measured; 0: not yet */
+    int32_t open;      /* calls that may run at a time */
+    int32_t calls;     /* that run now */
+    int32_t before;    /* that were open before the last change */
+    bool settled;      /* a wider one was no faster */
+    uint64_t rate;     /* bytes a second, when it was last measured; 0: not yet */
+    uint64_t measured; /* times that a rate was measured */
     /* The measurement in progress, which begins when the window is full. */
     uint64_t begun; /* nanoseconds; 0: none is in progress */
     uint64_t bytes;

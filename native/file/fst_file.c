@@ -124,6 +124,15 @@ int fst_file_truncated(const fst_file *file, uint64_t offset, fst_error *err) {
         file->path, (unsigned long long)offset);
 }
 
+int fst_file_check_end(const fst_file *file, uint64_t end, fst_error *err) {
+    struct stat now;
+    if (FST_SYS->fstat(file->fd, &now) != 0)
+        return fst_fail(err, FST_E_SYS, errno, "%s: its size after reading up to offset %llu: %s",
+                        file->path, (unsigned long long)end, strerror(errno));
+    if ((uint64_t)now.st_size >= end) return FST_OK;
+    return fst_file_truncated(file, (uint64_t)now.st_size, err);
+}
+
 void fst_file_retain(fst_file *file) {
     atomic_fetch_add_explicit(&file->refs, 1, memory_order_relaxed);
 }

@@ -20,6 +20,10 @@ void fst_file_unref(fst_file *file); /* accepts NULL */
 const char *fst_source_name(const fst_file *file);
 /* FST_E_TRUNCATED: the file ends at an offset before the bytes its header promises. */
 int fst_file_truncated(const fst_file *file, uint64_t offset, fst_error *err);
+/* After a read of bytes before `end`: FST_E_TRUNCATED if the file has become shorter. The kernel
+ * first sets its size and then clears the rest of its last page, of up to 2 MiB. So a read that is
+ * copying that page returns zeros, and no error. */
+int fst_file_check_end(const fst_file *file, uint64_t end, fst_error *err);
 /* FST_E_INVALID for a fed file, which lacks `what`; else, and for NULL, FST_OK. */
 int fst_file_refuse_fed(const fst_file *file, const char *what, fst_error *err);
 /* A second descriptor of the same inode, for O_DIRECT. -1 with errno set. */

@@ -64,6 +64,7 @@ int fst_io_buffered(const fst_io_context *io, fst_error *err) {
     struct iovec whole = {io->into, (size_t)(io->end - io->begin)};
     fst_io_fill_cache(io);
     int code = io->into != NULL ? read_run(io, io->begin, &whole, 1, err) : read_pieces(io, err);
+    if (code == FST_OK) code = fst_file_check_end(io->file, io->end, err);
     if (code == FST_OK && io->drop_cache) drop_chunk(io);
     return code;
 }

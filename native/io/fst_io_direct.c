@@ -52,7 +52,7 @@ int fst_io_direct_slot(const fst_io_context *io, fst_error *err) {
                             FST_DIRECT_ALIGN, (unsigned long long)(from + got));
         got = aligned;
     }
-    return FST_OK;
+    return fst_file_check_end(io->file, io->end, err);
 }
 
 int fst_io_direct(const fst_io_context *io, fst_error *err) {

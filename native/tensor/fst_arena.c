@@ -11,6 +11,7 @@
 
 /* The measurements behind these are in docs/design-notes.md, "Arenas in huge pages". */
 #define SLOW_NANOSECONDS_PER_MIB 1200000u
+#define SLOW_TOUCH_PER_MIB 500000u
 #define JUDGED_BYTES (64u << 20)  /* a few slow pages are no reason to give up huge pages */
 #define CHUNK_JUDGED (512u << 10) /* in smaller chunks, calls cost as much as pages */
 
@@ -137,17 +138,25 @@ void fst_arena_keep_no_more(fst_arena *map) {
 
 /* Some hosts back a guest's free memory only when it is touched, and have taken back whole free
  * blocks. Huge pages come from such blocks, and small ones from memory that was freed lately. */
-void fst_arena_note_fill(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds) {
+static void judge(fst_arena *arena, uint64_t bytes, uint64_t nanoseconds, uint64_t slow) {
     if (arena->kind != FST_ARENA_ANONYMOUS || bytes < CHUNK_JUDGED) return;
-    uint64_t spent = atomic_fetch_add(&arena->fill_nanoseconds, cpu_nanoseconds) + cpu_nanoseconds;
+    uint64_t spent = atomic_fetch_add(&arena->fill_nanoseconds, nanoseconds) + nanoseconds;
     uint64_t filled = atomic_fetch_add(&arena->fill_bytes, bytes) + bytes;
     if (filled < JUDGED_BYTES) return;
     atomic_store(&arena->fill_bytes, 0); /* two workers at once decide twice: no harm */
     atomic_store(&arena->fill_nanoseconds, 0);
-    if (spent < (filled >> 20) * SLOW_NANOSECONDS_PER_MIB) return;
+    if (spent < (filled >> 20) * slow) return;
     if (atomic_exchange(&arena->small_pages, true)) return;
     /* It concerns pages not touched yet, and is advice only. */
     (void)FST_SYS->madvise(arena->pages.map, (size_t)arena->pages.map_bytes, MADV_NOHUGEPAGE);
+}
+
+void fst_arena_note_fill(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds) {
+    judge(arena, bytes, cpu_nanoseconds, SLOW_NANOSECONDS_PER_MIB);
+}
+
+void fst_arena_note_touch(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds) {
+    judge(arena, bytes, cpu_nanoseconds, SLOW_TOUCH_PER_MIB);
 }
 
 int fst_arena_alloc(uint64_t bytes, fst_arena **out, fst_error *err) {

@@ -33,8 +33,10 @@ void fst_arena_release_user(fst_arena *arena);
 void fst_arena_retain(fst_arena *arena);
 void fst_arena_unref(fst_arena *arena);
 bool fst_arena_abandoned(const fst_arena *arena);
-/* Records how much processor time it took to fill part of an arena: see fst_arena.c. */
+/* Records how much processor time it took to read into part of an arena: see fst_arena.c. */
 void fst_arena_note_fill(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds);
+/* The same of a page fault alone. */
+void fst_arena_note_touch(fst_arena *arena, uint64_t bytes, uint64_t cpu_nanoseconds);
 void fst_arena_count_ahead(fst_arena *arena, uint64_t bytes);
 /* Undoes fst_arena_keep_to, where it was called: nothing more will be read ahead. */
 void fst_arena_keep_no_more(fst_arena *map);

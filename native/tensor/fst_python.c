@@ -1,5 +1,5 @@
-/* fst_python.c - batches become torch tensors, and dicts that hold an object are found. The only
- * file that knows Python.
+/* fst_python.c - batches become torch tensors, memory becomes NumPy arrays, and dicts that hold an
+ * object are found. The only file that knows Python.
  *
  * Two ways into torch: torch's C exchange API (torch 2.13 and later: one function call a
  * tensor), else capsules handed to torch's own from_dlpack.
@@ -40,13 +40,13 @@ static PyObject *import_one(fst_batch *batch, uint64_t i, const dl_exchange_api 
     return tensor;
 }
 
-static int describe_exception(fst_error *err) {
+static int describe_exception(const char *library, fst_error *err) {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
     PyObject *text = value == NULL ? NULL : PyObject_Str(value);
     PyObject *bytes = text == NULL ? NULL : PyUnicode_AsUTF8String(text);
     const char *message = bytes == NULL ? NULL : PyBytes_AsString(bytes);
-    int code = fst_fail(err, FST_E_PYTHON, 0, "torch refused a tensor: %s",
+    int code = fst_fail(err, FST_E_PYTHON, 0, "%s refused a tensor: %s", library,
                         message == NULL ? "no message" : message);
     Py_XDECREF(bytes);
     Py_XDECREF(text);
@@ -73,7 +73,7 @@ int fst_tensors_import(fst_arena *arena, const fst_layout_view *view, const uint
         PyObject *tensor =
             import_one(batch, i, (const dl_exchange_api *)exchange_api, (PyObject *)from_dlpack);
         if (tensor == NULL || PyList_Append((PyObject *)list, tensor) != 0) {
-            code = describe_exception(err);
+            code = describe_exception("torch", err);
             fst_batch_drop(batch, count - i - 1);
         }
         Py_XDECREF(tensor);
@@ -81,6 +81,74 @@ int fst_tensors_import(fst_arena *arena, const fst_layout_view *view, const uint
     if (collecting) (void)PyGC_Enable();
     PyGILState_Release(gil);
     fst_batch_drop(batch, 1);
+    return code;
+}
+
+/* A tuple of a tensor's dimensions; NULL with an exception set. */
+static PyObject *shape_of(const fst_layout_view *view, const fst_tensor *tensor) {
+    PyObject *shape = PyTuple_New((Py_ssize_t)tensor->ndim);
+    for (uint32_t d = 0; shape != NULL && d < tensor->ndim; d++) {
+        PyObject *length = PyLong_FromLongLong(view->dims[tensor->dims_index + d]);
+        if (length == NULL || PyTuple_SetItem(shape, (Py_ssize_t)d, length) != 0) Py_CLEAR(shape);
+    }
+    return shape;
+}
+
+/* frombuffer(memory, dtype, numbers, offset).reshape(shape); NULL with an exception set. */
+static PyObject *array_over(PyObject *frombuffer, PyObject *memory, PyObject *dtype,
+                            uint64_t numbers, uint64_t offset, PyObject *reshape, PyObject *shape) {
+    PyObject *flat = NULL, *array = NULL;
+    PyObject *count = PyLong_FromUnsignedLongLong(numbers);
+    PyObject *at = PyLong_FromUnsignedLongLong(offset);
+    if (count != NULL && at != NULL && shape != NULL)
+        flat = PyObject_CallFunctionObjArgs(frombuffer, memory, dtype, count, at, NULL);
+    if (flat != NULL) array = PyObject_CallMethodObjArgs(flat, reshape, shape, NULL);
+    Py_XDECREF(flat);
+    Py_XDECREF(at);
+    Py_XDECREF(count);
+    return array;
+}
+
+int fst_arrays_make(const fst_layout_view *view, const uint64_t *which, uint64_t count,
+                    const uint64_t *offsets, uint64_t file_base, const fst_np_dtype *table,
+                    uintptr_t frombuffer, uintptr_t memory, uintptr_t list, uint64_t *left,
+                    fst_error *err) {
+    int code = FST_OK;
+    *left = 0;
+    PyGILState_STATE gil = PyGILState_Ensure();
+    PyObject *reshape = PyUnicode_InternFromString("reshape");
+    if (reshape == NULL) code = describe_exception("Python", err);
+    for (uint64_t i = 0; i < count && code == FST_OK; i++) {
+        uint64_t index = which == NULL ? i : which[i];
+        if (index >= view->count) {
+            code = fst_fail(err, FST_E_INVALID, 0, "no such tensor in the layout");
+            break;
+        }
+        const fst_tensor *tensor = &view->tensors[index];
+        fst_np_dtype as = table[tensor->dtype];
+        uint64_t offset = offsets == NULL ? file_base + tensor->begin : offsets[i];
+        uint64_t bytes = tensor->end - tensor->begin;
+        PyObject *array;
+        if (as.dtype == 0) {
+            code = fst_fail(err, FST_E_INVALID, 0, "a dtype that was not looked up");
+            break;
+        }
+        if (bytes == 0 || offset % as.alignment != 0) {
+            array = Py_None;
+            Py_INCREF(array);
+            *left += 1;
+        } else {
+            PyObject *shape = shape_of(view, tensor);
+            array = array_over((PyObject *)frombuffer, (PyObject *)memory, (PyObject *)as.dtype,
+                               bytes / as.itemsize, offset, reshape, shape);
+            Py_XDECREF(shape);
+        }
+        if (array == NULL || PyList_Append((PyObject *)list, array) != 0)
+            code = describe_exception("NumPy", err);
+        Py_XDECREF(array);
+    }
+    Py_XDECREF(reshape);
+    PyGILState_Release(gil);
     return code;
 }
 

@@ -3,9 +3,9 @@
 #
 # Variants: address (ASan and UBSan), thread (TSan), none (warnings are errors); all three
 # when none is named. Variants run side by side, and the output of each follows when it is done.
-# CC chooses the compiler, CFLAGS adds flags, JOBS is the number of compilers that a variant runs
-# at once, and TMPDIR the folder of builds and test files: on a disk, since tmpfs may refuse
-# O_DIRECT.
+# CC chooses the compiler, CFLAGS adds flags, RUNNER is a command before each program, such as an
+# emulator's, JOBS is the number of compilers that a variant runs at once, and TMPDIR the folder of
+# builds and test files: on a disk, since tmpfs may refuse O_DIRECT.
 # With variant none the engine is also built without each of its ordering rules, and that
 # rule's cases of test_device_order must fail; and gcc's analyzer must find nothing in the engine.
 # Exits with 1 when anything failed.
@@ -46,7 +46,7 @@ runner_of() {
     echo 'int main(void) { return 0; }' >"$build/$1.empty.c"
     # shellcheck disable=SC2046 # flags are words
     $CC $(flags_of "$1") "$build/$1.empty.c" -o "$build/$1.empty" 2>"$build/$1.log" || return 1
-    for runner in "" "setarch $(uname -m) -R"; do
+    for runner in "${RUNNER:-}" "setarch $(uname -m) -R"; do
         if $runner "$build/$1.empty" >"$build/$1.log" 2>&1; then
             echo "$runner"
             return 0
@@ -65,7 +65,7 @@ build_fake() { # variant
 compile() { # variant
     mkdir "$build/$1"
     # shellcheck disable=SC2016 # the inner shell expands it
-    find "$native" "$fuzz" -name '*.c' ! -name fst_python.c ! -name 'fake_*.c' | FLAGS="-std=c11 -g -pthread -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-}" \
+    find "$native" "$fuzz" -name '*.c' ! -name fst_python.c ! -name 'fake_*.c' ! -name 'preload_*.c' | FLAGS="-std=c11 -g -pthread -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 $warnings $(flags_of "$1") ${CFLAGS:-}" \
         CC=$CC OUT="$build/$1" NATIVE=$native \
         xargs -P "$jobs" -I '{}' sh -c '$CC $FLAGS -I"$NATIVE" -I"$NATIVE/tests" -c "$1" -o "$OUT/$(basename "$1" .c).o"' sh '{}' ||
         return 1
@@ -121,7 +121,7 @@ build_mutant() { # variant, rule
 
 # A case that passes without its rule is no test of it.
 run_mutants() { # variant, runner
-    if ! "$build/$1/test_device_order" list >"$build/cases"; then return 1; fi
+    if ! $2 "$build/$1/test_device_order" list >"$build/cases"; then return 1; fi
     while read -r rule name; do
         if [ ! -d "$build/$rule" ] && ! build_mutant "$1" "$rule"; then return 1; fi
         TMPDIR=$build FAKE_CUDA=$build/$1/libfake_cuda.so $2 "$build/$rule/mutant" "$name" \

@@ -260,6 +260,8 @@ static void test_window(void) {
     }
     CHECK_EQ(idle.open, FST_WINDOW_FIRST);
     CHECK_EQ(idle.calls, 0);
+    CHECK(idle.measured == 0 && idle.rate == 0);
+    CHECK(wide.measured >= 2 && wide.rate > 19 * 900 && wide.rate < 21 * 1000);
 }
 
 int main(void) {

@@ -1,6 +1,9 @@
 /* test_io.c - reads give the file's bytes or an error, never anything else, whatever the
  * system calls do.
  */
+#include <unistd.h>
+
+#include "base/fst_sys.h"
 #include "load.h"
 
 static bool direct_works;
@@ -239,6 +242,56 @@ static void test_truncated(void) {
     }
 }
 
+/* Another process truncates the file while the kernel copies from its last page, which is cleared
+ * then: the read returns all bytes, and some of them are zeros. */
+#define LAST_CHUNK (256 << 10)
+
+static fst_sys_table cutting;
+static const fst_sys_table *uncut;
+static const test_file *cut;
+
+static void cut_in_a_read(void *to, ssize_t got, off_t offset) {
+    if (offset < LAST_CHUNK) return;
+    MUST(truncate(cut->path, offset + 1) == 0);
+    memset((char *)to + 1, 0, (size_t)got - 1);
+}
+
+static ssize_t cutting_preadv(int fd, const struct iovec *to, int count, off_t offset) {
+    ssize_t got = uncut->preadv(fd, to, 1, offset);
+    (void)count;
+    cut_in_a_read(to->iov_base, got, offset);
+    return got;
+}
+
+static ssize_t cutting_pread(int fd, void *to, size_t bytes, off_t offset) {
+    ssize_t got = uncut->pread(fd, to, bytes, offset);
+    cut_in_a_read(to, got, offset);
+    return got;
+}
+
+static void test_truncated_in_a_read(void) {
+    for (int mode = BUFFERED; mode <= (direct_works ? DIRECT : BUFFERED); mode++) {
+        test_file file = test_create(300000, 5);
+        plan p = whole_plan(file.size);
+        fst_job_options options = options_for(mode);
+        options.threads = 1; /* the others would meet the new end */
+        uncut = FST_SYS;
+        cutting = *uncut;
+        cutting.preadv = cutting_preadv;
+        cutting.pread = cutting_pread;
+        cut = &file;
+        fst_file *opened = test_open(&file);
+        atomic_store(&fst_sys_in_force, &cutting);
+        load_result r = load_open(opened, &file, &p, &options);
+        atomic_store(&fst_sys_in_force, uncut);
+        CHECK_EQ(r.code, FST_E_TRUNCATED);
+        CHECK(strstr(r.err.message, file.path) != NULL);
+        fst_file_release(&opened);
+        free_plan(&p);
+        test_remove(&file);
+    }
+}
+
 static void test_drop_cache(void) {
     test_file file = test_create(1 << 20, 5);
     plan p = whole_plan(file.size);
@@ -268,6 +321,7 @@ int main(void) {
     RUN(test_again_forever);
     if (direct_works) RUN(test_replaced_file);
     RUN(test_truncated);
+    RUN(test_truncated_in_a_read);
     RUN(test_drop_cache);
     return test_result();
 }

@@ -1,9 +1,11 @@
-/* test_memory.c - how much memory is said to be left. */
+/* test_memory.c - how much memory is said to be left, and in which pages it is taken. */
 #include "test.h"
 
 #include <errno.h>
 #include <sys/mman.h>
 #include <sys/sysinfo.h>
+
+#include "tensor/fst_arena.h"
 
 static void test_headroom(void) {
     struct sysinfo machine;
@@ -78,7 +80,30 @@ static void test_huge_refused(void) {
     fst_fault_clear();
 }
 
+/* How many MiB are filled, at some microseconds each, until an arena gives up huge pages; or 0. */
+static uint64_t mib_until_small(void (*note)(fst_arena *, uint64_t, uint64_t), uint64_t cost) {
+    fst_arena *arena = NULL;
+    fst_error err = {0};
+    uint64_t mib = 0;
+    MUST(fst_arena_alloc(HUGE, &arena, &err) == FST_OK);
+    while (mib < 1000 && !atomic_load(&arena->small_pages)) {
+        note(arena, HUGE, 2 * cost * 1000);
+        mib += 2;
+    }
+    bool small = atomic_load(&arena->small_pages);
+    fst_arena_release(&arena);
+    return small ? mib : 0;
+}
+
+static void test_huge_pages_are_given_up_where_they_are_slow(void) {
+    CHECK_EQ(mib_until_small(fst_arena_note_fill, 1199), 0);
+    CHECK_EQ(mib_until_small(fst_arena_note_fill, 1200), 64);
+    CHECK_EQ(mib_until_small(fst_arena_note_touch, 499), 0);
+    CHECK_EQ(mib_until_small(fst_arena_note_touch, 500), 64);
+}
+
 int main(void) {
+    RUN(test_huge_pages_are_given_up_where_they_are_slow);
     RUN(test_headroom);
     RUN(test_headroom_repeats);
     RUN(test_huge_fills_whole_pages_only);

@@ -6,6 +6,7 @@
 
 #include <pthread.h>
 
+#include "fake_open.h"
 #include "tensor/fst_batch.h"
 
 void *__real_malloc(size_t bytes);
@@ -128,7 +129,62 @@ static void test_each_allocation(void) {
     test_remove(&made);
 }
 
+/* ---- how many ---- */
+
+/* Allocations to parse a header of so many tensors of one byte and one dimension. */
+static uint64_t to_parse(unsigned tensors) {
+    size_t room = 80 * (size_t)tensors + 2, bytes = 1;
+    char *header = __real_malloc(room);
+    fst_layout *layout = NULL;
+    fst_layout_view view;
+    fst_error err = {0};
+    MUST(header != NULL);
+    header[0] = '{';
+    for (unsigned i = 0; i < tensors; i++)
+        bytes += (size_t)snprintf(header + bytes, room - bytes,
+                                  "\"%u\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":"
+                                  "[%u,%u]}%s",
+                                  i, i, i + 1, i + 1 == tensors ? "}" : ",");
+    allocations = 0;
+    MUST(fst_layout_parse(header, bytes, 8 + bytes + tensors, &layout, &view, &err) == FST_OK);
+    uint64_t made = allocations;
+    CHECK_EQ(view.count, tensors);
+    fst_layout_release(&layout);
+    free(header);
+    return made;
+}
+
+/* A header is parsed in one pass with two arrays that double: none of its parts costs more. */
+static void test_few_allocations_for_many_tensors(void) {
+    uint64_t few = to_parse(1000), many = to_parse(64 * 1000);
+    CHECK(few < 20);
+    CHECK_EQ(many, few + UINT64_C(2) * 6);
+}
+
+/* What the driver gave for a device is given back. */
+static void test_device_record(void) {
+    fst_device *device = NULL;
+    fake_counts live;
+    int code = FST_E_NOMEM;
+    uint64_t n = 0;
+    while (code == FST_E_NOMEM && n < 100) {
+        fst_error err = {0};
+        allocations = 0;
+        failing = ++n;
+        code = fst_device_open(FST_GPU_CUDA, fake_path(), 0, &device, &err);
+        failing = 0;
+        FAKE(fake_live)(&live);
+        CHECK_EQ(code, allocations < n ? FST_OK : FST_E_NOMEM);
+        if (code != FST_OK) CHECK(live.streams == 0 && live.contexts == 0);
+    }
+    CHECK_EQ(code, FST_OK);
+    CHECK(n > 3 && live.contexts == 1);
+    CHECK_EQ(FAKE(fake_violations)(), 0);
+}
+
 int main(void) {
     RUN(test_each_allocation);
+    RUN(test_few_allocations_for_many_tensors);
+    RUN(test_device_record);
     return test_result();
 }

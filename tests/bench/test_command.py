@@ -349,6 +349,15 @@ def test_json_to_standard_output(fake_runs, capsys, transformer, tmp_path, monke
 
 
 @native
+@pytest.mark.parametrize(("load_s", "status", "word"), [(0.5, 0, "passed"), (5.0, 1, "failed")])
+def test_gate_decides_the_exit_status(fake_runs, capsys, transformer, load_s, status, word):
+    fake_runs[1]["patched"] = lambda loader: sample(loader, load_s=load_s)
+    assert run_cli("bench", transformer, "--cache", "warm", "--repeat", 3, "--gate") == status
+    assert capsys.readouterr().out.startswith(f"Gate {word}: ")
+    assert run_cli("bench", transformer, "--cache", "warm", "--repeat", 3) == 0
+
+
+@native
 def test_the_machine_is_named_before_measuring(fake_runs, capsys, transformer, monkeypatch):
     said = []
     monkeypatch.setattr(runner, "race", lambda _: said.append(capsys.readouterr().err) or 1 / 0)

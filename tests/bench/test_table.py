@@ -113,6 +113,45 @@ def test_the_first_sentence_is_a_verdict(ratio, words):
     assert first == f"Patched against stock: {words}"
 
 
+def with_ratios(*ratios):
+    """A round for each; cold alone, since warm stays as stock's."""
+    made = outcome(len(ratios))
+    made.runs["cold", "patched"] = [
+        with_ratio(ratio).runs["cold", "patched"][0] for ratio in ratios
+    ]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("ratios", "sentence"),
+    [
+        ((0.5, 0.5, 0.5), "Gate passed: no row is slower than stock beyond its spread."),
+        ((1.04, 1.04, 1.04), "Gate passed: no row is slower than stock beyond its spread."),
+        # The spread is 0.175: what one round says the next denies.
+        ((0.7, 1.1, 1.4), "Gate passed: no row is slower than stock beyond its spread."),
+        (
+            (1.1, 1.2, 1.4),
+            "Gate failed: slower than stock beyond the spread: cold 1.20 ±0.07 of stock's time.",
+        ),
+    ],
+)
+def test_the_gate_judges_as_the_verdict(ratios, sentence):
+    made = with_ratios(*ratios)
+    assert table.gate(made) == (sentence.startswith("Gate passed"), sentence)
+    assert ("slower" in table.verdict(made, results.rows(made))) is sentence.startswith("Gate fail")
+
+
+def test_a_gate_that_cannot_judge_fails():
+    passed, sentence = table.gate(with_ratios(0.5, 0.5))
+    assert (passed, sentence.split(":")[0]) == (False, "Gate failed. Too few rounds for a verdict")
+    made = with_ratios(0.5, 0.5, 0.5)
+    made.runs["cold", "stock"][0] = harness.Run(
+        sample(), residency.CacheState("cold", 1.0, "cachestat")
+    )
+    passed, sentence = table.gate(made)
+    assert (passed, sentence.split(":")[0]) == (False, "Gate failed. No verdict")
+
+
 def test_no_verdict_from_too_little():
     for rounds in (1, 2):
         first = table.render(with_ratio(0.5, rounds), environment(), 120).splitlines()[0]

@@ -259,6 +259,23 @@ def test_every_dtype(cuda, asked, raw, stock, fast, agree, assert_same, dtype, o
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize(("odd", "shape", "nbytes"), [("F6_E2M3", [4], 3), ("F4", [2, 3], 3)])
+def test_beside_a_tensor_that_cannot_be_made(
+    cuda, asked, raw, stock, fast, agree, options, odd, shape, nbytes
+) -> None:
+    """The others are read ahead or alone, and that one is stock's to refuse."""
+    header = {f"t{i}": raw.entry("U8", [3], 3 * i, 3 * i + 3) for i in range(8)}
+    header["t4"] = raw.entry(odd, shape, 12, 12 + nbytes)
+    path = raw.write(raw.pack(header, bytes(range(24))))
+    order = [f"t{i}" for i in (0, 1, 2, 3, 5, 6, 7, 4, 0)]
+    with fastst_patch.config_context(**options):
+        with fast.safe_open(path, "pt", "cuda") as ours, stock.safe_open(path, "pt") as theirs:
+            for name in order:
+                agree(lambda n=name: ours.get_tensor(n), lambda n=name: theirs.get_tensor(n))
+    assert set(asked.asked) <= {"handle"}
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("seed", range(6))
 def test_many_chunks(cuda, raw, stock, fast, assert_same, watch, options, seed) -> None:
     """Tensors over several chunks and chunks over several tensors, in every mode of the fake."""

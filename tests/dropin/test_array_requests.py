@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -9,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+from array import array
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from generated_files import BITS
 import fastst_patch
 from fastst_patch import engine
 from fastst_patch.dropin import eligibility
+from fastst_patch.errors import Fallback, FaststError
 from fastst_patch.files import array_file
 
 COUNT = 700
@@ -101,12 +104,32 @@ def test_groups_grow_and_are_handed_out(raw, fast, monkeypatch) -> None:
         assert not handle._opened.ready
 
 
+def test_the_engine_makes_nothing_of_what_does_not_fit(raw) -> None:
+    header = {"a": raw.entry("I16", [4], 0, 8), "b": raw.entry("I16", [2, 2], 8, 16)}
+    layout = engine.read_layout(engine.open_file(raw.write(raw.pack(header, bytes(16)))))
+    memory = memoryview(bytearray(layout.data_begin + 16))
+    table = engine.np_table()
+    make = functools.partial(engine.make_arrays, memory, layout, table, np.frombuffer)
+    with pytest.raises(FaststError, match="dtype that was not looked up"):
+        make()
+    engine.set_np_dtype(table, layout.dtype(0), np.dtype("i2"))
+    some, at = array("Q", [1, 0]), array("Q", [0, 3])  # the second is not aligned
+    made, left = make(tensors=some, offsets=at)
+    assert (made[0].shape, made[1:], left) == ((2, 2), [None], 1)
+    with pytest.raises(FaststError, match="no such tensor"):
+        make(tensors=array("Q", [2]))
+    with pytest.raises(Fallback, match="NumPy refused a tensor: "):
+        make(offsets=array("Q", [0, layout.data_begin + 10]))
+    del made, make
+    assert sys.getrefcount(memory) == 2
+
+
 def test_reports_count_what_was_handed_out(raw, fast, watch) -> None:
     path = raw.write(_content(raw))
     with watch() as seen, fast.safe_open(path, "np") as handle:
         for i in range(10):
             handle.get_tensor(f"layers.{i}.w")
-        assert handle._opened.ready
+        assert handle._opened._arrays
     (report,) = [one for one in seen.reports if one.file == path]
     assert (report.tensors, report.bytes) == (10, 9 * 32)
 

@@ -189,6 +189,21 @@ def _content(raw: Any, count: int = 40, length: int = 3000) -> bytes:
     return raw.pack(header, data)
 
 
+@pytest.mark.parametrize("options", [{}, {"io": "buffered"}, {"tensors": "owned"}], ids=str)
+@pytest.mark.parametrize("shape", [[2**63 - 1, 0], [0, 2**63 - 1], [2**62, 0, 2], [3, 0, 2**61]])
+def test_nothing_of_a_shape_that_is_too_large(raw, stock, fast, agree, options, shape) -> None:
+    path = raw.write(raw.pack({"t": raw.entry("F32", shape, 0, 0)}))
+    with (
+        fastst_patch.config_context(**options),
+        fast.safe_open(path, "np") as ours,
+        stock.safe_open(path, "np") as theirs,
+    ):
+        for index in (..., 0, 4, slice(None), slice(1, 2), (0, 0), (slice(None), slice(0, 0))):
+            agree(lambda i=index: ours.get_slice("t")[i], lambda i=index: theirs.get_slice("t")[i])
+        agree(lambda: ours.get_tensor("t"), lambda: theirs.get_tensor("t"))
+    agree(lambda: fast.load_arrays(path), lambda: stock.load_arrays(path))
+
+
 def test_a_file_not_in_the_page_cache_is_read_ahead(raw, stock, fast, assert_same, watch) -> None:
     path = raw.write(_content(raw, 40, 100_000))
     fd = os.open(path, os.O_RDONLY)

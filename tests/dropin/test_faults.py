@@ -1,7 +1,8 @@
 """System calls that fail, interrupts, many threads: stock's bytes or a clear error.
 
-Faults are injected into the engine's own system calls; stock's are untouched. Nothing waits for
-time to pass: where a load must be found in the middle, a fault holds it there.
+Each single call fails in the fault matrix (tests/faults); here many fail, or come short. Faults are
+injected into the engine's own system calls; stock's are untouched. Nothing waits for time to pass:
+where a load must be found in the middle, a fault holds it there.
 """
 
 from __future__ import annotations
@@ -107,13 +108,6 @@ def _header_reads(path: str) -> int:
     return reads
 
 
-def _blind() -> None:
-    """No probe tells what is cached, so that read-ahead has work to do."""
-    Fault("cachestat", errno=errno.ENOSYS).set()
-    Fault("preadv2", errno=errno.EOPNOTSUPP).set()
-    Fault("mincore", errno=errno.ENOSYS).set()
-
-
 # ---------------------------------------------------------------- results are stock's
 
 HARMLESS = (
@@ -121,15 +115,6 @@ HARMLESS = (
     Fault("preadv", errno=errno.EAGAIN, first=2, count=5, met_by=BUFFERED),
     Fault("preadv", short_bytes=7919, met_by=BUFFERED),
     Fault("preadv", short_bytes=1, first=3, count=40, met_by=BUFFERED),
-    Fault("readahead", errno=errno.EINVAL),
-    Fault("cachestat", errno=errno.ENOSYS, met_by=("auto", "buffered")),
-    Fault("cachestat", errno=errno.EPERM, met_by=("auto", "buffered")),
-    Fault("fadvise", errno=errno.EINVAL, met_by=("drop",)),
-    Fault("madvise", errno=errno.EINVAL),
-    Fault("madvise", errno=errno.EFAULT),
-    Fault("madvise", errno=errno.EAGAIN),
-    Fault("pthread_create", errno=errno.EAGAIN, met_by=READ),
-    Fault("pthread_create", errno=errno.EAGAIN, first=2, met_by=READ),
 )
 IN_DATA = (  # counted from behind the header
     Fault("pread", errno=errno.EINTR, count=50, met_by=DIRECT),
@@ -137,9 +122,6 @@ IN_DATA = (  # counted from behind the header
     Fault("pread", short_bytes=4096, met_by=DIRECT),
     Fault("pread", short_bytes=9999, met_by=DIRECT),
     Fault("pread", short_bytes=333, met_by=DIRECT),
-    Fault("pread", errno=errno.EINVAL, met_by=DIRECT),
-    Fault("pread", errno=errno.EINVAL, first=4, met_by=DIRECT),
-    Fault("pread", errno=errno.EOPNOTSUPP, first=2, count=1, met_by=DIRECT),
 )
 
 
@@ -169,18 +151,6 @@ def test_faults_that_change_nothing(model, fast, stock, assert_same, way, call) 
 def test_direct_reads_that_are_refused(model, fast, stock, assert_same, direct_way, call) -> None:
     after = _header_reads(model)
     _check_harmless(fast, stock, assert_same, direct_way, call, model, IN_DATA, after)
-
-
-def test_blind_read_ahead(model, fast, stock, assert_same, way) -> None:
-    for call in CALLS:
-        expected = _load(stock, call, model)
-        for fault in (None, *(f for f in HARMLESS if f.call in ("madvise", "readahead"))):
-            engine.shutdown()
-            _blind()
-            if fault is not None:
-                fault.set()
-            assert_same(_load(fast, call, model), expected)
-            engine.clear_faults()
 
 
 def test_o_direct_refused_at_open(model, fast, stock, assert_same, direct_way, watch) -> None:
@@ -221,18 +191,6 @@ def test_what_cannot_be_opened_is_stocks(
         engine.clear_faults()
         assert_same(result, expected)
         seen.assert_stock(path)
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_memory_refused(model, fast, stock, assert_same, way, call) -> None:
-    """At the n-th request: an arena, a map, or a worker's buffer. Stock has memory still."""
-    expected = _load(stock, call, model)
-    for first in (1, 2, 3):
-        engine.shutdown()
-        Fault("mmap", first=first, errno=errno.ENOMEM).set()
-        result = _load(fast, call, model)
-        engine.clear_faults()
-        assert_same(result, expected)
 
 
 # ---------------------------------------------------------------- clear errors

@@ -153,6 +153,44 @@ def test_every_way_reaches_the_library(
     assert "stock" not in seen.paths(path)
 
 
+@pytest.mark.parametrize("framework", ["jax", "tf"])
+@pytest.mark.parametrize(
+    ("pad", "options", "way"),
+    [(8, {}, "owned"), (8, {"io": "mmap"}, "mmap"), (0, {}, "mmap")],
+    ids=["not aligned", "told to map", "aligned"],
+)
+def test_a_file_that_is_not_aligned_is_read_to_where_it_is(
+    raw, stock, fast, watch, monkeypatch, framework, pad, options, way
+) -> None:
+    library = NAMES[framework][0]
+    real = library in sys.modules or importlib.util.find_spec(library) is not None
+    if framework == "tf" and not real:
+        _stand_in(library, "convert_to_tensor", monkeypatch)
+    elif not real:
+        pytest.skip(f"{library} is not installed")
+    shapes = ([512, 600], [3], [0, 3], [])
+    path = raw.write(_content(raw, ("F32", "I16"), pad=pad, shapes=shapes))
+    with stock.safe_open(path, framework if real else "np") as handle:  # it gets those arrays
+        expected = {name: _values(one) for name, one in stock.all_tensors(handle).items()}
+    with watch() as seen, fastst_patch.config_context(fallback="error", **options):
+        with fast.safe_open(path, framework) as handle:
+            first = stock.all_tensors(handle)
+            assert {name: _values(one) for name, one in first.items()} == expected
+            if not real:
+                for one in first.values():
+                    aligned = one.array.__array_interface__["data"][0] % 64 == 0
+                    assert aligned or way == "mmap" or not one.array.size
+                    one.array[...] = 0
+            again = stock.all_tensors(handle)
+            assert {name: _values(one) for name, one in again.items()} == expected
+    assert seen.paths(path) == [way]
+
+
+def _values(tensor: Any) -> tuple[Any, ...]:
+    _, dtype, shape, *_, data = _described(tensor)
+    return dtype, shape, data
+
+
 def test_a_library_writes_into_its_tensor(raw, fast, monkeypatch) -> None:
     """TensorFlow updates a variable in place if nobody else refers to its tensor."""
     if importlib.util.find_spec("tensorflow") is not None:

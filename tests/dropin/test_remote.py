@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +57,18 @@ def test_load_file(stock, fast, bucket, twin, assert_same, options) -> None:
     assert (report.tensors, report.bytes) == (len(ours), sum(t.nbytes for t in ours.values()))
     assert report.requests == len(bucket.reads)
     assert report.received == bucket.nbytes
+
+
+def test_the_link_is_measured(fast, bucket) -> None:
+    bucket.before = lambda offset, nbytes: time.sleep(0.005)  # several are on their way at a time
+    with fastst_patch.config_context(chunk_bytes=64 << 10), fastst_patch.profile() as seen:
+        fast.load_file(URL)
+        with fast.safe_open(URL, "pt") as handle:  # too little to measure anything
+            handle.get_tensor("scalar")
+    large, small = seen.reports
+    assert large.link > 0
+    assert 0 < large.link_fraction <= 1
+    assert (small.link, small.link_fraction) == (0, None)
 
 
 def test_each_byte_is_asked_for_once(fast, bucket, twin) -> None:
@@ -130,6 +144,19 @@ def test_handle(stock, fast, bucket, twin, assert_same_tensor, order, options) -
                 assert_same_tensor(handle.get_tensor(name), theirs[name])
     (report,) = seen.reports
     assert (report.path, report.call, report.fallback_reason) == ("memory", "safe_open", None)
+
+
+@pytest.mark.parametrize("options", [{}, {"tensors": "owned"}])
+def test_beside_a_tensor_that_cannot_be_made(raw, stock, fast, bucket, agree, options) -> None:
+    header = {f"t{i}": raw.entry("U8", [3], 3 * i, 3 * i + 3) for i in range(8)}
+    header["t4"] = raw.entry("F6_E2M3", [4], 12, 15)
+    content = raw.pack(header, bytes(range(24)))
+    bucket.files[URL] = content
+    path = raw.write(content)
+    with fastst_patch.config_context(**options):
+        with fast.safe_open(URL, "pt") as ours, stock.safe_open(path, "pt") as theirs:
+            for i in (0, 1, 2, 3, 5, 6, 7, 4, 0):
+                agree(lambda i=i: ours.get_tensor(f"t{i}"), lambda i=i: theirs.get_tensor(f"t{i}"))
 
 
 def test_opening_reads_the_header_alone(fast, bucket, twin) -> None:
@@ -356,8 +383,10 @@ def test_a_call_that_only_stock_can_do_is_an_error(fast, bucket) -> None:
 
 
 def test_verify_is_refused(fast, bucket) -> None:
-    with fastst_patch.config_context(verify=True), pytest.raises(OptionError, match="verify"):
-        fast.load_file(SECRET)
+    with fastst_patch.config_context(verify=True):
+        with pytest.raises(OptionError, match=r"verify=True.*`fastst-patch bench`") as caught:
+            fast.load_file(SECRET)
+    assert "SECRET" not in str(caught.value)
     assert bucket.opened == []
 
 
@@ -416,6 +445,25 @@ def test_device(cuda, stock, fast, bucket, twin, assert_same, options) -> None:
                 assert torch.equal(handle.get_slice("big")[7:99], theirs["big"][7:99])
                 assert torch.equal(handle.get_slice("half")[:], theirs["half"])
     assert {(report.path, report.device) for report in seen.reports} == {("memory", "cuda:0")}
+
+
+def test_a_driver_that_fails(cuda, asked, stock, fast, bucket, twin, assert_same, watch) -> None:
+    """Stock makes the tensors, of bytes that are read for it."""
+    cuda.driver.fail("cuMemcpyHtoDAsync_v2", 1, 1 << 40)
+    with watch() as seen:
+        assert_same(fast.load_file(URL, device="cuda"), stock.load_file(twin))
+    assert set(asked.asked) == {"handle"}
+    (report,) = seen.reports
+    assert "719" in report.fallback_reason
+
+
+def test_no_memory_names_the_file(fast, bucket) -> None:
+    engine.set_fault("mmap", errno=errno.ENOMEM)
+    try:
+        with pytest.raises(MemoryError, match=URL):
+            fast.load_file(URL)
+    finally:
+        engine.clear_faults()
 
 
 def test_device_errors(cuda, fast, bucket, twin) -> None:

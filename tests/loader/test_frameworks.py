@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from loader_files import loader_of, of_all_dtypes, write
+from loader_files import WAYS, loader_of, of_all_dtypes, pair_of_ranks, said_without, write
 
 import fastst_patch
 from fastst_patch import (
@@ -27,12 +25,6 @@ from fastst_patch import (
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 LIBRARIES = {"np": "numpy", "numpy": "numpy", "jax": "jax", "flax": "jax", "tf": "tensorflow"}
-WAYS = [
-    {},
-    {"io": "direct"},
-    {"tensors": "owned"},
-    {"io": "buffered", "device_memory_budget": 5_000},
-]
 SMALL = {"F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "BF16"}
 """Dtypes for which NumPy needs ml_dtypes, or that it has not."""
 
@@ -220,44 +212,14 @@ def test_a_device(paths, expected, cuda, monkeypatch, framework) -> None:
         loader_of(paths, "cuda:0", framework=framework, tensors="dlpack")
 
 
-class Pair:
-    def rank(self) -> int:
-        return 0
-
-    def size(self) -> int:
-        return 2
-
-
 def test_a_group_is_refused(monkeypatch) -> None:
-    from fastst_patch import sharding
-
-    class Group:
-        @classmethod
-        def of(cls, pg: Any) -> Any:
-            return cls()
-
-        def agree(self, error: Exception) -> None:
-            """All ranks have the same."""
-
-    monkeypatch.setattr(sharding, "Group", Group)
     with pytest.raises(OptionError, match="a group exchanges torch's tensors"):
-        SafeTensorsFileLoader(Pair(), framework="np")
+        SafeTensorsFileLoader(pair_of_ranks(monkeypatch), framework="np")
 
 
 @pytest.mark.parametrize(("framework", "module"), [("jax", "jax"), ("tf", "tensorflow")])
 def test_without_the_library(sample, framework, module) -> None:
-    code = f"""
-import sys
-sys.modules[{module!r}] = None
-from fastst_patch import fastsafe_open
-try:
-    fastsafe_open({sample!r}, {framework!r})
-except ImportError as error:
-    assert "framework='{module}' needs" in str(error), error
-else:
-    raise AssertionError
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert f"framework='{module}' needs" in said_without(module, framework, sample)
 
 
 def test_an_unknown_framework(sample) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from loader_files import DTYPES, loader_of, write
+from loader_files import DTYPES, WAYS, loader_of, pair_of_ranks, said_without, write
 
 import fastst_patch
 from fastst_patch import (
@@ -33,13 +31,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 LACKING = {"U16", "F4", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 """Dtypes that this paddle has not."""
-
-WAYS = [
-    {},
-    {"io": "direct"},
-    {"tensors": "owned"},
-    {"io": "buffered", "device_memory_budget": 5_000},
-]
 
 
 @pytest.fixture(scope="module")
@@ -209,44 +200,12 @@ def test_a_device(paths, expected, cuda, monkeypatch) -> None:
         loader.close()
 
 
-class Pair:
-    def rank(self) -> int:
-        return 0
-
-    def size(self) -> int:
-        return 2
-
-
 def test_refused(monkeypatch) -> None:
-    from fastst_patch import sharding
-
-    class Group:
-        @classmethod
-        def of(cls, pg: Any) -> Any:
-            return cls()
-
-        def agree(self, error: Exception) -> None:
-            """All ranks have the same."""
-
-    monkeypatch.setattr(sharding, "Group", Group)
     with pytest.raises(OptionError, match="a group exchanges torch's tensors"):
-        SafeTensorsFileLoader(Pair(), framework="paddle")
+        SafeTensorsFileLoader(pair_of_ranks(monkeypatch), framework="paddle")
     with pytest.raises(OptionError, match="device='meta': this PaddlePaddle is a build without"):
         SafeTensorsFileLoader(None, "meta", framework="paddle")
 
 
 def test_without_paddle(sample) -> None:
-    code = f"""
-import sys
-sys.modules["paddle"] = None
-from fastst_patch import fastsafe_open
-try:
-    fastsafe_open({sample!r}, "paddle")
-except ImportError as error:
-    assert "pip install 'fastst-patch[paddle]'" in str(error)
-else:
-    raise AssertionError
-with fastsafe_open({sample!r}, "pt") as opened:
-    opened.get_tensor("w")
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "pip install 'fastst-patch[paddle]'" in said_without("paddle", "paddle", sample)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,71 +14,29 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
-from fault_server import FaultServer, Remote, since, status
+from fault_server import Remote, since, status
 from kept_files import settled
+from places import SUPPORT
+from streamed_models import (
+    NEEDS,
+    a_llama,  # noqa: F401 - a fixture
+    a_server,  # noqa: F401 - a fixture
+    digest,
+    home,  # noqa: F401 - a fixture
+    load_in_child,
+)
 
 import fastst_patch
+import fastst_patch.bench.remote
+from fastst_patch import bench
 from fastst_patch.cli import launcher
 from fastst_patch.cli.main import main
 from fastst_patch.config import child_environment
 from fastst_patch.sources.base import RemoteChangedError, RemoteError
 
-transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
+transformers = pytest.importorskip("transformers", minversion="5.0", reason=NEEDS)
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastst_patch.sources.base.RemoteWarning")
-
-
-class Served(FaultServer):
-    """Folders on a web server."""
-
-    def put(self, folder: Path, name: str = "m") -> str:
-        """Serve what is in a folder; its URL."""
-        for path in folder.rglob("*"):
-            if path.is_file():
-                relative = path.relative_to(folder).as_posix()
-                self.files[f"/{name}/{relative}"] = Remote(path.read_bytes())
-        return self.url(f"/{name}")
-
-    def asked_for(self, name: str) -> list[str]:
-        """Ranges that were asked for of files whose path ends so."""
-        return [
-            request.headers.get("range", "all")
-            for request in self.requests
-            if request.path.endswith(name)
-        ]
-
-
-@pytest.fixture
-def served() -> Iterator[Served]:
-    with Served() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _home(monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory) -> Path:
-    """A tiny Llama in several shards."""
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(5)
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20KB")
-    assert len(list(folder.glob("*.safetensors"))) > 2
-    return folder
-
-
-def digest(module: Any) -> str:
-    found = hashlib.blake2b()
-    for name, tensor in sorted(module.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def assert_streamed(seen: Any) -> None:
@@ -118,33 +74,13 @@ def test_transformers_finds_the_dtype(served, sharded, tmp_path) -> None:
     assert digest(found) == digest(model)
 
 
-CHILD = """
-import sys
-sys.path.insert(0, {tests!r})
-from transformers import AutoModelForCausalLM
-from test_remote_models import digest
-print(digest(AutoModelForCausalLM.from_pretrained(sys.argv[1])))
-"""
-
-
-def run_child(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    support = Path(__file__).parent.parent / "support"
-    code = "import sys\n" + f"sys.path.insert(0, {str(support)!r})\n" + code
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False,
-        env={**os.environ, **environment}, cwd="/",  # not the sources, which have no engine
-    )  # fmt: skip
-
-
 def test_a_child_process(served, sharded) -> None:
     expected = digest(transformers.AutoModelForCausalLM.from_pretrained(sharded))
     folder = fastst_patch.remote(served.put(sharded))
-    code = CHILD.format(tests=str(Path(__file__).parent))
-    environment = child_environment({}, launcher._site())
-    done = run_child(code, folder, **environment)
+    done = load_in_child(folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [expected]
-    plain = run_child(code, folder, FASTST_ENABLED="0")
+    plain = load_in_child(folder, FASTST_ENABLED="0")
     assert plain.returncode != 0
     assert "holds no weights" in plain.stderr
     assert "fastst_patch.patch()" in plain.stderr
@@ -152,11 +88,11 @@ def test_a_child_process(served, sharded) -> None:
 
 SPAWN = """
 import multiprocessing, sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {support!r})
 
 def load(path, answers):
     from transformers import AutoModelForCausalLM
-    from test_remote_models import digest
+    from streamed_models import digest
     answers.put(digest(AutoModelForCausalLM.from_pretrained(path)))
 
 if __name__ == "__main__":
@@ -172,10 +108,8 @@ if __name__ == "__main__":
 def test_a_spawned_child(served, sharded, tmp_path) -> None:
     expected = digest(transformers.AutoModelForCausalLM.from_pretrained(sharded))
     folder = fastst_patch.remote(served.put(sharded))
-    tests, support = Path(__file__).parent, Path(__file__).parent.parent / "support"
     script = tmp_path / "script.py"
-    paths = f"import sys\nsys.path.insert(0, {str(support)!r})\n"
-    script.write_text(paths + SPAWN.format(tests=str(tests)))
+    script.write_text(SPAWN.format(support=str(SUPPORT)))
     done = subprocess.run(
         [sys.executable, str(script), folder], capture_output=True, text=True, check=False,
         env={**os.environ, **child_environment({}, launcher._site())},
@@ -394,6 +328,7 @@ def test_the_second_load_is_local(served, sharded, tmp_path) -> None:
         assert_streamed(first)
         settled()
         served.requests.clear()
+        served.sent = 0
         with fastst_patch.profile() as second:
             assert digest(kind.from_pretrained(folder)) == expected
     assert {report.path for report in second.reports} <= {"mmap", "mmap+readahead"}
@@ -401,6 +336,7 @@ def test_the_second_load_is_local(served, sharded, tmp_path) -> None:
     assert {name: served.asked_for(name) for name in names} == {
         name: ["bytes=0-0"] for name in names
     }
+    assert served.sent == len(names)
 
 
 def test_a_url_is_cached_and_a_change_is_noticed(served, sample, tmp_path, assert_same) -> None:
@@ -473,6 +409,16 @@ def test_doctor_of_a_url(served, sharded, sample, capsys, monkeypatch) -> None:
     assert "hunter2" not in text
 
 
+def test_doctor_of_stand_ins(served, sharded, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = fastst_patch.remote(served.put(sharded))
+    assert main(["doctor", folder]) == 0
+    count = len(list(sharded.glob("*.safetensors")))
+    printed = capsys.readouterr().out
+    assert f"{folder}: {count} files, for remote ones: name the URL to see what is there" in printed
+    assert "cached" not in printed.partition(folder)[2].partition("\n")[0]
+
+
 def test_doctor_of_a_url_that_leads_nowhere(capsys) -> None:
     assert main(["doctor", "http://127.0.0.1:9/m.safetensors"]) == 1
     assert "127.0.0.1:9" in capsys.readouterr().out
@@ -491,6 +437,23 @@ def test_bench_of_a_url(served, sharded, tmp_path, capsys) -> None:
     assert found["bytes"] == sum(p.stat().st_size for p in sharded.glob("*.safetensors"))
     assert "Too few rounds" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("fastst-bench")] == []
+
+
+def test_bench_of_stand_ins(served, sharded, tmp_path, capsys) -> None:
+    """It measures what they stand for, with what the URL held in this process."""
+    url = served.put(sharded)
+    folder = fastst_patch.remote(f"{url}?sig=1")
+    names = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert bench.remote.with_urls([folder]) == [f"{url}/{name}?sig=1" for name in names]
+    assert bench.remote.with_urls([f"{folder}/{names[0]}", url]) == [f"{url}/{names[0]}?sig=1", url]
+    assert bench.remote.with_urls([str(sharded), "/none"]) == [str(sharded), "/none"]
+    for path in (f"{folder}/{names[0]}", str(sharded / names[1])):
+        os.symlink(path, tmp_path / os.path.basename(path))
+    assert main(["bench", str(tmp_path)]) == 2
+    assert "not both" in capsys.readouterr().err
+    served.files.clear()
+    assert main(["bench", folder]) == 1
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_bench_of_a_url_and_a_path(served, sample, capsys) -> None:

@@ -138,8 +138,6 @@ def test_bad_headers(unreadable, world, way, bad) -> None:
 
 # ---------------------------------------------------------------- device
 
-CALLS = ("cuMemcpyHtoDAsync_v2", "cuStreamWaitEvent", "cuEventRecord")
-
 
 @pytest.fixture(scope="module")
 def device(nursery, files) -> Ran:
@@ -147,11 +145,6 @@ def device(nursery, files) -> Ran:
         Case("cases_faults.no_memory", {"files": files, "form": form, "bad": 1, "first": first},
              name=f"memory {form} {first}")
         for form in FORMS for first in (1, 2)
-    ]  # fmt: skip
-    cases += [
-        Case("cases_faults.broken_driver", {"files": files, "form": form, "bad": 0, "call": call},
-             name=f"{call} {form}")
-        for form in FORMS for call in CALLS
     ]  # fmt: skip
     return nursery.run(cases, 2)
 
@@ -170,15 +163,6 @@ def test_out_of_device_memory_later(device, form) -> None:
     if any(one["error"] for one in values):
         assert_all_raise(values, 1, torch.cuda.OutOfMemoryError.__name__, "out of memory")
         assert [one["blocks"] for one in values] == [0, 0]
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("call", CALLS)
-def test_driver_that_fails(device, call, form) -> None:
-    """All ranks load, by another way, or all raise the driver's error."""
-    values = device.values(f"{call} {form}")
-    if any(one["error"] for one in values):
-        assert_all_raise(values, 0, "Exception", "719")
 
 
 # ---------------------------------------------------------------- plans and files

@@ -6,17 +6,21 @@ The cases run in the ranks' processes (cases_forms.py, cases_files.py), many in 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sharded
+import torch
 import torch.distributed as dist
 from cases_files import PLACED
 from cases_forms import FORMS
 from ranks import Case, Nursery, Ran
 
+import fastst_patch
 from fastst_patch import engine
+from fastst_patch.sharding.source import Source
 
 pytestmark = pytest.mark.skipif(
     engine.native_error() is not None, reason=str(engine.native_error())
@@ -344,3 +348,13 @@ def mixed(nursery, zoo) -> Ran:
 def test_options_may_differ(mixed, name, form) -> None:
     """They change how a rank reads: the tensors are the same, and no rank hangs."""
     mixed.values(f"{name}: {form}")
+
+
+def test_stock_reads_the_file_that_is_open(raw) -> None:
+    """Another file lies at the path by then."""
+    path = raw.tensors({"w": torch.zeros(4)})
+    with fastst_patch.safe_open(path, "pt") as handle:
+        opened = handle._opened
+        source = Source(path, opened.layout.names, [0], opened, None, opened.layout)
+        os.replace(raw.tensors({"w": torch.ones(4)}, "other.safetensors"), path)
+        assert torch.equal(source.stock_tensor(0), torch.zeros(4))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import sharded
+from fault_server import FaultServer
 from ranks import Case, Ran
 
 from fastst_patch import engine
+from fastst_patch.sources.base import HEAD_BYTES
 
 pytestmark = pytest.mark.skipif(
     engine.native_error() is not None, reason=str(engine.native_error())
@@ -37,7 +41,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def ran(nursery, files) -> Ran:
+def server(files: list[str]) -> Iterator[FaultServer]:
+    with FaultServer({f"/m/{Path(file).name}": Path(file).read_bytes() for file in files}) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def ran(nursery, files, server) -> Ran:
     cases = [
         Case("cases_remote.fetched", {"files": files, "form": form, **way}, name=f"{name}: {form}")
         for name, way in WAYS.items()
@@ -47,6 +57,8 @@ def ran(nursery, files) -> Ran:
         Case("cases_remote.failing", {"files": files, "form": "last", "what": what}, name=what)
         for what in BROKEN
     ]
+    by_http = {"files": files, "url": server.url("/m")}
+    cases.append(Case("cases_remote.fetched_by_http", by_http, name="http"))
     return nursery.run(cases, WORLD)
 
 
@@ -58,6 +70,13 @@ def test_each_byte_is_fetched_once(ran, files, way, form) -> None:
     needed = sum(os.path.getsize(file) for file in files)
     assert sum(one["bytes"] for one in values) <= 1.02 * needed + headers
     assert {path for one in values for path in one["paths"]} == {"memory"}
+
+
+def test_a_server_sends_each_byte_once(ran, files, server) -> None:
+    """And to each rank the first bytes of each file, in which the header is."""
+    ran.values("http")
+    nbytes = sum(map(os.path.getsize, files))
+    assert nbytes <= server.sent <= 1.02 * nbytes + WORLD * len(files) * HEAD_BYTES
 
 
 @pytest.mark.parametrize("what", BROKEN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import signal
@@ -157,6 +158,7 @@ def test_a_file_that_changes_while_it_is_kept_in_part_is_not_mixed(bucket, confi
 
 def stand_in(tmp_path: Path, folder: str | None = None) -> str:
     """The URL of a stand-in for the file."""
+    tmp_path.mkdir(parents=True, exist_ok=True)
     path = str(tmp_path / "stand-in.safetensors")
     source = MemorySource(URL, content(), ("etag", '"1"', len(content())))
     standin.write(path, source, {}, folder)
@@ -175,12 +177,24 @@ def test_a_stand_in_wants_the_file_that_it_was_made_for(bucket, config, tmp_path
 
 
 def test_a_stand_in_names_the_folder(bucket, tmp_path) -> None:
-    folder = str(tmp_path / "named")
-    source = locate(stand_in(tmp_path, folder), Config())
+    folder = tmp_path / "named"
+    source = locate(stand_in(folder / "models" / "x" / "model", str(folder)), Config())
     read_all(source)
     source.close()
     settled()
     assert any(name.endswith(".safetensors") for name in os.listdir(folder))
+
+
+@pytest.mark.parametrize("place", [".", "models", "modelsx/y", "models/../x"])
+def test_a_stand_in_from_elsewhere_names_no_folder(bucket, tmp_path, place) -> None:
+    folder, elsewhere = tmp_path / "named", tmp_path / "named" / place
+    if place == "models":
+        elsewhere = tmp_path / "downloads"
+        (folder / "models").mkdir(parents=True)
+    source = locate(stand_in(elsewhere, str(folder)), Config())
+    assert isinstance(source, MemorySource)  # it is streamed, and not kept
+    source.close()
+    assert not folder.exists() or not list(folder.glob("*.part"))
 
 
 @pytest.mark.parametrize("how", ["revision", "option", "environment"])
@@ -260,6 +274,35 @@ import time; time.sleep(60)
     assert Path(found).read_bytes() == content()
     assert bucket.fetched() == 0
     assert kept(config) == [".json", ".safetensors"]
+
+
+def test_a_kill_before_the_journal_is_removed(bucket, config, tmp_path) -> None:
+    code = f"""
+store.os.unlink = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+source = cache.open_kept({URL!r}, config)
+source.read(0, source.size)
+import time; time.sleep(60)
+"""
+    child = start(code, tmp_path, config)
+    assert child.wait() == -signal.SIGKILL
+    assert kept(config) == [".journal", ".json", ".safetensors"]
+    assert Path(locate(URL, config)).read_bytes() == content()
+    assert kept(config) == [".json", ".safetensors"]
+
+
+def test_a_pair_that_cannot_be_begun_is_not_locked(tmp_path, monkeypatch) -> None:
+    """Whoever keeps the exception keeps its frames, and would keep the lock."""
+
+    def refuse(path: str) -> None:
+        raise OSError(errno.EPERM, "it is another user's")
+
+    stem = str(tmp_path / "pair")
+    monkeypatch.setattr(partial.os, "unlink", refuse)
+    with pytest.raises(OSError, match="another user") as caught:
+        partial.Partial(stem, 100)
+    with open(f"{stem}.journal", "rb") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    del caught
 
 
 def test_processes_fill_one_file(bucket, config, tmp_path) -> None:

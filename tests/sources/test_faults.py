@@ -56,9 +56,10 @@ def obstore_started() -> None:
     start_obstore()
 
 
-@pytest.fixture(params=["http", "s3"])
+@pytest.fixture(params=["http", "s3", "store"])
 def way(request: pytest.FixtureRequest) -> Iterator[Way]:
-    if request.param == "s3":
+    """By HTTP, by a signed URL, and by obstore's own requests."""
+    if request.param != "http":
         request.getfixturevalue("obstore_started")
     with nothing_left_open(), FaultServer({"/bucket/dir/model.bin": CONTENT}) as server:
         if request.param == "http":
@@ -74,6 +75,8 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
                 "secret_access_key": SECRET,
                 "session_token": SECRET,
             }
+            if request.param == "store":
+                options["user_agent"] = "someone"  # no signed URL does that
             yield Way(server, "s3://bucket/dir/model.bin", options, "bucket", "/dir/model.bin")
 
 
@@ -207,6 +210,16 @@ def test_a_final_answer_is_an_error_at_once(way: Way, position: int, name: str) 
     assert len(way.server.requests) == position + 1
 
 
+@pytest.mark.parametrize("way", ["http"], indirect=True)
+def test_a_file_that_comes_compressed_is_refused(way: Way, position: int) -> None:
+    """obstore sees 200 in place of 206, and asks again."""
+    way.server.faults = faults.at(position, faults.gzipped)
+    error = failed(way)
+    check_offset(error, position)
+    assert (error.tries, error.status) == (1, 200)
+    assert "compressed (gzip)" in str(error)
+
+
 def test_a_refused_range_of_a_file_that_has_it(way: Way, position: int) -> None:
     way.server.faults = faults.at(position, faults.status(416))
     if position == 0:  # the file is asked for as a whole, which shows that it is not empty
@@ -270,9 +283,10 @@ def test_a_weak_etag_is_compared_and_not_sent(way: Way) -> None:
 # ---- a server that goes away, or is not there ---------------------------
 
 
-def test_a_server_that_goes_away(way: Way) -> None:
-    way.server.faults = faults.at(4, faults.vanishing)
+def test_a_server_that_goes_away(way: Way, position: int) -> None:
+    way.server.faults = faults.at(position, faults.vanishing)
     error = failed(way)
+    check_offset(error, position)
     assert "refused" in str(error)
     assert error.tries == LIMITS["max_tries"]
 
@@ -295,7 +309,7 @@ def test_a_slow_body_is_no_fault(way: Way, position: int) -> None:
 
 def test_a_body_that_drips_is_given_up(way: Way, position: int) -> None:
     way.server.faults = faults.since(position, faults.dripping)
-    if "endpoint" in way.options:
+    if "user_agent" in way.options:
         # obstore hands over what it has collected, so a body that drips is a stalled one to us.
         way.options.update(IMPATIENT)
         assert "stalled" in str(failed(way))
@@ -346,9 +360,11 @@ def test_ranges_that_come_only_sometimes(way: Way, position: int) -> None:
     assert source.sequential == (position == 0)
 
 
-def test_ranges_that_stop(way: Way) -> None:
-    way.server.faults = faults.since(3, faults.whole_file)
+@pytest.mark.parametrize("position", ["header", "middle", "last"], indirect=True)
+def test_ranges_that_stop(way: Way, position: int) -> None:
+    way.server.faults = faults.since(position, faults.whole_file)
     error = failed(way)
+    check_offset(error, position)
     assert error.status == 200
     assert "whole file" in str(error)
 
@@ -356,8 +372,8 @@ def test_ranges_that_stop(way: Way) -> None:
 # ---- what is allowed ----------------------------------------------------
 
 
-# obstore takes no body without Content-Length, which S3 always sends.
-by_http = pytest.mark.parametrize("way", ["http"], indirect=True)
+# obstore takes no body without Content-Length, which S3 always sends, and hides Retry-After.
+by_http = pytest.mark.parametrize("way", ["http", "s3"], indirect=True)
 
 
 @by_http
@@ -395,13 +411,17 @@ def test_a_file_shorter_than_the_first_request(way: Way) -> None:
     assert len(way.server.requests) == 1
 
 
-# ---- Retry-After: obstore does not tell it, and its requests wait by back-off ----
+# ---- Retry-After --------------------------------------------------------
 
 
 @by_http
-@pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_waited_for(way: Way, status: int) -> None:
-    way.server.faults = faults.at(3, faults.status(status, Retry_After="1"))
+@pytest.mark.parametrize(
+    ("position", "status"),
+    [("first", 429), ("header", 503), ("middle", 503), ("last", 429)],
+    indirect=["position"],
+)
+def test_retry_after_is_waited_for(way: Way, position: int, status: int) -> None:
+    way.server.faults = faults.at(position, faults.status(status, Retry_After="1"))
     begin = time.monotonic()
     found, source = load(way)
     assert found == CONTENT
@@ -411,8 +431,8 @@ def test_retry_after_is_waited_for(way: Way, status: int) -> None:
 
 
 @by_http
-def test_a_wait_beyond_the_deadline_is_an_error_at_once(way: Way) -> None:
-    way.server.faults = faults.at(3, faults.status(503, Retry_After="120"))
+def test_a_wait_beyond_the_deadline_is_an_error_at_once(way: Way, position: int) -> None:
+    way.server.faults = faults.at(position, faults.status(503, Retry_After="120"))
     begin = time.monotonic()
     error = failed(way)
     assert time.monotonic() - begin < LIMITS["stall"]

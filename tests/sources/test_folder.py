@@ -116,6 +116,44 @@ def test_old_folders_are_removed_after_a_month(bucket) -> None:
     assert not left.exists()
 
 
+def test_a_folder_is_on_the_disk_before_it_has_its_name(bucket, monkeypatch) -> None:
+    """After a crash of the machine it is whole, or not there."""
+    synced: set[int] = set()
+    rename, fsync = os.rename, os.fsync
+
+    def syncing(fd: int) -> None:
+        synced.add(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    def renaming(old: str, new: str) -> None:
+        assert {os.stat(os.path.join(old, name)).st_ino for name in below(old)} <= synced
+        synced.clear()
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "rename", renaming)
+    remote(URL)
+    assert synced == set()
+
+
+def test_a_folder_that_is_removed_in_part_has_no_name(bucket, monkeypatch) -> None:
+    old = Path(remote(URL)).parent
+    os.utime(old, (1, 1))
+    bucket.version += 1
+
+    def killed(path: str, **_: object) -> None:
+        for one in Path(path).rglob("config.json"):
+            one.unlink()
+            raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folder.shutil, "rmtree", killed)
+        with pytest.raises(SystemExit):
+            remote(URL)
+    bucket.version -= 1
+    assert Path(remote(URL), "config.json").exists()
+
+
 def test_a_folder_for_the_bytes(bucket, tmp_path) -> None:
     path = remote(URL, cache=str(tmp_path / "cache"))
     assert path.startswith(str(tmp_path / "cache"))

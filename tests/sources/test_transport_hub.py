@@ -12,8 +12,10 @@ import fault_server as faults
 import pytest
 from fault_server import FaultServer
 from huggingface_hub import constants
+from kept_files import locate, read_all, settled
 from remote_state import SECRET, assert_no_secret
 
+from fastst_patch.config import Config
 from fastst_patch.sources.base import (
     RemoteError,
     RemoteNotFoundError,
@@ -127,6 +129,31 @@ def test_a_file_in_the_cache_is_a_local_path(hub: FaultServer, tmp_path: Path) -
     assert local_path("hf://org/repo@v2/model.safetensors") is None
     assert local_path("hf://org/repo") is None
     assert hub.requests == []
+
+
+def test_requests_of_a_second_load(
+    hub: FaultServer, store: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(remote_cache=str(tmp_path / "kept"), storage_options={**QUICK, "token": SECRET})
+
+    def loaded(url: str) -> tuple[int, int]:
+        """Requests to the Hub for the file, and bytes that came from where it redirects to."""
+        hub.requests.clear()
+        store.sent = 0
+        found = locate(url, config)
+        if not isinstance(found, str):
+            assert read_all(found) == CONTENT
+            found.close()
+            settled()
+        return sum("/resolve/" in one.path for one in hub.requests), store.sent
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    commit, branch = (f"hf://org/repo@{one}/model.safetensors" for one in (COMMIT, "main"))
+    assert loaded(commit) == loaded(branch) == (1, len(CONTENT))
+    assert loaded(commit) == (0, 0)
+    assert loaded(branch) == (1, 1)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert loaded(branch) == (0, 0)
 
 
 def test_offline_mode(hub: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:

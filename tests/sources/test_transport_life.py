@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,16 @@ class _Reader(threading.Thread):
             self.error = error
 
 
+def _end_soon(end: Callable[[], None], *readers: _Reader) -> None:
+    """All reads in flight end by that call, as cancelled ones."""
+    begin = time.monotonic()
+    end()
+    for reader in readers:
+        reader.join(10)
+    assert time.monotonic() - begin < SOON
+    assert {type(reader.error) for reader in readers} == {RemoteCancelledError}
+
+
 @pytest.mark.parametrize("how", ["cancel", "close"])
 @pytest.mark.parametrize(
     "fault", [faults.stalled, faults.silent, faults.dripping, faults.status(503)]
@@ -88,12 +98,7 @@ def test_reads_in_flight_end_soon(way: Any, fault: Any, how: str) -> None:
     server.faults = lambda _: fault
     readers = [_Reader(source, 1000 * n + 10, 1000) for n in range(4)]
     assert until(lambda: len(server.requests) >= 5)
-    begin = time.monotonic()
-    getattr(source, how)()
-    for reader in readers:
-        reader.join(10)
-    assert time.monotonic() - begin < SOON
-    assert [type(reader.error) for reader in readers] == [RemoteCancelledError] * 4
+    _end_soon(getattr(source, how), *readers)
     with pytest.raises(RemoteCancelledError):
         source.read(0, 10)
     source.close()
@@ -116,11 +121,7 @@ def test_a_connection_in_the_making_ends_soon() -> None:
         reader = _Reader(source, 10, 10)
         reader.join(0.3)
         assert reader.is_alive()
-        begin = time.monotonic()
-        source.cancel()
-        reader.join(10)
-        assert time.monotonic() - begin < SOON
-        assert type(reader.error) is RemoteCancelledError
+        _end_soon(source.cancel, reader)
         source.close()
         for one in [full, *waiting]:
             one.close()
@@ -141,11 +142,7 @@ def test_cancelling_a_stream_without_ranges() -> None:
         readers = [_Reader(source, 50_000, 1000), _Reader(source, 200_000, 1000)]
         assert until(lambda: not readers[0].is_alive())
         assert until(readers[1].is_alive)
-        begin = time.monotonic()
-        source.cancel()
-        readers[1].join(10)
-        assert time.monotonic() - begin < SOON
-        assert type(readers[1].error) is RemoteCancelledError
+        _end_soon(source.cancel, readers[1])
         source.close()
 
 
@@ -233,12 +230,7 @@ def test_a_read_over_tls_ends_soon(tls: Any) -> None:
         server.faults = lambda _: faults.stalled
         readers = [_Reader(source, 1000 * n + 10, 1000) for n in range(4)]
         assert until(lambda: len(server.requests) >= 6)
-        begin = time.monotonic()
-        source.cancel()
-        for reader in readers:
-            reader.join(10)
-        assert time.monotonic() - begin < SOON
-        assert [type(reader.error) for reader in readers] == [RemoteCancelledError] * 4
+        _end_soon(source.cancel, *readers)
         source.close()
 
 
@@ -251,11 +243,7 @@ def test_a_handshake_that_hangs_ends_soon(tls: Any) -> None:
         reader = _Reader(source, 10, 10)
         reader.join(0.3)
         assert reader.is_alive()
-        begin = time.monotonic()
-        source.cancel()
-        reader.join(10)
-        assert time.monotonic() - begin < SOON
-        assert type(reader.error) is RemoteCancelledError
+        _end_soon(source.cancel, reader)
         source.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -24,7 +25,12 @@ from waiting import until
 import fastst_patch
 from fastst_patch import engine
 from fastst_patch.config import Config
-from fastst_patch.sources.base import RemoteChangedError, RemoteError, RemoteNotFoundError
+from fastst_patch.sources.base import (
+    HEAD_BYTES,
+    RemoteChangedError,
+    RemoteError,
+    RemoteNotFoundError,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fastst_patch.sources.base.RemoteWarning"),
@@ -60,18 +66,20 @@ def obstore_started() -> None:
     start_obstore()
 
 
-@pytest.fixture(params=["http", "s3"])
+@pytest.fixture(params=["http", "s3", "store"])
 def way(request: pytest.FixtureRequest, content: bytes) -> Iterator[tuple[FaultServer, str]]:
-    if request.param == "s3":
+    if request.param != "http":
         request.getfixturevalue("obstore_started")
     engine.shutdown()
     with nothing_left_open(), FaultServer({"/b/model.safetensors": content}) as server:
         options: dict[str, Any] = dict(LIMITS)
         url = f"http://user:{SECRET}@{server.netloc}/b/model.safetensors?sig={SECRET}"
-        if request.param == "s3":
+        if request.param != "http":
             url = "s3://b/model.safetensors"
             keys = {"access_key_id": "someone", "secret_access_key": SECRET}
             options |= {"endpoint": server.url(""), "allow_http": True, "region": "x", **keys}
+            if request.param == "store":
+                options["user_agent"] = "someone"  # no signed URL does that
         # 12 ranges of 256 KiB and more behind the first MiB
         with fastst_patch.config_context(storage_options=options, chunk_bytes=128 << 10):
             yield server, url
@@ -157,15 +165,84 @@ def test_a_missing_file(way: Any) -> None:
     assert_no_secret(caught.value)
 
 
-def test_a_slice_reads_only_its_ranges(way: Any, tensors: dict[str, torch.Tensor]) -> None:
-    _, url = way
-    with (
-        fastst_patch.profile(),
-        fastst_patch.patched(),
-        safetensors.safe_open(url, "pt") as handle,
-    ):
-        found = handle.get_slice("w11")[1000:2000]
-    assert torch.equal(found, tensors["w11"][1000:2000])
+def test_opening_is_one_request_and_a_slice_another(
+    way: Any, tensors: dict[str, torch.Tensor]
+) -> None:
+    server, url = way
+    with fastst_patch.patched(), safetensors.safe_open(url, "pt") as handle:
+        assert handle.get_slice("w9").get_shape() == [300_009]
+        assert len(server.requests) == 1
+        assert server.sent == HEAD_BYTES
+        found = handle.get_slice("w9")[1000:37_000]  # 1% of the file
+    assert torch.equal(found, tensors["w9"][1000:37_000])
+    assert len(server.requests) == 2
+    assert server.sent - HEAD_BYTES <= 1.1 * found.nbytes
+
+
+def test_a_header_longer_than_the_first_request_takes_a_second(way: Any) -> None:
+    server, url = way
+    many = {f"model.layers.{i}.weight": torch.tensor([i % 256], dtype=torch.uint8)
+            for i in range(20_000)}  # fmt: skip
+    content = safetensors.torch.save(many)
+    server.files["/b/model.safetensors"] = faults.Remote(content)
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert header > HEAD_BYTES
+    with fastst_patch.patched(), safetensors.safe_open(url, "pt") as handle:
+        assert len(handle.keys()) == len(many)
+        assert len(server.requests) == 2
+        assert server.sent == header
+
+
+_PEAK = """
+import sys
+import safetensors, safetensors.torch, fastst_patch
+from fastst_patch import engine, sources
+url, small = sys.argv[1:]
+fastst_patch.patch()
+
+def memory(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(name))
+
+def by_handle(url):
+    with safetensors.safe_open(url, "pt") as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}
+
+for load in (safetensors.torch.load_file, by_handle):
+    load(small)  # imports, threads
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # VmHWM begins anew
+    before = memory("VmRSS")
+    tensors = load(url)
+    print(memory("VmHWM") - before, sum(one.nbytes for one in tensors.values()))
+    del tensors
+"""
+
+
+def test_peak_memory(tmp_path: Path) -> None:
+    """Beside the tensors: `host_memory_budget` of 256 MiB, and 64 MiB."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this kernel does not let VmHWM begin anew")
+    block, count = bytes(range(256)) * (50 << 12), 12  # of 50 MiB
+    header = json.dumps({
+        f"w{i}": {"dtype": "U8", "shape": [len(block)],
+                  "data_offsets": [i * len(block), (i + 1) * len(block)]}
+        for i in range(count)
+    }).encode()  # fmt: skip
+    large = b"".join([len(header).to_bytes(8, "little"), header, *[block] * count])
+    small = safetensors.torch.save({"w": torch.zeros(1000)})
+    with FaultServer({"/large.safetensors": large, "/small.safetensors": small}) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", _PEAK, server.url("/large.safetensors"),
+             server.url("/small.safetensors")],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        grown, nbytes = map(int, line.split())
+        assert nbytes == count * len(block)
+        assert grown <= nbytes + (256 << 20) + (64 << 20)
+    assert len(done.stdout.splitlines()) == 2
 
 
 _PROGRAM = """

@@ -172,22 +172,6 @@ def no_memory(rank: Any, files: list[str], form: str, bad: int, first: int = 1) 
     return _failing(rank, files, form, {"device": "cuda"}, trouble)
 
 
-def broken_driver(rank: Any, files: list[str], form: str, bad: int, call: str) -> Any:
-    """A call of one rank's driver fails."""
-
-    @contextlib.contextmanager
-    def trouble(runtime: Any) -> Iterator[None]:
-        if rank.rank == bad:
-            runtime.driver.fail(call, 1, FOREVER, code=719)
-        try:
-            yield
-        finally:
-            if rank.rank == bad:
-                runtime.driver.fail(call, 0, 1, code=719)
-
-    return _failing(rank, files, form, {"device": "cuda"}, trouble)
-
-
 class Planned(Exception):
     """Raised by a plan."""
 

@@ -33,6 +33,14 @@ def fetched(rank: Any, files: list[str], form: str, **way: Any) -> dict[str, Any
         return {"bytes": store.nbytes, "paths": sorted({one.path for one in seen.reports})}
 
 
+def fetched_by_http(rank: Any, files: list[str], url: str) -> None:
+    """A load of a folder of a web server, which counts what it sends."""
+    urls = [f"{url}/{Path(file).name}" for file in files]
+    full = full_of(files)
+    plan, expect = FORMS["rows"](full, Me(rank.rank, rank.world))
+    assert_tensors(load_sharded(urls, None, plan, chunk_bytes=256 << 10), full, expect)
+
+
 def failing(rank: Any, files: list[str], form: str, what: str) -> None:
     """A load that fails on rank 1; then one that does not."""
     full = full_of(files)

@@ -1,4 +1,7 @@
-"""Exact comparison of what two loaders gave or raised; fixtures known to every test."""
+"""Exact comparison of what two loaders gave or raised; fixtures known to every test.
+
+`fuzz/differential.py` uses the functions without the fixtures.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def _geometry(tensor: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _assert_same_tensor(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def check_same_tensor(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """Bit for bit, and in everything a caller can ask a tensor about its storage."""
     assert _geometry(ours) == _geometry(theirs)
     if ours.device.type != "meta":
@@ -54,26 +57,26 @@ def _assert_same_tensor(ours: torch.Tensor, theirs: torch.Tensor) -> None:
         assert torch.equal(storage_bytes(ours), storage_bytes(theirs)), "different bytes"
 
 
-def _assert_same(ours: Any, theirs: Any) -> None:
+def check_same(ours: Any, theirs: Any) -> None:
     if isinstance(theirs, torch.Tensor):
         assert isinstance(ours, torch.Tensor)
-        _assert_same_tensor(ours, theirs)
+        check_same_tensor(ours, theirs)
     elif isinstance(theirs, dict):
         assert type(ours) is type(theirs)
         assert ours.keys() == theirs.keys()
         for name in theirs:
-            _assert_same(ours[name], theirs[name])
+            check_same(ours[name], theirs[name])
     elif isinstance(theirs, (list, tuple)):
         assert (type(ours), len(ours)) == (type(theirs), len(theirs))
         for mine, other in zip(ours, theirs, strict=True):
-            _assert_same(mine, other)
+            check_same(mine, other)
     elif type(theirs).__module__ == "numpy":
         assert (type(ours), ours.dtype) == (type(theirs), theirs.dtype)
         assert (ours.shape, ours.tobytes()) == (theirs.shape, theirs.tobytes())
         assert (ours.strides, str(ours.flags)) == (theirs.strides, str(theirs.flags))
     elif hasattr(theirs, "__array__"):  # of a library beside torch
         assert type(ours) is type(theirs)
-        _assert_same(np.asarray(ours), np.asarray(theirs))
+        check_same(np.asarray(ours), np.asarray(theirs))
     elif type(theirs).__name__ in ("safe_open", "_safe_open_handle", "PySafeSlice"):
         pass  # a handle or a slice: what it answers is compared, not what it is
     else:
@@ -83,12 +86,12 @@ def _assert_same(ours: Any, theirs: Any) -> None:
 
 @pytest.fixture(scope="session")
 def assert_same_tensor() -> Callable[[torch.Tensor, torch.Tensor], None]:
-    return _assert_same_tensor
+    return check_same_tensor
 
 
 @pytest.fixture(scope="session")
 def assert_same() -> Callable[[Any, Any], None]:
-    return _assert_same
+    return check_same
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Outcome:
     text: str = ""
 
 
-def _outcome(call: Callable[[], Any]) -> Outcome:
+def outcome_of(call: Callable[[], Any]) -> Outcome:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -114,7 +117,7 @@ def _outcome(call: Callable[[], Any]) -> Outcome:
             return Outcome("raise", error=type(error), text=_ADDRESS.sub("0x", text))
 
 
-def _agree(
+def check_agree(
     ours: Callable[[], Any], theirs: Callable[[], Any], *, text: bool = True, again: int = 64
 ) -> tuple[Any, Any]:
     """Run both; same value, or same exception type and text. Returns both values.
@@ -123,12 +126,12 @@ def _agree(
     to run. A differing error is compared with what `again` more runs of stock raise.
     `text=False` is for messages that the interpreter, not safetensors, puts together.
     """
-    mine, other = _outcome(ours), _outcome(theirs)
+    mine, other = outcome_of(ours), outcome_of(theirs)
     assert mine.kind == other.kind, (mine, other)
     if mine.kind == "ok":
-        _assert_same(mine.value, other.value)
+        check_same(mine.value, other.value)
     elif mine.error is not other.error or (text and mine.text != other.text):
-        seen = [other, *(_outcome(theirs) for _ in range(again))]
+        seen = [other, *(outcome_of(theirs) for _ in range(again))]
         assert mine.error in {one.error for one in seen}, (mine, other)
         assert not text or mine.text in {one.text for one in seen}, (mine, other)
     return mine.value, other.value
@@ -136,12 +139,12 @@ def _agree(
 
 @pytest.fixture(scope="session")
 def outcome() -> Callable[[Callable[[], Any]], Outcome]:
-    return _outcome
+    return outcome_of
 
 
 @pytest.fixture(scope="session")
 def agree() -> Callable[..., tuple[Any, Any]]:
-    return _agree
+    return check_agree
 
 
 @pytest.fixture

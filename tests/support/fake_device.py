@@ -27,14 +27,20 @@ from fastst_patch.dropin import slices
 
 
 def build(folder: Path) -> Path | None:
-    """The fake driver as a shared library; None where there is no compiler."""
+    """The fake driver as a shared library; None where there is no compiler.
+
+    ``CFLAGS`` adds flags: fuzz/sanitized.sh has it instrumented.
+    """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return None
     library = folder / "libfake_cuda.so"
     flags = ["-std=c11", "-g", "-O1", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden"]
+    flags += os.environ.get("CFLAGS", "").split()
     sources = sorted(str(path) for path in NATIVE_TESTS.glob("fake_*.c"))
-    subprocess.run([compiler, *flags, *sources, "-o", str(library)], check=True)
+    # A sanitizer that this process was started with is not for the compiler.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    subprocess.run([compiler, *flags, *sources, "-o", str(library)], check=True, env=environment)
     return library
 
 
@@ -211,7 +217,11 @@ class FakeRuntime(device.Runtime):
 
     def arena(self, nbytes: int, ordinal: int) -> engine.Arena:
         managed = self._block(nbytes, ordinal)
-        arena = engine.adopt_arena(managed)
+        try:
+            arena = engine.adopt_arena(managed)
+        except BaseException:  # then the struct is still ours
+            torch._C._from_dlpack(_capsule(managed))
+            raise
         arena.keep = ctypes.c_size_t.from_address(managed).value  # of the block's memory
         return arena
 
@@ -221,12 +231,16 @@ class FakeRuntime(device.Runtime):
             nbytes *= length
         if nbytes == 0:  # no block, as torch's allocator does it
             return torch.empty(shape, dtype=dtype)
-        new = ctypes.pythonapi.PyCapsule_New
-        new.restype = ctypes.py_object
-        new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-        capsule = new(self._block(nbytes, ordinal), b"dltensor", None)
-        raw: torch.Tensor = torch._C._from_dlpack(capsule)
+        raw: torch.Tensor = torch._C._from_dlpack(_capsule(self._block(nbytes, ordinal)))
         return raw[:nbytes].view(dtype).view(shape)
+
+
+def _capsule(managed: int) -> Any:
+    """A DLPack struct as Python hands it on."""
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return new(managed, b"dltensor", None)
 
 
 @contextmanager

@@ -53,9 +53,8 @@ def pretrained_to_cuda(monkeypatch: pytest.MonkeyPatch, cuda: Any) -> Iterator[A
         yield cuda
 
 
-@pytest.fixture
-def moving(monkeypatch: pytest.MonkeyPatch, cuda: Any) -> Iterator[Any]:
-    """``Module.to`` patched over the fake, with nothing too small to move.
+def let_modules_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``Module.to`` move to the fake, with nothing too small to move.
 
     Stock's own conversion is told the CPU where a program says CUDA: given the moved copy it then
     does what it does on the device, a cast or nothing.
@@ -73,5 +72,11 @@ def moving(monkeypatch: pytest.MonkeyPatch, cuda: Any) -> Iterator[Any]:
     monkeypatch.setattr(torch._C._nn, "_parse_to", parse_for_stock)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, device=None: self)
     monkeypatch.setattr(torch_module, "worth_it", lambda nbytes: True)
+
+
+@pytest.fixture
+def moving(monkeypatch: pytest.MonkeyPatch, cuda: Any) -> Iterator[Any]:
+    """``Module.to`` patched over the fake; see `let_modules_move`."""
+    let_modules_move(monkeypatch)
     with fastst_patch.patched("torch.nn.Module.to", chunk_bytes=65536):
         yield cuda

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import email.utils
+import functools
 import gzip
 import hashlib
 import socket
@@ -28,7 +29,7 @@ class Remote:
     content: bytes
     modified: int = LAST_MODIFIED
 
-    @property
+    @functools.cached_property
     def etag(self) -> str:
         return f'"{hashlib.sha1(self.content).hexdigest()[:16]}"'
 
@@ -92,6 +93,7 @@ class FaultServer:
         files: what it has, by path.
         faults: the fault of a request by its number, counted from 0; None for a healthy answer.
         requests: all that came, in order.
+        sent: bytes of the bodies of healthy answers to them.
         etags, last_modified, if_match: what it offers and honours.
         mute: it takes connections, and says nothing.
     """
@@ -105,6 +107,7 @@ class FaultServer:
         self.files = {path: Remote(content) for path, content in (files or {}).items()}
         self.faults: Callable[[Request], Fault | None] = lambda _: None
         self.requests: list[Request] = []
+        self.sent = 0
         self.etags = self.last_modified = self.if_match = True
         self.mute = False
         self.stopping = threading.Event()
@@ -234,6 +237,8 @@ class FaultServer:
         headers["Content-Length"] = str(len(body))
         if request.method == "HEAD":
             body = b""
+        with self._lock:
+            self.sent += len(body)
         return Exchange(self, request, sock, status, headers, body)
 
     def _healthy(self, path: str, request: Request) -> tuple[int, dict[str, str], bytes]:
@@ -331,6 +336,13 @@ def dripping(exchange: Exchange) -> None:
         exchange.sock.sendall(exchange.body[begin : begin + 1])
         if exchange.server.stopping.wait(0.05):
             return
+
+
+def dripping_chunks(exchange: Exchange) -> None:
+    """As `dripping`, of a page whose length nobody knows before."""
+    exchange.send_head(Content_Length=None, Transfer_Encoding="chunked")
+    while not exchange.server.stopping.wait(0.05):
+        exchange.sock.sendall(b"1\r\nx\r\n")
 
 
 def dripping_head(exchange: Exchange) -> None:

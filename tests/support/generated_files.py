@@ -73,6 +73,37 @@ def nbytes_of(dtype: str, shape: list[int]) -> int | None:
     return bits // 8 if bits % 8 == 0 else None
 
 
+def composed(wanted: dict[str, tuple[str, list[int]]], metadata: Any, rnd: random.Random) -> File:
+    """A valid file of tensors by name, dtype and shape, in a random order, style and spacing."""
+    tensors, data = {}, b""
+    for name in rnd.sample(sorted(wanted), len(wanted)):
+        dtype, shape = wanted[name]
+        size = nbytes_of(dtype, shape) or 0
+        part = rnd.randbytes(size)
+        data += bytes(b & 1 for b in part) if dtype == "BOOL" else part
+        tensors[name] = (dtype, shape, len(data) - size, len(data))
+    header: dict[str, Any] = {}
+    for name in rnd.sample(sorted(tensors), len(tensors)):
+        dtype, shape, start, stop = tensors[name]
+        fields = [("dtype", dtype), ("shape", shape), ("data_offsets", [start, stop])]
+        header[name] = dict(rnd.sample(fields, 3))
+    odd = metadata is None and rnd.random() < 0.1  # null is accepted, and means none
+    if metadata is not None or odd:
+        items = list(header.items())
+        items.insert(rnd.randrange(len(items) + 1), ("__metadata__", metadata))
+        header = dict(items)
+    text = json.dumps(
+        header,
+        ensure_ascii=rnd.random() < 0.5,
+        separators=rnd.choice([(",", ":"), (", ", ": "), (",\n", "\t:\r\n ")]),
+    )
+    # Odd lengths on purpose: tensors then start at addresses their dtype is not aligned to.
+    text = rnd.choice(["", "", " ", "  \n"]) + text + " " * rnd.randrange(10)
+    encoded = text.encode()
+    odd |= "\\u0000" in text
+    return File(len(encoded).to_bytes(8, "little") + encoded + data, tensors, odd)
+
+
 _names = st.one_of(
     st.sampled_from(ODD_NAMES),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
@@ -102,31 +133,4 @@ def files(draw: Callable[..., Any], loadable: bool = False) -> File:
             for name, (dtype, shape) in wanted.items()
             if dtype in LOADABLE and (dtype != "F4" or shape[-1] % 2 == 0)
         }
-    tensors, data = {}, b""
-    for name in rnd.sample(sorted(wanted), len(wanted)):
-        dtype, shape = wanted[name]
-        size = nbytes_of(dtype, shape) or 0
-        part = rnd.randbytes(size)
-        data += bytes(b & 1 for b in part) if dtype == "BOOL" else part
-        tensors[name] = (dtype, shape, len(data) - size, len(data))
-    header: dict[str, Any] = {}
-    for name in rnd.sample(sorted(tensors), len(tensors)):
-        dtype, shape, start, stop = tensors[name]
-        fields = [("dtype", dtype), ("shape", shape), ("data_offsets", [start, stop])]
-        header[name] = dict(rnd.sample(fields, 3))
-    metadata = draw(_metadata)
-    odd = metadata is None and rnd.random() < 0.1  # null is accepted, and means none
-    if metadata is not None or odd:
-        items = list(header.items())
-        items.insert(rnd.randrange(len(items) + 1), ("__metadata__", metadata))
-        header = dict(items)
-    text = json.dumps(
-        header,
-        ensure_ascii=rnd.random() < 0.5,
-        separators=rnd.choice([(",", ":"), (", ", ": "), (",\n", "\t:\r\n ")]),
-    )
-    # Odd lengths on purpose: tensors then start at addresses their dtype is not aligned to.
-    text = rnd.choice(["", "", " ", "  \n"]) + text + " " * rnd.randrange(10)
-    encoded = text.encode()
-    odd |= "\\u0000" in text
-    return File(len(encoded).to_bytes(8, "little") + encoded + data, tensors, odd)
+    return composed(wanted, draw(_metadata), rnd)

