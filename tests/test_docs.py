@@ -18,7 +18,7 @@ PACKAGE = Path(importlib.util.find_spec("fastst_patch").origin).parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 
-FOLDERS = r"(?:\.ci|fastst_patch|native|tests|docs|benchmarks|examples)"
+FOLDERS = r"(?:\.ci|fastst_patch|native|tests|docs|benchmarks|examples|fuzz|tools)"
 FILE = re.compile(rf"(?<![\w./-]){FOLDERS}/[\w./-]+\.(?:py|c|h|def|sh|md|json)\b")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 
