@@ -54,7 +54,7 @@ def _run_thinned(folder: Path) -> dict[str, Any]:
 def test_matrix(tmp_path) -> None:
     """One test, since each process of pytest's would run the matrix again."""
     thin = _run_thinned(tmp_path)
-    assert thin["wrong"] == [], thin["text"]
+    assert thin["wrong"] == []
     assert thin["met"] > 0.8 * thin["cells"], thin["text"]
     if hardware.filesystem(tmp_path).in_memory:
         pytest.skip("the temporary directory is in memory: some calls are made for disks alone")

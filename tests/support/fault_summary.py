@@ -31,7 +31,8 @@ class Summary:
         self.rows: list[tuple[str, int, int, float]] = []
 
     def add(self, name: str, folder: Path, status: int, seconds: float) -> None:
-        """Add a path's process, by what it has told."""
+        """Add a path's process, by what it has told, and print it."""
+        before = len(self.wrong)
         cell: Any = None
         calls, cells = 0, 0
         finished = False
@@ -61,12 +62,13 @@ class Summary:
         self.cells += cells
         self.rows.append((name, calls, cells, seconds))
         print(f"{name:45} {calls:6} calls {cells:6} faults {seconds:7.1f} s", flush=True)
+        for one in self.wrong[before:]:
+            print(f"WRONG {one}", flush=True)
 
     def text(self) -> str:
         """For people; the last line is the size."""
-        lines = [f"WRONG {one}" for one in self.wrong]
         outcomes = ", ".join(f"{name} {count}" for name, count in self.outcomes.most_common())
-        lines += [f"outcomes: {outcomes}"]
+        lines = [f"outcomes: {outcomes}"]
         lines += [
             f"{len(self.rows)} paths, {sum(1 for c in self.reached.values() if c)} kinds of calls,"
             f" {self.cells} loads with a fault ({self.size} without --thin, beside kills), of which"
