@@ -32,6 +32,7 @@ from . import base, standin
 from .base import RemoteChangedError, RemoteError, RemoteNotFoundError, Source
 from .listing import THREADS, Listed, list_model, place_of, weight_files
 from .names import identity_text, is_weak, public_url
+from .seal import sealed
 
 __all__ = ["remote"]
 
@@ -135,7 +136,8 @@ class _Model:
 
     def path(self) -> str:
         """The folder, or the file; made where it is not there."""
-        start = _key([public_url(self._url).rstrip("/"), self._cache]) + "-"
+        # With another key the stand-ins of a folder are not followed: it is made again.
+        start = _key([public_url(self._url).rstrip("/"), self._cache, sealed("folder")]) + "-"
         if self._offline:
             return self._here(start)
         listed = self._listed()

@@ -4,7 +4,7 @@
 
     8 bytes    length of the header, as in every safetensors file
     header     {"fastst_patch stand-in: <what to do>": <offsets that no file can have>,
-                "__metadata__": {"fastst_patch": <URL, size, identity>, <the real metadata>},
+                "__metadata__": {"fastst_patch": <URL, size, identity, seal>, <the real metadata>},
                 <the real names, dtypes and shapes, with offsets behind the end of the file>}
     a hole     up to the size of the real file, where the file system has holes
 
@@ -15,6 +15,9 @@ Whoever reads it without us fails, and cannot get wrong bytes:
 - programs that read headers by themselves find the real names, dtypes and shapes. Where they read
   tensors by themselves, too, they find no byte at these offsets.
 
+Only those that this user made are followed, which the seal shows: a model of somebody else must not
+have requests sent. The others are invalid files, for us as for stock.
+
 A stand-in holds no secret. What opens the real file comes from the environment and the options of
 the process that does; in the process that made it, also from the URL that it was made with.
 """
@@ -22,15 +25,18 @@ the process that does; in the process that made it, also from the URL that it wa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..stock import SafetensorError
-from .base import RemoteChangedError, RemoteError, Source, scheme_of
+from .base import RemoteChangedError, RemoteError, Source
 from .names import identity_text
+from .seal import is_sealed, key_path, sealed
 
 __all__ = [
     "StandIn",
@@ -63,7 +69,8 @@ _KEY = "fastst_patch"  # of our record, first in the metadata
 _VERSION = 1
 _MOST_HEADER = 100_000_000  # as in safetensors itself
 _BLOCK = 512  # of st_blocks
-_FOLDERS = (str, type(None))
+
+_log = logging.getLogger("fastst_patch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +81,7 @@ class StandIn:
         url: without user info and query.
         size: bytes.
         identity: as text: see `identity_text`.
-        cache: folder for its bytes, in whose ``models`` it lies; None: the option
-            ``remote_cache`` alone counts.
+        cache: folder for its bytes; None: the option ``remote_cache`` alone counts.
     """
 
     url: str
@@ -146,14 +152,7 @@ def resolved(url: str) -> tuple[str, StandIn | None]:
         found = None
     if found is None:
         raise RemoteError("", path, "this is no stand-in any more", tries=0, remedy=_AGAIN)
-    if found.cache is not None and not _lies_below(path, os.path.join(found.cache, "models")):
-        found = dataclasses.replace(found, cache=None)
     return found.full_url, found
-
-
-def _lies_below(path: str, folder: str) -> bool:
-    """Whether a file is where `folder.remote` puts it: others do not say where we write."""
-    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def find(fd: int) -> StandIn | None:
@@ -196,21 +195,30 @@ def is_one(path: str) -> bool:
 
 
 def _record(text: bytes) -> dict[str, Any] | None:
-    """Our record; None unless it is one. Whoever made the file may have made it to do harm."""
+    """Our record; None unless it has our seal."""
     try:
-        record = json.loads(json.loads(text))
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or type(record.get("version")) is not int:
-        return None
-    url, size, identity = (record.get(name) for name in ("url", "size", "identity"))
-    cache = record.get("cache")
-    # A URL of a local file would lead to any file here, and to the stand-in itself.
-    if not isinstance(url, str) or scheme_of(url) in (None, "file"):
-        return None
-    if type(size) is not int or not isinstance(identity, str) or type(cache) not in _FOLDERS:
-        return None
-    return {**record, "cache": cache}
+        record: dict[str, Any] = json.loads(json.loads(text))
+        seal = record.pop("seal")
+        if is_sealed(_told(record), seal):
+            return record
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        pass  # whoever made the file may have made it to do harm
+    _warn_of_others(key_path())
+    return None
+
+
+def _told(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True)
+
+
+@functools.cache
+def _warn_of_others(key: str) -> None:
+    """Say once what a user would ask whose own stand-ins are refused."""
+    _log.warning(
+        "a file begins as a stand-in, and was not made with the key %s: it is left to stock, which"
+        " refuses it; make stand-ins of your own by fastst-patch remote URL",
+        key,
+    )
 
 
 # ---- writing ------------------------------------------------------------
@@ -281,7 +289,7 @@ def write(path: str, source: Source, header: Mapping[str, Any], cache: str | Non
 
     Raises:
         FileExistsError: there is such a file already.
-        OSError: it cannot be written.
+        OSError: it, or the key for its seal, cannot be written.
     """
     text = _packed(source, header, cache)
     with open(path, "xb") as file:
@@ -293,13 +301,14 @@ def write(path: str, source: Source, header: Mapping[str, Any], cache: str | Non
 
 
 def _packed(source: Source, header: Mapping[str, Any], cache: str | None) -> bytes:
-    record = {
+    record: dict[str, Any] = {
         "version": _VERSION,
         "url": source.name,
         "size": source.size,
         "identity": identity_text(source.identity),
         "cache": cache,
     }
+    record["seal"] = sealed(_told(record))
     tensors = {name: info for name, info in header.items() if name != "__metadata__"}
     dtype = next((info["dtype"] for info in tensors.values()), "U8")  # of programs that count them
     shown = re.sub(r"[^!#-&(-\[\]-_a-~]", _escaped, source.name)

@@ -142,8 +142,15 @@ def tokens(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[i
     return found
 
 
-def test_an_engine_streams_a_remote_model(checkpoint, tmp_path, tokens, web) -> None:  # noqa: F811
-    folder = fastst_patch.remote(f"{web}/{checkpoint.name}", cache=str(tmp_path / "models"))
+def test_an_engine_streams_a_remote_model(
+    checkpoint,  # noqa: F811
+    tmp_path,
+    tokens,
+    web,
+    monkeypatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    folder = fastst_patch.remote(f"{web}/{checkpoint.name}")
     found, told = generate(Path(folder), tmp_path, FASTST_ENABLED="1")
     assert found == tokens
     assert any("http" in line and "21 tensors" in line for line in told), told

@@ -17,6 +17,7 @@ import fastst_patch
 from fastst_patch.files import remote
 from fastst_patch.sources import base, standin
 from fastst_patch.sources.names import identity_text, is_inside, public_url
+from fastst_patch.sources.seal import is_sealed, sealed
 
 NAME = "s3://bucket/models/model.safetensors"
 TENSORS = {
@@ -31,7 +32,8 @@ def source(tensors=TENSORS, name: str = NAME, metadata=None) -> MemorySource:
 
 
 @pytest.fixture
-def path(tmp_path) -> str:
+def path(tmp_path, monkeypatch) -> str:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return str(tmp_path / "model.safetensors")
 
 
@@ -148,10 +150,10 @@ def test_other_files_are_none(path, content) -> None:
     assert found(path) is None
 
 
-def test_one_of_a_later_version(path) -> None:
-    written(path, source())
-    content = Path(path).read_bytes()
-    Path(path).write_bytes(content.replace(b'\\"version\\": 1', b'\\"version\\": 2'))
+def test_one_of_a_later_version(path, monkeypatch) -> None:
+    with monkeypatch.context() as later:
+        later.setattr(standin, "_VERSION", 2)
+        written(path, source())
     with pytest.raises(base.RemoteError, match=r"update fastst-patch"):
         found(path)
 
@@ -238,19 +240,12 @@ PRETENDED = {
     "nested": json.dumps("[" * 20_000),
     "no object": json.dumps("[1]"),
     "empty": json.dumps("{}"),
+    "without a seal": json.dumps(json.dumps(RECORD)),
     **{
-        f"without {name}": json.dumps(json.dumps({k: v for k, v in RECORD.items() if k != name}))
-        for name in ("version", "url", "size", "identity")
+        f"seal {seal!r}": json.dumps(json.dumps({**RECORD, "seal": seal}))
+        for seal in (None, 5, [], "", "0" * 64, "\ud800", "\xe9")
     },
-    **{
-        f"{name} {value!r}": json.dumps(json.dumps({**RECORD, name: value}))
-        for name, value in (
-            ("version", "2"), ("version", None), ("version", True), ("version", 1.5),
-            ("url", 3), ("url", "/etc/passwd"), ("url", "file:///etc/passwd"), ("url", "FILE:///x"),
-            ("size", "9"), ("size", 1.0), ("size", None), ("identity", None), ("cache", 5),
-        )
-    },
-}  # fmt: skip
+}
 
 
 def pretend(path: str, record: str) -> str:
@@ -263,12 +258,56 @@ def pretend(path: str, record: str) -> str:
     return path
 
 
+@pytest.mark.parametrize("has_key", [False, True])
 @pytest.mark.parametrize("case", PRETENDED)
-def test_what_is_none_gets_stocks_answer(path, stock, fast, agree, case) -> None:
+def test_what_is_none_gets_stocks_answer(path, stock, fast, agree, case, has_key) -> None:
+    if has_key:
+        sealed("")
     pretend(path, PRETENDED[case])
     assert found(path) is None
     agree(lambda: fast.load_file(path), lambda: stock.load_file(path))
     agree(lambda: fast.safe_open(path, "np"), lambda: stock.safe_open(path, "np"))
+
+
+@pytest.mark.parametrize("change", ["url", "size", "identity", "cache", "more"])
+def test_a_seal_is_for_all_of_a_record(path, change, caplog) -> None:
+    written(path, source())
+    text = Path(path).read_bytes()
+    (begin,) = struct.unpack("<Q", text[:8])
+    record = json.loads(json.loads(text[8 : 8 + begin])["__metadata__"]["fastst_patch"])
+    record[change] = {"size": 10}.get(change, "s3://elsewhere/x")
+    standin._warn_of_others.cache_clear()
+    pretend(path, json.dumps(json.dumps(record)))
+    assert found(path) is None
+    assert "not made with the key" in caplog.text
+
+
+def test_stand_ins_of_other_users_are_not_followed(
+    path, tmp_path, stock, fast, agree, monkeypatch
+) -> None:
+    written(path, source())
+    assert found(path) is not None
+    for home in ("other", "third"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
+        assert found(path) is None
+        agree(lambda: fast.load_file(path), lambda: stock.load_file(path))
+        sealed("")  # from the second on, they have a key of their own
+        assert found(path) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert found(path) is not None
+
+
+def test_the_key_is_for_its_owner_alone(path, tmp_path) -> None:
+    assert not is_sealed("a", "")
+    seal = sealed("a")
+    key = tmp_path / "home" / "fastst-patch" / "key"
+    assert (key.stat().st_mode & 0o777, key.stat().st_size) == (0o600, 32)
+    assert sealed("a") == seal != sealed("b")
+    assert is_sealed("a", seal)
+    assert not is_sealed("b", seal)
+    key.write_bytes(b"torn")  # the machine went down while it was made
+    assert not is_sealed("a", seal)
+    assert is_sealed("a", sealed("a"))
 
 
 def test_none_that_names_itself_in_an_error(raw, stock, fast, agree) -> None:

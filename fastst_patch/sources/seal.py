@@ -1,0 +1,60 @@
+"""A key of this user, by which what was made here is told from what others made.
+
+It is 32 random bytes in `cache_home`, which others cannot read. It protects against files, not
+against programs: those of this user can read it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import os
+import secrets
+
+from ..config import cache_home
+
+__all__ = ["is_sealed", "key_path", "sealed"]
+
+_BYTES = 32
+
+
+def key_path() -> str:
+    """Where the key is."""
+    return os.path.join(cache_home(), "key")
+
+
+def sealed(text: str) -> str:
+    """The seal of a text. The first one makes the key.
+
+    Raises:
+        OSError: the key can be neither read nor written.
+    """
+    os.makedirs(cache_home(), mode=0o700, exist_ok=True)
+    fd = os.open(key_path(), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)  # another process may be making it
+        key = os.pread(fd, _BYTES, 0)
+        if len(key) != _BYTES:
+            key = secrets.token_bytes(_BYTES)
+            os.pwrite(fd, key, 0)
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    return _seal(key, text)
+
+
+def is_sealed(text: str, seal: object) -> bool:
+    """Whether a text has its seal, by this user's key; False where there is no key."""
+    try:
+        with open(key_path(), "rb") as file:
+            key = file.read(_BYTES)
+    except OSError:
+        return False
+    if len(key) != _BYTES or not isinstance(seal, str) or not seal.isascii():
+        return False
+    return hmac.compare_digest(_seal(key, text), seal)
+
+
+def _seal(key: bytes, text: str) -> str:
+    return hmac.new(key, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
