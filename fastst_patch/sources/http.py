@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.client
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,8 +110,12 @@ class HttpTransport:
         flight: Flight,
         limits: Limits,
     ) -> HttpBody:
+        until = time.monotonic() + limits.deadline
         for _ in range(_HOPS + 1):
-            reply = self._exchange(url, asked, flight, limits)
+            left = until - time.monotonic()
+            if left <= 0:
+                raise Failure("redirected too slowly", remedy="check the URL and the network")
+            reply = self._exchange(url, asked, flight, limits.within(left))
             if reply.response.status not in _REDIRECTS:
                 body = reply.body(span)
                 self._moved = None if url is self._url else url

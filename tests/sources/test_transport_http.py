@@ -140,6 +140,19 @@ def test_redirects_that_lead_nowhere(server: FaultServer, location: str) -> None
     assert len(server.requests) <= 11
 
 
+def test_redirects_that_take_too_long(server: FaultServer) -> None:
+    """Each is quick enough, and all together take longer than the deadline."""
+
+    def slow_redirect(exchange: Any) -> None:
+        time.sleep(0.3)
+        faults.redirect(302, "/m")(exchange)
+
+    server.faults = lambda _: slow_redirect
+    with pytest.raises(RemoteError, match="redirected too slowly"):
+        read(server.url("/m"), deadline=1.0)
+    assert len(server.requests) <= 4
+
+
 def test_another_file_behind_a_redirect_is_noticed(server: FaultServer, other: FaultServer) -> None:
     other.files["/m"] = faults.Remote(CONTENT[::-1])
     server.faults = faults.at(1, faults.redirect(302, other.url("/m")))
