@@ -182,6 +182,7 @@ static int submit(enum job_kind kind, fst_file *file, fst_arena *arena, const fs
     if (file != NULL) fst_file_retain(file);
     fst_arena_retain(arena);
     job->file = file;
+    job->fed = file != NULL && file->fed != NULL;
     job->arena = arena;
     job->node = options->device == NULL ? fst_numa_of_file(file) : options->device->numa_node;
     open_direct(job, file);

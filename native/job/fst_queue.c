@@ -188,7 +188,7 @@ static void after_fork_child(void) {
         fst_job *job = fst_queue.head;
         job->chunks = NULL;
         job->reading = 0;
-        if (fst_queue_is_fed(job)) job->file->fed->calls = 0;
+        if (job->file != NULL && job->file->fed != NULL) job->file->fed->calls = 0;
         job->finishing = false;            /* the thread that released its adopted memory is gone */
         if (job->options.device != NULL) { /* only the parent may free these */
             job->arena = NULL;

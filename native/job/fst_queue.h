@@ -26,7 +26,8 @@ struct fst_job {
     bool done;
     bool quiesced;    /* the process ends: waiting for this job returns FST_PENDING until then */
     bool inline_help; /* no thread could be started: the waiting caller does the work */
-    bool wanted;      /* of a fed file: somebody has waited for it */
+    bool fed;         /* of a fed file; also when that has been released */
+    bool wanted;      /* of those: somebody has waited for it */
     int result;
     fst_error error;
     fst_file *file; /* NULL: an upload, whose file offsets are addresses */
@@ -80,9 +81,7 @@ static inline bool fst_queue_has_chunk(const fst_job *job) {
 static inline void fst_queue_give_up_rest(fst_job *job) { job->next_segment = job->count; }
 /* Moves the cursor past empty segments to where the next chunk begins. */
 void fst_queue_set_cursor(fst_job *job, uint64_t segment);
-static inline bool fst_queue_is_fed(const fst_job *job) {
-    return job->file != NULL && job->file->fed != NULL;
-}
+static inline bool fst_queue_is_fed(const fst_job *job) { return job->fed; }
 /* The job that a worker should serve next, or NULL. */
 fst_job *fst_queue_next(void);
 /* The rest of the job goes through the ring instead of cuFile. */

@@ -409,10 +409,17 @@ static void test_device_refuses_others(void) {
 
 /* ---- the end of the process ---- */
 
-static void *open_later(void *unused) {
-    nap();
+static bool is_quiesced(fst_job *job) {
+    fst_queue_lock();
+    bool is = job->quiesced;
+    fst_queue_unlock();
+    return is;
+}
+
+static void *open_later(void *job) { /* when fst_feed_end waits */
+    while (!is_quiesced(job)) nap();
     gate_allow(OPEN);
-    return unused;
+    return NULL;
 }
 
 /* The last case: nothing is fed afterwards. */
@@ -426,7 +433,7 @@ static void test_end(void) {
     gate_wait(0, 6);
     fst_job_release(&released.job);
     end_fed(&released);
-    MUST(pthread_create(&opener, NULL, open_later, NULL) == 0);
+    MUST(pthread_create(&opener, NULL, open_later, f.job) == 0);
     fst_feed_end();
     CHECK_EQ(atomic_load(&running), 0);
     CHECK_EQ(gate.entered, 6);
