@@ -148,7 +148,7 @@ def test_redirects_that_take_too_long(server: FaultServer) -> None:
         faults.redirect(302, "/m")(exchange)
 
     server.faults = lambda _: slow_redirect
-    with pytest.raises(RemoteError, match="redirected too slowly|no answer in time"):
+    with pytest.raises(RemoteError, match=r"redirected too slowly|no answer in time"):
         read(server.url("/m"), deadline=1.0)
     assert len(server.requests) <= 4
 
