@@ -50,6 +50,21 @@ def _load(fast: Any, stock: Any, path: str, **options: Any) -> fastst_patch.Load
     return report
 
 
+def _load_cached(fast: Any, stock: Any, path: str, **options: Any) -> fastst_patch.LoadReport:
+    """The same of a file in the page cache; again where the kernel has dropped some meanwhile.
+
+    Tests in other processes take all the memory that there is.
+    """
+    for _ in range(10):
+        Path(path).read_bytes()
+        before = engine.counters()["bytes_direct"]
+        report = _load(fast, stock, path, **options)
+        if report.path == "ring":
+            assert engine.counters()["bytes_direct"] == before
+            break
+    return report
+
+
 def _cached(path: str) -> int:
     return engine.residency(path).resident_bytes
 
@@ -60,9 +75,7 @@ def _cached(path: str) -> int:
 @pytest.mark.parametrize("tensors", ["dlpack", "owned"])
 def test_loads_through_pinned_memory(cuda, kind, model, fast, stock, tensors) -> None:
     """None is copied from ordinary memory, nor from a map; the driver's is used where needed."""
-    Path(model).read_bytes()  # cached, also where the kernel has dropped it since
-    report = _load(fast, stock, model, tensors=tensors, chunk_bytes=65536)
-    assert report.path == "ring"  # cached
+    assert _load_cached(fast, stock, model, tensors=tensors, chunk_bytes=65536).path == "ring"
     expected = stock.load_file(model)
     with fast.safe_open(model, "pt", "cuda") as handle:
         for name in reversed(handle.keys()):
@@ -124,9 +137,7 @@ def test_a_cold_file_is_not_left_in_the_page_cache(
 
 
 def test_a_cached_file_is_read_from_there(integrated, model, fast, stock) -> None:
-    before = engine.counters()["bytes_direct"]
-    assert _load(fast, stock, model).path == "ring"
-    assert engine.counters()["bytes_direct"] == before
+    assert _load_cached(fast, stock, model).path == "ring"
     assert _cached(model) >= os.path.getsize(model) - 8192
 
 

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 from unittest import mock
@@ -286,9 +287,10 @@ class Allocations:
 
 
 def allocation_sites() -> dict[int, str] | None:
-    """Every call in the extension that allocates: the offset behind it, and where it is.
+    """Every call in the extension that allocates: the offset behind it, and what it is.
 
-    None where there is no ``objdump``.
+    That is its function and the two instructions before: the same for the copies that a compiler
+    makes of one call in C. None where there is no ``objdump``.
     """
     file = engine.native_file()
     if file is None or shutil.which("objdump") is None:
@@ -296,16 +298,19 @@ def allocation_sites() -> dict[int, str] | None:
     command = ["objdump", "-d", "--no-show-raw-insn", file]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[int, str] = {}
-    function, behind = "", False
+    function, call = "", ""
+    before: deque[str] = deque(maxlen=2)
     for line in text.splitlines():
         if line.endswith(">:"):
-            function = line
+            function = line.partition(" ")[2]
         instruction = re.match(r"\s*([0-9a-f]+):\s+(.*)", line)
         if instruction is None:
             continue
-        if behind:
-            found[int(instruction[1], 16)] = f"{function} before {instruction[1]}"
-        behind = re.search(r"<(malloc|calloc|realloc|strdup)@plt>", instruction[2]) is not None
+        if call:
+            found[int(instruction[1], 16)] = call
+        name = re.search(r"<(malloc|calloc|realloc|strdup)@plt>", instruction[2])
+        call = f"{function} {'; '.join(before)}; {name[1]}" if name else ""
+        before.append(" ".join(instruction[2].split()))
     return found
 
 

@@ -119,7 +119,7 @@ class FaultServer:
         self._listener = socket.create_server((host, 0), family=family)
         self.port = self._listener.getsockname()[1]
         self.netloc = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
-        self._start(self._accept)
+        self._accepting = self._start(self._accept)
 
     def url(self, path: str) -> str:
         return f"{'https' if self._tls else 'http'}://{self.netloc}{path}"
@@ -134,6 +134,7 @@ class FaultServer:
         """Close everything, and wait for all threads."""
         self.stopping.set()
         self.stop_listening()
+        self._accepting.join(10)
         with self._lock:
             socks, threads = list(self._socks), list(self._threads)
         for sock in socks:
@@ -160,11 +161,12 @@ class FaultServer:
 
     # ---- connections ----------------------------------------------------
 
-    def _start(self, work: Callable[..., None], *args: Any) -> None:
+    def _start(self, work: Callable[..., None], *args: Any) -> threading.Thread:
         thread = threading.Thread(target=work, args=args, daemon=True)
         with self._lock:
             self._threads.append(thread)
         thread.start()
+        return thread
 
     def _accept(self) -> None:
         while True:
@@ -175,12 +177,12 @@ class FaultServer:
             sock.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
             )  # head and body are two sends
+            with self._lock:  # before its thread, which `stop` waits for
+                self._socks.add(sock)
             self._start(self._serve, sock)
 
     def _serve(self, raw: socket.socket) -> None:
         sock = raw
-        with self._lock:
-            self._socks.add(raw)
         try:
             if self.mute:
                 self.stopping.wait(60)
