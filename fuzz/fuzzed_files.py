@@ -254,13 +254,18 @@ def _near(rnd: random.Random, text: str) -> str:
         return text
 
 
-@_with_fields
-def _offset(rnd: random.Random, fields: list[Field]) -> None:
-    field, numbers = _numbers_of(rnd, fields, '"data_offsets"')
+def _change_one(rnd: random.Random, fields: list[Field], name: str, near: float) -> None:
+    """Change one number of a list: with a probability to one near it."""
+    field, numbers = _numbers_of(rnd, fields, name)
     if numbers:
         at = rnd.randrange(len(numbers))
-        numbers[at] = _near(rnd, numbers[at]) if rnd.random() < 0.5 else rnd.choice(NUMBERS)
+        numbers[at] = _near(rnd, numbers[at]) if rnd.random() < near else rnd.choice(NUMBERS)
         _write(field, numbers)
+
+
+@_with_fields
+def _offset(rnd: random.Random, fields: list[Field]) -> None:
+    _change_one(rnd, fields, '"data_offsets"', 0.5)
 
 
 @_with_fields
@@ -285,11 +290,7 @@ def _offsets(rnd: random.Random, fields: list[Field]) -> None:
 
 @_with_fields
 def _dimension(rnd: random.Random, fields: list[Field]) -> None:
-    field, numbers = _numbers_of(rnd, fields, '"shape"')
-    if numbers:
-        at = rnd.randrange(len(numbers))
-        numbers[at] = _near(rnd, numbers[at]) if rnd.random() < 0.4 else rnd.choice(NUMBERS)
-        _write(field, numbers)
+    _change_one(rnd, fields, '"shape"', 0.4)
 
 
 @_with_fields

@@ -28,8 +28,41 @@ def sealed(text: str) -> str:
     """The seal of a text. The first one makes the key.
 
     Raises:
-        OSError: the key can be neither read nor written.
+        OSError: there is no key, and none can be written.
     """
+    key = _read()
+    if key is None:
+        try:
+            key = _made()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                "the key of your stand-ins cannot be written: set XDG_CACHE_HOME to a folder of"
+                f" yours, the same for all processes ({error.strerror})",
+                key_path(),
+            ) from None
+    return _seal(key, text)
+
+
+def is_sealed(text: str, seal: object) -> bool:
+    """Whether a text has its seal, by this user's key; False where there is no key."""
+    key = _read()
+    if key is None or not isinstance(seal, str) or not seal.isascii():
+        return False
+    return hmac.compare_digest(_seal(key, text), seal)
+
+
+def _read() -> bytes | None:
+    """The key; None where there is none, or only a part of one."""
+    try:
+        with open(key_path(), "rb") as file:
+            key = file.read(_BYTES)
+    except OSError:
+        return None
+    return key if len(key) == _BYTES else None
+
+
+def _made() -> bytes:
     os.makedirs(cache_home(), mode=0o700, exist_ok=True)
     fd = os.open(key_path(), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -41,19 +74,7 @@ def sealed(text: str) -> str:
             os.fsync(fd)
     finally:
         os.close(fd)
-    return _seal(key, text)
-
-
-def is_sealed(text: str, seal: object) -> bool:
-    """Whether a text has its seal, by this user's key; False where there is no key."""
-    try:
-        with open(key_path(), "rb") as file:
-            key = file.read(_BYTES)
-    except OSError:
-        return False
-    if len(key) != _BYTES or not isinstance(seal, str) or not seal.isascii():
-        return False
-    return hmac.compare_digest(_seal(key, text), seal)
+    return key
 
 
 def _seal(key: bytes, text: str) -> str:

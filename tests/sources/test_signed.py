@@ -50,6 +50,13 @@ def source(server: FaultServer) -> Iterator[Source]:
     source.close()
 
 
+@pytest.fixture
+def environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables that a test names as its parameter."""
+    for name, value in request.param.items():
+        monkeypatch.setenv(name, value)
+
+
 def signatures(server: FaultServer) -> int:
     return len({one.target for one in server.requests})
 
@@ -122,15 +129,11 @@ def test_a_url_is_signed_anew_before_it_expires(
         ({}, {"AWS_SSE_CUSTOMER_KEY_BASE64": "x"}, False),
         ({}, {"aws_proxy_url": "http://p"}, False),
     ],
+    indirect=["environment"],
 )
 def test_what_a_signed_url_does(
-    options: dict[str, object],
-    environment: dict[str, str],
-    expected: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, object], environment: object, expected: bool
 ) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
     assert signed.can_be_signed(options) is expected
 
 
@@ -142,15 +145,11 @@ def test_what_a_signed_url_does(
         ({"aws_allow_http": "false"}, {"AWS_ALLOW_HTTP": "true"}, False),
         ({}, {"AWS_ALLOW_HTTP": "1"}, True),
     ],
+    indirect=["environment"],
 )
 def test_http_is_for_those_who_allow_it(
-    options: dict[str, object],
-    environment: dict[str, str],
-    expected: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, object], environment: object, expected: bool
 ) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
     assert signed.allows_http(options) is expected
 
 

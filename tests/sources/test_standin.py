@@ -16,6 +16,7 @@ from remote_bucket import MemorySource
 import fastst_patch
 from fastst_patch.files import remote
 from fastst_patch.sources import base, standin
+from fastst_patch.sources import seal as seal_module
 from fastst_patch.sources.names import identity_text, is_inside, public_url
 from fastst_patch.sources.seal import is_sealed, sealed
 
@@ -308,6 +309,19 @@ def test_the_key_is_for_its_owner_alone(path, tmp_path) -> None:
     key.write_bytes(b"torn")  # the machine went down while it was made
     assert not is_sealed("a", seal)
     assert is_sealed("a", sealed("a"))
+
+
+def test_a_key_that_is_mounted_for_reading_is_enough(path, monkeypatch) -> None:
+    seal = sealed("a")
+    monkeypatch.setattr(seal_module, "_made", None)
+    assert sealed("a") == seal
+
+
+def test_where_no_key_can_be_written_the_error_says_what_to_do(path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/home")
+    with pytest.raises(OSError, match=r"set XDG_CACHE_HOME to a folder of yours") as caught:
+        sealed("a")
+    assert caught.value.filename == "/dev/null/home/fastst-patch/key"
 
 
 def test_none_that_names_itself_in_an_error(raw, stock, fast, agree) -> None:
