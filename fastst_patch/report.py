@@ -144,6 +144,11 @@ _profiles: list[Profile] = []
 _listeners: list[Callable[[LoadReport], None]] = []
 _small_files = 0
 
+_MOST_REASONS = 1000
+"""Some reasons hold numbers, of which a process that runs for months would keep all."""
+
+_OTHER_REASONS = "other reasons"
+
 SMALL_FILE = "the file is small"
 """Why stock opened a file, where it is faster."""
 
@@ -162,6 +167,8 @@ def count(path: str, nbytes: int, made: int, seconds: float, reason: str | None)
         of_path.tensors += made
         of_path.seconds += seconds
         if reason is not None:
+            if reason not in _fallbacks and len(_fallbacks) >= _MOST_REASONS:
+                reason = _OTHER_REASONS
             _fallbacks.setdefault(reason, 0)
             _fallbacks[reason] += 1
     return bool(_profiles or _listeners) or _log.isEnabledFor(logging.INFO)

@@ -126,3 +126,13 @@ def test_small_files_are_counted() -> None:
     with report.profile():
         assert report.count_small() is True
     assert counted() == (loads + 1, fallbacks + 1)
+
+
+def test_reasons_do_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_fallbacks", {})
+    for i in range(3000):
+        report.count("stock", 0, 0, 0.0, f"{i} bytes do not fit")
+    report.count("stock", 0, 0, 0.0, "0 bytes do not fit")
+    found = fastst_patch.stats()["fallbacks"]
+    assert len(found) == 1001
+    assert (found["0 bytes do not fit"], found["other reasons"]) == (2, 2000)
