@@ -15,6 +15,16 @@ from typing import TYPE_CHECKING, Any
 from . import engine as _engine
 from .config import Config, config, config_context, environment_enabled
 from .errors import FallbackWarning, FaststError, OptionError, RankError, UntestedVersionWarning
+from .patching.patcher import (
+    PatchReport,
+    TargetStatus,
+    get_original,
+    is_patched,
+    patch,
+    patch_map,
+    patched,
+    unpatch,
+)
 from .report import LoadReport, Profile, profile, totals
 from .terminal import is_our_command, say
 
@@ -39,25 +49,6 @@ if TYPE_CHECKING:
     from .loader.parallel import ParallelLoader
     from .sharding import SingleGroup, load_sharded
     from .sources.folder import remote
-
-try:
-    if not TYPE_CHECKING:
-        from .dropin.handle import load_file, load_model, safe_open
-    from .patching.patcher import (
-        PatchReport,
-        TargetStatus,
-        get_original,
-        is_patched,
-        patch,
-        patch_map,
-        patched,
-        unpatch,
-    )
-except ImportError as _error:
-    # safetensors or wrapt cannot be imported. Each of these names raises that error when it is
-    # used; until then `fastst-patch doctor` and `--version` can say what is missing.
-    if (_error.name or "").startswith("fastst_patch"):
-        raise
 
 __all__ = [
     "AutoLoader",
@@ -103,7 +94,8 @@ __all__ = [
 ]
 
 
-_LAZY = {
+_LATE = {
+    **dict.fromkeys(("load_file", "load_model", "safe_open"), "dropin.handle"),
     **dict.fromkeys(("AutoLoader", "LoaderConfig", "load_config"), "loader.auto"),
     **dict.fromkeys(("DType", "SafeTensorsMetadata", "TensorFrame"), "loader"),
     **dict.fromkeys(("FastSafetensorsFile", "FilesBufferOnDevice", "LazyTensorFactory"), "loader"),
@@ -113,27 +105,20 @@ _LAZY = {
     **dict.fromkeys(("SingleGroup", "load_sharded"), "sharding"),
     "remote": "sources.folder",
 }
-"""Names of the explicit interface, and the module that each comes from when it is asked for."""
-
-_NEED_SAFETENSORS = {
-    **dict.fromkeys(("load_file", "load_model", "safe_open"), "dropin.handle"),
-    **dict.fromkeys(
-        ("PatchReport", "TargetStatus", "get_original", "is_patched"), "patching.patcher"
-    ),
-    **dict.fromkeys(("patch", "patch_map", "patched", "unpatch"), "patching.patcher"),
-}
-"""Names that importing this package could not bind where safetensors or wrapt is missing."""
+"""Names that a program may never use, and the module that each comes from."""
 
 
 def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name) or _NEED_SAFETENSORS.get(name)
+    module = _LATE.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{module}", __name__), name)
+    importlib.import_module("safetensors")  # wait for it while no module of ours waits for us
+    found = globals()[name] = getattr(importlib.import_module(f".{module}", __name__), name)
+    return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LATE})
 
 
 def stats() -> dict[str, Any]:

@@ -297,12 +297,11 @@ def _hooks() -> list[Hook]:
 
 def _unreached() -> list[str]:
     """What to know of installed libraries that load in processes of their own."""
-    from ..integrations import sglang, vllm
+    from ..integrations.own_processes import TOLD
 
     if environment_enabled() is not None:
         return []
-    told = {"vllm": vllm.NOT_REACHED, "sglang": sglang.NOT_REACHED}
-    return [text for name, text in told.items() if importlib.util.find_spec(name) is not None]
+    return [text for name, text in TOLD.items() if importlib.util.find_spec(name) is not None]
 
 
 def _wrappers() -> dict[str, str]:

@@ -1,40 +1,16 @@
 """Python's side of the native engine: files, arenas, jobs and tensors.
 
 Objects here own native handles and release them when collected. `_lib` turns native errors into
-exceptions.
+exceptions. What a process needs only once it loads is imported at its first use.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._lib import native_error, native_file
-from .arenas import Arena, adopt_arena, alloc_arena, borrow_arena, map_arena
-from .devices import DeviceHandle, DeviceInfo, compare, device_info, open_device
 from .faults import clear_faults, fault_calls, set_fault
-from .importing import (
-    DlDtype,
-    dl_table,
-    dtype_bits,
-    dtype_names,
-    import_tensors,
-    make_arrays,
-    np_table,
-    set_dl_dtype,
-    set_np_dtype,
-)
-from .jobs import Destination, Job, JobStats, prefetch, read, upload
-from .open_file import (
-    FedFile,
-    File,
-    Residency,
-    feed_file,
-    header_of,
-    open_file,
-    open_files,
-    parse_header,
-    path_bytes,
-    read_layout,
-    residency,
-)
 from .system import (
     ask_for_huge_pages,
     counters,
@@ -44,6 +20,35 @@ from .system import (
     shutdown,
     touch,
 )
+
+if TYPE_CHECKING:
+    from .arenas import Arena, adopt_arena, alloc_arena, borrow_arena, map_arena
+    from .devices import DeviceHandle, DeviceInfo, compare, device_info, open_device
+    from .files import (
+        FedFile,
+        File,
+        Residency,
+        feed_file,
+        header_of,
+        open_file,
+        open_files,
+        parse_header,
+        path_bytes,
+        read_layout,
+        residency,
+    )
+    from .importing import (
+        DlDtype,
+        dl_table,
+        dtype_bits,
+        dtype_names,
+        import_tensors,
+        make_arrays,
+        np_table,
+        set_dl_dtype,
+        set_np_dtype,
+    )
+    from .jobs import Destination, Job, JobStats, prefetch, read, upload
 
 __all__ = [
     "Arena",
@@ -95,3 +100,15 @@ __all__ = [
     "touch",
     "upload",
 ]
+
+_LATE = ("arenas", "devices", "files", "importing", "jobs")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for part in _LATE:
+            module = importlib.import_module(f".{part}", __name__)
+            if hasattr(module, name):
+                found = globals()[name] = getattr(module, name)
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._lib import ffi, lib, place_for, raise_
-from .open_file import File
+from .files import File
 
 
 def segments_of(flat: array[int]) -> tuple[Any, int]:

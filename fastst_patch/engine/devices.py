@@ -10,7 +10,7 @@ from typing import Any
 
 from ._lib import ffi, lib, raise_
 from .arenas import Arena
-from .open_file import File
+from .files import File
 
 
 class DeviceHandle:

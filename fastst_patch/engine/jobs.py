@@ -10,7 +10,7 @@ from typing import Any
 from ._lib import ffi, lib, place_for, raise_
 from .arenas import Arena, segments_of
 from .devices import DeviceHandle
-from .open_file import File
+from .files import File
 
 _WAIT_MS = 100
 """A wait returns to Python this often, so that Ctrl-C is seen."""

@@ -21,19 +21,19 @@ from ..config import current
 from ..device import Device, device_of, parse_device
 from ..dropin.eligibility import check_move, fell_back, report_stock
 from ..errors import Fallback, FaststError
-from .hook import Hook, Integration
 from .uploads import Uploads, ordinary, worth_it
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["INTEGRATION"]
+__all__ = ["load_into_meta"]
 
 _log = logging.getLogger("fastst_patch")
 _MODULE = "diffusers.models.model_loading_utils"
 
 
-def _load_into_meta(original: Any, args: Any, kwargs: Any) -> Any:
+def load_into_meta(original: Any, args: Any, kwargs: Any) -> Any:
+    """For ``load_model_dict_into_meta``: put a state dict on the devices of a device_map."""
     try:
         ahead = _ahead(*args, **kwargs) if len(args) >= 2 else None
     except FaststError:  # fallback="error"
@@ -129,14 +129,3 @@ class _Ahead(dict[str, "torch.Tensor"]):
                 uploads.worked_on()  # casts, which stock does on the CPU
                 return moved
         return tensor
-
-
-INTEGRATION = Integration(
-    "diffusers.from_pretrained",
-    "with a device_map, weights go to their devices through the pinned ring, in parallel",
-    ("diffusers", "0.36.0", "0.42.1"),
-    (
-        Hook("diffusers", _MODULE, "load_model_dict_into_meta", _load_into_meta,
-             ("model", "state_dict", "dtype")),
-    ),
-)  # fmt: skip

@@ -1,12 +1,73 @@
-"""How an integration names the functions that it wraps."""
+"""How an integration names the functions that it wraps, and what replaces them."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Hook", "Integration"]
+from ..config import current
+from ..errors import FaststError
+from ..locks import Carried
+
+__all__ = ["Fast", "Hook", "Integration", "Late"]
+
+Fast = Callable[[Any, Any, Any], Any]
+"""Does a call instead of the original: ``fast(original, args, kwargs)``."""
+
+_log = logging.getLogger("fastst_patch")
+_importing = Carried()
+
+
+class Late:
+    """A function of this package, whose module is imported when it is first called.
+
+    So ``patch()`` imports nothing that a program may never use. Where the import fails, as after
+    an upgrade of the package beneath a running process, the original does the call.
+
+    Attributes:
+        function: does the call; once it is imported, without a detour.
+    """
+
+    __slots__ = ("_module", "_name", "function")
+
+    def __init__(self, module: str, name: str) -> None:
+        """Name a function.
+
+        Args:
+            module: in this package, such as ``dropin.handle``.
+            name: of the function in it.
+        """
+        self._module, self._name = module, name
+        self.function: Fast = self._first
+
+    def __call__(self, original: Any, args: Any, kwargs: Any) -> Any:
+        """Do a call."""
+        return self.function(original, args, kwargs)
+
+    def _first(self, original: Any, args: Any, kwargs: Any) -> Any:
+        function = self.imported()
+        return original(*args, **kwargs) if function is None else function(original, args, kwargs)
+
+    def imported(self) -> Fast | None:
+        """The function; None, and a line in the log, where it cannot be imported.
+
+        Raises:
+            FaststError: that, with ``fallback="error"``.
+        """
+        name = f"{__package__.partition('.')[0]}.{self._module}"
+        try:
+            with _importing.lock():  # a fork waits: its child would find modules half imported
+                self.function = getattr(importlib.import_module(name), self._name)
+        except Exception as error:
+            text = f"{name} cannot be imported: {type(error).__name__}: {error}"
+            if current().fallback == "error":
+                raise FaststError(text) from error
+            _log.warning("%s; the original does the call", text)
+            return None
+        return self.function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +78,7 @@ class Hook:
         package: the package that it belongs to.
         module: dotted name.
         name: in the module; ``Class.method`` for a method.
-        fast: called as ``fast(original, args, kwargs)``.
+        fast: called in its place.
         parameters: the original's signature must begin with these; empty: it is not checked.
         elsewhere: replace it also in other modules that have imported it.
     """
@@ -25,14 +86,14 @@ class Hook:
     package: str
     module: str
     name: str
-    fast: Callable[[Any, Any, Any], Any]
+    fast: Fast
     parameters: tuple[str, ...] = ()
     elsewhere: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Integration:
-    """A target of ``patch()`` that an integration defines.
+    """A target of ``patch()`` for a library that needs more than safetensors' own names.
 
     Attributes:
         name: of the target.

@@ -31,20 +31,16 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..config import current, environment_enabled
+from ..config import current
 from ..errors import Fallback
 from .engine_load import Load, arguments, begun, destination, note, noted, streamed, within
 from .engines import Wanted
-from .hook import Hook, Integration
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["INTEGRATION", "NOT_REACHED", "unreached"]
+__all__ = ["get_all_weights", "get_weights_iterator", "weights_iterator"]
 
-_LOADERS = "sglang.srt.model_loader"
-_UTILS = f"{_LOADERS}.weight_utils"
-_LOADER = f"{_LOADERS}.loader"
 _ALL = "DefaultModelLoader._get_all_weights"
 _KNOWN = {
     "hf_weights_files",
@@ -59,14 +55,16 @@ _KNOWN = {
 # ---- where a load goes ----
 
 
-def _get_all_weights(original: Any, args: Any, kwargs: Any) -> Any:
+def get_all_weights(original: Any, args: Any, kwargs: Any) -> Any:
+    """For ``DefaultModelLoader._get_all_weights``: note where this load goes."""
     with contextlib.suppress(TypeError):  # the original's to say
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
         note(bound["self"], lambda: _describe(bound["model_config"], bound["model"]))
     return original(*args, **kwargs)
 
 
-def _get_weights_iterator(original: Any, args: Any, kwargs: Any) -> Any:
+def get_weights_iterator(original: Any, args: Any, kwargs: Any) -> Any:
+    """For ``DefaultModelLoader._get_weights_iterator``: keep the load around it."""
     with within(noted(args[0], _ALL) if args else None):
         return original(*args, **kwargs)
 
@@ -105,7 +103,8 @@ def _ranks() -> tuple[int, int] | None:
 # ---- the iterators ----
 
 
-def _iterator(original: Any, args: Any, kwargs: Any) -> Any:
+def weights_iterator(original: Any, args: Any, kwargs: Any) -> Any:
+    """For both iterators over files: stream, or leave it to SGLang."""
     """In an iterator's place: what the context says is read now, before the iterator runs."""
     load = begun(original.__name__)
     return streamed(
@@ -150,37 +149,3 @@ def _shows_progress() -> bool:
     from torch import distributed
 
     return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
-# ---- processes that are not reached ----
-
-
-def unreached() -> str | None:
-    """What to tell a program that has imported SGLang and patches itself; None if nothing."""
-    if "sglang" not in sys.modules or environment_enabled() is not None:
-        return None
-    from multiprocessing import parent_process
-
-    return NOT_REACHED if parent_process() is None else None
-
-
-NOT_REACHED = (
-    "SGLang loads in processes of its own, which are spawned, and patch() does not reach them: set"
-    " FASTST_ENABLED=1 before the program starts, or start it by `fastst-patch run`"
-)
-
-
-INTEGRATION = Integration(
-    "sglang.load",
-    "weights are streamed ahead of SGLang's copies, through the pinned ring to the model's device",
-    ("sglang", "0.5.11", "0.5.23"),
-    (
-        Hook("sglang", _UTILS, "safetensors_weights_iterator", _iterator, ("hf_weights_files",)),
-        Hook("sglang", _UTILS, "buffered_multi_thread_safetensors_weights_iterator", _iterator,
-             ("hf_weights_files", "max_workers")),
-        Hook("sglang", _LOADER, _ALL, _get_all_weights, ("self", "model_config", "model")),
-        Hook("sglang", _LOADER, "DefaultModelLoader._get_weights_iterator", _get_weights_iterator,
-             ("self", "source")),
-    ),
-    unreached,
-)  # fmt: skip

@@ -23,13 +23,12 @@ from ..config import current
 from ..device import device_of, parse_device
 from ..dropin.eligibility import check_move, fell_back, report_stock
 from ..errors import Fallback
-from .hook import Hook, Integration
 from .uploads import Uploads, ordinary, worth_it
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["INTEGRATION"]
+__all__ = ["apply", "cuda", "to"]
 
 _log = logging.getLogger("fastst_patch")
 _expected = threading.local()  # .move: what the next `_apply` of this thread shall wrap
@@ -38,7 +37,8 @@ _expected = threading.local()  # .move: what the next `_apply` of this thread sh
 # ---- the calls ----
 
 
-def _to(original: Any, args: Any, kwargs: Any) -> Any:
+def to(original: Any, args: Any, kwargs: Any) -> Any:
+    """For ``Module.to``."""
     import torch
 
     if torch.compiler.is_compiling():
@@ -57,7 +57,8 @@ def _parsed(*args: Any, **kwargs: Any) -> Any:
     return torch._C._nn._parse_to(*args, **kwargs)
 
 
-def _cuda(original: Any, args: Any, kwargs: Any) -> Any:
+def cuda(original: Any, args: Any, kwargs: Any) -> Any:
+    """For ``Module.cuda``."""
     import torch
 
     if torch.compiler.is_compiling():
@@ -88,7 +89,8 @@ def _moving(
         _expected.move = before
 
 
-def _apply(original: Any, args: Any, kwargs: Any) -> Any:
+def apply(original: Any, args: Any, kwargs: Any) -> Any:
+    """For ``Module._apply``, which both of them call with a conversion."""
     move = getattr(_expected, "move", None)
     if move is None:
         return original(*args, **kwargs)
@@ -202,14 +204,3 @@ def _applies_as_stock(module: torch.nn.Module) -> bool:
 
 _MODULE = "torch.nn.modules.module"
 _CONVERSIONS = {(_MODULE, "Module.to.<locals>.convert"), (_MODULE, "Module.cuda.<locals>.<lambda>")}
-
-INTEGRATION = Integration(
-    "torch.nn.Module.to",
-    "CPU tensors of a module go to CUDA through the pinned ring, in parallel",
-    ("torch", "2.4.0", "2.15.0"),
-    (
-        Hook("torch", _MODULE, "Module.to", _to, ("self",)),
-        Hook("torch", _MODULE, "Module.cuda", _cuda, ("self", "device")),
-        Hook("torch", _MODULE, "Module._apply", _apply, ("self", "fn")),
-    ),
-)

@@ -41,7 +41,6 @@ from ..files.cuda import DeviceFile
 from ..files.pending import PendingRows, PendingTensors
 from ..layout import plan_rows
 from ..stock import SafetensorError
-from .hook import Hook, Integration
 from .lazy_future import AtOnce, LazyFuture, by_stock
 from .prefetch import Kind, Request, RequestPrefetcher
 from .tensor_parallel import Shards, cut_of, rows_of
@@ -50,7 +49,7 @@ from .uploads import PendingUpload
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["INTEGRATION"]
+__all__ = ["convert_and_load", "deepcopy", "spawn_materialize"]
 
 _log = logging.getLogger("fastst_patch")
 _here = threading.local()  # .load: the `_Load` of the call that this thread is in
@@ -59,7 +58,8 @@ _here = threading.local()  # .load: the `_Load` of the call that this thread is 
 # ---- the calls ----
 
 
-def _convert_and_load(original: Any, args: Any, kwargs: Any) -> Any:
+def convert_and_load(original: Any, args: Any, kwargs: Any) -> Any:
+    """For ``convert_and_load_state_dict_in_model``: the load that the others belong to."""
     before = getattr(_here, "load", None)
     _here.load = load = _Load(*args[2:3])
     failed = True
@@ -72,7 +72,8 @@ def _convert_and_load(original: Any, args: Any, kwargs: Any) -> Any:
         load.end(failed)
 
 
-def _spawn_materialize(original: Any, args: Any, kwargs: Any) -> Any:
+def spawn_materialize(original: Any, args: Any, kwargs: Any) -> Any:
+    """For ``spawn_materialize``: the future of one tensor."""
     load: _Load | None = getattr(_here, "load", None)
     promised = None
     if load is not None:
@@ -88,7 +89,7 @@ def _spawn_materialize(original: Any, args: Any, kwargs: Any) -> Any:
     return original(*args, **kwargs) if promised is None else promised
 
 
-def _deepcopy(original: Any, args: Any, kwargs: Any) -> Any:
+def deepcopy(original: Any, args: Any, kwargs: Any) -> Any:
     """Reuse the last copy of a converter if transformers discarded it.
 
     transformers copies a converter for each tensor that it merges, and discards all but one. For a
@@ -447,18 +448,4 @@ class _Load:
             account.emit("from_pretrained", moving.file.path, moving.device)
 
 
-_MODULE = "transformers.core_model_loading"
 _MERGING = {"MergeModulelist", "Concatenate"}  # torch.stack and torch.cat
-
-INTEGRATION = Integration(
-    "transformers.from_pretrained",
-    "weights go from storage to their device, in the order the model takes them",
-    ("transformers", "5.0.0", "5.24.0"),
-    (
-        Hook("transformers", _MODULE, "convert_and_load_state_dict_in_model", _convert_and_load,
-             ("model", "state_dict", "load_config")),
-        Hook("transformers", _MODULE, "spawn_materialize", _spawn_materialize,
-             ("thread_pool", "tensor", "device", "dtype")),
-        Hook("transformers", _MODULE, "deepcopy", _deepcopy, ("x",), elsewhere=False),
-    ),
-)  # fmt: skip

@@ -48,16 +48,19 @@ from .engine_load import (
     within,
 )
 from .engines import Wanted
-from .hook import Hook, Integration
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["INTEGRATION", "format_options", "loader_class", "unreached"]
+__all__ = [
+    "format_options",
+    "get_all_weights",
+    "get_weights_iterator",
+    "loader_class",
+    "weights_iterator",
+]
 
-_LOADERS = "vllm.model_executor.model_loader"
-_UTILS = f"{_LOADERS}.weight_utils"
-_DEFAULT = f"{_LOADERS}.default_loader"
+_UTILS = "vllm.model_executor.model_loader.weight_utils"
 _ITERATOR = "safetensors_weights_iterator"
 _ALL = "DefaultModelLoader.get_all_weights"
 _STRATEGIES = (None, "lazy", "prefetch")
@@ -140,19 +143,22 @@ def _expert_ranks() -> int:
 # ---- the calls ----
 
 
-def _get_all_weights(original: Any, args: Any, kwargs: Any) -> Any:
+def get_all_weights(original: Any, args: Any, kwargs: Any) -> Any:
+    """For ``DefaultModelLoader.get_all_weights``: note where this load goes."""
     with contextlib.suppress(TypeError):  # the original's to say
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
         _note(bound["self"], bound["model_config"], bound["model"])
     return original(*args, **kwargs)
 
 
-def _get_weights_iterator(original: Any, args: Any, kwargs: Any) -> Any:
+def get_weights_iterator(original: Any, args: Any, kwargs: Any) -> Any:
+    """For ``DefaultModelLoader._get_weights_iterator``: keep the load around it."""
     with within(noted(args[0], _ALL) if args else None):
         return original(*args, **kwargs)
 
 
-def _iterator(original: Any, args: Any, kwargs: Any) -> Any:
+def weights_iterator(original: Any, args: Any, kwargs: Any) -> Any:
+    """For ``safetensors_weights_iterator``: stream, or leave it to vLLM."""
     """In `safetensors_weights_iterator`'s place: what the context says is read now.
 
     The generator runs later, when the context is another one.
@@ -315,41 +321,4 @@ def _is_not_ours(function: Any) -> bool:
 def _streaming() -> Callable[..., Any]:
     """The iterator of vLLM, replaced whether ``patch()`` is in force or not."""
     original = inspect.unwrap(getattr(sys.modules[_UTILS], _ITERATOR), stop=_is_not_ours)
-    return lambda *args, **kwargs: _iterator(original, args, kwargs)
-
-
-# ---- processes that are not reached ----
-
-
-def unreached() -> str | None:
-    """What to tell a program that has imported vLLM, and patches itself alone; None if nothing."""
-    if "vllm" not in sys.modules or environment_enabled() is not None:
-        return None
-    from multiprocessing import parent_process
-
-    envs = sys.modules.get("vllm.envs")
-    if parent_process() is not None or not getattr(envs, "VLLM_ENABLE_V1_MULTIPROCESSING", True):
-        return None  # it is vLLM's own process, or there is none
-    return NOT_REACHED
-
-
-NOT_REACHED = (
-    "vLLM loads in processes of its own, and patch() does not reach those that are spawned: set"
-    " FASTST_ENABLED=1 before the program starts, or start it by `fastst-patch run`"
-)
-
-
-INTEGRATION = Integration(
-    "vllm.load",
-    "weights are streamed ahead of vLLM's copies, through the pinned ring to the model's device",
-    ("vllm", "0.11.2", "0.33.0"),
-    (
-        Hook("vllm", _UTILS, _ITERATOR, _iterator,
-             ("hf_weights_files", "use_tqdm_on_load", "safetensors_load_strategy")),
-        Hook("vllm", _DEFAULT, _ALL, _get_all_weights,
-             ("self", "model_config", "model")),
-        Hook("vllm", _DEFAULT, "DefaultModelLoader._get_weights_iterator", _get_weights_iterator,
-             ("self", "source")),
-    ),
-    unreached,
-)  # fmt: skip
+    return lambda *args, **kwargs: weights_iterator(original, args, kwargs)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config import current, environment_profile
-from ..dropin.handle import report_open_handles
 from ..errors import OptionError
 from ..report import LoadReport, listen
 from ..report_table import render
@@ -70,13 +69,19 @@ def _append(path: str, report: LoadReport) -> None:
             os.close(fd)
 
 
+def _report_open_handles() -> None:
+    handle = sys.modules.get(f"{__package__.partition('.')[0]}.dropin.handle")
+    if handle is not None:  # else nothing was opened
+        handle.report_open_handles()
+
+
 def _report_at_end() -> None:
     # Children of multiprocessing do not run atexit functions but their finalizers. Forked children
     # drop the finalizers of their parent first.
     from multiprocessing import util
 
     def at_end(_: object = None) -> None:
-        util.Finalize(None, report_open_handles, exitpriority=-100)  # after all others
+        util.Finalize(None, _report_open_handles, exitpriority=-100)  # after all others
 
     util.register_after_fork(_report_at_end, at_end)
     at_end()
@@ -87,7 +92,7 @@ def _report_at_end() -> None:
 
 def finish(path: str) -> None:
     """Print the loads of this process and its children, at the end of this process."""
-    report_open_handles()
+    _report_open_handles()
     print_table(path)
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import inspect
 import logging
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-
-import wrapt
 
 from .. import engine
 from ..config import (
@@ -29,13 +29,14 @@ from ..config import (
     pop,
     push,
 )
-from ..dropin import handle
 from ..errors import FallbackWarning, OptionError, warn_caller
-from ..integrations import INTEGRATIONS, Hook
+from ..integrations import INTEGRATIONS, Hook, Late
 from ..locks import Carried, interrupted
 from . import others
+from .aliases import sweep
+from .imports import when_imported
 from .status import PatchReport, TargetStatus
-from .targets import TESTED, PatchPoint, PatchTarget, sweep, warn_of_untested
+from .targets import TESTED, PatchPoint, PatchTarget, prepare, warn_of_untested
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,19 +53,30 @@ __all__ = [
 ]
 
 
-def _safetensors(module: str, name: str, summary: str, fast: Callable[..., Any]) -> PatchTarget:
+def _safetensors(
+    module: str, name: str, summary: str, fast: str, where: str = "dropin.handle"
+) -> PatchTarget:
+    late = Late(where, fast)
+
     def settled(standing: Any, args: Any, kwargs: Any) -> Any:
         if _unsettled and not interrupted():
             _settle()
-        return fast(standing, args, kwargs)
+        return late.function(standing, args, kwargs)
 
     hook = Hook("safetensors", module, name, settled)
     return PatchTarget(f"{module}.{name}", summary, (PatchPoint(hook),))
 
 
-def _load_model(_: Any, args: Any, kwargs: Any) -> Any:
+_load_model_over = Late("dropin.handle", "load_model_over")
+
+
+def load_model(original: Any, args: Any, kwargs: Any) -> Any:
+    """For ``load_model``: over what stands in the place of ``load_file``."""
+    over = _load_model_over.imported()
+    if over is None:
+        return original(*args, **kwargs)
     load_file = _TARGETS["safetensors.torch.load_file"].places[0].standing()
-    return handle.load_model_over(load_file, args, kwargs)
+    return over(load_file, args, kwargs)
 
 
 _TARGETS = {
@@ -74,25 +86,26 @@ _TARGETS = {
             "safetensors",
             "safe_open",
             "CPU: zero-copy map, batched tensors, parallel read-ahead; CUDA: pinned ring",
-            handle.safe_open_over,
+            "safe_open_over",
         ),
         _safetensors(
             "safetensors",
             "_safe_open_handle",
             "the same for file objects",
-            handle.safe_open_handle_over,
+            "safe_open_handle_over",
         ),
         _safetensors(
             "safetensors.torch",
             "load_file",
             "whole files in one batch, to the CPU or a CUDA device",
-            handle.load_file_over,
+            "load_file_over",
         ),
         _safetensors(
             "safetensors.torch",
             "load_model",
             "stock's own code over the fast load_file",
-            _load_model,
+            "load_model",
+            "patching.patcher",
         ),
         *(
             PatchTarget(
@@ -115,21 +128,35 @@ def _hook(module_name: str) -> None:
     """Patch a module's targets when it is imported. Hooks cannot be removed, so it checks uses."""
     if module_name in _hooked:
         return
-    _hooked.add(module_name)
 
     def imported(module: Any) -> None:
+        prepare()
         with _patching.lock():
             found = [t for t in _TARGETS.values() if t.uses and module_name in t.modules]
             _install_quietly(found)
 
-    wrapt.register_post_import_hook(imported, module_name)
+    when_imported(module_name, imported)
+    _hooked.add(module_name)  # last: another thread that calls patch() relies on the hook
+
+
+def _prepare(names: Iterable[str]) -> None:
+    """Import what it takes to patch, and watch for modules to come, without our lock.
+
+    Raises:
+        ImportError: safetensors or wrapt is missing.
+    """
+    for package in ("safetensors", "wrapt"):
+        if sys.modules.get(package) is None and importlib.util.find_spec(package) is None:
+            importlib.import_module(package)  # says so
+    for name in names:
+        for module_name in _TARGETS[name].modules:
+            if module_name not in sys.modules:
+                _hook(module_name)
+    prepare()
 
 
 def _install(targets: Sequence[PatchTarget], rebind_aliases: bool) -> None:
     for target in targets:
-        for module_name in target.modules:
-            if module_name not in sys.modules:
-                _hook(module_name)
         target.install()
         if target.unsettled:
             _unsettled.add(target.name)
@@ -165,10 +192,13 @@ def _install_quietly(targets: Sequence[PatchTarget]) -> None:
 
 def _settle() -> None:
     """Patch modules that were in the middle of their import when ``patch()`` was called."""
+    with contextlib.suppress(ImportError):  # wrapt has gone since
+        prepare()
     with _patching.lock():
         names = set(_unsettled)
         _unsettled.clear()
-        _install_quietly([_TARGETS[name] for name in names if _TARGETS[name].uses])
+        used = [target for target in _TARGETS.values() if target.uses]
+        _install_quietly([t for t in used if t.name in names or t.is_due()])
 
 
 # ---- many ----
@@ -228,23 +258,30 @@ def _warn_once() -> None:
     """Warn of misspelt options and of untested versions, once in a process."""
     for text in misspelt_variables():
         warn_caller(f"fastst_patch: {text}", UserWarning)
+    _warn_of_untested()
+
+
+def _warn_of_untested() -> None:
+    """Warn of versions of what has been imported: asking for others may take long."""
     for package, (oldest, newest) in TESTED.items():
-        warn_of_untested(package, oldest, newest)
+        if package in sys.modules:
+            warn_of_untested(package, oldest, newest)
 
 
 @functools.cache
-def _watch_for_other_processes() -> None:
-    """Warn where a library will load in processes of its own; now, or when it is imported."""
-    for integration in INTEGRATIONS:
-        if integration.unreached is not None:
-            wrapt.register_post_import_hook(
-                lambda _: _warn_in_import(), integration.hooks[0].package
-            )
+def _watch_for_warnings() -> None:
+    """Warn when packages are imported later, of their versions and of processes of their own."""
+    owners = {found.hooks[0].package for found in INTEGRATIONS if found.unreached is not None}
+    for package in {*TESTED, *owners} - sys.modules.keys():
+        when_imported(package, lambda _: _warn_in_import())
 
 
 def _warn_in_import() -> None:
+    used = [name for name, target in _TARGETS.items() if target.uses]
     try:
-        _warn_of_other_processes([name for name, target in _TARGETS.items() if target.uses])
+        if used:
+            _warn_of_untested()
+        _warn_of_other_processes(used)
     except Warning as error:  # an error here; the program's import is not to fail of it
         _log.warning("%s", error)
 
@@ -284,17 +321,18 @@ def patch(
         OptionError: unknown target, or a bad option; nothing has changed then.
     """
     names = _chosen(targets)
+    _prepare(names)
     with _patching.lock():
         token = push(options)
         reason = _impossible()
         if reason is not None:
             pop(token)
             _say_impossible(reason)
-            return PatchReport(patch_map(), reason)
+            return PatchReport(_statuses(), reason)
         fresh = [name for name in names if name not in _permanent]
         try:
             _warn_once()
-            _watch_for_other_processes()
+            _watch_for_warnings()
             _warn_of_other_processes(fresh)
             _use(fresh, rebind_aliases)
         except BaseException:
@@ -302,7 +340,7 @@ def patch(
             raise
         _permanent_options.append(token)
         _permanent.update(fresh)
-        return PatchReport(patch_map())
+        return PatchReport(_statuses())
 
 
 def unpatch() -> None:
@@ -375,6 +413,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
         """Patch, and return the report."""
         targets, rebind_aliases, options = self._arguments
         names = _chosen(targets)
+        _prepare(names)
         with _patching.lock():
             token = push(options)
             try:
@@ -389,7 +428,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
                 pop(token)
                 raise
             self._entered.append((names, token))
-            return PatchReport(patch_map(), reason)
+            return PatchReport(_statuses(), reason)
 
     def __exit__(self, *exc_info: object) -> None:
         """Put back the targets that nothing else uses."""
@@ -440,11 +479,23 @@ def _reason(target: PatchTarget) -> str | None:
     return target.why_not()
 
 
+def _statuses() -> Mapping[str, TargetStatus]:
+    return types.MappingProxyType({name: _status(target) for name, target in _TARGETS.items()})
+
+
 def patch_map() -> Mapping[str, TargetStatus]:
-    """The state of every target, by name."""
+    """The state of every target, by name.
+
+    A ``patch()`` before the import of safetensors replaces its names when it is imported. This
+    imports it then, so that what is said holds.
+    """
+    awaited = _TARGETS["safetensors.safe_open"]
+    if awaited.uses and "safetensors" not in sys.modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("safetensors")
+    _settle()
     with _patching.lock():
-        _settle()
-        return types.MappingProxyType({name: _status(target) for name, target in _TARGETS.items()})
+        return _statuses()
 
 
 def get_original(target: str) -> Any:

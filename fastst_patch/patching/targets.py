@@ -1,8 +1,7 @@
 """Targets of ``patch()``: replacing their names, and putting them back.
 
 A name of a module is replaced by a wrapt proxy, or by a function of an integration. The same
-happens to its aliases in other modules (``from safetensors import safe_open`` is the rule), which
-are found by identity in ``sys.modules``. Methods are replaced on their class by plain functions,
+happens to its `aliases` in other modules. Methods are replaced on their class by plain functions,
 which bind, pickle and show their source as methods do. While a target is not in use our objects
 call the original, so references that were taken while it was in use stay valid.
 
@@ -15,26 +14,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
+import importlib
 import inspect
-import pkgutil
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import wrapt
-
-from .. import engine, stock
 from ..errors import UntestedVersionWarning, warn_caller
-from ..integrations import Hook
+from ..integrations import Fast, Hook
 from .others import maker, package_of
 
-__all__ = ["LATER", "PatchPoint", "PatchTarget", "sweep", "untested_version", "warn_of_untested"]
+__all__ = [
+    "LATER",
+    "TESTED",
+    "PatchPoint",
+    "PatchTarget",
+    "prepare",
+    "untested_version",
+    "warn_of_untested",
+]
 
 LATER = "is not imported yet; it is patched when it is"
 """How the reason ends when a target is patched later."""
+
+SOON = "is being imported; it is patched soon after"
+"""How it ends meanwhile."""
 
 # The oldest and newest versions that the test suite has passed with.
 TESTED = {"safetensors": ("0.4.3", "0.8.0"), "torch": ("2.4.0", "2.15.0")}
@@ -49,6 +55,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def untested_version(package: str, oldest: str, newest: str) -> str | None:
     """The installed version of a package when it is outside a tested range; else None."""
+    import importlib.metadata  # takes 15 ms in a process that has imported nothing
+
     try:
         installed = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -70,100 +78,34 @@ def warn_of_untested(package: str, oldest: str, newest: str) -> None:
         )
 
 
-# ---- names of modules ----
+# ---- replacements ----
+
+_stock: Any = None  # the module, and the function of `proxy`, when they have been imported
+_proxy: Any = None
 
 
-class Proxy(wrapt.FunctionWrapper):  # type: ignore[type-arg,misc,unused-ignore]
-    """A wrapt proxy that pickles by name, as the function or class behind it does."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by name; a reference that outlived the patch pickles as the original."""
-        name: str = self.__wrapped__.__qualname__
-        module = sys.modules.get(self.__wrapped__.__module__)
-        if module is not None and getattr(module, name, None) is self.__wrapped__:
-            return pkgutil.resolve_name, (f"{module.__name__}:{name}",)
-        return name
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        # Since 3.13 inspect does not look behind what calls itself a class, and fails on it.
-        if not isinstance(self.__wrapped__, type):
-            raise AttributeError("__signature__")
-        return inspect.signature(self.__wrapped__)
-
-    @property
-    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
-        # A class has a mappingproxy there, which inspect.getattr_static takes for a dict's
-        # subclass, and so torch.compile failed on any function that names ours.
-        return dict(self.__wrapped__.__dict__)
-
-    def __repr__(self) -> str:
-        return repr(self.__wrapped__)
-
-    def __copy__(self) -> Any:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self
+def _is_being_imported(package: str) -> bool:
+    """Whether a thread has begun to import a package that is not in ``sys.modules`` yet."""
+    return package in getattr(sys.modules["_frozen_importlib"], "_module_locks", ())
 
 
-def sweep(places: Iterable[PatchPoint], *, back: bool = False) -> None:
-    """Rebind the aliases of these places in other modules, or restore them with ``back``.
+def prepare() -> None:
+    """Import what it takes to replace names of safetensors, where that has been imported.
 
-    One pass for all places, since a process may have thousands of modules. It reads ``__dict__``
-    only, which triggers no lazy import.
+    Called without a lock of ours: another thread may be importing safetensors, and wait in a hook
+    for that lock until it has done so.
     """
-    wanted: dict[int, tuple[Any, Any, PatchPoint]] = {}
-    for place in places:
-        if place.has_aliases():
-            for old, new in place.replaced:
-                wanted[id(new if back else old)] = (new, old, place) if back else (old, new, place)
-    if not wanted:
-        return
-    wrapped = {place.hook.name for _, _, place in wanted.values() if place.of_safetensors}
-    modules = [
-        module
-        for module_name, module in list(sys.modules.items())
-        if isinstance(module, types.ModuleType) and module_name.partition(".")[0] != "fastst_patch"
-    ]
-    dicts = [module.__dict__ for module in modules]
-    for name in wrapped:
-        for module, names in zip(modules, dicts, strict=True):
-            # A wrapper of others keeps its name, and what it wraps is replaced: unsloth's of
-            # transformers.modeling_utils.safe_open.
-            if name not in names:
-                continue
-            for cell in _cells(names[name]):
-                found = wanted.get(id(cell.cell_contents))
-                if found is not None and cell.cell_contents is found[0]:
-                    cell.cell_contents = found[1]
-                    found[2].note(module, name, back)
-    for i in engine.dicts_holding(dicts, list(wanted)):
-        _rebind(modules[i], wanted, back)
+    global _proxy, _stock
+    found = sys.modules.get("safetensors") is not None or _is_being_imported("safetensors")
+    if _stock is None and found:
+        importlib.import_module("safetensors")  # wait for it while no module of ours waits for us
+        from .. import stock
+        from .proxy import proxy
+
+        _stock, _proxy = stock, proxy
 
 
-def _rebind(
-    module: types.ModuleType, wanted: dict[int, tuple[Any, Any, PatchPoint]], back: bool
-) -> None:
-    names = module.__dict__
-    package = str(names.get("__name__")).partition(".")[0]
-    for name, value in list(names.items()):
-        found = wanted.get(id(value))
-        if found is None or value is not found[0]:
-            continue
-        if not back and package in found[2].others():
-            continue  # they keep it in order to call it, and to put it back
-        names[name] = found[1]
-        found[2].note(module, name, back)
-
-
-def _cells(value: Any) -> list[types.CellType]:
-    """What a function refers to from outside of it."""
-    closure = value.__closure__ if type(value) is types.FunctionType else None
-    return [cell for cell in closure or () if cell != types.CellType()]  # an empty one raises
-
-
-def _function(original: Any, fast: Callable[..., Any], active: Callable[[], bool]) -> Any:
+def _function(original: Any, fast: Fast, active: Callable[[], bool]) -> Any:
     """A plain function in the original's place, for methods and for functions dynamo may trace."""
 
     @functools.wraps(original)
@@ -171,20 +113,6 @@ def _function(original: Any, fast: Callable[..., Any], active: Callable[[], bool
         return fast(original, args, kwargs) if active() else original(*args, **kwargs)
 
     return replacement
-
-
-def _proxy(
-    original: Any, fast: Callable[..., Any], active: Callable[[], bool], looks_like: Any
-) -> Any:
-    def call(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        if not active():
-            return original(*args, **kwargs)
-        try:
-            return fast(original, args, kwargs)
-        except BaseException as error:
-            raise stock.trimmed(error)  # noqa: B904 - the same, with fewer frames
-
-    return Proxy(looks_like, call)
 
 
 @dataclasses.dataclass(eq=False)
@@ -224,16 +152,18 @@ class PatchPoint:
             current = owner.__dict__[name]
         except KeyError:
             if self.in_progress():
-                return f"{self.hook.module} is being imported; it is patched soon after"
+                return f"{self.hook.module} {SOON}"
             return f"the installed {self.hook.package} does not have {self.hook.name}"
         if self.stands():  # others may wrap ours
             return None
+        if self.of_safetensors and _stock is None:  # `prepare` came before its import
+            return f"{self.hook.module} {SOON}"
         why = _unlike(current, self.hook.parameters)
         if why is not None:
             return f"{self.hook.name} {why}"
         looks_like = current
-        if self.of_safetensors and not stock.own(current):  # its aliases may hold stock's own
-            looks_like = stock.original(self.hook.module, self.hook.name)
+        if self.of_safetensors and not _stock.own(current):  # its aliases may hold stock's own
+            looks_like = _stock.original(self.hook.module, self.hook.name)
         for original in (looks_like, current):
             if all(original is not old for old, _ in self.replaced):
                 if isinstance(owner, type) or self.hook.parameters:
@@ -294,10 +224,10 @@ class PatchPoint:
 
         Above ours there may be another one: see `wrapped_by`.
         """
-        if not self.of_safetensors or self.wrapped_by() is not None:
+        if not self.of_safetensors or _stock is None or self.wrapped_by() is not None:
             return None
         standing = self.standing()
-        return None if standing is None or stock.own(standing) else maker(standing)
+        return None if standing is None or _stock.own(standing) else maker(standing)
 
     def wrapped_by(self) -> str | None:
         """Whose function stands at the name and leads to ours; None when ours stands there."""
@@ -308,7 +238,7 @@ class PatchPoint:
         """Packages whose functions ours has replaced in the place of safetensors'."""
         if not self.of_safetensors:
             return set()
-        return {package_of(old) for old, _ in self.replaced if not stock.own(old)}
+        return {package_of(old) for old, _ in self.replaced if not _stock.own(old)}
 
     def has_aliases(self) -> bool:
         """Whether other modules may hold the original under names of their own."""
@@ -375,9 +305,14 @@ class PatchTarget:
                 why = place.install(self._active)
             if why is not None:
                 self.missing = why
-                self.unsettled = place.in_progress()
+                self.unsettled = why.endswith(SOON)
                 self.remove()
                 return
+
+    def is_due(self) -> bool:
+        """Whether it waits for modules that are there, since no hook was called for them."""
+        waits = self.missing is not None and self.missing.endswith(LATER)
+        return waits and all(name in sys.modules for name in self.modules)
 
     def why_not(self) -> str | None:
         """Why calls do not reach the fast version of a target in use; None when they do."""
@@ -406,6 +341,8 @@ class PatchTarget:
             AttributeError: the installed version does not have it.
             ImportError: its module cannot be imported.
         """
+        from .. import stock
+
         place = self.places[0]
         if place.replaced and not place.of_safetensors:
             return place.replaced[-1][0]

@@ -22,11 +22,8 @@ from safetensors.torch import save_file
 import fastst_patch
 import fastst_plugins
 from fastst_patch.cli.main import main
-from fastst_patch.integrations import sglang as sglang_integration
-from fastst_patch.integrations import vllm as vllm_integration
+from fastst_patch.integrations import own_processes
 from fastst_patch.patching import patcher
-
-INTEGRATIONS = {"vllm": vllm_integration, "sglang": sglang_integration}
 
 of_both = pytest.mark.parametrize("standins", [vllm_standin, sglang_standin])
 of_each = pytest.mark.parametrize("engine", ["vllm", "sglang"], indirect=True)
@@ -345,5 +342,5 @@ def test_doctor_says_it(engine, unsaid, monkeypatch, capsys, tmp_path, enabled) 
         monkeypatch.setenv("FASTST_ENABLED", "1")
     monkeypatch.setenv("COLUMNS", "400")
     assert main(["doctor", str(tmp_path)]) == 0
-    told = f"! {INTEGRATIONS[engine.name].NOT_REACHED}" in capsys.readouterr().out
+    told = f"! {own_processes.TOLD[engine.name]}" in capsys.readouterr().out
     assert told is not enabled

@@ -1,0 +1,196 @@
+"""What `patch()` does before the packages that it patches are imported, and what it leaves late."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastst_patch
+from fastst_patch.integrations import Late
+
+HEAVY = {
+    *("asyncio", "importlib.metadata", "numpy", "safetensors", "torch", "wrapt"),
+    *("fastst_patch.dropin.handle", "fastst_patch.files", "fastst_patch.stock"),
+    *("fastst_patch.engine.jobs", "fastst_patch.integrations.torch_module"),
+}
+
+
+def run(code: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+def test_patch_imports_nothing_heavy(tmp_path) -> None:
+    code = f"""
+import sys, fastst_patch
+report = fastst_patch.patch()
+print(sorted({HEAVY!r} & set(sys.modules)))
+print(all(status.later for status in report.targets.values()))
+"""
+    assert run(code, tmp_path).splitlines() == ["[]", "True"]
+
+
+LOADS = """
+import sys, fastst_patch
+fastst_patch.patch()
+{before}
+with fastst_patch.profile() as profile:
+    from safetensors import safe_open
+    with safe_open({file!r}, "pt") as opened:
+        tensors = [opened.get_tensor(name) for name in opened.keys()]
+    import safetensors.torch
+    tensors += safetensors.torch.load_file({file!r}).values()
+print(len(tensors), sorted({{report.path for report in profile.reports}}))
+print(safe_open is safetensors.safe_open, fastst_patch.is_patched("safetensors.torch.load_file"))
+fastst_patch.unpatch()
+print(safetensors.safe_open.__module__, type(safetensors.safe_open) is type)
+"""
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "import importlib.util; importlib.util.find_spec('safetensors')",
+        "import wrapt",
+        "assert fastst_patch.is_patched()",
+        "fastst_patch.unpatch(); assert not fastst_patch.is_patched(); fastst_patch.patch()",
+    ],
+)
+def test_names_are_replaced_when_safetensors_is_imported(before, model, tmp_path) -> None:
+    out = run(LOADS.format(before=before, file=str(model)), tmp_path).splitlines()
+    count = 2 * len(fastst_patch.stock.load_file(model))
+    assert out == [f"{count} ['mmap']", "True True", "builtins True"]
+
+
+THREADS = """
+import sys, threading
+import fastst_patch
+if {first!r}:
+    fastst_patch.patch()
+sys.setswitchinterval(1e-6)
+barrier, failed = threading.Barrier(4), []
+def one(work):
+    barrier.wait()
+    try:
+        work()
+    except BaseException as error:
+        failed.append(error)
+def imports():
+    import safetensors
+def patches():
+    fastst_patch.patch()
+def asks():
+    fastst_patch.patch_map()
+def takes():
+    fastst_patch.safe_open
+threads = [threading.Thread(target=one, args=(w,)) for w in (imports, patches, asks, takes)]
+for thread in threads: thread.start()
+for thread in threads: thread.join(60)
+assert not any(thread.is_alive() for thread in threads), "they wait for each other"
+assert not failed, failed
+assert fastst_patch.is_patched("safetensors.safe_open"), fastst_patch.patch_map()
+"""
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_threads_that_import_and_patch(first, tmp_path) -> None:
+    for _ in range(12):
+        run(THREADS.format(first=first), tmp_path)
+
+
+def test_an_import_does_not_fail_of_wrapt(tmp_path) -> None:
+    code = """
+import sys, fastst_patch
+fastst_patch.patch()
+sys.modules["wrapt"] = None
+import safetensors
+print(fastst_patch.is_patched())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout == "False\n"
+
+
+UNTESTED = """
+import importlib.metadata, sys, warnings
+importlib.metadata.version = lambda name: "0.0.7"
+import fastst_patch
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    fastst_patch.patch()
+    print(len(told))
+    import safetensors
+    print(*(str(warning.message)[:59] for warning in told), sep="\\n")
+"""
+
+
+def test_versions_are_looked_at_when_packages_are_imported(tmp_path) -> None:
+    said = "fastst_patch was tested with safetensors 0.4.3 to 0.8.0, an"
+    assert run(UNTESTED, tmp_path).splitlines() == ["0", said]
+
+
+def test_an_import_does_not_fail_of_our_warning(tmp_path) -> None:
+    code = """
+import importlib.metadata, warnings
+importlib.metadata.version = lambda name: "0.0.7"
+import fastst_patch
+fastst_patch.patch()
+warnings.simplefilter("error", fastst_patch.UntestedVersionWarning)
+import safetensors
+print(fastst_patch.is_patched("safetensors.safe_open"))
+"""
+    assert run(code, tmp_path) == "True\n"
+
+
+# ---- functions whose module cannot be imported ----
+
+
+def _original(*args: Any) -> tuple[str, tuple[Any, ...]]:
+    return "original", args
+
+
+def test_the_original_does_calls_whose_module_is_gone(caplog) -> None:
+    late = Late("dropin.gone", "load_file_over")
+    with caplog.at_level(logging.WARNING, "fastst_patch"):
+        assert late(_original, (1,), {}) == ("original", (1,))
+    assert "fastst_patch.dropin.gone cannot be imported" in caplog.text
+    with (
+        fastst_patch.config_context(fallback="error"),
+        pytest.raises(fastst_patch.FaststError, match=r"dropin\.gone cannot be imported"),
+    ):
+        late(_original, (1,), {})
+
+
+def test_a_module_is_imported_once() -> None:
+    late = Late("dropin.handle", "load_file_over")
+    first = late.function
+    assert late.imported() is late.function is not first
+
+
+GONE = """
+import sys, fastst_patch
+fastst_patch.patch()
+import safetensors.torch, torch
+sys.modules["fastst_patch.dropin.handle"] = None
+model = torch.nn.Linear(2, 3)
+print(safetensors.torch.load_file({file!r}).keys() == fastst_patch.stock.load_file({file!r}).keys())
+with safetensors.safe_open({file!r}, "pt") as opened:
+    print(type(opened) is fastst_patch.stock.safe_open)
+safetensors.torch.save_model(model, {saved!r})
+print(safetensors.torch.load_model(torch.nn.Linear(2, 3), {saved!r}))
+"""
+
+
+def test_stock_loads_where_ours_cannot_be_imported(model, tmp_path) -> None:
+    code = GONE.format(file=str(model), saved=str(tmp_path / "saved.safetensors"))
+    assert run(code, tmp_path).splitlines() == ["True", "True", "(set(), [])"]
