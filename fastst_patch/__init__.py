@@ -112,7 +112,6 @@ def __getattr__(name: str) -> Any:
     module = _LATE.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    importlib.import_module("safetensors")  # wait for it while no module of ours waits for us
     found = globals()[name] = getattr(importlib.import_module(f".{module}", __name__), name)
     return found
 

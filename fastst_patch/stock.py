@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import importlib.util
 import inspect
-import operator
 import os
 import sys
 import types
@@ -21,15 +18,19 @@ from typing import Any
 
 import safetensors
 
+from .stock_objects import call, extension_class, original, own, trimmed, unwrapped
+
 __all__ = [
     "HANDLE_METHODS",
     "SafetensorError",
     "Signature",
+    "call",
     "load_file",
     "load_model",
     "original",
     "own",
     "safe_open",
+    "trimmed",
     "unwrapped",
     "with_globals",
 ]
@@ -70,80 +71,15 @@ class Signature(inspect.Signature):
         return self._found().__reduce__()
 
 
-def unwrapped(value: Any) -> Any:
-    """The object behind wrapt proxies, ours and others'."""
-    while hasattr(type(value), "__wrapped__") and hasattr(value, "__wrapped__"):
-        value = value.__wrapped__
-    return value
-
-
-def _class(name: str) -> Any:
-    """A class of safetensors' extension, also where other code has replaced it even there."""
-    extension = sys.modules.get("safetensors._safetensors_rust", safetensors)
-    found = unwrapped(getattr(extension, name, None))
-    known = (found, *object.__subclasses__())
-    return next((one for one in known if _is_of_extension(one, name)), found)
-
-
-def _is_of_extension(value: Any, name: str) -> bool:
-    return (
-        type(value) is type
-        and value.__name__ == name
-        and value.__module__.partition(".")[0] in ("builtins", "safetensors")
-    )
-
-
 SafetensorError: type[Exception] = safetensors.SafetensorError
-safe_open: Any = _class("safe_open")
-safe_open_handle: Any = _class("_safe_open_handle")
+safe_open: Any = extension_class("safe_open")
+safe_open_handle: Any = extension_class("_safe_open_handle")
 
 HANDLE_METHODS = frozenset(name for name in dir(safe_open) if not name.startswith("_"))
 """Public methods of the installed version's handle; our handle has the same."""
 
 BACKENDS = "backend" in str(getattr(safe_open, "__text_signature__", ""))
 """Whether this version knows ``backend=`` (0.8 and later)."""
-
-
-def own(value: Any) -> bool:
-    """Whether safetensors itself defines a class or function, and not code that has replaced it."""
-    if type(value) is types.FunctionType:  # __module__ may be copied from what it wraps
-        return str(value.__globals__.get("__name__")).partition(".")[0] == "safetensors"
-    return value is not None and (value is safe_open or value is safe_open_handle)
-
-
-def original(module_name: str, name: str) -> Any:
-    """The unpatched object behind a name of a module, or of a class in it (``Module.to``).
-
-    Of safetensors it is its own object, also where other code has replaced it.
-
-    Raises:
-        AttributeError: the installed version has no such name.
-        ImportError: its module cannot be imported.
-    """
-    # Not by an import when the module is there: a thread that is importing it may be waiting for
-    # us in a post-import hook.
-    module = sys.modules.get(module_name) or importlib.import_module(module_name)
-    value = unwrapped(operator.attrgetter(name)(module))
-    if module_name.partition(".")[0] != "safetensors":
-        return value
-    if module is safetensors:
-        return _class(name)
-    for _ in range(32):  # some wrappers wrap themselves
-        if own(value):
-            return value
-        value = getattr(value, "__wrapped__", None)
-    return getattr(_copy(module_name), name)
-
-
-@functools.cache
-def _copy(module_name: str) -> types.ModuleType:
-    """A module of safetensors once more, from its source; nobody else knows it."""
-    spec = importlib.util.spec_from_file_location(module_name, sys.modules[module_name].__file__)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{module_name} has no source to read", name=module_name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def small_file(header: bytes, nbytes: int = 0) -> contextlib.AbstractContextManager[Any]:
@@ -212,37 +148,6 @@ def slice_class() -> Any:
     header = b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
     with small_file(header, 1) as file, safe_open(file.name, any_framework()) as opened:
         return type(opened.get_slice("x"))
-
-
-def call(function: Any, args: Any, kwargs: Any) -> Any:
-    """Call a function of stock, or one of torch that stock calls in the same case.
-
-    This frame raises nothing of its own: `trimmed` recognizes their exceptions by it.
-    """
-    return function(*args, **kwargs)
-
-
-_PACKAGE = os.path.dirname(__file__) + os.sep
-
-
-def trimmed(error: BaseException) -> BaseException:
-    """An exception, just caught, without our frames in its traceback.
-
-    An exception that our own code raised keeps them, since they show the bug. Frames of other
-    packages are never left out.
-    """
-    kept, last = [], None
-    trace = error.__traceback__
-    while trace is not None:
-        last = trace.tb_frame.f_code
-        if not last.co_filename.startswith(_PACKAGE):
-            kept.append(trace)
-        trace = trace.tb_next
-    if last is None or (last.co_filename.startswith(_PACKAGE) and last is not call.__code__):
-        return error
-    for found in reversed(kept):
-        trace = types.TracebackType(trace, found.tb_frame, found.tb_lasti, found.tb_lineno)
-    return error.with_traceback(trace)
 
 
 def load_file(*args: Any, **kwargs: Any) -> Any:

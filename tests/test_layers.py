@@ -28,7 +28,7 @@ LAYERS = [
     {"engine", "sources"},
     {
         *("config", "errors", "interrupts", "layout", "locks", "machine", "option_values"),
-        *("report", "report_table", "runs", "stock", "terminal"),
+        *("report", "report_table", "runs", "stock", "stock_objects", "terminal"),
     },
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

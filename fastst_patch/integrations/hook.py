@@ -59,6 +59,7 @@ class Late:
         """
         name = f"{__package__.partition('.')[0]}.{self._module}"
         try:
+            importlib.import_module("safetensors")  # now: hooks of its import take other locks
             with _importing.lock():  # a fork waits: its child would find modules half imported
                 self.function = getattr(importlib.import_module(name), self._name)
         except Exception as error:

@@ -36,7 +36,7 @@ from . import others
 from .aliases import sweep
 from .imports import when_imported
 from .status import PatchReport, TargetStatus
-from .targets import TESTED, PatchPoint, PatchTarget, prepare, warn_of_untested
+from .targets import TESTED, PatchPoint, PatchTarget, warn_of_untested
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -130,7 +130,6 @@ def _hook(module_name: str) -> None:
         return
 
     def imported(module: Any) -> None:
-        prepare()
         with _patching.lock():
             found = [t for t in _TARGETS.values() if t.uses and module_name in t.modules]
             _install_quietly(found)
@@ -140,7 +139,7 @@ def _hook(module_name: str) -> None:
 
 
 def _prepare(names: Iterable[str]) -> None:
-    """Import what it takes to patch, and watch for modules to come, without our lock.
+    """Watch for modules to come, without our lock: threads that import them may wait for it.
 
     Raises:
         ImportError: safetensors or wrapt is missing.
@@ -152,7 +151,14 @@ def _prepare(names: Iterable[str]) -> None:
         for module_name in _TARGETS[name].modules:
             if module_name not in sys.modules:
                 _hook(module_name)
-    prepare()
+    if _is_being_imported("safetensors"):  # by a thread that was past our hook
+        importlib.import_module("safetensors")
+
+
+def _is_being_imported(package: str) -> bool:
+    """Whether a thread has begun to import a package that is not in ``sys.modules`` yet."""
+    begun = package in getattr(sys.modules["_frozen_importlib"], "_module_locks", ())
+    return begun and package not in sys.modules
 
 
 def _install(targets: Sequence[PatchTarget], rebind_aliases: bool) -> None:
@@ -192,8 +198,6 @@ def _install_quietly(targets: Sequence[PatchTarget]) -> None:
 
 def _settle() -> None:
     """Patch modules that were in the middle of their import when ``patch()`` was called."""
-    with contextlib.suppress(ImportError):  # wrapt has gone since
-        prepare()
     with _patching.lock():
         names = set(_unsettled)
         _unsettled.clear()

@@ -10,8 +10,8 @@ from typing import Any
 
 import wrapt
 
-from .. import stock
 from ..integrations import Fast
+from ..stock_objects import trimmed
 
 __all__ = ["Proxy", "proxy"]
 
@@ -66,6 +66,6 @@ def proxy(original: Any, fast: Fast, active: Callable[[], bool], looks_like: Any
         try:
             return fast(original, args, kwargs)
         except BaseException as error:
-            raise stock.trimmed(error)  # noqa: B904 - the same, with fewer frames
+            raise trimmed(error)  # noqa: B904 - the same, with fewer frames
 
     return Proxy(looks_like, call)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import inspect
 import re
 import sys
@@ -22,6 +21,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from .. import stock_objects
 from ..errors import UntestedVersionWarning, warn_caller
 from ..integrations import Fast, Hook
 from .others import maker, package_of
@@ -31,7 +31,6 @@ __all__ = [
     "TESTED",
     "PatchPoint",
     "PatchTarget",
-    "prepare",
     "untested_version",
     "warn_of_untested",
 ]
@@ -79,30 +78,6 @@ def warn_of_untested(package: str, oldest: str, newest: str) -> None:
 
 
 # ---- replacements ----
-
-_stock: Any = None  # the module, and the function of `proxy`, when they have been imported
-_proxy: Any = None
-
-
-def _is_being_imported(package: str) -> bool:
-    """Whether a thread has begun to import a package that is not in ``sys.modules`` yet."""
-    return package in getattr(sys.modules["_frozen_importlib"], "_module_locks", ())
-
-
-def prepare() -> None:
-    """Import what it takes to replace names of safetensors, where that has been imported.
-
-    Called without a lock of ours: another thread may be importing safetensors, and wait in a hook
-    for that lock until it has done so.
-    """
-    global _proxy, _stock
-    found = sys.modules.get("safetensors") is not None or _is_being_imported("safetensors")
-    if _stock is None and found:
-        importlib.import_module("safetensors")  # wait for it while no module of ours waits for us
-        from .. import stock
-        from .proxy import proxy
-
-        _stock, _proxy = stock, proxy
 
 
 def _function(original: Any, fast: Fast, active: Callable[[], bool]) -> Any:
@@ -156,20 +131,22 @@ class PatchPoint:
             return f"the installed {self.hook.package} does not have {self.hook.name}"
         if self.stands():  # others may wrap ours
             return None
-        if self.of_safetensors and _stock is None:  # `prepare` came before its import
-            return f"{self.hook.module} {SOON}"
         why = _unlike(current, self.hook.parameters)
         if why is not None:
             return f"{self.hook.name} {why}"
         looks_like = current
-        if self.of_safetensors and not _stock.own(current):  # its aliases may hold stock's own
-            looks_like = _stock.original(self.hook.module, self.hook.name)
+        if self.of_safetensors and not stock_objects.own(
+            current
+        ):  # its aliases may hold stock's own
+            looks_like = stock_objects.original(self.hook.module, self.hook.name)
         for original in (looks_like, current):
             if all(original is not old for old, _ in self.replaced):
                 if isinstance(owner, type) or self.hook.parameters:
                     made = _function(original, self.hook.fast, active)
                 else:
-                    made = _proxy(original, self.hook.fast, active, looks_like)
+                    from .proxy import proxy  # and wrapt: see `imports`
+
+                    made = proxy(original, self.hook.fast, active, looks_like)
                 self.replaced.append((original, made))
         setattr(owner, name, next(new for old, new in self.replaced if old is current))
         return None
@@ -224,10 +201,10 @@ class PatchPoint:
 
         Above ours there may be another one: see `wrapped_by`.
         """
-        if not self.of_safetensors or _stock is None or self.wrapped_by() is not None:
+        if not self.of_safetensors or self.wrapped_by() is not None:
             return None
         standing = self.standing()
-        return None if standing is None or _stock.own(standing) else maker(standing)
+        return None if standing is None or stock_objects.own(standing) else maker(standing)
 
     def wrapped_by(self) -> str | None:
         """Whose function stands at the name and leads to ours; None when ours stands there."""
@@ -238,7 +215,7 @@ class PatchPoint:
         """Packages whose functions ours has replaced in the place of safetensors'."""
         if not self.of_safetensors:
             return set()
-        return {package_of(old) for old, _ in self.replaced if not _stock.own(old)}
+        return {package_of(old) for old, _ in self.replaced if not stock_objects.own(old)}
 
     def has_aliases(self) -> bool:
         """Whether other modules may hold the original under names of their own."""
@@ -341,9 +318,7 @@ class PatchTarget:
             AttributeError: the installed version does not have it.
             ImportError: its module cannot be imported.
         """
-        from .. import stock
-
         place = self.places[0]
         if place.replaced and not place.of_safetensors:
             return place.replaced[-1][0]
-        return stock.original(place.hook.module, place.hook.name)
+        return stock_objects.original(place.hook.module, place.hook.name)

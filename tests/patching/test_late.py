@@ -61,6 +61,9 @@ print(safetensors.safe_open.__module__, type(safetensors.safe_open) is type)
         "",
         "import importlib.util; importlib.util.find_spec('safetensors')",
         "import wrapt",
+        "import torch; torch.nn.Linear(2, 3).to('cpu')",  # whose replacement imports ours
+        "import fastst_patch.loader",
+        "fastst_patch.safe_open",
         "assert fastst_patch.is_patched()",
         "fastst_patch.unpatch(); assert not fastst_patch.is_patched(); fastst_patch.patch()",
     ],
@@ -181,11 +184,12 @@ GONE = """
 import sys, fastst_patch
 fastst_patch.patch()
 import safetensors.torch, torch
+from fastst_patch import stock
 sys.modules["fastst_patch.dropin.handle"] = None
 model = torch.nn.Linear(2, 3)
-print(safetensors.torch.load_file({file!r}).keys() == fastst_patch.stock.load_file({file!r}).keys())
+print(safetensors.torch.load_file({file!r}).keys() == stock.load_file({file!r}).keys())
 with safetensors.safe_open({file!r}, "pt") as opened:
-    print(type(opened) is fastst_patch.stock.safe_open)
+    print(type(opened) is stock.safe_open)
 safetensors.torch.save_model(model, {saved!r})
 print(safetensors.torch.load_model(torch.nn.Linear(2, 3), {saved!r}))
 """
