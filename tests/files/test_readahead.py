@@ -6,6 +6,7 @@ import gc
 import os
 import time
 import traceback
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -266,3 +267,20 @@ def test_names_of_a_cached_file_are_not_sorted(tmp_path: Path) -> None:
         for i in (30, 7, 41, 12):
             assert f.get_tensor(f"t{i}")[0] == i
         assert "sorted_names" not in vars(f._opened.layout)
+
+
+def test_scattered_extents_leave_the_map_in_one_piece(cold: Path) -> None:
+    """A process has 65,530 entries for maps; advice for a part of one would split it, for good."""
+    file = engine.open_file(str(cold))
+    arena = engine.map_arena(file)
+
+    def entries() -> int:
+        return Path("/proc/self/maps").read_text(encoding="utf-8").count(str(cold))
+
+    before = entries()
+    stripes = [(at, SIZE, 0) for at in range(0, COUNT * SIZE, 2 * SIZE)]
+    segments = array("Q", [number for stripe in stripes for number in stripe])
+    job = engine.prefetch(file, arena, segments, threads=4, chunk_bytes=4 * MIB, reserve_bytes=0)
+    job.wait()
+    assert file.residency(0, SIZE)[0] == SIZE
+    assert entries() == before
