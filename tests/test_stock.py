@@ -13,6 +13,7 @@ import wrapt
 
 import fastst_patch
 from fastst_patch import stock as module
+from fastst_patch import stock_objects
 
 HEADER = b'{"x":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'
 
@@ -70,7 +71,7 @@ def test_load_model_runs_stocks_code_over_another_load_file(sample) -> None:
 
 
 def test_frames_of_ours_go_from_stocks_exceptions_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PACKAGE", os.path.dirname(__file__) + os.sep)
+    monkeypatch.setattr(stock_objects, "_PACKAGE", os.path.dirname(__file__) + os.sep)
 
     def ours(fails: Any) -> None:
         module.call(fails, (), {})

@@ -105,10 +105,9 @@ _LATE = ("arenas", "devices", "files", "importing", "jobs")
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for part in _LATE:
-            module = importlib.import_module(f".{part}", __name__)
-            if hasattr(module, name):
-                found = globals()[name] = getattr(module, name)
-                return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for part in _LATE:
+        found = vars(importlib.import_module(f".{part}", __name__))
+        globals().update((one, found[one]) for one in __all__ if one in found)
+    return globals()[name]

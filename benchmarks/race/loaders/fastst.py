@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from .base import First, Loader, Tensors, collected, one_by_one
 
 
+def _import_what_loads_import() -> None:
+    from fastst_patch.bench.child import import_what_loads_import
+
+    import_what_loads_import()
+
+
 @dataclass(frozen=True)
 class Patched(Loader):
     """`fastst_patch.patch()`, then stock's name."""
@@ -22,6 +28,7 @@ class Patched(Loader):
         fastst_patch.patch(io=self.io)
         if not fastst_patch.is_patched("safetensors.torch.load_file"):
             raise RuntimeError("patch() replaced nothing: this would time stock")
+        _import_what_loads_import()
 
     def load(self, files: list[str], device: str, first: First) -> Tensors:
         import safetensors.torch
@@ -39,6 +46,8 @@ class Explicit(Loader):
         import safetensors.torch  # noqa: F401
 
         import fastst_patch  # noqa: F401
+
+        _import_what_loads_import()
 
     def load(self, files: list[str], device: str, first: First) -> Tensors:
         import fastst_patch
