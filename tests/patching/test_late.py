@@ -281,6 +281,23 @@ def test_other_finders(change, tmp_path) -> None:
     assert out == ["SourceFileLoader SourceFileLoader", "Proxy"]
 
 
+def test_what_forbids_the_import_is_no_error_of_ours(tmp_path) -> None:
+    code = """
+import sys, fastst_patch
+fastst_patch.patch()
+sys.modules["safetensors"] = None
+print(fastst_patch.is_patched())
+fastst_patch.unpatch()
+del sys.modules["safetensors"]
+fastst_patch.patch()
+import safetensors
+sys.modules["safetensors"] = None
+print(fastst_patch.is_patched("safetensors.safe_open"))
+fastst_patch.unpatch()
+"""
+    assert run(code, tmp_path) == "False\nFalse\n"
+
+
 # ---- functions whose module cannot be imported ----
 
 
