@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,10 @@ class Late:
         return self.function(original, args, kwargs)
 
     def _first(self, original: Any, args: Any, kwargs: Any) -> Any:
+        # torch may be in the middle of its import, and torch.compile cannot trace one of ours.
+        compiler = getattr(sys.modules.get("torch"), "compiler", None)
+        if compiler is not None and compiler.is_compiling():
+            return original(*args, **kwargs)
         function = self.imported()
         return original(*args, **kwargs) if function is None else function(original, args, kwargs)
 

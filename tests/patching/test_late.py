@@ -298,6 +298,19 @@ fastst_patch.unpatch()
     assert run(code, tmp_path) == "False\nFalse\n"
 
 
+def test_the_first_call_may_be_compiled(tmp_path) -> None:
+    code = """
+import torch, fastst_patch
+fastst_patch.patch()
+model = torch.nn.Linear(2, 3)
+@torch.compile(backend="eager", fullgraph=True)
+def moved(x):
+    return model.to("cpu")(x)
+print(moved(torch.ones(1, 2)).shape)
+"""
+    assert run(code, tmp_path) == "torch.Size([1, 3])\n"
+
+
 # ---- functions whose module cannot be imported ----
 
 
