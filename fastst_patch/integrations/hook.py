@@ -13,13 +13,23 @@ from ..config import current
 from ..errors import FaststError
 from ..locks import Carried
 
-__all__ = ["Fast", "Hook", "Integration", "Late"]
+__all__ = ["Fast", "Hook", "Integration", "Late", "whole"]
 
 Fast = Callable[[Any, Any, Any], Any]
 """Does a call instead of the original: ``fast(original, args, kwargs)``."""
 
 _log = logging.getLogger("fastst_patch")
 _importing = Carried()
+
+
+def whole(name: str) -> Any:
+    """Import a module of this package that loads need, with no fork meanwhile.
+
+    The child would find modules half imported, and wait for them for ever.
+    """
+    importlib.import_module("safetensors")  # now: hooks of its import take other locks
+    with _importing.lock():
+        return importlib.import_module(name)
 
 
 class Late:
@@ -64,9 +74,7 @@ class Late:
         """
         name = f"{__package__.partition('.')[0]}.{self._module}"
         try:
-            importlib.import_module("safetensors")  # now: hooks of its import take other locks
-            with _importing.lock():  # a fork waits: its child would find modules half imported
-                self.function = getattr(importlib.import_module(name), self._name)
+            self.function = getattr(whole(name), self._name)
         except Exception as error:
             text = f"{name} cannot be imported: {type(error).__name__}: {error}"
             if current().fallback == "error":

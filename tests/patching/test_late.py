@@ -215,6 +215,28 @@ def test_a_fork_while_a_thread_imports(slow, tmp_path) -> None:
     assert run(SLOW.format(slow=slow) + FORKS, tmp_path) == "0 True\n"
 
 
+FORK_AND_LOAD = """
+import os, signal, safetensors, numpy
+fastst_patch.patch()
+thread = threading.Thread(target=lambda: fastst_patch.safe_open)
+thread.start()
+began.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    with safetensors.safe_open({file!r}, "np") as opened:
+        opened.get_tensor(list(opened.keys())[0])
+    os._exit(0)
+thread.join()
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_child_loads_while_its_parent_imported_ours(model, tmp_path) -> None:
+    code = SLOW.format(slow="fastst_patch.dropin.handle") + FORK_AND_LOAD.format(file=str(model))
+    assert run(code, tmp_path) == "0\n"
+
+
 @pytest.mark.parametrize("first", ["", "import safetensors.torch"])
 def test_modules_that_are_executed_again_are_patched(first, tmp_path) -> None:
     code = f"""
