@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import engine as _engine
 from .config import Config, config, config_context, environment_enabled
 from .errors import FallbackWarning, FaststError, OptionError, RankError, UntestedVersionWarning
+from .integrations.hook import whole
 from .patching.patcher import (
     PatchReport,
     TargetStatus,
@@ -112,6 +113,8 @@ def __getattr__(name: str) -> Any:
     module = _LATE.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if module == "dropin.handle":  # which a forked child needs as well
+        whole(f"{__name__}.{module}")
     found = globals()[name] = getattr(importlib.import_module(f".{module}", __name__), name)
     return found
 

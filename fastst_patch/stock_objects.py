@@ -35,7 +35,7 @@ def extension_class(name: str) -> Any:
     if name in _classes:
         return _classes[name]
     extension = sys.modules.get("safetensors._safetensors_rust")
-    found = unwrapped(getattr(extension or sys.modules["safetensors"], name, None))
+    found = unwrapped(getattr(extension or sys.modules.get("safetensors"), name, None))
     known = (found, *object.__subclasses__())
     found = next((one for one in known if _is_of_extension(one, name)), found)
     if extension is not None:  # else its import may not have come so far

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,23 @@ from ..config import current
 from ..errors import FaststError
 from ..locks import Carried
 
-__all__ = ["Fast", "Hook", "Integration", "Late"]
+__all__ = ["Fast", "Hook", "Integration", "Late", "whole"]
 
 Fast = Callable[[Any, Any, Any], Any]
 """Does a call instead of the original: ``fast(original, args, kwargs)``."""
 
 _log = logging.getLogger("fastst_patch")
 _importing = Carried()
+
+
+def whole(name: str) -> Any:
+    """Import a module of this package that loads need, with no fork meanwhile.
+
+    The child would find modules half imported, and wait for them for ever.
+    """
+    importlib.import_module("safetensors")  # now: hooks of its import take other locks
+    with _importing.lock():
+        return importlib.import_module(name)
 
 
 class Late:
@@ -48,6 +59,10 @@ class Late:
         return self.function(original, args, kwargs)
 
     def _first(self, original: Any, args: Any, kwargs: Any) -> Any:
+        # torch may be in the middle of its import, and torch.compile cannot trace one of ours.
+        compiler = getattr(sys.modules.get("torch"), "compiler", None)
+        if compiler is not None and compiler.is_compiling():
+            return original(*args, **kwargs)
         function = self.imported()
         return original(*args, **kwargs) if function is None else function(original, args, kwargs)
 
@@ -59,9 +74,7 @@ class Late:
         """
         name = f"{__package__.partition('.')[0]}.{self._module}"
         try:
-            importlib.import_module("safetensors")  # now: hooks of its import take other locks
-            with _importing.lock():  # a fork waits: its child would find modules half imported
-                self.function = getattr(importlib.import_module(name), self._name)
+            self.function = getattr(whole(name), self._name)
         except Exception as error:
             text = f"{name} cannot be imported: {type(error).__name__}: {error}"
             if current().fallback == "error":

@@ -34,7 +34,7 @@ from ..integrations import INTEGRATIONS, Hook, Late
 from ..locks import Carried, interrupted
 from . import others
 from .aliases import sweep
-from .imports import when_imported
+from .imports import is_being_imported, when_imported
 from .status import PatchReport, TargetStatus
 from .targets import TESTED, PatchPoint, PatchTarget, warn_of_untested
 
@@ -125,11 +125,12 @@ _log = logging.getLogger("fastst_patch")
 
 
 def _hook(module_name: str) -> None:
-    """Patch a module's targets when it is imported. Hooks cannot be removed, so it checks uses."""
+    """Patch a module's targets when it is imported. Hooks are not removed, so it checks uses."""
     if module_name in _hooked:
+        when_imported(module_name)
         return
 
-    def imported(module: Any) -> None:
+    def imported(_: Any) -> None:
         with _patching.lock():
             found = [t for t in _TARGETS.values() if t.uses and module_name in t.modules]
             _install_quietly(found)
@@ -149,22 +150,15 @@ def _prepare(names: Iterable[str]) -> None:
             importlib.import_module(package)  # says so
     for name in names:
         for module_name in _TARGETS[name].modules:
-            if module_name not in sys.modules:
-                _hook(module_name)
-    if _is_being_imported("safetensors"):  # by a thread that was past our hook
+            _hook(module_name)
+    if is_being_imported("safetensors"):  # by a thread that may be past our finder
         importlib.import_module("safetensors")
-
-
-def _is_being_imported(package: str) -> bool:
-    """Whether a thread has begun to import a package that is not in ``sys.modules`` yet."""
-    begun = package in getattr(sys.modules["_frozen_importlib"], "_module_locks", ())
-    return begun and package not in sys.modules
 
 
 def _install(targets: Sequence[PatchTarget], rebind_aliases: bool) -> None:
     for target in targets:
         target.install()
-        if target.unsettled:
+        if target.unsettled or (target.missing and any(map(is_being_imported, target.modules))):
             _unsettled.add(target.name)
     if rebind_aliases:
         sweep(place for target in targets if target.missing is None for place in target.places)

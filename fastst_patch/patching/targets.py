@@ -112,6 +112,8 @@ class PatchPoint:
     def _owner(self) -> tuple[Any, str]:
         """The module or class that holds the name, and the name in it."""
         owner: Any = sys.modules[self.hook.module]
+        if owner is None:  # so that it cannot be imported
+            raise KeyError(self.hook.module)
         *classes, name = self.hook.name.split(".")
         for class_name in classes:
             owner = owner.__dict__[class_name]
@@ -144,7 +146,7 @@ class PatchPoint:
                 if isinstance(owner, type) or self.hook.parameters:
                     made = _function(original, self.hook.fast, active)
                 else:
-                    from .proxy import proxy  # and wrapt: see `imports`
+                    from .proxy import proxy  # and wrapt, which imports asyncio
 
                     made = proxy(original, self.hook.fast, active, looks_like)
                 self.replaced.append((original, made))
@@ -274,7 +276,7 @@ class PatchTarget:
         self.missing = None
         self.unsettled = False
         for place in self.places:
-            if place.hook.module not in sys.modules:
+            if sys.modules.get(place.hook.module) is None:
                 why: str | None = f"{place.hook.module} {LATER}"
             else:
                 if self.tested is not None:
@@ -289,7 +291,7 @@ class PatchTarget:
     def is_due(self) -> bool:
         """Whether it waits for modules that are there, since no hook was called for them."""
         waits = self.missing is not None and self.missing.endswith(LATER)
-        return waits and all(name in sys.modules for name in self.modules)
+        return waits and None not in map(sys.modules.get, self.modules)
 
     def why_not(self) -> str | None:
         """Why calls do not reach the fast version of a target in use; None when they do."""

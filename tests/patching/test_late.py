@@ -155,6 +155,184 @@ print(fastst_patch.is_patched("safetensors.safe_open"))
     assert run(code, tmp_path) == "True\n"
 
 
+# ---- what else goes on in the import system ----
+
+SLOW = """
+import sys, threading, time
+from importlib.machinery import SourceFileLoader
+import fastst_patch
+began, get_code = threading.Event(), SourceFileLoader.get_code
+def slow(self, name):
+    if name == {slow!r}:
+        began.set()
+        time.sleep(0.3)
+    return get_code(self, name)
+SourceFileLoader.get_code = slow
+def other():
+    import {slow}
+"""
+
+NO_DEADLOCK = """
+fastst_patch.patch()
+thread = threading.Thread(target=other, daemon=True)
+thread.start()
+began.wait()
+done = threading.Timer(20, lambda: __import__("os")._exit(3))
+done.daemon = True
+done.start()
+import safetensors
+thread.join()
+print(fastst_patch.is_patched("safetensors.safe_open"))
+"""
+
+
+def test_an_import_waits_for_no_other_thread_that_imports(tmp_path) -> None:
+    # wrapt imports asyncio, which another thread is importing.
+    assert run(SLOW.format(slow="asyncio") + NO_DEADLOCK, tmp_path) == "True\n"
+
+
+FORKS = """
+import os, signal
+fastst_patch.patch()
+def other():
+    import safetensors
+thread = threading.Thread(target=other)
+thread.start()
+began.wait()
+signal.alarm(20)
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    import asyncio
+    os._exit(0)
+thread.join()
+print(os.waitpid(child, 0)[1], fastst_patch.is_patched("safetensors.safe_open"))
+"""
+
+
+@pytest.mark.parametrize("slow", ["wrapt", "fastst_patch.patching.proxy", "safetensors"])
+def test_a_fork_while_a_thread_imports(slow, tmp_path) -> None:
+    assert run(SLOW.format(slow=slow) + FORKS, tmp_path) == "0 True\n"
+
+
+FORK_AND_LOAD = """
+import os, signal, safetensors, numpy
+fastst_patch.patch()
+thread = threading.Thread(target=lambda: fastst_patch.safe_open)
+thread.start()
+began.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    with safetensors.safe_open({file!r}, "np") as opened:
+        opened.get_tensor(list(opened.keys())[0])
+    os._exit(0)
+thread.join()
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_child_loads_while_its_parent_imported_ours(model, tmp_path) -> None:
+    code = SLOW.format(slow="fastst_patch.dropin.handle") + FORK_AND_LOAD.format(file=str(model))
+    assert run(code, tmp_path) == "0\n"
+
+
+@pytest.mark.parametrize("first", ["", "import safetensors.torch"])
+def test_modules_that_are_executed_again_are_patched(first, tmp_path) -> None:
+    code = f"""
+import importlib, sys, fastst_patch
+{first}
+fastst_patch.patch(["safetensors.safe_open", "safetensors.torch.load_file"])
+import safetensors.torch
+stock = fastst_patch.get_original("safetensors.safe_open")
+def check():
+    print(*(status.patched for status in fastst_patch.patch_map().values() if status.patched))
+check()
+importlib.reload(safetensors)
+check()
+importlib.reload(safetensors.torch)
+check()
+for name in [name for name in sys.modules if name.partition(".")[0] == "safetensors"]:
+    del sys.modules[name]
+import safetensors.torch
+check()
+fastst_patch.unpatch()
+print(safetensors.safe_open is stock, type(safetensors.torch.load_file).__name__)
+"""
+    assert run(code, tmp_path).splitlines() == ["True True"] * 4 + ["True function"]
+
+
+FINDERS = """
+import importlib.util, sys, fastst_patch
+fastst_patch.patch()
+class Wrapper:
+    inner = list(sys.meta_path)
+    def find_spec(self, name, path=None, target=None):
+        found = (finder.find_spec(name, path, target) for finder in self.inner)
+        return next(filter(None, found), None)
+class Asks:
+    busy = set()
+    def find_spec(self, name, path=None, target=None):
+        if name in self.busy:
+            return None
+        self.busy.add(name)
+        try:
+            return importlib.util.find_spec(name)
+        finally:
+            self.busy.discard(name)
+{change}
+import safetensors
+print(type(safetensors.__loader__).__name__, type(safetensors.__spec__.loader).__name__)
+print(type(safetensors.safe_open).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "sys.meta_path[:] = [Wrapper()]",
+        "sys.meta_path.insert(0, Wrapper())",
+        "sys.meta_path.insert(0, Asks())",
+        "sys.meta_path = list(sys.meta_path)",
+        "sys.meta_path[:] = sys.meta_path[1:]; fastst_patch.patch()",
+        "import wrapt; wrapt.register_post_import_hook(lambda module: None, 'safetensors')",
+    ],
+)
+def test_other_finders(change, tmp_path) -> None:
+    out = run(FINDERS.format(change=change), tmp_path).splitlines()
+    assert out == ["SourceFileLoader SourceFileLoader", "Proxy"]
+
+
+def test_what_forbids_the_import_is_no_error_of_ours(tmp_path) -> None:
+    code = """
+import sys, fastst_patch
+fastst_patch.patch()
+sys.modules["safetensors"] = None
+print(fastst_patch.is_patched())
+fastst_patch.unpatch()
+del sys.modules["safetensors"]
+fastst_patch.patch()
+import safetensors
+sys.modules["safetensors"] = None
+print(fastst_patch.is_patched("safetensors.safe_open"))
+fastst_patch.unpatch()
+"""
+    assert run(code, tmp_path) == "False\nFalse\n"
+
+
+def test_the_first_call_may_be_compiled(tmp_path) -> None:
+    code = """
+import torch, fastst_patch
+fastst_patch.patch()
+model = torch.nn.Linear(2, 3)
+@torch.compile(backend="eager", fullgraph=True)
+def moved(x):
+    return model.to("cpu")(x)
+print(moved(torch.ones(1, 2)).shape)
+"""
+    assert run(code, tmp_path) == "torch.Size([1, 3])\n"
+
+
 # ---- functions whose module cannot be imported ----
 
 
