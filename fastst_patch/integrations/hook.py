@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import logging
 import sys
@@ -30,6 +31,11 @@ def whole(name: str) -> Any:
     importlib.import_module("safetensors")  # now: hooks of its import take other locks
     with _importing.lock():
         return importlib.import_module(name)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    _log.warning("%s", text)
 
 
 class Late:
@@ -79,7 +85,7 @@ class Late:
             text = f"{name} cannot be imported: {type(error).__name__}: {error}"
             if current().fallback == "error":
                 raise FaststError(text) from error
-            _log.warning("%s; the original does the call", text)
+            _say_once(f"{text}; the original does such calls")
             return None
         return self.function
 

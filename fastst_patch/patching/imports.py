@@ -51,6 +51,10 @@ class _Loader:
     def __init__(self, name: str, loader: Any) -> None:
         self._name, self._loader = name, loader
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # some look whether it is a SourceFileLoader
+        return type(self._loader)
+
     def __getattr__(self, name: str) -> Any:
         if name in ("_name", "_loader"):  # a copy that is not made yet
             raise AttributeError(name)

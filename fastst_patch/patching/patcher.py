@@ -25,7 +25,6 @@ from ..config import (
     Options,
     environment_enabled,
     environment_targets,
-    misspelt_variables,
     pop,
     push,
 )
@@ -35,8 +34,9 @@ from ..locks import Carried, interrupted
 from . import others
 from .aliases import sweep
 from .imports import is_being_imported, when_imported
+from .notices import say_once, warn_of_other_processes, warn_of_this_process, watch
 from .status import PatchReport, TargetStatus
-from .targets import TESTED, PatchPoint, PatchTarget, warn_of_untested
+from .targets import PatchPoint, PatchTarget
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -172,7 +172,7 @@ def _tell_of_others(target: PatchTarget) -> None:
     wraps = target.places[0].wraps()
     text = others.lost(target.name, wraps)
     if text is not None:
-        _say_once(text)
+        say_once(text)
     elif wraps is not None:
         why = others.KNOWN[wraps.partition(".")[0]]
         _log.info("%s: over %s: %s", target.name, wraps, why)
@@ -252,49 +252,9 @@ def _say_impossible(reason: str) -> None:
         warn_caller(f"fastst_patch patches nothing: {reason}", FallbackWarning)
 
 
-def _warn_once() -> None:
-    """Warn of misspelt options and of untested versions, once in a process."""
-    for text in misspelt_variables():
-        warn_caller(f"fastst_patch: {text}", UserWarning)
-    _warn_of_untested()
-
-
-def _warn_of_untested() -> None:
-    """Warn of versions of what has been imported: asking for others may take long."""
-    for package, (oldest, newest) in TESTED.items():
-        if package in sys.modules:
-            warn_of_untested(package, oldest, newest)
-
-
 @functools.cache
-def _watch_for_warnings() -> None:
-    """Warn when packages are imported later, of their versions and of processes of their own."""
-    owners = {found.hooks[0].package for found in INTEGRATIONS if found.unreached is not None}
-    for package in {*TESTED, *owners} - sys.modules.keys():
-        when_imported(package, lambda _: _warn_in_import())
-
-
-def _warn_in_import() -> None:
-    used = [name for name, target in _TARGETS.items() if target.uses]
-    try:
-        if used:
-            _warn_of_untested()
-        _warn_of_other_processes(used)
-    except Warning as error:  # an error here; the program's import is not to fail of it
-        _log.warning("%s", error)
-
-
-def _warn_of_other_processes(names: Iterable[str]) -> None:
-    for integration in INTEGRATIONS:
-        if integration.unreached is not None and integration.name in names:
-            text = integration.unreached()
-            if text is not None:
-                _say_once(text)
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    warn_caller(f"fastst_patch: {text}", FallbackWarning)
+def _watch() -> None:
+    watch(lambda: [name for name, target in _TARGETS.items() if target.uses])
 
 
 # ---- public ----
@@ -329,9 +289,9 @@ def patch(
             return PatchReport(_statuses(), reason)
         fresh = [name for name in names if name not in _permanent]
         try:
-            _warn_once()
-            _watch_for_warnings()
-            _warn_of_other_processes(fresh)
+            warn_of_this_process()
+            _watch()
+            warn_of_other_processes(fresh)
             _use(fresh, rebind_aliases)
         except BaseException:
             pop(token)
@@ -420,7 +380,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
                     names = []
                     _say_impossible(reason)
                 else:
-                    _warn_once()
+                    warn_of_this_process()
                 _use(names, rebind_aliases)
             except BaseException:
                 pop(token)

@@ -23,7 +23,7 @@ import fastst_patch
 import fastst_plugins
 from fastst_patch.cli.main import main
 from fastst_patch.integrations import own_processes
-from fastst_patch.patching import patcher
+from fastst_patch.patching import notices
 
 of_both = pytest.mark.parametrize("standins", [vllm_standin, sglang_standin])
 of_each = pytest.mark.parametrize("engine", ["vllm", "sglang"], indirect=True)
@@ -309,9 +309,9 @@ def test_entry_point_in_a_process_of_the_engines(
 @pytest.fixture
 def unsaid(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("FASTST_ENABLED", raising=False)
-    patcher._say_once.cache_clear()
+    notices.say_once.cache_clear()
     yield
-    patcher._say_once.cache_clear()
+    notices.say_once.cache_clear()
 
 
 @of_each

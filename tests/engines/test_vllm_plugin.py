@@ -15,7 +15,7 @@ from engine_standin import LARGEST, Loading, most_held
 import fastst_patch
 import fastst_plugins
 from fastst_patch.config import current
-from fastst_patch.patching import patcher
+from fastst_patch.patching import notices
 
 # ---- the load format ----
 
@@ -136,7 +136,7 @@ def test_nothing_is_said_in_a_single_process(vllm, monkeypatch) -> None:
     monkeypatch.delenv("FASTST_ENABLED", raising=False)
     envs = SimpleNamespace(VLLM_ENABLE_V1_MULTIPROCESSING=False)
     monkeypatch.setitem(sys.modules, "vllm.envs", envs)
-    patcher._say_once.cache_clear()
+    notices.say_once.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastst_patch.patch()

@@ -15,7 +15,7 @@ import fastst_patch
 from fastst_patch import UntestedVersionWarning
 from fastst_patch.config import current
 from fastst_patch.integrations import Hook
-from fastst_patch.patching import patcher, targets
+from fastst_patch.patching import notices, patcher, targets
 
 TO = "torch.nn.Module.to"
 STOCK_TO = nn.Module.to
@@ -109,7 +109,7 @@ def test_a_module_that_is_thrown_away(module, monkeypatch) -> None:
 def untested(monkeypatch) -> None:
     monkeypatch.setattr(targets, "untested_version", lambda *_: "0.0")
     targets.warn_of_untested.cache_clear()
-    monkeypatch.setattr(patcher, "TESTED", {})
+    monkeypatch.setattr(notices, "TESTED", {})
 
 
 @pytest.mark.parametrize("how", ["patch", "patched"])

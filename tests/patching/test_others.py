@@ -24,7 +24,7 @@ from wrappers import REAL, STANDINS, package
 
 import fastst_patch
 from fastst_patch.errors import FallbackWarning
-from fastst_patch.patching import others, patcher
+from fastst_patch.patching import notices, others, patcher
 from fastst_patch.stock import unwrapped
 
 NAMED = ("warming", "streaming", *REAL)  # those that replace safetensors' own names
@@ -33,7 +33,7 @@ NAMED = ("warming", "streaming", *REAL)  # those that replace safetensors' own n
 @pytest.fixture
 def theirs(request, tmp_path_factory, monkeypatch) -> Iterator[Any]:
     """A package of that name."""
-    monkeypatch.setattr(patcher, "_say_once", patcher._say_once.__wrapped__)
+    monkeypatch.setattr(patcher, "say_once", notices.say_once.__wrapped__)
     with package(request.param, tmp_path_factory.mktemp("theirs")) as found:
         yield found
 
@@ -332,9 +332,9 @@ def unknown(monkeypatch) -> Iterator[Any]:
         module,
     )
     safetensors.torch.load_file = module["counting"]
-    patcher._say_once.cache_clear()
+    notices.say_once.cache_clear()
     yield module
-    patcher._say_once.cache_clear()
+    notices.say_once.cache_clear()
     safetensors.torch.load_file = original
 
 

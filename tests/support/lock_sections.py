@@ -29,7 +29,7 @@ SECTIONS = {
 
 NOT_RUN = {
     "patching/patcher.py imported": "as _settle, where a module is imported",
-    "integrations/hook.py imported": "once in a process: tests/patching/test_late.py",
+    "integrations/hook.py whole": "once in a process: tests/patching/test_late.py",
     "locks.py _renew": "in every forked child that uses what it inherited",
     "sources/loop.py acquire": "it starts obstore, which refuses to work in forked children",
     "sources/loop.py release": "as acquire",
