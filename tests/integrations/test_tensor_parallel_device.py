@@ -18,7 +18,7 @@ from fake_device import on_device
 from safetensors.torch import save_file
 
 import fastst_patch
-from fastst_patch import engine
+from fastst_patch import engine, stock
 from fastst_patch.files import readahead_share
 from fastst_patch.files.readahead import WORKERS_FROM, ReadAhead
 from fastst_patch.layout import FileLayout
@@ -128,7 +128,7 @@ def is_ours(future: Any) -> bool:
 
 def stocks(file: Path, name: str, op: Any, dtype: Any = None) -> torch.Tensor | None:
     """Of the CPU: there a view, where nothing is cast."""
-    with fastst_patch.stock.safe_open(file, "pt") as theirs:
+    with stock.safe_open(file, "pt") as theirs:
         return op.shard_tensor(theirs.get_slice(name), CUTS[name][3], None, dtype)
 
 

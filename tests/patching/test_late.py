@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import fastst_patch
+from fastst_patch import stock
 from fastst_patch.integrations import Late
 
 HEAVY = {
@@ -70,13 +71,14 @@ print(safetensors.safe_open.__module__, type(safetensors.safe_open) is type)
 )
 def test_names_are_replaced_when_safetensors_is_imported(before, model, tmp_path) -> None:
     out = run(LOADS.format(before=before, file=str(model)), tmp_path).splitlines()
-    count = 2 * len(fastst_patch.stock.load_file(model))
+    count = 2 * len(stock.load_file(model))
     assert out == [f"{count} ['mmap']", "True True", "builtins True"]
 
 
 THREADS = """
 import sys, threading
 import fastst_patch
+from fastst_patch import stock
 if {first!r}:
     fastst_patch.patch()
 sys.setswitchinterval(1e-6)
@@ -128,6 +130,7 @@ UNTESTED = """
 import importlib.metadata, sys, warnings
 importlib.metadata.version = lambda name: "0.0.7"
 import fastst_patch
+from fastst_patch import stock
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     fastst_patch.patch()
@@ -147,6 +150,7 @@ def test_an_import_does_not_fail_of_our_warning(tmp_path) -> None:
 import importlib.metadata, warnings
 importlib.metadata.version = lambda name: "0.0.7"
 import fastst_patch
+from fastst_patch import stock
 fastst_patch.patch()
 warnings.simplefilter("error", fastst_patch.UntestedVersionWarning)
 import safetensors
@@ -161,6 +165,7 @@ SLOW = """
 import sys, threading, time
 from importlib.machinery import SourceFileLoader
 import fastst_patch
+from fastst_patch import stock
 began, get_code = threading.Event(), SourceFileLoader.get_code
 def slow(self, name):
     if name == {slow!r}:
