@@ -78,7 +78,6 @@ def test_names_are_replaced_when_safetensors_is_imported(before, model, tmp_path
 THREADS = """
 import sys, threading
 import fastst_patch
-from fastst_patch import stock
 if {first!r}:
     fastst_patch.patch()
 sys.setswitchinterval(1e-6)
@@ -130,7 +129,6 @@ UNTESTED = """
 import importlib.metadata, sys, warnings
 importlib.metadata.version = lambda name: "0.0.7"
 import fastst_patch
-from fastst_patch import stock
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     fastst_patch.patch()
@@ -150,7 +148,6 @@ def test_an_import_does_not_fail_of_our_warning(tmp_path) -> None:
 import importlib.metadata, warnings
 importlib.metadata.version = lambda name: "0.0.7"
 import fastst_patch
-from fastst_patch import stock
 fastst_patch.patch()
 warnings.simplefilter("error", fastst_patch.UntestedVersionWarning)
 import safetensors
@@ -165,7 +162,6 @@ SLOW = """
 import sys, threading, time
 from importlib.machinery import SourceFileLoader
 import fastst_patch
-from fastst_patch import stock
 began, get_code = threading.Event(), SourceFileLoader.get_code
 def slow(self, name):
     if name == {slow!r}:
@@ -181,7 +177,7 @@ NO_DEADLOCK = """
 fastst_patch.patch()
 thread = threading.Thread(target=other, daemon=True)
 thread.start()
-began.wait()
+assert began.wait(60)
 done = threading.Timer(20, lambda: __import__("os")._exit(3))
 done.daemon = True
 done.start()
@@ -203,7 +199,7 @@ def other():
     import safetensors
 thread = threading.Thread(target=other)
 thread.start()
-began.wait()
+assert began.wait(60)
 signal.alarm(20)
 child = os.fork()
 if child == 0:
@@ -225,7 +221,7 @@ import os, signal, safetensors, numpy
 fastst_patch.patch()
 thread = threading.Thread(target=lambda: fastst_patch.safe_open)
 thread.start()
-began.wait()
+assert began.wait(60)
 child = os.fork()
 if child == 0:
     signal.alarm(10)
