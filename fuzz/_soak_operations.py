@@ -102,7 +102,7 @@ def read_handle(here: Process, me: Worker, handle: Any, most: int = 6) -> None:
 
 def open_file(here: Process, me: Worker, device: str) -> Any:
     """A handle; with ``io="mmap"`` stock opens it, and there is no device for stock here."""
-    handle = SAFE_OPEN(here.some_file(me), "pt", device=device)
+    handle = SAFE_OPEN(here.some_file(me, device), "pt", device=device)
     if device != "cpu" and type(handle) is stock.safe_open:
         return SAFE_OPEN(here.some_file(me), "pt")
     return handle

@@ -146,7 +146,7 @@ class Process:
     def some_file(self, me: Worker, device: str = "cpu") -> str:
         """A file; to a device one that nobody replaces, where stock may load it.
 
-        Stock's ``load_file`` opens a path twice: for the header, and for the bytes.
+        Stock opens a path twice: for the header, and for the bytes.
         """
         by_stock = device != "cpu" and "mmap" in self.options["io"]
         return str(me.numbers.choice(self.still_files if by_stock else self.files))
