@@ -304,8 +304,8 @@ def test_files_added_one_after_another(paths, expected) -> None:
 @pytest.mark.parametrize("io", ["auto", "buffered"])
 def test_a_cache_gives_copies(sample, stock, io) -> None:
     theirs = stock.load_file(sample)
+    before = engine.counters()["bytes_buffered"]
     with loader_of([sample], disable_cache=False, io=io).copy_files_to_device() as buffer:
-        before = engine.counters()["bytes_buffered"]
         first = buffer.get_tensor("w")
         read = engine.counters()["bytes_buffered"]
         first.zero_()
