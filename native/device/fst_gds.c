@@ -135,8 +135,9 @@ static void destroy(fst_staging *staging) {
     fst_gpu_scope scope;
     fst_error ignored = {0};
     if (fst_gpu_enter_surely(staging->device, &scope, &ignored) == FST_OK) {
-        (void)gds.buffer_deregister((const void *)staging->address);
-        (void)staging->device->gpu->release(staging->block);
+        /* What cuFile keeps is never freed: it might write to memory that is another's by then. */
+        if (gds.buffer_deregister((const void *)staging->address).error == 0)
+            (void)staging->device->gpu->release(staging->block);
         fst_gpu_leave(&scope);
     }
     free(staging);

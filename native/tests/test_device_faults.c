@@ -229,6 +229,22 @@ static void test_truncated_file(void) {
     }
 }
 
+/* The staging block that cuFile does not let go of stays allocated. */
+static void test_cufile_keeps_a_block(void) {
+    if (device_kind != FST_GPU_CUDA || !direct_works) return;
+    fst_job_stats stats;
+    fst_job_options options = options_to(0, FST_READ_GDS);
+    options.threads = 1;
+    fst_pool_shutdown(); /* no block is spare */
+    CHECK_EQ(FAKE(fake_fail)("cuFileBufDeregister", 1, 1, FAILED), 0);
+    CHECK_EQ(device_load_once(&made, &options, &stats), FST_OK);
+    CHECK_EQ(stats.bytes_gds, stats.bytes_total);
+    fst_pool_shutdown();
+    CHECK_EQ(FAKE(fake_fail)("cuFileBufDeregister", 0, 0, 0), 0);
+    (void)check_violations();
+    device_before.blocks++;
+}
+
 int main(void) {
     direct_works = test_direct_works();
     made = test_create(BYTES, 3);
@@ -240,6 +256,7 @@ int main(void) {
         RUN_ON(test_uploads_fail);
         RUN_ON(test_reads_fail);
         RUN_ON(test_truncated_file);
+        RUN_ON(test_cufile_keeps_a_block);
     }
     test_remove(&made);
     return test_result();

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -192,7 +193,15 @@ def test_read_ahead_has_a_bound(fast, bucket, twin) -> None:
             assert bucket.nbytes <= data_begin(twin) + 16384 + taken + budget // 2
 
 
-def test_request_overtakes_read_ahead(fast, bucket) -> None:
+def test_request_overtakes_read_ahead(fast, bucket, monkeypatch) -> None:
+    read, begun = engine.read, set()
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        job = read(*args, **kwargs)
+        begun.add(threading.current_thread())
+        return job
+
+    monkeypatch.setattr(engine, "read", noted)
     with fastst_patch.config_context(chunk_bytes=64 << 10, threads=1):
         with fast.safe_open(URL, "pt") as handle:
             names = [name for name in sorted(handle.keys()) if name.startswith("layer")]
@@ -202,9 +211,8 @@ def test_request_overtakes_read_ahead(fast, bucket) -> None:
             threads = [in_thread(handle.get_tensor, names[9])]
             bucket.wait(1)  # it is on its way
             wait_for(lambda: engine.counters()["jobs"] >= 2)  # and read-ahead waits behind it
-            jobs = engine.counters()["jobs"]
             threads.append(in_thread(handle.get_tensor, names[2]))  # which nothing predicts
-            wait_for(lambda: engine.counters()["jobs"] > jobs)
+            wait_for(lambda: threads[1] in begun)
             bucket.gate.set()
             for thread in threads:
                 thread.join()
