@@ -381,6 +381,7 @@ class patched(contextlib.ContextDecorator):  # noqa: N801 - reads as a verb: wit
                     _say_impossible(reason)
                 else:
                     warn_of_this_process()
+                    _watch()
                 _use(names, rebind_aliases)
             except BaseException:
                 pop(token)

@@ -131,16 +131,17 @@ importlib.metadata.version = lambda name: "0.0.7"
 import fastst_patch
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
-    fastst_patch.patch()
+    fastst_patch.{begin}
     print(len(told))
     import safetensors
     print(*(str(warning.message)[:59] for warning in told), sep="\\n")
 """
 
 
-def test_versions_are_looked_at_when_packages_are_imported(tmp_path) -> None:
+@pytest.mark.parametrize("begin", ["patch()", "patched().__enter__()"])
+def test_versions_are_looked_at_when_packages_are_imported(begin, tmp_path) -> None:
     said = "fastst_patch was tested with safetensors 0.4.3 to 0.8.0, an"
-    assert run(UNTESTED, tmp_path).splitlines() == ["0", said]
+    assert run(UNTESTED.format(begin=begin), tmp_path).splitlines() == ["0", said]
 
 
 def test_an_import_does_not_fail_of_our_warning(tmp_path) -> None:
