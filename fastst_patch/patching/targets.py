@@ -39,7 +39,7 @@ LATER = "is not imported yet; it is patched when it is"
 """How the reason ends when a target is patched later."""
 
 SOON = "is being imported; it is patched soon after"
-"""How it ends meanwhile."""
+"""How it ends while the module is being imported."""
 
 # The oldest and newest versions that the test suite has passed with.
 TESTED = {"safetensors": ("0.4.3", "0.8.0"), "torch": ("2.4.0", "2.15.0")}
